@@ -1,15 +1,22 @@
 # Everything runs in .venv, which the first target that needs it creates. Nothing has to be activated.
 #   PYTHON=python3.11   the interpreter that .venv is made with
 #   FRESH=1             `make demo` starts a new run instead of resuming or showing the last one
+#   MINUTES=9, ONLY=llama-65b,stock, WHEELS=folder, DRY=1   for `make gpu`: docs/gpu.md
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
+# `make gpu` takes the Python that has this machine's torch. What that one lacks is put beside it, and nothing into it.
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
+GPU_SITE := .cache/gpu-site
+MINUTES ?= 9
+WHEELS ?= $(wildcard wheels)
+
 # DeepSpeed compiles its optimizer for the CPU on first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint coverage grids fast format clean
+.PHONY: help demo test lint coverage grids fast gpu speed accuracy format clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +41,21 @@ grids: $(INSTALLED) ## the long grids of which the tests run a sample
 
 fast: $(INSTALLED) ## the tests that take no workers and no training
 	$(BIN)/pytest
+
+gpu: $(if $(DRY),$(INSTALLED)) ## peaks of real steps on this machine's GPU beside the predictions (DRY=1: small, on the CPU)
+ifdef DRY
+	$(BIN)/python -m benchmarks.gpu --dry --minutes $(MINUTES) --only "$(ONLY)"
+else
+	rm -rf $(GPU_SITE)
+	$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --target $(GPU_SITE) $(WHEELS)/*.whl)
+	PYTHONPATH="$(CURDIR)/$(GPU_SITE):$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --only "$(ONLY)"
+endif
+
+speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a peer (docs/speed.md)
+	$(BIN)/python -m benchmarks.speed
+
+accuracy: $(INSTALLED) ## write docs/accuracy.md and its plots: predicted beside measured
+	$(BIN)/python -m benchmarks.accuracy
 
 format: $(INSTALLED) ## sort the imports and format the code
 	$(BIN)/ruff check --select I --fix

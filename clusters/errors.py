@@ -6,7 +6,6 @@ that escapes is a defect of ours.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -75,8 +74,15 @@ def nearest(name: str, known: Iterable[str], limit: int = 3, cutoff: float = 0.0
 
     `cutoff` is how alike they must be, from 0 (the nearest are named however far they are) to 1.
     """
-    originals = {plain(candidate): candidate for candidate in known}
-    return [originals[match] for match in difflib.get_close_matches(plain(name), originals, n=limit, cutoff=cutoff)]
+    import difflib  # only where a name is not known: what goes well does not wait for it
+
+    matcher = difflib.SequenceMatcher(b=plain(name))
+    scores: dict[str, float] = {}
+    for candidate in known:
+        matcher.set_seq1(plain(candidate))
+        scores[candidate] = matcher.ratio()
+    ranked = sorted(scores, key=lambda candidate: -scores[candidate])  # those alike stay in the order of `known`
+    return [candidate for candidate in ranked if scores[candidate] >= cutoff][:limit]
 
 
 def plain(name: str) -> str:

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from clusters.errors import Problem, RequestError, request_error
 from clusters.gpu import COMMON, GIB, find_gpu
 from launch import command
 from orchestrator.plan import Plan, Target
-from orchestrator.planner import check_strategy, check_targets, cpu_target, gpu_target, plan_request
+from orchestrator.planner import EstimatorFunction, check_strategy, check_targets, cpu_target, gpu_target, plan_request
 from qlora_core.catalogue import find_model
-from qlora_core.recipe import CONFLICT, Quantization, Recipe
+from qlora_core.memory import formula
+from qlora_core.recipe import Mistake, Quantization, Recipe, RecipeError
 from qlora_core.strategy import Strategy
 
 T = TypeVar("T")
@@ -46,7 +45,7 @@ def not_built(function: Any) -> Any:
 
 
 @click.command("qlora-plan", context_settings={"max_content_width": 120})
-@click.option("--model", metavar="NAME|DIR", help="A name of the catalogue, or a folder with a config.json.")
+@click.option("--model", metavar="NAME|DIR|HUB_ID", help="Of the catalogue, a folder, or org/name[@revision].")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Data-parallel GPUs.")
 @click.option("--gpu", metavar="NAME", help="The kind of GPU, or cpu. Omitted: the common kinds are compared.")
 @click.option("--compare", metavar="NAME,...", help="Several kinds of GPU beside each other; they join that of --gpu.")
@@ -110,8 +109,6 @@ def plan(**options: Any) -> int:
         return 0
     if options["model"] is None:
         raise click.UsageError("Missing option --model; --list-models shows what is known by name.")
-    if options["estimator"] == "trace":
-        raise request_error("--estimator", "trace", "this part is not built yet", "Use --estimator formula")
     answer = plan_of(options)
     if options["as_json"]:
         print_json(answer, options["explain"])
@@ -160,7 +157,30 @@ def plan_of(options: dict[str, Any]) -> Plan:
     if problems or architecture is None or recipe is None or targets is None:
         raise RequestError(problems)
     asked = target_named(options["gpu"], options).name if options["gpu"] else None
-    return plan_request(architecture, recipe, strategy, targets, asked=asked, host_usable_bytes=host_ram)
+    estimator = estimator_named(options["estimator"])
+    return plan_request(
+        architecture, recipe, strategy, targets, asked=asked, host_usable_bytes=host_ram, estimator=estimator
+    )
+
+
+def estimator_named(name: str) -> EstimatorFunction:
+    """The estimator of that name; the trace needs what training needs.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    if name == "formula":
+        return formula.estimate
+    try:
+        from qlora_core.quiet import quiet_libraries
+
+        quiet_libraries()  # before they are imported
+        from qlora_core.memory import trace  # torch, transformers, peft and bitsandbytes: seconds
+    except ImportError as error:
+        rule = f"it runs the real training code, and {error.name or error} is not installed"
+        remedy = "pip install 'qlora-orchestrator[train]', or use --estimator formula"
+        raise request_error("--estimator", "trace", rule, remedy) from error
+    return trace.estimate
 
 
 def strategy_of(options: dict[str, Any]) -> Strategy:
@@ -203,22 +223,19 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
             seq_len=options["seq_len"],
             tokens_per_step=options["seq_len"] * options["micro_batch"] * options["gpus"],
         )
-    except ValidationError as error:
-        raise RequestError([*problems, *map(flag_problem, error.errors())]) from None
+    except RecipeError as error:
+        raise RequestError([*problems, *map(flag_problem, error.mistakes)]) from None
     if problems:
         raise RequestError(problems)
     return recipe
 
 
-def flag_problem(detail: ErrorDetails) -> Problem:
+def flag_problem(mistake: Mistake) -> Problem:
     """A mistake in a recipe, at the option it came from."""
-    field = str(detail["loc"][0]) if detail["loc"] else ""
+    field = mistake.fields[0]
     flag = FLAGS.get(field, "--" + field.replace("_", "-"))
-    given = str(detail["input"]) if isinstance(detail["input"], str | int | float) else ""
-    remedy = "qlora-plan --help shows what is possible"
-    if detail["type"] == CONFLICT:
-        return Problem(flag, given, detail["msg"], detail["ctx"]["remedy"])
-    return Problem(flag, given, detail["msg"][:1].lower() + detail["msg"][1:], remedy)
+    given = str(mistake.given) if isinstance(mistake.given, str | int | float) else ""
+    return Problem(flag, given, mistake.rule, mistake.remedy or "qlora-plan --help shows what is possible")
 
 
 def host_ram_of(gib: float | None) -> int | None:

@@ -68,7 +68,7 @@ def carry_out(spec: RunSpec, *, dry_run: bool, as_json: bool, force: bool, fresh
     if fresh:
         spec = spec.model_copy(update={"output": str(free_output(Path(spec.output)))})
         console.print(f"Output: {spec.output}", highlight=False)
-    prepared = prepare(spec)
+    prepared = prepare(spec, tell=lambda text: click.echo(text, err=True))  # --json owns stdout
     if dry_run:
         if as_json:
             click.echo(json.dumps(prepared.plan.to_json(), indent=2))

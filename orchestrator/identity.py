@@ -14,17 +14,21 @@ from qlora_core.training.dataset import DataReport
 SAMPLED_BYTES = 2**20
 
 
-def identity(spec: RunSpec, data: DataReport, compute_dtype: str) -> dict[str, Any]:
-    """Model, data, recipe and seed of a run, flat, by the specification's field paths."""
+def identity(spec: RunSpec, model: str, data: DataReport, compute_dtype: str) -> dict[str, Any]:
+    """Model, data, recipe and seed of a run, flat, by the specification's field paths.
+
+    Args:
+        model: a digest of the base model's folder, or its Hub id with the commit.
+    """
     return {
         "name": spec.name,
-        "model": model_fingerprint(Path(spec.model)),
+        "model": model,
         "data": data.digest,
         "data as tokens": data.token_digest,  # the tokenizer and its chat template are part of it
         "data.format": data.format,
         "data.eval_fraction": spec.data.eval_fraction,
         "seed": spec.seed,
-        **{f"recipe.{name}": value for name, value in spec.recipe.model_dump(mode="json").items()},
+        **{f"recipe.{name}": value for name, value in spec.recipe.to_json().items()},
         "recipe.compute_dtype": compute_dtype,
     }
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from clusters.errors import Problem, nearest
-from qlora_core.recipe import CONFLICT
+from qlora_core.recipe import RecipeError
 
 CLOSE = 0.5
 """How alike a word must be to be offered instead (0 to 1)."""
 
+CONFLICT = "conflict"
+"""The type of errors about fields of a recipe that do not go together; their context has `fields` and `remedy`."""
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+"""The types of pydantic's errors about a field that is not known: of a model, and of a dataclass."""
+
 Path = tuple[str, ...]
+Section = type[Any]
+"""A class whose fields are a section of the file: a model of pydantic's, or a dataclass."""
 
 
 def mistakes(model: type[BaseModel], fields: Mapping[str, Any]) -> list[Problem]:
@@ -48,8 +56,24 @@ def errors(model: type[BaseModel], fields: Mapping[str, Any]) -> list[ErrorDetai
     try:
         model.model_validate(fields)
     except ValidationError as error:
-        return error.errors(include_url=False)
+        return [each for detail in error.errors(include_url=False) for each in conflicts(detail)]
     return []
+
+
+def conflicts(detail: ErrorDetails) -> Iterator[ErrorDetails]:
+    """Each thing that does not go together in a recipe, at its field; any other error as it is."""
+    error = detail.get("ctx", {}).get("error")
+    if not isinstance(error, RecipeError):
+        yield detail
+        return
+    for mistake in error.mistakes:
+        yield ErrorDetails(
+            type=CONFLICT,
+            loc=(*detail["loc"], mistake.fields[0]),
+            msg=mistake.rule,
+            input=mistake.given,
+            ctx={"fields": mistake.fields, "remedy": mistake.remedy},
+        )
 
 
 def without(fields: Mapping[str, Any], paths: set[Path]) -> dict[str, Any]:
@@ -66,8 +90,8 @@ def problem(model: type[BaseModel], path: Path, details: Sequence[ErrorDetails])
     """One field's error; a union has one for each of its members."""
     where, last = ".".join(path) or "run specification", details[-1]
     kind, value = last["type"], last["input"]
-    if kind == "extra_forbidden":
-        known = list(section(model, path[:-1]).model_fields)
+    if kind in UNKNOWN:
+        known = list(fields_of(section(model, path[:-1])))
         near = nearest(path[-1], known, limit=1, cutoff=CLOSE)
         remedy = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(known)}"
         return Problem(where, "", "there is no such field", remedy)
@@ -89,7 +113,7 @@ def problem(model: type[BaseModel], path: Path, details: Sequence[ErrorDetails])
 
 def expectation(detail: ErrorDetails) -> str:
     """What pydantic says, as a rule about "it" in the words of YAML."""
-    if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
+    if detail["type"] in ("model_type", "model_attributes_type", "dataclass_type", "dict_type"):
         return "it should be a section of fields"
     if detail["type"] == "tuple_type":
         return "it should be a list"
@@ -114,28 +138,36 @@ def shown(value: object) -> str:
 def field_path(model: type[BaseModel], detail: ErrorDetails) -> Path:
     """The field's path as the person wrote it, without pydantic's names for members of unions and without indices."""
     path: list[str] = []
-    inner: type[BaseModel] | None = model
+    inner: Section | None = model
     for part in detail["loc"]:
         if inner is None:
             break
-        if part in inner.model_fields:
+        known = fields_of(inner)
+        if part in known:
             path.append(str(part))
-            inner = section_class(inner.model_fields[str(part)].annotation)
-        elif part is detail["loc"][-1] and detail["type"] in ("extra_forbidden", "invalid_key"):
+            inner = section_class(known[str(part)])
+        elif part is detail["loc"][-1] and detail["type"] in (*UNKNOWN, "invalid_key"):
             path.append(str(part))
     return tuple(path)
 
 
-def section(model: type[BaseModel], path: Path) -> type[BaseModel]:
+def section(model: Section, path: Path) -> Section:
     """The class of the section at `path`."""
     for part in path:
-        model = section_class(model.model_fields[part].annotation) or model
+        model = section_class(fields_of(model)[part]) or model
     return model
 
 
-def section_class(annotation: Any) -> type[BaseModel] | None:
+def section_class(annotation: Any) -> Section | None:
     """The section's class behind an annotation such as ``Literal["auto"] | StrategySpec``, if there is one."""
     for member in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(member, type) and issubclass(member, BaseModel):
+        if isinstance(member, type) and (issubclass(member, BaseModel) or dataclasses.is_dataclass(member)):
             return member
     return None
+
+
+def fields_of(section: Section) -> dict[str, Any]:
+    """The annotations of a section's fields by their names."""
+    if issubclass(section, BaseModel):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    return {field.name: field.type for field in dataclasses.fields(section)}

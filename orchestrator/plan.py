@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -106,9 +105,11 @@ class Plan:
     @property
     def digest(self) -> str:
         """A short name of what would be run: model, recipe, strategy and compute dtype."""
+        import hashlib  # a plan on the terminal does without, and OpenSSL takes a while to load
+
         decided = {
             "model": self.architecture.name,
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": self.recipe.to_json(),
             "strategy": dataclasses.asdict(self.strategy),
             "compute_dtype": self.target.compute_dtype,
         }
@@ -128,7 +129,7 @@ class Plan:
                 "vocab_size": architecture.vocab_size,
                 "source": architecture.source,
             },
-            "recipe": {**self.recipe.model_dump(mode="json"), "compute_dtype": self.target.compute_dtype},
+            "recipe": {**self.recipe.to_json(), "compute_dtype": self.target.compute_dtype},
             "strategy": dataclasses.asdict(self.strategy),
             "estimator": self.estimate.estimator,
             "estimate": {

@@ -17,6 +17,9 @@ from qlora_core.memory.formula import estimate
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy, ZeroStage
 
+EstimatorFunction = Callable[[ModelArchitecture, Recipe, Strategy, Device], Estimate]
+"""What the formula and the trace both are."""
+
 if TYPE_CHECKING:
     from orchestrator.spec import RunSpec, StrategySpec  # reads YAML, which `qlora-plan` need not import
 
@@ -141,12 +144,14 @@ def plan_request(
     asked: str | None = None,
     choices: Sequence[Choice] = (),
     host_usable_bytes: int | None = None,
+    estimator: EstimatorFunction = estimate,
 ) -> Plan:
     """Answer a request exactly as it was made, for each of `targets` (ordered by memory, at least one).
 
-    `asked` names the target whose estimate is wanted; else it is the first that fits, else the last.
+    `estimator` answers the request itself; the limits of a verdict are the formula's. `asked` names the target whose
+    estimate is wanted; else it is the first that fits, else the last.
     """
-    estimates = [estimate(architecture, recipe, strategy, target.device) for target in targets]
+    estimates = [estimator(architecture, recipe, strategy, target.device) for target in targets]
     verdicts = tuple(
         verdict(architecture, recipe, strategy, target, needed)
         for target, needed in zip(targets, estimates, strict=True)
@@ -257,7 +262,7 @@ def check_strategy(strategy: Strategy, where: str, targets: Sequence[Target]) ->
 
 def at_length(recipe: Recipe, seq_len: int) -> Recipe:
     """`recipe` with sequences of another length, and as many of them in a step."""
-    return recipe.model_copy(update={"seq_len": seq_len, "tokens_per_step": seq_len * recipe.sequences_per_step})
+    return dataclasses.replace(recipe, seq_len=seq_len, tokens_per_step=seq_len * recipe.sequences_per_step)
 
 
 def choose_world_size(

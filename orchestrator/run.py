@@ -207,7 +207,7 @@ def order_of(prepared: Prepared, output: Path, resume: Path | None) -> Order:
     """What the workers are told."""
     spec, plan = prepared.spec, prepared.plan
     return Order(
-        model=spec.model,
+        model=str(prepared.base.folder),
         recipe=spec.recipe,
         strategy=plan.strategy,
         compute_dtype=plan.target.compute_dtype,
@@ -257,7 +257,8 @@ def finish(record: RunRecord, end: Mapping[str, Any], prepared: Prepared, output
             checkpoint,
             folder,
             name=record.name,
-            base=prepared.spec.model,
+            base=prepared.base.name,
+            commit=prepared.base.commit,
             recipe=prepared.spec.recipe,
             compute_dtype=prepared.plan.target.compute_dtype,
             results=results,

@@ -93,7 +93,8 @@ class RunSpec(_Section):
     name: str
     """Names the run; starting the same name again resumes it."""
     model: PathText
-    """A folder with a model in the Hugging Face layout, relative to the specification's folder, or a catalogue name."""
+    """A folder with a model in the Hugging Face layout, relative to the specification's folder; else a name of the
+    catalogue or a Hub id, ``org/name``, both with or without ``@revision``."""
     data: DataSpec
     """What the model learns from."""
     recipe: Recipe = Recipe()
@@ -258,7 +259,7 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
 
 
-def field_docs(section: type[BaseModel]) -> dict[str, str]:
+def field_docs(section: type[Any]) -> dict[str, str]:
     """The docstring under each field of a class; pydantic could read them too, but would do so at every start."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     return {

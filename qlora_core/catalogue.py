@@ -9,13 +9,19 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clusters.errors import RequestError, nearest, plain, request_error
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.huggingface.config import architecture_from_config, architecture_from_folder
 
+if TYPE_CHECKING:
+    from qlora_core.huggingface.hub import HubId
+
 _FOLDER = Path(__file__).parent / "models"
 _HOW_TO_LIST = "qlora-plan --list-models shows all"
+_ALIKE = 0.6
+"""From here on a name may have been meant; the difflib documentation's rule of thumb for close matches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,12 @@ class CatalogueEntry:
         fields = json.loads((_FOLDER / f"{self.name}.json").read_bytes())
         return architecture_from_config(fields, name=self.name, source=self.source)
 
+    def repository(self, given: str) -> str:
+        """The Hub id that `given`, one of its names, means: models of one shape differ in their weights."""
+        ids = [self.hub, *(alias for alias in self.aliases if "/" in alias)]
+        same = [one for one in ids if plain(given) in (plain(one), plain(one.partition("/")[2]))]
+        return same[0] if same else self.hub
+
 
 @dataclass(frozen=True, slots=True)
 class ListedModel:
@@ -56,24 +68,48 @@ class ListedModel:
 
 
 def find_model(name_or_dir: str) -> ModelArchitecture:
-    """The model of that catalogue name, alias or Hub id, else the one in that folder.
+    """The model of that catalogue name or alias, else the one in that folder, else the one of that id on the Hub.
 
-    Upper case, spaces, hyphens and underscores in a name are ignored.
+    Upper case, spaces, hyphens and underscores in a name of the catalogue are ignored. Only the last asks the network.
 
     Raises:
-        RequestError: neither is there, or the folder's config cannot be modelled.
+        RequestError: none is there, the Hub does not give it, or its config cannot be modelled.
     """
     entry = _by_name().get(plain(name_or_dir))
     if entry is not None:
         return entry.architecture()
     if _is_folder(name_or_dir):
         return architecture_from_folder(name_or_dir)
+    hub = hub_id(name_or_dir)
+    if hub is not None:
+        from qlora_core.huggingface.hub import find_on_hub  # no other plan needs it
+
+        instead = f"Give a folder with its config.json, or a name of the catalogue; {_HOW_TO_LIST} names"
+        return find_on_hub(hub, "--model", near_on_hub(hub.repo) + instead).architecture()
     raise _unknown(name_or_dir)
 
 
 def list_models() -> tuple[ListedModel, ...]:
     """All models of the catalogue with their parameters, in its order (by maker and size)."""
     return tuple(ListedModel(entry, entry.architecture().parameters) for entry in _index())
+
+
+def hub_id(text: str) -> HubId | None:
+    """Where the Hub has the model of a catalogue name or Hub id, either with ``@revision`` or not; None for others."""
+    from qlora_core.huggingface.hub import HubId, parse_hub_id
+
+    name, separator, revision = text.partition("@")
+    entry = _by_name().get(plain(name))
+    if entry is not None:
+        return HubId(entry.repository(name), revision if separator else None)
+    return parse_hub_id(text)
+
+
+def near_on_hub(repo: str) -> str:
+    """A sentence with the catalogue's Hub ids that are most like `repo`, or nothing where none is."""
+    known = [name for entry in _index() for name in (entry.hub, *entry.aliases) if "/" in name]
+    near = [name for name in nearest(repo[:200], known, cutoff=_ALIKE) if name != repo]
+    return f"Nearest in the catalogue: {', '.join(near)}. " if near else ""
 
 
 @functools.cache
@@ -97,20 +133,20 @@ def _is_folder(path: str) -> bool:
 
 
 def _unknown(given: str) -> RequestError:
-    """Why nothing was found: a path, a Hub id or a slip of the pen each get their own answer."""
+    """Why nothing was found: a path and a slip of the pen each get their own answer."""
     where, shown = "--model", given if len(given) <= 200 else f"{given[:197]}..."
     if given.startswith(("/", "./", "../", "~")) or given.endswith("/"):
         return request_error(
             where, shown, "there is no such folder", f"Give a folder with a config.json; {_HOW_TO_LIST} names"
         )
     names = [name for entry in _index() for name in (entry.name, *entry.aliases) if "/" not in name]
-    hub_ids = [hub for entry in _index() for hub in (entry.hub, *entry.aliases) if "/" in hub]
-    if given.count("/") == 1:
-        near = nearest(shown, hub_ids)
-        hint = f"Nearest known: {', '.join(near)}. " if near else ""
-        rule = "is not in the catalogue, and reading a config from the Hub is not built yet"
-        return request_error(where, shown, rule, f"{hint}Download the model and give its folder; {_HOW_TO_LIST} names")
-    begun = [name for name in names if plain(given) and plain(name).startswith(plain(given))]
-    near = begun[:8] or nearest(shown, names)
+    part = plain(given)
+    # "llama-3" and "70b" are parts of several names: those come before what merely looks alike.
+    parts = [name for name in names if part and (plain(name).startswith(part) or plain(name).endswith(part))]
+    # Of these, a name in which the given one's last number goes on comes last: llama-33b is no llama-3.
+    parts = sorted(nearest(shown, parts, limit=len(parts)), key=lambda name: name[len(given) :][:1].isdigit())
+    others = [name for name in nearest(shown, names, cutoff=_ALIKE) if name not in parts]
+    near = [*parts, *others][: max(3, min(8, len(parts)))]
     hint = f"Did you mean {', '.join(near)}? " if near else ""
-    return request_error(where, shown, "is neither a catalogue name nor a folder", f"{hint}{_HOW_TO_LIST} names")
+    rule = "is neither a catalogue name nor a folder nor a Hub id (org/name)"
+    return request_error(where, shown, rule, f"{hint}{_HOW_TO_LIST} names")

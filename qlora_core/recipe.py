@@ -1,13 +1,15 @@
 """The recipe: how ONE training step is computed, whatever it runs on."""
 
-from __future__ import annotations
+# The annotations are not postponed: `_checks` reads them, and evaluating texts would take longer than all checks.
 
+import dataclasses
+import functools
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
+from qlora_core.checks import Bounds, Check, check_of
 
 Method = Literal["qlora", "lora", "full"]
 Quantization = Literal["nf4", "fp4", "int8", "none"]
@@ -16,22 +18,47 @@ ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
 Upcast = Literal["none", "peft"]
-Count = Annotated[int, Field(ge=1, le=2**40)]
-
-CONFLICT = "conflict"
-"""The type of pydantic's errors about fields that do not go together; their context has `fields` and `remedy`."""
+Count = Annotated[int, Bounds(ge=1, le=2**40)]
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class Recipe(BaseModel):
+class Mistake(NamedTuple):
+    """One thing that is wrong with a recipe.
+
+    Attributes:
+        fields: the field that is wrong, or those that do not go together; it is told of the first.
+        given: the value of the first.
+        rule: the rule it broke, as a sentence about "it".
+        remedy: what to do about it; nothing where the rule says that.
+    """
+
+    fields: tuple[str, ...]
+    given: object
+    rule: str
+    remedy: str = ""
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be, with all its mistakes. A ValueError, so that pydantic reports it among others."""
+
+    def __init__(self, mistakes: tuple[Mistake, ...]) -> None:
+        self.mistakes = mistakes
+        super().__init__("; ".join(f"{each.fields[0]}: {each.rule} (got {each.given!r})" for each in mistakes))
+
+    def __reduce__(self) -> tuple[type["RecipeError"], tuple[tuple[Mistake, ...]]]:
+        return type(self), (self.mistakes,)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
     """What the mathematics of a fine-tune fixes. Two runs with the same recipe, data and seed learn the same thing.
 
     The defaults are those of ``qlora-plan`` (DESIGN.md) and, where the planner has no say, of Dettmers et al. 2023,
     "QLoRA", appendix B.2 (learning rate 2e-4, constant schedule, Adam beta2 0.999, gradient norm clipped to 0.3).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}  # in a specification
 
     method: Method = "qlora"
     """qlora: adapters on a quantized base; lora: adapters on a 16-bit base; full: every weight is trained."""
@@ -43,9 +70,9 @@ class Recipe(BaseModel):
     """Weights that share one absmax constant."""
     rank: Count = 64
     """LoRA rank r."""
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    alpha: Annotated[float, Bounds(gt=0)] = 16.0
     """LoRA alpha: the adapter's output is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Bounds(ge=0, lt=1)] = 0.0
     """LoRA dropout probability."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Which linear layers get an adapter: all but the output head, or the last parts of their module names."""
@@ -63,52 +90,71 @@ class Recipe(BaseModel):
     """The longest sequence in tokens; longer samples are truncated, and counted."""
     tokens_per_step: Count = 8192
     """Tokens of one optimizer step over all GPUs: sequences per step x seq_len, padding counted."""
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    learning_rate: Annotated[float, Bounds(gt=0, lt=1)] = 2e-4
     """Peak learning rate."""
     schedule: Schedule = "constant"
     """Learning rate after the warm-up."""
-    warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.03
+    warmup_fraction: Annotated[float, Bounds(ge=0, le=1)] = 0.03
     """Part of all steps over which the learning rate rises linearly from 0."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Bounds(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta1: Annotated[float, Bounds(ge=0, lt=1)] = 0.9
     """AdamW's decay of the first moment."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    beta2: Annotated[float, Bounds(ge=0, lt=1)] = 0.999
     """AdamW's decay of the second moment."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 0.3
+    max_grad_norm: Annotated[float, Bounds(gt=0)] = 0.3
     """Gradients are clipped to this global norm."""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Bounds(gt=0)] = 1.0
     """How often the data is seen, unless `steps` is given."""
     steps: Count | None = None
     """Optimizer steps of the whole run; overrides `epochs`."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        conflicts = list(self._conflicts())
-        if conflicts:
-            raise ValidationError.from_exception_data(type(self).__name__, conflicts)
-        return self
+    def __post_init__(self) -> None:
+        """Check all fields.
 
-    def _conflicts(self) -> Iterator[InitErrorDetails]:
+        Raises:
+            RecipeError: values that are none of their field's, and values that do not go together.
+        """
+        mistakes = []
+        for name, check in _checks():
+            value = getattr(self, name)
+            if rule := check(value):
+                mistakes.append(Mistake((name,), value, rule))
+            elif type(value) is int and name in _float_fields():
+                object.__setattr__(self, name, float(value))
+        mistakes += self._conflicts_beside(mistakes) if mistakes else self._conflicts()
+        if mistakes:
+            raise RecipeError(tuple(mistakes))
+
+    def _conflicts(self) -> Iterator[Mistake]:
         """What does not go together, all of it."""
         if self.method == "qlora" and self.quantization == "none":
             rule, remedy = "method qlora needs a quantized base", "Choose nf4, fp4 or int8, or method lora"
-            yield self._conflict(rule, remedy, "quantization", "method")
+            yield Mistake(("quantization", "method"), self.quantization, rule, remedy)
         if self.method != "qlora" and self.quantization != "none":
             rule, remedy = f"method {self.method} keeps the base unquantized", "Set it to none, or choose method qlora"
-            yield self._conflict(rule, remedy, "quantization", "method")
+            yield Mistake(("quantization", "method"), self.quantization, rule, remedy)
         if self.tokens_per_step % self.seq_len:
             nearest = max(1, (2 * self.tokens_per_step + self.seq_len) // (2 * self.seq_len)) * self.seq_len
             rule = f"a step holds whole sequences, so it must be a multiple of seq_len {self.seq_len}"
-            yield self._conflict(rule, f"The nearest is {nearest}", "tokens_per_step", "seq_len")
+            yield Mistake(("tokens_per_step", "seq_len"), self.tokens_per_step, rule, f"The nearest is {nearest}")
         if not self.targets:
             rule, remedy = "it must name at least one linear layer", "Name some, or say all-linear"
-            yield self._conflict(rule, remedy, "targets")
+            yield Mistake(("targets",), self.targets, rule, remedy)
 
-    def _conflict(self, rule: str, remedy: str, *fields: str) -> InitErrorDetails:
-        """One conflict between `fields`, reported at the first of them."""
-        error = PydanticCustomError(CONFLICT, "{rule}", {"rule": rule, "remedy": remedy, "fields": fields})
-        return InitErrorDetails(type=error, loc=(fields[0],), input=getattr(self, fields[0]))
+    def _conflicts_beside(self, mistakes: list[Mistake]) -> list[Mistake]:
+        """What does not go together among the fields that are right."""
+        wrong = {mistake.fields[0] for mistake in mistakes}
+        try:
+            Recipe(**{name: getattr(self, name) for name, _ in _checks() if name not in wrong})
+        except RecipeError as error:
+            return [conflict for conflict in error.mistakes if wrong.isdisjoint(conflict.fields)]
+        return []
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields as JSON has them: a list where there is a tuple."""
+        fields = {name: getattr(self, name) for name, _ in _checks()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @property
     def sequences_per_step(self) -> int:
@@ -123,3 +169,15 @@ class Recipe(BaseModel):
         if self.steps is not None:
             return self.steps
         return max(1, math.floor(self.epochs * examples / self.sequences_per_step))
+
+
+@functools.cache
+def _checks() -> tuple[tuple[str, Check], ...]:
+    """The check of each field."""
+    return tuple((field.name, check_of(field.type)) for field in dataclasses.fields(Recipe))
+
+
+@functools.cache
+def _float_fields() -> frozenset[str]:
+    """The fields that hold a float, given as an int or not."""
+    return frozenset(field.name for field in dataclasses.fields(Recipe) if float in get_args(field.type))

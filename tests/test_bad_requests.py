@@ -52,6 +52,8 @@ def refusal(result: Result) -> str:
     ("changes", "message"),
     [
         ({"model": "nowhere"}, "model: training needs a folder"),
+        ({"model": "some/where"}, "model: its files are not all in the Hub's cache"),
+        ({"model": "llama-2-7b"}, "model: its files are not all in the Hub's cache"),
         ({"data": {"path": "none.jsonl"}}, "data.path: there is no such file"),
         ({"recipe": {"rank": 0}}, "recipe.rank: "),
         ({"recipe": {"rank": "many"}}, "recipe.rank: "),

@@ -58,6 +58,7 @@ BILLIONS = {
     "codellama-34b": 33.7,
     # Mistral AI, "Models" page of its documentation: parameters in billions.
     "mistral-7b-v0.1": 7.24,
+    "mistral-7b-v0.2": 7.24,
     "mistral-7b-v0.3": 7.25,
     "mistral-nemo-12b": 12.2,
     "mistral-small-24b": 23.6,
@@ -89,6 +90,7 @@ BILLIONS = {
     "gemma-2-27b": 1.180 + 26.047,
     "gemma-3-1b": 0.302 + 0.698,
     # Microsoft's model cards.
+    "phi-1.5": 1.42,
     "phi-2": 2.78,
     "phi-3-mini": 3.82,
     "phi-3-medium": 14.0,
@@ -110,6 +112,7 @@ BILLIONS = {
     "smollm3-3b": 3.08,
     "tinyllama-1.1b": 1.10,
     "yi-34b": 34.4,
+    "stablelm-base-alpha-3b": 3.64,
     "stablelm-3b": 2.795,
     "stablelm-2-1.6b": 1.644,
     "olmo-2-7b": 7.3,
@@ -187,14 +190,17 @@ def test_a_folder_is_read(tmp_path: Path) -> None:
         ("lama-3.1-8b", "Did you mean llama-3.1-8b"),
         ("zzz", "qlora-plan --list-models"),
         ("", "qlora-plan --list-models"),
-        ("Qwen/Qwen3-8C", "not built yet. Nearest known: Qwen/Qwen3-8B"),
-        ("someone/something", "not built yet"),
+        ("70b", "Did you mean llama-2-70b, llama-3-70b"),
+        ("llama-3", "Did you mean llama-3-8b"),
+        ("hello world", "(got hello world). qlora-plan --list-models"),  # nothing is like it
+        ("Qwen/Qwen3-8C", "Unset HF_HUB_OFFLINE to ask the Hub. Nearest in the catalogue: Qwen/Qwen3-8B"),
+        ("someone/something", "to ask the Hub. Give a folder"),
         ("/no/such/folder", "there is no such folder"),
         ("./models/mine", "there is no such folder"),
         ("x" * 5000, "neither a catalogue name nor a folder"),
         ("a\0b", "neither a catalogue name nor a folder"),
     ],
-    ids=["slip", "unknown", "empty", "hub slip", "hub", "folder", "relative", "long", "zero byte"],
+    ids=["slip", "unknown", "empty", "end", "start", "far", "hub slip", "hub", "folder", "relative", "long", "zero"],
 )
 def test_what_is_not_found_is_one_helpful_error(given: str, says: str) -> None:
     with pytest.raises(RequestError) as caught:

@@ -119,7 +119,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
 )
 def test_a_small_model_under_other_recipes(family: str, changes: dict[str, Any], dtype: Dtype, tmp_path: Path) -> None:
-    recipe = Recipe.model_validate({"rank": 4, **changes})
+    recipe = Recipe(**{"rank": 4, **changes})
     architecture = architecture_from_config(FAMILIES[family], name="small", source="test")
     assert said(architecture, recipe, dtype) == held(loaded(tmp_path, FAMILIES[family], recipe, dtype), recipe)
 

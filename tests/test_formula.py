@@ -265,8 +265,13 @@ def test_more_never_needs_less(
 
     here = allocated(asked, strategy)
     assert allocated(asked, dataclasses.replace(strategy, micro_batch=strategy.micro_batch + 1)) >= here
-    longer = {"seq_len": 2 * asked.seq_len, "tokens_per_step": 2 * asked.tokens_per_step}
-    assert allocated(asked.model_copy(update=longer), strategy) >= here
+    longer = dataclasses.replace(asked, seq_len=2 * asked.seq_len, tokens_per_step=2 * asked.tokens_per_step)
+    assert allocated(longer, strategy) >= here
     # a higher rank makes more tensors large enough to be paged, and for ZeRO-3 to divide
     if not strategy.paged_optimizer and strategy.zero_stage < 3:
-        assert allocated(asked.model_copy(update={"rank": asked.rank + 1}), strategy) >= here
+        assert allocated(dataclasses.replace(asked, rank=asked.rank + 1), strategy) >= here
+
+
+def test_a_recipe_whose_targets_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing is trained"):
+        estimate(model("gpt2"), recipe(targets=("q_proj",)), Strategy(), A100)

@@ -16,11 +16,14 @@ ROOT = Path(__file__).parent.parent
 FLOORS = ("clusters", "qlora_core", "orchestrator", "launch")
 """From the ground up."""
 HEAVY = frozenset({"torch", "ray", "transformers", "deepspeed", "bitsandbytes", "peft", "numpy", "safetensors"})
+HUB = frozenset({"huggingface_hub", "httpx2"})
+"""What only a model by Hub id needs."""
 
 PLANNING = (
     "clusters",
     "qlora_core/architecture.py",
     "qlora_core/catalogue.py",
+    "qlora_core/checks.py",
     "qlora_core/files.py",
     "qlora_core/huggingface",
     "qlora_core/recipe.py",
@@ -37,8 +40,8 @@ PLANNING = (
     "launch/report/terminal.py",
 )
 """What `qlora-plan` is made of, and the specification, which is read before torch is imported."""
-MEASURING = ("qlora_core/memory/measure.py",)
-"""The estimator that runs real code."""
+MEASURING = tuple(f"qlora_core/memory/{name}.py" for name in ("measure", "recorder", "loading", "trace"))
+"""The estimators that run real code."""
 
 
 def files_of(*places: str) -> Iterator[Path]:
@@ -67,7 +70,7 @@ def walk(node: ast.AST) -> Iterator[ast.AST]:
 
 @pytest.mark.parametrize("floor", FLOORS)
 def test_imports_point_downwards_only(floor: str) -> None:
-    above = FLOORS[FLOORS.index(floor) + 1 :]
+    above = (*FLOORS[FLOORS.index(floor) + 1 :], "benchmarks")
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {module}"
         for path in files_of(floor)
@@ -79,7 +82,7 @@ def test_imports_point_downwards_only(floor: str) -> None:
 
 def test_every_package_is_on_a_floor() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert packages - {"tests"} == set(FLOORS)
+    assert packages - {"tests", "benchmarks"} == set(FLOORS)
 
 
 def test_the_planning_half_imports_nothing_heavy() -> None:
@@ -113,15 +116,17 @@ except SystemExit as end:
 
 
 def test_importing_the_command_loads_neither_torch_nor_ray_nor_a_yaml_parser() -> None:
-    assert not modules_after("import launch.plan") & (HEAVY | {"yaml", "rich", "psutil", "hypothesis"})
+    assert not modules_after("import launch.plan") & (
+        HEAVY | HUB | {"pydantic", "yaml", "rich", "psutil", "hypothesis"}
+    )
 
 
 def test_a_plan_as_json_loads_neither_torch_nor_ray_nor_rich() -> None:
-    assert not modules_after(RUN.format(more=["--json"])) & (HEAVY | {"rich", "psutil"})
+    assert not modules_after(RUN.format(more=["--json"])) & (HEAVY | HUB | {"pydantic", "rich", "psutil"})
 
 
 def test_a_plan_on_the_terminal_loads_neither_torch_nor_ray() -> None:
-    assert not modules_after(RUN.format(more=["--explain"])) & (HEAVY | {"psutil"})
+    assert not modules_after(RUN.format(more=["--explain"])) & (HEAVY | HUB | {"pydantic", "psutil"})
 
 
 def test_a_wrong_specification_is_told_before_torch_is_loaded(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -213,9 +214,9 @@ def test_the_cpu_kernel_stores_the_nearest_level_but_for_its_grid(weight: Tensor
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("block", [64, 256])
 @pytest.mark.parametrize("numel", [1, 63, 64, 65, 16384, 16385, 300 * 257])
-def test_it_stores_the_bytes_that_the_memory_model_counts(numel: int, block: int, double: bool) -> None:
+def test_it_stores_the_bytes_that_the_memory_model_counts(numel: int, block: Literal[64, 256], double: bool) -> None:
     quantized = nf4.quantize(torch.ones(numel), double=double, block=block)
-    recipe = Recipe.model_validate({"double_quantization": double, "block_size": block})
+    recipe = Recipe(double_quantization=double, block_size=block)
     assert quantized.packed_P.nbytes == -(-numel // 2)
     assert tuple(each.nbytes for each in quantized.constant_tensors) == exact.constant_tensors(numel, recipe)
 

@@ -133,7 +133,7 @@ def test_training_is_an_extra(wheel: Path) -> None:
     assert about["Requires-Python"] == ">=3.11"
     assert about.get_all("Provides-Extra") == ["train"]
     base = {Requirement(line).name for line in about.get_all("Requires-Dist", []) if "extra ==" not in line}
-    assert base == {"click", "psutil", "pydantic", "pyyaml", "rich"}
+    assert base == {"click", "huggingface-hub", "psutil", "pydantic", "pyyaml", "rich"}
 
 
 def test_every_pin_is_exact() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from launch import command
 from launch.plan import plan
+from qlora_core import catalogue
 
 GIB = 1024**3
 
@@ -356,7 +357,7 @@ def test_no_warning_without_a_reason(ask: Ask) -> None:
     ("arguments", "said"),
     [
         ("--model 66b", ["--model", "66b", "65b"]),
-        ("--model nonsense", ["--model", "nonsense", "Did you mean", "--list-models"]),
+        ("--model nonsense", ["--model", "nonsense", "--list-models"]),
         ("--model 7b --gpu a100", ["--gpu", "a100", "a100-40gb", "a100-80gb"]),
         ("--model 7b --gpu nonsense", ["--gpu", "nonsense", "Did you mean", "--list-gpus"]),
         ("--model 7b --compare t4,h1000", ["h1000", "h100"]),
@@ -382,7 +383,7 @@ def test_no_warning_without_a_reason(ask: Ask) -> None:
         ("--model 7b --no-such-flag", ["--no-such-flag", "--help"]),
         ("--model 7b extra", ["extra"]),
         ("--gpu t4", ["--model"]),
-        ("--model 7b --estimator trace", ["--estimator", "trace", "not built"]),
+        ("--model 7b --gpus 2 --zero-stage 3 --estimator trace", ["--estimator", "ZeRO stage 3", "formula"]),
         ("--model 7b --cluster c.yaml", ["--cluster", "not built"]),
         ("--model 7b --data d.jsonl", ["--data", "not built"]),
         ("--model 7b --tokens 100", ["--tokens", "not built"]),
@@ -560,3 +561,11 @@ def test_a_folder_with_a_config_is_a_model(ask: Ask, tmp_path: Path) -> None:
     answer = ask("--model", str(tmp_path), "--gpu", "t4", "--seq-len", "128", "--json")
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
     assert answer.json["model"]["parameters"] == 2 * 100 * 64 + 2 * layer + 64
+
+
+def test_a_folder_s_name_is_shown_as_it_is(ask: Ask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    folder = tmp_path / "[bold]:smile:"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((Path(catalogue.__file__).parent / "models" / "gpt2.json").read_bytes())
+    assert f"{folder}, " in ask("--model", str(folder), "--gpu", "t4").out

@@ -262,7 +262,7 @@ def test_zero_is_climbed_only_as_far_as_memory_makes_it_necessary() -> None:
         return needed(plan_request(LLAMA, wanted, strategy, [gpu(workers=4)]))
 
     assert least(0) > least(2) > least(3)
-    recipe = wanted.model_dump()
+    recipe = wanted.to_json()
     for stage in (0, 2, 3):
         plan = run(gpu(workers=4, usable=least(stage)), 4, recipe=recipe)
         assert plan.fits
@@ -387,8 +387,8 @@ def test_what_fits_still_fits_with_less(
     plan = request(recipe, strategy, model=model)
     exactly = gpu(usable=needed(plan))
     length = data.draw(st.integers(1, recipe.seq_len))
-    shorter = recipe.model_copy(update={"seq_len": length, "tokens_per_step": 16 * length})
-    thinner = recipe.model_copy(update={"rank": data.draw(st.integers(1, recipe.rank))})
+    shorter = dataclasses.replace(recipe, seq_len=length, tokens_per_step=16 * length)
+    thinner = dataclasses.replace(recipe, rank=data.draw(st.integers(1, recipe.rank)))
     fewer = dataclasses.replace(strategy, micro_batch=data.draw(st.integers(1, strategy.micro_batch)))
     assert request(recipe, strategy, exactly, model=model).fits
     assert request(shorter, strategy, exactly, model=model).fits
@@ -408,7 +408,7 @@ def test_a_verdict_s_limits_are_true(recipe: Recipe, strategy: Strategy, usable:
     micro_batch, length = verdict.largest_micro_batch, verdict.longest_seq_len
 
     def fits_with(micro_batch: int, length: int) -> bool:
-        asked = recipe.model_copy(update={"seq_len": length, "tokens_per_step": 16 * length})
+        asked = dataclasses.replace(recipe, seq_len=length, tokens_per_step=16 * length)
         return request(asked, dataclasses.replace(strategy, micro_batch=micro_batch), target).fits
 
     assert micro_batch == 0 or fits_with(micro_batch, recipe.seq_len)

@@ -320,7 +320,7 @@ def saving_lines(plan: Plan) -> Iterator[str]:
     for title, recipe, strategy in other_choices(plan):
         other = estimate(
             plan.architecture,
-            plan.recipe.model_copy(update=dict(recipe)),
+            dataclasses.replace(plan.recipe, **recipe),
             dataclasses.replace(plan.strategy, **strategy),
             plan.target.device,
         ).gpu.process_bytes

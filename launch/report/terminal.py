@@ -57,7 +57,7 @@ def gib(value: int) -> str:
 
 def print_plan(plan: Plan, *, explained: bool = False) -> None:
     """Print a plan to stdout, its warnings to stderr."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # a name in brackets is a name
     with console.capture() as captured:
         console.print(*screen(plan), sep="\n")
         if explained:

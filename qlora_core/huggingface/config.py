@@ -48,25 +48,38 @@ def architecture_from_folder(path: str | Path) -> ModelArchitecture:
     try:
         if not file.is_file():
             raise _no_config(Path(path))
+    except OSError as error:
+        raise _unreadable(str(file), error) from error
+    return architecture_from_file(file, name=str(path), source=str(file))
+
+
+def architecture_from_file(file: Path, *, name: str, source: str) -> ModelArchitecture:
+    """The architecture that a ``config.json`` describes; `name` and `source` as in `architecture_from_config`.
+
+    Raises:
+        RequestError: it cannot be read or is not JSON, or `architecture_from_config` refuses what it says.
+    """
+    try:
         if file.stat().st_size > LARGEST_CONFIG_BYTES:
             raise request_error(
-                str(file), f"{file.stat().st_size} bytes", "is too large for a config.json", "Check the file"
+                source, f"{file.stat().st_size} bytes", "is too large for a config.json", "Check the file"
             )
         fields = json.loads(file.read_bytes())
     except OSError as error:
-        raise request_error(
-            str(file), error.strerror or str(error), "cannot be read", "Check its permissions"
-        ) from error
+        raise _unreadable(source, error) from error
     except (ValueError, RecursionError) as error:
         raise request_error(
-            str(file), str(error)[:120], "is not valid JSON", "Download the model's config.json again"
+            source, str(error)[:120], "is not valid JSON", "Download the model's config.json again"
         ) from error
     if not isinstance(fields, dict):
         kind = type(fields).__name__
-        raise request_error(
-            str(file), f"a {kind}", "must hold one JSON object", "Download the model's config.json again"
-        )
-    return architecture_from_config(fields, name=str(path), source=str(file))
+        raise request_error(source, f"a {kind}", "must hold one JSON object", "Download the model's config.json again")
+    return architecture_from_config(fields, name=name, source=source)
+
+
+def _unreadable(source: str, error: OSError) -> RequestError:
+    """The error of a config that the operating system does not give."""
+    return request_error(source, error.strerror or str(error), "cannot be read", "Check its permissions")
 
 
 def _no_config(folder: Path) -> RequestError:

@@ -8,10 +8,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import operators as op
+from qlora_core.memory.device import Device
 from qlora_core.memory.tape import Gradients, Size, Tape, Tensor
+from qlora_core.recipe import Recipe
+from qlora_core.strategy import Strategy
 
-AttentionKernel = Literal["eager", "flash", "efficient", "flash_cpu"]
+AttentionKernel = Literal["eager", "flash", "efficient", "masked", "math", "flash_cpu"]
+"""masked: the memory-efficient one with a mask that is not just causal."""
+
+
+def is_masked(architecture: ModelArchitecture, recipe: Recipe) -> bool:
+    """Whether a sliding window needs a mask of its own at this length (transformers' masking_utils.py)."""
+    window = architecture.sliding_window
+    return window is not None and architecture.sliding_layers > 0 and recipe.seq_len >= window
+
+
+def kernel_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> AttentionKernel:
+    """The attention kernel that really runs where no mask is needed: flash needs sm80 and 16 bits, whoever calls it.
+
+    transformers hands grouped keys over as they are (integrations/sdpa_attention.py, use_gqa_in_sdpa), and the
+    memory-efficient kernel takes none (PyTorch 2.13, sdp_utils.cpp): then the math kernel runs, with all scores.
+    """
+    if strategy.attention == "eager":
+        return "eager"
+    if device.kind == "cpu":
+        return "flash_cpu"
+    wide = device.compute_dtype == "float32" or (recipe.upcast == "peft" and not recipe.autocast)
+    if device.flash_attention and not wide:
+        return "flash"
+    grouped = architecture.num_heads != architecture.num_kv_heads and architecture.head_dim <= LARGEST_GROUPED_HEAD
+    return "math" if grouped and not device.keys_expanded else "efficient"
 
 
 class Heads(NamedTuple):
@@ -20,6 +48,7 @@ class Heads(NamedTuple):
     Attributes:
         single_sequence: the micro-batch is 1, so that folding batch and heads is a view.
         cuda: CUDA's softmax kernels, not a CPU's.
+        capped: eager scores pass a soft cap (Gemma 2).
     """
 
     queries: int
@@ -27,8 +56,11 @@ class Heads(NamedTuple):
     dim: int
     single_sequence: bool
     cuda: bool
+    capped: bool = False
 
 
+LARGEST_GROUPED_HEAD = 256
+"""transformers expands grouped keys itself where heads are larger (integrations/sdpa_attention.py)."""
 ROW = Size(per_token=1)
 SCORE = Size(per_score=1)
 
@@ -37,10 +69,12 @@ def attend(
     tape: Tape, kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, shape: Heads
 ) -> tuple[Tensor, Tensor | None]:
     """[T, h*D], [T, k*D], [T, k*D] -> [T, h*D] and, from eager attention, the weights [B, h, S, S]."""
-    if kernel in ("eager", "efficient"):
+    if kernel in ("eager", "efficient", "masked"):
         key, value = repeated(tape, key, shape), repeated(tape, value, shape)
     if kernel == "eager":
         return eager(tape, query, key, value, shape)
+    if kernel == "math":
+        return math(tape, query, key, value, shape), None
     return fused(tape, kernel, query, key, value, shape), None
 
 
@@ -63,6 +97,11 @@ def fused(tape: Tape, kernel: AttentionKernel, query: Tensor, key: Tensor, value
     """
     wide = ROW.times(shape.queries * shape.dim)
     rows = ROW.times(shape.queries)
+    biases: tuple[Tensor, ...] = ()
+    if kernel == "masked":
+        inverted = tape.new(SCORE, "bool")  # of the mask that all layers share
+        biases = (tape.new(SCORE, query.dtype),)
+        del inverted
     logsumexp = tape.new(rows, "float32")
 
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
@@ -78,7 +117,7 @@ def fused(tape: Tape, kernel: AttentionKernel, query: Tensor, key: Tensor, value
 
     sizes, dtype = (query.numel, key.numel, value.numel), query.dtype
     return tape.apply(
-        (query, key, value), query.numel, dtype, backward, (query, key, value, logsumexp), saves_output=True
+        (query, key, value), query.numel, dtype, backward, (query, key, value, *biases, logsumexp), saves_output=True
     )
 
 
@@ -88,7 +127,27 @@ def eager(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads) -
     numel, dtype = SCORE.times(shape.queries), query.dtype
     # [B, h, S, D] as a view of [B, S, h, D] folds to [B*h, S, D] without a copy for one sequence only
     weights = op.scale(tape, op.batched_matmul(tape, query, key, numel, (several, several and not grouped, False)))
+    if shape.capped:
+        weights = op.soft_capped(tape, weights)
     weights = op.clone(tape, weights)  # + mask
     weights = op.cast(tape, op.softmax(tape, weights, shape.cuda), dtype)
     attended = op.batched_matmul(tape, weights, value, query.numel, (False, several and not grouped, several))
     return op.clone(tape, attended), weights
+
+
+def math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads) -> Tensor:
+    """PyTorch's own composition, in float32 (aten/src/ATen/native/transformers/attention.cpp, ..._attention_math)."""
+    numel, dtype, several = SCORE.times(shape.queries), query.dtype, not shape.single_sequence
+    query, key, value = (op.cast(tape, x, "float32") for x in (query, key, value))
+    query = op.scale(tape, query)
+    key, value = repeated(tape, key, shape), repeated(tape, value, shape)
+    key = op.scale(tape, key)
+    mask = tape.new(SCORE, "float32")
+    weights = op.batched_matmul(tape, query, key, numel, (several, False, False))  # the mask is added in place
+    weights = op.safe_softmax(tape, weights)
+    attended = op.batched_matmul(tape, weights, value, query.numel, (False, False, False))
+    del mask
+    narrow = op.cast(tape, attended, dtype)
+    unused = op.cast(tape, weights, dtype)
+    del unused
+    return op.clone(tape, narrow)

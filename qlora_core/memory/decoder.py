@@ -9,7 +9,6 @@ Shapes: T tokens, H hidden, h query heads, k key and value heads, D head, F feed
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
@@ -25,8 +24,7 @@ ROW = Size(per_token=1)
 """One element per token."""
 
 
-@dataclass(frozen=True, slots=True)
-class Projection:
+class Projection(NamedTuple):
     """A linear layer as the tape needs it.
 
     Attributes:
@@ -47,8 +45,7 @@ class Projection:
     adapter: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(NamedTuple):
     """What decides the timeline of one decoder layer.
 
     Attributes:

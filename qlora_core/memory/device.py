@@ -21,10 +21,14 @@ class Device:
         context_bytes: what the driver keeps per process before the first tensor; 0 on a CPU.
         compute_capability: such as (7, 5) for a T4; (0, 0) on a CPU.
         ranks_per_host: how many ranks share one host's memory.
-        emptied_after_load: torch.cuda.empty_cache() runs after loading (peft's prepare_model_for_kbit_training does
-            since 0.21).
+        emptied_after_load: torch.cuda.empty_cache() runs after loading, as in our loop and, since peft 0.20, in
+            prepare_model_for_kbit_training.
         output_held: the model's output stays until the step ends, with the logits and what its graph refers to, as in a
             plain loop over transformers. Our loop and transformers' Trainer let it go.
+        warmed_up: from_pretrained loads straight onto the device, for which transformers asks for all the memory at
+            once first (modeling_utils.py, caching_allocator_warmup); not so where a loaded model is moved there.
+        keys_expanded: grouped keys and values are copied out to all heads before scaled_dot_product_attention.
+        loading_threads: how many threads bring weights while others are quantized: none since transformers 5.17.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -34,6 +38,9 @@ class Device:
     ranks_per_host: int = 1
     emptied_after_load: bool = True
     output_held: bool = False
+    warmed_up: bool = True
+    keys_expanded: bool = False
+    loading_threads: int = 0
 
     @property
     def flash_attention(self) -> bool:

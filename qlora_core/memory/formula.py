@@ -14,19 +14,21 @@ from typing import Literal
 
 from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
-from qlora_core.memory.attention import AttentionKernel, Heads
+from qlora_core.memory.attention import AttentionKernel, Heads, is_masked, kernel_of
 from qlora_core.memory.decoder import Layer, Projection
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, HostEstimate, Phase, Phases
 from qlora_core.memory.reserve import grown
 from qlora_core.memory.residents import Residents, fetched_ahead, residents, shard_of
 from qlora_core.memory.sharding import bucket_elements
-from qlora_core.memory.step import FIRST, LAST, Candidate, Handling, Step, Timeline, highest, timeline
+from qlora_core.memory.step import FIRST, LAST, Candidate, Handling, Logits, Step, Timeline, highest, timeline
 from qlora_core.memory.tape import Where, value
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import LOSS_CHUNK_TOKENS, Strategy
 
-HEAD_NORM_FAMILIES = frozenset({"qwen3", "qwen3_moe", "gemma3_text", "olmo2"})
+ENDLESS = 2**40
+"""A length beyond every sliding window."""
+HEAD_NORM_FAMILIES = frozenset({"olmo3", "qwen3", "qwen3_moe", "gemma3_text", "olmo2"})
 """Model types that normalise queries and keys too."""
 
 
@@ -37,7 +39,8 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
     allocated nor the process bytes count it. "full" loss is the stock one: its logits stay until the step ends.
     """
     # of the micro-batch only whether it is 1 matters here, so that a search over it prepares twice
-    stays, times = _prepared(architecture, recipe, replace(strategy, micro_batch=min(strategy.micro_batch, 2)), device)
+    alike = strategy if strategy.micro_batch <= 2 else replace(strategy, micro_batch=2)
+    stays, times = _prepared(architecture, _of_any_length(recipe, is_masked(architecture, recipe)), alike, device)
     variables = _variables(recipe, strategy)
     totals: dict[Phase, int] = {}
     moments: dict[Phase, Candidate] = {}
@@ -74,10 +77,20 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
 
 
 @lru_cache(maxsize=256)
+def _of_any_length(recipe: Recipe, masked: bool) -> Recipe:
+    """What all recipes that differ only in the sequence length have in common, so that they are prepared once.
+
+    Lengths from a sliding window on are prepared apart from shorter ones.
+    """
+    length = ENDLESS if masked else 1
+    return replace(recipe, seq_len=length, tokens_per_step=length)
+
+
+@lru_cache(maxsize=256)
 def _prepared(
     architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device
 ) -> tuple[Residents, Timeline]:
-    """What does not depend on the micro-batch."""
+    """What depends neither on the micro-batch nor on the sequence length."""
     return (
         residents(architecture, recipe, strategy, device),
         timeline(step_of(architecture, recipe, strategy, device)),
@@ -106,6 +119,7 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
         input_needs_gradient=strategy.gradient_checkpointing
         and (not quantized or recipe.upcast == "peft" or strategy.zero_stage == 3),
         reentrant=strategy.gradient_checkpointing and stage == 3,
+        logits=_logits(architecture),
         loss=strategy.loss,
         output_held=device.output_held,
         gradients=_handling(strategy),
@@ -141,6 +155,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
             architecture.head_dim,
             strategy.micro_batch == 1 and strategy.attention == "eager",
             device.kind == "cuda",
+            architecture.config.get("attn_logit_softcapping") is not None,
         ),
         qkv=tuple(map(project, attention[:-1])),
         output=project(attention[-1]),
@@ -157,8 +172,22 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         dropout=recipe.dropout > 0,
         autocast=recipe.autocast,
         trained=recipe.method == "full",
-        kernel=kernel_of(recipe, strategy, device),
+        kernel=_kernel(architecture, recipe, strategy, device),
     )
+
+
+def _kernel(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> AttentionKernel:
+    """The kernel of the layers that need the most: those with a mask, where there are any."""
+    kernel = kernel_of(architecture, recipe, strategy, device)
+    masked = kernel in ("flash", "efficient", "math") and is_masked(architecture, recipe)
+    return "masked" if masked else kernel
+
+
+def _logits(architecture: ModelArchitecture) -> Logits:
+    """What the model makes of the output head's product."""
+    if architecture.plain_logits:
+        return "plain"
+    return "capped" if architecture.config.get("final_logit_softcapping") is not None else "scaled"
 
 
 def _feed_forward(architecture: ModelArchitecture) -> list[Linear]:
@@ -188,16 +217,6 @@ def _projection(recipe: Recipe, linear: Linear) -> Projection:
         # peft does not adapt 3-D expert parameters unless target_parameters names them
         adapter=exact.is_target(linear, recipe) and (linear.part != "expert" or linear.quantized),
     )
-
-
-def kernel_of(recipe: Recipe, strategy: Strategy, device: Device) -> AttentionKernel:
-    """The attention kernel that really runs: flash needs sm80 and 16 bits, whoever calls it."""
-    if strategy.attention == "eager":
-        return "eager"
-    if device.kind == "cpu":
-        return "flash_cpu"
-    wide = device.compute_dtype == "float32" or (recipe.upcast == "peft" and not recipe.autocast)
-    return "flash" if device.flash_attention and not wide else "efficient"
 
 
 def in_words(phase: Phase, where: Where, layers: int) -> str:

@@ -191,24 +191,48 @@ def gather_rows(tape: Tape, x: Tensor, numel: Size) -> Tensor:
     return tape.apply((x,), numel, x.dtype, lambda gradient, saved: (tape.new(whole, gradient.dtype),))
 
 
-def softmax(tape: Tape, x: Tensor, fused: bool) -> Tensor:
+def softmax(tape: Tape, x: Tensor, cuda: bool) -> Tensor:
     """Softmax with a float32 result.
 
-    On CUDA 16-bit scores are widened inside the kernel (`fused`), and so is the gradient narrowed; backward it computes
-    grad * output first (aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out). A CPU widens 16-bit scores
-    beforehand and needs no temporary.
+    On CUDA float16 scores are widened inside the kernel, and so is the gradient narrowed; all others, bfloat16 too, are
+    widened beforehand (aten/src/ATen/native/SoftMax.cpp). Backward CUDA computes grad * output first (cuda/SoftMax.cu,
+    softmax_backward_cuda_out).
     """
-    narrow = x.dtype
-    if not fused:
+    if not (cuda and x.dtype == "float16"):
         x = cast(tape, x, "float32")
+    dtype = x.dtype
 
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
-        result = tape.new(gradient.numel, narrow if fused else "float32")
-        product = tape.new(gradient.numel, "float32") if fused else None
+        result = tape.new(gradient.numel, dtype)
+        product = tape.new(gradient.numel, "float32") if cuda else None
         del product
         return (result,)
 
     return tape.apply((x,), x.numel, "float32", backward, saves_output=True)
+
+
+def soft_capped(tape: Tape, x: Tensor) -> Tensor:
+    """tanh(x / cap) * cap; tanh keeps its result."""
+    x = scale(tape, x)
+    x = tape.apply(
+        (x,), x.numel, x.dtype, lambda gradient, saved: (tape.new(gradient.numel, gradient.dtype),), (), True
+    )
+    return scale(tape, x)
+
+
+def safe_softmax(tape: Tape, x: Tensor) -> Tensor:
+    """aten::_safe_softmax of float32 scores: softmax, then zeros for rows that are masked throughout."""
+    plain, masked = tape.new(x.numel, x.dtype), tape.new(x.numel, "bool")
+
+    def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
+        result = tape.new(gradient.numel, gradient.dtype)
+        product = tape.new(gradient.numel, gradient.dtype)
+        del product
+        return (result,)
+
+    output = tape.apply((x,), x.numel, x.dtype, backward, saves_output=True)
+    del plain, masked
+    return output
 
 
 def batched_matmul(tape: Tape, a: Tensor, b: Tensor, numel: Size, copies: tuple[bool, bool, bool]) -> Tensor:

@@ -17,18 +17,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from functools import cache
 
-from qlora_core.memory.device import MIB
+from qlora_core.memory.allocator import LARGE_SEGMENT, OWN_SEGMENT, SMALL, SMALL_SEGMENT, segment_for
 from qlora_core.memory.step import Scene, highest
-from qlora_core.memory.tape import value
+from qlora_core.memory.tape import Size, value
 
-SMALL = 1 * MIB
-"""Requests up to this are served from small segments."""
-SMALL_SEGMENT = 2 * MIB
-LARGE_SEGMENT = 20 * MIB
-OWN_SEGMENT = 10 * MIB
-"""Requests from this on get a segment of their own."""
+PLACES = 1 << 20
+"""More than there are segments: what is free in a segment, times this, plus the segment's place sort as one number."""
 
 
 def grown(stretches: Iterable[Sequence[Scene]], variables: Sequence[int], empty: Iterable[int]) -> int:
@@ -36,39 +31,38 @@ def grown(stretches: Iterable[Sequence[Scene]], variables: Sequence[int], empty:
 
     Sizes are polynomials in `variables`.
     """
-    bytes_of = cache(lambda size: value(size, variables))  # many tensors are alike
-    total = sum(empty)
-    room = sorted((size, place) for place, size in enumerate(empty))
-    segments = len(room)
+    known: dict[Size, int] = {}  # many tensors are alike
+    left = list(empty)
+    total = sum(left)
+    room = sorted(free * PLACES + place for place, free in enumerate(left))
     placed: dict[int, tuple[int, int]] = {}
-    left: dict[int, int] = {place: size for size, place in room}
     for stretch in stretches:
         alive = highest(stretch, variables).alive
         for number in placed.keys() - alive.keys():
             size, place = placed.pop(number)
-            del room[bisect_left(room, (left[place], place))]
+            del room[bisect_left(room, left[place] * PLACES + place)]
             left[place] += size
-            insort(room, (left[place], place))
-        arrivals = [(bytes_of(alive[number]), number) for number in alive.keys() - placed.keys()]
+            insort(room, left[place] * PLACES + place)
+        arrivals: list[tuple[int, int]] = []
+        for number, polynomial in alive.items():
+            if number not in placed:
+                if polynomial not in known:
+                    known[polynomial] = value(polynomial, variables)
+                arrivals.append((known[polynomial], number))
         for size, number in sorted(arrivals, reverse=True):
             if size <= SMALL:
                 break
-            fitting = bisect_left(room, (size, 0))
+            fitting = bisect_left(room, size * PLACES)
             if fitting < len(room):
-                free, place = room.pop(fitting)
+                place = room.pop(fitting) % PLACES
+                left[place] -= size
             else:
-                free, place = segment_for(size), segments
-                segments += 1
-                total += free
-            left[place] = free - size
-            insort(room, (left[place], place))
+                segment, place = segment_for(size), len(left)
+                total += segment
+                left.append(segment - size)
+            insort(room, left[place] * PLACES + place)
             placed[number] = size, place
     return total
-
-
-def segment_for(size: int) -> int:
-    """The segment the allocator asks the driver for to serve a request of `size` bytes above 1 MiB."""
-    return LARGE_SEGMENT if size < OWN_SEGMENT else -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
 
 
 def packed(sizes: Sequence[tuple[int, int]]) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
+from qlora_core.memory.allocator import segment_for
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Phase
-from qlora_core.memory.reserve import packed, segment_for
+from qlora_core.memory.reserve import packed
 from qlora_core.memory.sharding import Gathered, Shard, gathered_elements, stays_whole
 from qlora_core.recipe import DTYPE_BYTES, Recipe
 from qlora_core.strategy import Strategy
@@ -21,8 +22,7 @@ LOADING_THREADS = 4
 """Weights that transformers loads at a time (core_model_loading.py, GLOBAL_WORKERS)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Residents:
+class Residents(NamedTuple):
     """Bytes of one rank by component.
 
     Attributes:

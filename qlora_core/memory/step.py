@@ -8,15 +8,28 @@ form.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Literal, NamedTuple, TypeVar
 
 from qlora_core.memory import operators as op
 from qlora_core.memory.decoder import ROW, Layer, Positions, decoder_layer, module, norm, parameter
 from qlora_core.memory.device import MIB
-from qlora_core.memory.tape import ITEMSIZE, LEAF_ORDER, NOTHING, Moment, Node, Room, Size, Tape, Tensor, Where, value
+from qlora_core.memory.tape import (
+    ITEMSIZE,
+    LEAF_ORDER,
+    NOTHING,
+    Alive,
+    Node,
+    Room,
+    Size,
+    Tape,
+    Tensor,
+    Where,
+    by_room,
+    sum_of,
+)
 from qlora_core.strategy import Loss
 
 FIRST, LAST = "first layer", "last layer"
@@ -26,12 +39,14 @@ BUFFERS: Room = "communication_buffers"
 Handling = Literal["kept", "accumulated", "moved", "taken"]
 """What becomes of a gradient in the backward pass: it is kept; added to one that is there already; added to one that is
 there and moved into a bucket with it (DDP); or taken away into a bucket (ZeRO-2 and 3)."""
+Allocation = tuple[int, Where, Size]
+"""See `Tape.totals`."""
+Logits = Literal["plain", "scaled", "capped"]
 CHUNK_ROW = Size(per_chunk_token=1)
 """One element per token of a chunk of the loss."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """What decides the timeline of a training step, whatever its micro-batch and sequence length.
 
     Attributes:
@@ -42,6 +57,7 @@ class Step:
         checkpointing: gradient checkpointing of each layer.
         input_needs_gradient: the embedding's output is made a leaf (enable_input_require_grads).
         reentrant: checkpointing by use_reentrant=True.
+        logits: what becomes of the output head's product before the loss.
         loss: "full" or "chunked".
         output_held: the model's output, logits and graph, stays until the step ends.
         gradients: what becomes of them.
@@ -61,6 +77,7 @@ class Step:
     checkpointing: bool
     input_needs_gradient: bool
     reentrant: bool
+    logits: Logits
     loss: Loss
     output_held: bool
     gradients: Handling
@@ -71,6 +88,16 @@ class Step:
     reduced_after: int
     sharded: bool
     fetched: int
+
+
+class Peak(NamedTuple):
+    """A place of the tape's log at which memory may peak: what is alive there, and what the layers in between add."""
+
+    total: Size
+    """Both together."""
+    where: Where
+    place: int
+    added: dict[Room, Size]
 
 
 class Candidate(NamedTuple):
@@ -88,7 +115,7 @@ class Scene(NamedTuple):
     alive: dict[int, Size]
 
 
-Moving = TypeVar("Moving", Candidate, Scene)
+Moving = TypeVar("Moving", Peak, Candidate, Scene)
 
 
 class Timeline(NamedTuple):
@@ -105,35 +132,44 @@ class Timeline(NamedTuple):
 
 @lru_cache(maxsize=512)
 def timeline(step: Step) -> Timeline:
-    """The candidate peaks of a step; none of those kept is below another for every size."""
+    """The candidate peaks of a step; none of those kept is below another for every size.
+
+    Raises:
+        ValueError: nothing is trained.
+    """
     tape = Tape(step.gradients == "kept", step.bucket)
-    marks: list[Moment] = []
+    marks: list[int] = []
     held = forward(tape, step, marks)
+    if held[0].node is None:
+        raise ValueError("nothing is trained: the recipe's targets name no linear layer of the model")
     tape.backward(held[0])
-    after = tape.now()._replace(where=("backward", FIRST))
+    end = len(tape.log)
+    del held
+    tape.leaves.clear()  # they refer to the tape: no garbage is left to the cycle collector
+    alive = {place: by_room(of_place) for place, of_place in tape.alive_at([*marks, end]).items()}
     middle = max(step.layers - 2, 0)
-    kept = {room: size.times(middle) for room, size in _difference(marks).items()} if middle else {}
+    kept: dict[Room, Size] = {}
+    if middle:
+        before, after = (alive[mark] for mark in marks)
+        kept = {room: size.plus(before.get(room, NOTHING).times(-1)).times(middle) for room, size in after.items()}
     made = _made(step, middle)
-    candidates = [_with_middle(moment, kept, made) for moment in tape.moments]
-    candidates += _after_flush(step, middle, tape.moments, kept)
-    end = _with_middle(after, kept, made)
+    allocations = list(tape.totals())
+    peaks = [*_with_middle(allocations, kept, made), *_after_flush(step, middle, allocations, kept)]
+    left = _sum(alive[end], made)
     if step.reduced_after:
-        reduction = {**end.rooms, GRADIENTS: end.rooms.get(GRADIENTS, NOTHING).plus(Size(fixed=step.reduced_after))}
-        candidates.append(Candidate(("backward", "gradient reduction"), reduction, _total(reduction.values())))
+        added = _sum(made, {GRADIENTS: Size(fixed=step.reduced_after)})
+        total = sum_of(left.values()).plus(Size(fixed=step.reduced_after))
+        peaks.append(Peak(total, ("backward", "gradient reduction"), end, added))
     gone: tuple[Room, ...] = () if step.output_held else ("activations", "logits_and_loss")
     if step.sharded or step.gradients == "moved":
         gone += (GRADIENTS, BUFFERS)
-    rest = {room: size for room, size in end.rooms.items() if room not in gone}
-    end = Candidate(end.where, rest, _total(rest.values()))
-    by_phase = {phase: [c for c in candidates if c.where[0] == phase] for phase in ("forward", "backward")}
-    del held
-    tape.leaves.clear()  # they refer to the tape: no garbage is left to the cycle collector
+    rest = {room: size for room, size in left.items() if room not in gone}
     return Timeline(
-        forward=_skyline(by_phase["forward"]),
-        backward=_skyline(by_phase["backward"]),
-        after_backward=end,
-        stretches=_stretches(tape.moments),
-        middle=_total(kept.values()),
+        forward=_candidates(tape, (peak for peak in peaks if peak.where[0] == "forward")),
+        backward=_candidates(tape, (peak for peak in peaks if peak.where[0] == "backward")),
+        after_backward=Candidate(("backward", FIRST), rest, sum_of(rest.values())),
+        stretches=_stretches(tape, allocations),
+        middle=sum_of(kept.values()),
     )
 
 
@@ -148,16 +184,17 @@ def _made(step: Step, middle: int) -> dict[Room, Size]:
     return {GRADIENTS: Size(fixed=step.part)} if step.layers_to_flush else {}
 
 
-def _after_flush(step: Step, middle: int, moments: list[Moment], kept: dict[Room, Size]) -> Iterable[Candidate]:
+def _after_flush(step: Step, middle: int, allocations: Sequence[Allocation], kept: dict[Room, Size]) -> Iterator[Peak]:
     """The backward pass of the layer in which ZeRO-2's bucket is full for the first time."""
     if not step.layers_to_flush:
         return
     done = min(step.layers_to_flush - 1, middle)
     left = {room: size.times(middle - done) if middle else size for room, size in _one_layer(kept, middle).items()}
     left[GRADIENTS] = Size(fixed=step.part)
-    for moment in moments:
-        if moment.where[:2] == ("backward", LAST):
-            yield _with_middle(moment, left, {})
+    more = sum_of(left.values())
+    for place, where, total in allocations:
+        if where[:2] == ("backward", LAST):
+            yield Peak(total.plus(more), where, place, left)
 
 
 def _one_layer(kept: dict[Room, Size], middle: int) -> dict[Room, Size]:
@@ -165,7 +202,7 @@ def _one_layer(kept: dict[Room, Size], middle: int) -> dict[Room, Size]:
     return {room: Size(*(coefficient // middle for coefficient in size)) for room, size in kept.items()}
 
 
-def forward(tape: Tape, step: Step, marks: list[Moment]) -> tuple[Tensor, ...]:
+def forward(tape: Tape, step: Step, marks: list[int]) -> tuple[Tensor, ...]:
     """The forward pass; the loss first, then what a caller of transformers holds on to beside it."""
     with tape.at("forward", "embedding"):
         fetched = tape.new(Size(fixed=step.fetched), "int8", BUFFERS)
@@ -176,15 +213,15 @@ def forward(tape: Tape, step: Step, marks: list[Moment]) -> tuple[Tensor, ...]:
     return full_loss(tape, step, hidden)
 
 
-def decoder(tape: Tape, step: Step, marks: list[Moment]) -> Tensor:
-    """Embedding, layers, final norm: [T] -> [T, H]. `marks` gets what is alive after each layer."""
+def decoder(tape: Tape, step: Step, marks: list[int]) -> Tensor:
+    """Embedding, layers, final norm: [T] -> [T, H]. `marks` gets the place in the log after each layer."""
     layer = step.layer
     with tape.at("forward", "embedding"):
         hidden = embedded = embedding(tape, step)
         positions = Positions(
             tape.new(Size(per_position=layer.shape.dim), layer.stream),
             tape.new(Size(per_position=layer.shape.dim), layer.stream),
-            tape.new(Size(per_score=1), layer.stream) if layer.kernel == "eager" else None,
+            _mask(tape, layer),
         )
     run = partial(decoder_layer, tape, layer, positions)
     for name in (FIRST, LAST) if step.layers > 1 else (LAST,):
@@ -193,11 +230,18 @@ def decoder(tape: Tape, step: Step, marks: list[Moment]) -> Tensor:
                 hidden = tape.reentrant_checkpoint(run, hidden)
             else:
                 hidden = tape.checkpoint(run, hidden) if step.checkpointing else run(hidden)
-        marks.append(tape.now())
+        marks.append(len(tape.log))
     with tape.at("forward", "final norm"):
         hidden = norm(tape, layer, hidden, ROW)
     del embedded  # transformers' inputs_embeds lives as long as its forward pass
     return hidden
+
+
+def _mask(tape: Tape, layer: Layer) -> Tensor | None:
+    """The mask that all layers share: added to eager scores, or of booleans."""
+    if layer.kernel == "eager":
+        return tape.new(Size(per_score=1), layer.stream)
+    return tape.new(Size(per_score=1), "bool") if layer.kernel == "masked" else None
 
 
 def embedding(tape: Tape, step: Step) -> Tensor:
@@ -235,6 +279,10 @@ def full_loss(tape: Tape, step: Step, hidden: Tensor) -> tuple[Tensor, ...]:
     """Transformers' causal loss, and the logits where the caller holds the model's output."""
     with tape.at("forward", "loss"), tape.into("logits_and_loss"):
         logits = head(tape, step, hidden, ROW)
+        if step.logits == "scaled":
+            logits = op.scale(tape, logits)
+        elif step.logits == "capped":
+            logits = op.soft_capped(tape, logits)
         loss = cross_entropy(tape, logits)
         return (loss, logits) if step.output_held else (loss,)
 
@@ -258,27 +306,33 @@ def gradient_bytes(layer: Layer) -> int:
     return numel * ITEMSIZE[layer.lora]
 
 
-def _with_middle(moment: Moment, kept: dict[Room, Size], gradients: dict[Room, Size]) -> Candidate:
-    """`moment` with the layers between the first and the last: before they run, after, or after their backward pass."""
-    phase, part = moment.where[:2]
-    early = part in ("embedding", FIRST)
-    extra = ({} if phase == "forward" else gradients) if early else kept
-    rooms = dict(moment.rooms)
-    for room, size in extra.items():
-        rooms[room] = rooms.get(room, NOTHING).plus(size)
-    return Candidate(moment.where, rooms, _total(rooms.values()))
+def _with_middle(
+    allocations: Sequence[Allocation], kept: dict[Room, Size], gradients: dict[Room, Size]
+) -> Iterator[Peak]:
+    """Each with the layers between the first and the last: before they run, after, or after their backward pass."""
+    nothing: dict[Room, Size] = {}
+    of_kept, of_gradients = sum_of(kept.values()), sum_of(gradients.values())
+    for place, where, total in allocations:
+        if where[1] not in ("embedding", FIRST):
+            yield Peak(total.plus(of_kept), where, place, kept)
+        elif where[0] == "forward":
+            yield Peak(total, where, place, nothing)
+        else:
+            yield Peak(total.plus(of_gradients), where, place, gradients)
 
 
-def _difference(marks: list[Moment]) -> dict[Room, Size]:
-    """What one layer's forward pass keeps."""
-    before, after = marks[-2].rooms, marks[-1].rooms
-    return {room: size.plus(before.get(room, NOTHING).times(-1)) for room, size in after.items()}
+def _candidates(tape: Tape, peaks: Iterable[Peak]) -> tuple[Candidate, ...]:
+    """Those of `peaks` that are the highest for some size."""
+    kept = _skyline(peaks)
+    alive = tape.alive_at(peak.place for peak in kept)
+    return tuple(Candidate(peak.where, _sum(by_room(alive[peak.place]), peak.added), peak.total) for peak in kept)
 
 
-def _total(sizes: Iterable[Size]) -> Size:
-    total = NOTHING
-    for size in sizes:
-        total = total.plus(size)
+def _sum(rooms: dict[Room, Size], more: dict[Room, Size]) -> dict[Room, Size]:
+    """Both together, room by room."""
+    total = dict(rooms)
+    for room, size in more.items():
+        total[room] = total.get(room, NOTHING).plus(size)
     return total
 
 
@@ -286,27 +340,43 @@ def _skyline(candidates: Iterable[Moving]) -> tuple[Moving, ...]:
     """Those that are above all others for some size: no other is at least as large in every coefficient."""
     kept: list[Moving] = []
     for candidate in sorted(candidates, key=lambda c: c.total, reverse=True):
-        if not any(all(a >= b for a, b in zip(k.total, candidate.total, strict=True)) for k in kept):
+        _, b, c, d, e = candidate.total  # in this order, no `fixed` is larger than one before
+        for other in kept:
+            _, q, r, s, t = other.total
+            if q >= b and r >= c and s >= d and t >= e:
+                break
+        else:
             kept.append(candidate)
     return tuple(kept)
 
 
-def _large(alive: dict[int, Size]) -> dict[int, Size]:
+def _large(alive: Alive) -> dict[int, Size]:
     """Without what is small at every size of the input: it lies in small segments."""
-    return {number: size for number, size in alive.items() if any(size[1:]) or size.fixed > MIB}
+    return {number: size for number, (_, size) in alive.items() if any(size[1:]) or size.fixed > MIB}
 
 
 def highest(candidates: Sequence[Moving], variables: Sequence[int]) -> Moving:
     """The candidate that is the highest where the polynomials' variables have these values."""
-    return max(candidates, key=lambda candidate: value(candidate.total, variables))
+    _, positions, tokens, scores, chunk = variables
+    best, most = candidates[0], -math.inf
+    for candidate in candidates:
+        a, b, c, d, e = candidate.total
+        size = a + b * positions + c * tokens + d * scores + e * chunk
+        if size > most:
+            most, best = size, candidate
+    return best
 
 
-def _stretches(moments: list[Moment]) -> tuple[tuple[Scene, ...], ...]:
+def _stretches(tape: Tape, allocations: Sequence[Allocation]) -> tuple[tuple[Scene, ...], ...]:
     """The candidate peaks of four stretches of a step, in their order."""
     stretches = (("forward", (FIRST, LAST)), ("forward", LOSS), ("backward", LOSS), ("backward", (LAST,)))
-    found: list[tuple[Scene, ...]] = []
-    for phase, parts in stretches:
-        stretch = [moment for moment in moments if moment.where[0] == phase and moment.where[1] in parts]
-        scenes = _skyline(Scene(_total(moment.rooms.values()), moment.alive) for moment in stretch)
-        found.append(tuple(scene._replace(alive=_large(scene.alive)) for scene in scenes))
-    return tuple(found)
+    skylines = [
+        _skyline(
+            Peak(total, where, place, {})
+            for place, where, total in allocations
+            if where[0] == phase and where[1] in parts
+        )
+        for phase, parts in stretches
+    ]
+    alive = tape.alive_at(peak.place for skyline in skylines for peak in skyline)
+    return tuple(tuple(Scene(peak.total, _large(alive[peak.place])) for peak in skyline) for skyline in skylines)

@@ -15,7 +15,7 @@ with S the sequence length, B the micro-batch and C the tokens of one chunk of t
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -56,6 +56,14 @@ class Size(NamedTuple):
 NOTHING = Size()
 
 
+def sum_of(sizes: Iterable[Size]) -> Size:
+    """Their sum."""
+    a = b = c = d = e = 0
+    for p, q, r, s, t in sizes:
+        a, b, c, d, e = a + p, b + q, c + r, d + s, e + t
+    return Size(a, b, c, d, e)
+
+
 def value(size: Size, variables: Sequence[int]) -> int:
     """The polynomial at the values of 1, S, B*S, B*S*S and C."""
     a, b, c, d, e = size
@@ -63,36 +71,42 @@ def value(size: Size, variables: Sequence[int]) -> int:
     return a * one + b * positions + c * tokens + d * scores + e * chunk
 
 
-class Moment(NamedTuple):
-    """What was alive just after an allocation: the only kind of moment at which a peak can be."""
+class Change(NamedTuple):
+    """A storage that comes, goes, or is counted in another room from now on.
 
-    where: Where
-    rooms: dict[Room, Size]
-    alive: dict[int, Size]
-    """Every storage by its number."""
+    Attributes:
+        number: the storage's: its place in the log.
+        size: its bytes.
+        room: what it is counted in; None where it goes.
+        where: where it was allocated; None for any other change. A peak can be just after an allocation only.
+    """
+
+    number: int
+    size: Size
+    room: Room | None
+    where: Where | None
+
+
+Alive = dict[int, tuple[Room, Size]]
+"""Every storage that is alive at one place of the log, by its number."""
 
 
 class Storage:
     """Bytes that live as long as a tensor refers to them."""
 
-    __slots__ = ("holders", "number", "room", "size", "tape")
+    __slots__ = ("holders", "log", "number", "size")
 
     def __init__(self, tape: Tape, size: Size, room: Room) -> None:
-        self.tape, self.size, self.room, self.holders = tape, size, room, 0
-        self.number = len(tape.moments)
-        tape.change(room, size)
-        tape.alive[self.number] = size
-        tape.moments.append(tape.now())
+        self.log, self.size, self.holders = tape.log, size, 0
+        self.number = len(self.log)
+        self.log.append(Change(self.number, size, room, tape.where))
 
     def __del__(self) -> None:
-        self.tape.change(self.room, self.size.times(-1))
-        del self.tape.alive[self.number]
+        self.log.append(Change(self.number, self.size, None, None))
 
     def move(self, room: Room) -> None:
         """Count these bytes in another room from now on."""
-        self.tape.change(self.room, self.size.times(-1))
-        self.room = room
-        self.tape.change(room, self.size)
+        self.log.append(Change(self.number, self.size, room, None))
 
 
 class Tensor:
@@ -170,7 +184,7 @@ class Frame:
 
 
 class Tape:
-    """The running state of a program: what is alive, and all moments at which it could have peaked.
+    """The running state of a program, and the log of all that came and went: what was alive is read from it later.
 
     Args:
         keeps_gradients: whether gradients stay where the backward pass makes them; otherwise each goes, as soon as it
@@ -181,22 +195,36 @@ class Tape:
     def __init__(self, keeps_gradients: bool = True, bucket: int = 0) -> None:
         self.keeps_gradients = keeps_gradients
         self.bucket = bucket
-        self.live: dict[Room, Size] = {}
-        self.alive: dict[int, Size] = {}
-        self.moments: list[Moment] = []
+        self.log: list[Change] = []
         self.where: Where = ("forward",)
         self.room: Room = "activations"
         self.frame: Frame | None = None
         self.leaves: list[Tensor] = []
         self._order = 0
 
-    def change(self, room: Room, size: Size) -> None:
-        """Add `size` to what is alive in `room`."""
-        self.live[room] = self.live.get(room, NOTHING).plus(size)
+    def totals(self) -> Iterator[tuple[int, Where, Size]]:
+        """Of each allocation: the place in the log behind it, where it was made, and all that was alive then."""
+        a = b = c = d = e = 0
+        for place, (_, (p, q, r, s, t), room, where) in enumerate(self.log, 1):
+            if where is not None:
+                a, b, c, d, e = a + p, b + q, c + r, d + s, e + t
+                yield place, where, Size(a, b, c, d, e)
+            elif room is None:
+                a, b, c, d, e = a - p, b - q, c - r, d - s, e - t
 
-    def now(self) -> Moment:
-        """What is alive."""
-        return Moment(self.where, dict(self.live), dict(self.alive))
+    def alive_at(self, places: Iterable[int]) -> dict[int, Alive]:
+        """What was alive at some places of the log, by place."""
+        wanted = set(places)
+        found: dict[int, Alive] = {}
+        alive: Alive = {}
+        for place, (number, size, room, _) in enumerate(self.log, 1):
+            if room is None:
+                del alive[number]
+            else:
+                alive[number] = room, size
+            if place in wanted:
+                found[place] = dict(alive)
+        return found
 
     @contextmanager
     def at(self, *where: str) -> Iterator[None]:
@@ -359,6 +387,14 @@ class Tape:
         total = buffers[edge]
         if total.storage is not None and total.storage.holders > 1:
             buffers[edge] = self.new(total.numel, total.dtype)
+
+
+def by_room(alive: Alive) -> dict[Room, Size]:
+    """The bytes in each room."""
+    rooms: dict[Room, list[Size]] = {}
+    for room, size in alive.values():
+        rooms.setdefault(room, []).append(size)
+    return {room: sum_of(sizes) for room, sizes in rooms.items()}
 
 
 def _released(gradient: Tensor) -> Gradients:

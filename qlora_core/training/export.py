@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_core.files import publish_folder
+from qlora_core.files import publish_folder, write_json
 from qlora_core.recipe import Recipe
 
 CARD = """---
@@ -23,10 +24,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer{import_quantization}
 
 base = AutoModelForCausalLM.from_pretrained(
-    {base!r}, dtype=torch.{compute_dtype}{load_quantization}
+    {base!r}{revision}, dtype=torch.{compute_dtype}{load_quantization}
 )
 model = PeftModel.from_pretrained(base, {folder!r})
-tokenizer = AutoTokenizer.from_pretrained({base!r})
+tokenizer = AutoTokenizer.from_pretrained({base!r}{revision})
 ```
 """
 
@@ -43,17 +44,24 @@ def export_adapter(
     *,
     name: str,
     base: str,
+    commit: str | None,
     recipe: Recipe,
     compute_dtype: str,
     results: Mapping[str, Any],
 ) -> None:
-    """Copy the adapter of a checkpoint to `folder`, with a card that says how to load it; whole or not at all."""
+    """Copy the adapter of a checkpoint to `folder`, with a card that says how to load it; whole or not at all.
+
+    Args:
+        base: the base model's folder, or its Hub id.
+        commit: the Hub's commit of it, or None for a folder.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(checkpoint / "adapter", temporary)
     four_bit = recipe.quantization in ("nf4", "fp4")
     card = CARD.format(
         base=base,
+        revision="" if commit is None else f", revision={commit!r}",
         name=name,
         rank=recipe.rank,
         quantization=f"4-bit {recipe.quantization.upper()}" if four_bit else compute_dtype,
@@ -68,4 +76,12 @@ def export_adapter(
         folder=str(folder),
     )
     (temporary / "README.md").write_text(card, encoding="utf-8")
+    name_base(temporary / "adapter_config.json", base, commit)
     publish_folder(temporary, folder)
+
+
+def name_base(config: Path, base: str, commit: str | None) -> None:
+    """Put the base model's name into peft's config, where the place that it was loaded from is: a folder of a cache."""
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields.update(base_model_name_or_path=base, revision=commit)
+    write_json(config, fields)

@@ -55,18 +55,30 @@ def load_base(model: str, recipe: Recipe, strategy: Strategy, compute_dtype: Dty
     Only safetensors are read, and no code of the model's folder is run. Nothing is cast to float32 afterwards, unlike
     peft.prepare_model_for_kbit_training, whose float32 embedding doubles the residual stream and its checkpoints.
     """
-    dtype = TORCH_DTYPES[compute_dtype]
     base = AutoModelForCausalLM.from_pretrained(
-        model,
-        dtype=dtype,
-        quantization_config=quantization_config(recipe, dtype),
-        attn_implementation=strategy.attention,
+        model, trust_remote_code=False, **loading_options(recipe, strategy, compute_dtype, device)
+    )
+    return frozen(base, strategy)
+
+
+def loading_options(recipe: Recipe, strategy: Strategy, compute_dtype: Dtype, device: torch.device) -> dict[str, Any]:
+    """What transformers' `from_pretrained` is told about the base, wherever its weights come from."""
+    dtype = TORCH_DTYPES[compute_dtype]
+    return {
+        "dtype": dtype,
+        "quantization_config": quantization_config(recipe, dtype),
+        "attn_implementation": strategy.attention,
         # under ZeRO-3 too: transformers does not shard a quantized model while it loads (modeling_utils.py,
         # get_init_context), so every rank holds it whole until DeepSpeed divides it; the plan counts that
-        device_map={"": device},
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+        "device_map": {"": device},
+        "use_safetensors": True,
+    }
+
+
+def frozen(base: Any, strategy: Strategy) -> nn.Module:
+    """`base`, just loaded, with every weight frozen and its activations kept as the strategy says."""
+    # the pieces that loading left in the allocator's cache; the plan takes them for gone (Device.emptied_after_load)
+    torch.cuda.empty_cache()
     base.requires_grad_(False)
     base.config.use_cache = False
     keep_weights_trainable_through(base)

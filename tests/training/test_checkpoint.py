@@ -82,8 +82,8 @@ def build(base: Path, data: Path, checkpoints: Path, recipe: Recipe, resume: Pat
 
 
 def recipe_of(**changes: Any) -> Recipe:
-    fields = {"rank": 4, "seq_len": 64, "tokens_per_step": 256, "learning_rate": 1e-2, "schedule": "cosine"}
-    return Recipe.model_validate({**fields, **changes})
+    fields: dict[str, Any] = {"rank": 4, "seq_len": 64, "tokens_per_step": 256, "learning_rate": 1e-2}
+    return Recipe(**{**fields, "schedule": "cosine", **changes})
 
 
 def adapter(folder: Path) -> bytes:

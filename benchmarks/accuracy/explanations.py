@@ -1,0 +1,162 @@
+"""Why a prediction is more than 15 % off: what the row's software did that a Recipe and a Strategy do not say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from benchmarks.accuracy.published import TOLERANCE, Request, Scored, predicted_bytes, request_of, scored
+from qlora_core.memory.formula import estimate
+
+
+class Explanation(NamedTuple):
+    """Why a row is far off.
+
+    Attributes:
+        kind: in two or three words.
+        text: what happened, with its source or the figure that shows it.
+    """
+
+    kind: str
+    text: str
+
+
+OLDER_QUANTIZER = "an older quantizer"
+OLDER_QUANTIZER_IS = (
+    "LitGPT's rows were made with bitsandbytes 0.41.1 (stated) and 0.42.0 (pinned), which keep the input of\n"
+    "every 4-bit layer for the backward pass; 0.43.2 stopped that (bitsandbytes pull request 1270). Lightning's\n"
+    "plugin also quantizes the output head, and stores float16 as the dtype of dequantized weights, of which a second\n"
+    "copy in bfloat16 is then made (BitsandbytesPrecision). Neither is counted."
+)
+"""What rows with that reason have in common."""
+
+
+class Far(NamedTuple):
+    """A row beyond the tolerance, and why; None where nobody has said."""
+
+    scored: Scored
+    explanation: Explanation | None
+
+
+def far_rows() -> tuple[Far, ...]:
+    """All scored rows beyond the tolerance, in the order of the file."""
+    return tuple(Far(one, explanation_of(one)) for one in scored() if abs(one.error) > TOLERANCE)
+
+
+def explanation_of(one: Scored) -> Explanation | None:
+    """What explains this row, if it is known."""
+    return next((explain(one) for applies, explain in _RULES if applies(one)), None)
+
+
+def keeps_inputs(one: Scored) -> bool:
+    """Whether the row was measured with a bitsandbytes that `inputs_kept` is about, without checkpointing."""
+    return one.stack.name == "LitGPT" and one.row.quantization.startswith(("nf4", "fp4"))
+
+
+def inputs_kept(asked: Request) -> int:
+    """Bytes of the inputs of 4-bit layers that bitsandbytes before 0.43.2 kept for the backward pass of a whole step.
+
+    Its MatMul4Bit put them in `ctx.tensors`; version 0.43.2 stopped that (pull request 1270). Of each layer the input
+    of the attention's projections, of the feed-forward's first ones and of its last; that of the output projection is
+    kept by the attention kernel anyway.
+    """
+    architecture = asked.architecture
+    mlp = [linear for linear in architecture.linears if linear.part == "mlp"]
+    width = architecture.hidden_size + mlp[-1].in_features
+    if not architecture.parallel_attention:
+        width += mlp[0].in_features
+    tokens = asked.strategy.micro_batch * asked.recipe.seq_len
+    return 2 * width * tokens * architecture.num_layers
+
+
+def _litgpt_quantized(one: Scored) -> Explanation:
+    kept = inputs_kept(request_of(one.row, one.stack))
+    rest = 100 * ((one.predicted + kept) / one.row.measured_bytes - 1)
+    return Explanation(OLDER_QUANTIZER, f"inputs of 4-bit layers, kept: {kept / 1e9:.2f} GB, which leave {rest:+.1f} %")
+
+
+def _without_cut_cross_entropy(one: Scored) -> Explanation:
+    asked = request_of(one.row, one.stack)
+    stock = replace(asked, strategy=replace(asked.strategy, loss="full"))
+    error = 100 * (predicted_bytes(stock, one.stack) / one.row.measured_bytes - 1)
+    return Explanation(
+        "another loss",
+        "Cut Cross Entropy is a plugin to be installed; with the stock loss, all logits at once, the same request "
+        f"comes to {error:+.1f} %, so the figure was most likely taken without it. Its neighbours' figures were not",
+    )
+
+
+def _less_than_its_parts(one: Scored) -> Explanation:
+    architecture = request_of(one.row, one.stack).architecture
+    return Explanation(
+        "a figure too small",
+        f"weights, gradients and AdamW's two moments in bfloat16 are {8 * architecture.parameters / 1e9:.1f} GB "
+        "before the first activation: more than the figure, so the optimizer it names was not at work when it was "
+        "taken",
+    )
+
+
+def _math_kernel(one: Scored) -> Explanation:
+    asked = request_of(one.row, one.stack)
+    heads, length = asked.architecture.num_heads, asked.recipe.seq_len
+    # in place of a float32 number per head, which the fused kernels keep
+    scores = 4 * heads * (length - 1) * length * asked.architecture.num_layers
+    missing = one.row.measured_bytes - one.predicted
+    return Explanation(
+        "another attention kernel",
+        "the residual stream is float32 and keys are grouped: transformers then hands grouped keys to sdpa as they "
+        "are (use_gqa_in_sdpa), and PyTorch has no fused kernel for that in float32. Its math kernel keeps all "
+        f"scores: {scores / 1e9:.2f} GB of the {missing / 1e9:.2f} that are missing. The other rows have "
+        "checkpointing, and their peak is at the loss",
+    )
+
+
+def _fused_optimizer(one: Scored) -> Explanation:
+    asked = request_of(one.row, one.stack)
+    phases = estimate(asked.architecture, asked.recipe, asked.strategy, asked.device).gpu.phases
+    error = 100 * (phases.backward / one.row.measured_bytes - 1)
+    return Explanation(
+        "another optimizer kernel",
+        "torchtune's AdamW is the fused one, which does not make the square roots of all moments at once as the "
+        f"foreach one does, and the peak is then the backward pass: predicted at {phases.backward / 1e9:.1f} GB, "
+        f"{error:+.1f} %",
+    )
+
+
+def _contradicted(one: Scored) -> Explanation:
+    twin = next(other for other in scored() if other.row.id == "llamafactory-t1-hf16")
+    return Explanation(
+        "two figures for one run",
+        f"the same document gives {twin.row.stated} GB for the same model, method, batch and length on another GPU, "
+        f"which is predicted to {twin.error:+.1f} %; flash attention instead of sdpa cannot add 10 GB",
+    )
+
+
+_RULES: tuple[tuple[Callable[[Scored], bool], Callable[[Scored], Explanation]], ...] = (
+    (lambda one: keeps_inputs(one) and one.error < 0, _litgpt_quantized),
+    (lambda one: one.stack.name == "LitGPT" and one.row.method == "full", _less_than_its_parts),
+    (lambda one: one.stack.name == "canifinetune" and one.row.checkpointing == "False", _math_kernel),
+    (lambda one: one.stack.name == "torchtune" and one.row.method == "full", _fused_optimizer),
+    (lambda one: one.row.id == "llamafactory-t2-fa2", _contradicted),
+    (lambda one: one.stack.name == "axolotl" and one.error < 0, _without_cut_cross_entropy),
+    (
+        lambda one: one.stack.name == "peft's documents",
+        lambda one: Explanation(
+            "other ZeRO settings",
+            "a monitor shows what is reserved, fragments and NCCL's buffers included, and accelerate leaves "
+            "DeepSpeed's buckets at their defaults (500 million elements); ours are smaller, and the prediction is "
+            "of allocated bytes",
+        ),
+    ),
+    (
+        lambda one: one.stack.name == "LongLoRA",
+        lambda one: Explanation(
+            "other ZeRO settings",
+            "its stage2.json sets gradient buckets of 1e9 elements and overlap_comm, which is two buffers of 2 GB in "
+            "bfloat16; ours are of 20 MB. Its code also trains the embedding. The figure is transcribed from a "
+            "paper's table",
+        ),
+    ),
+)
+"""The first that applies explains a row."""

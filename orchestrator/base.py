@@ -1,0 +1,115 @@
+"""The base model of a run: from the specification's word for it to a folder on this machine and what it is known by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from clusters.errors import Problem, RequestError, request_error
+from orchestrator.identity import check_same, model_fingerprint
+from orchestrator.record import load_record
+from orchestrator.spec import RunSpec
+from qlora_core.architecture import ModelArchitecture
+from qlora_core.catalogue import hub_id, near_on_hub
+from qlora_core.huggingface.config import architecture_from_folder
+from qlora_core.huggingface.hub import HubId, fetch_model, find_on_hub
+
+INSTEAD = "Give a folder with config.json, *.safetensors and the tokenizer"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base model, all its files on this machine.
+
+    Attributes:
+        folder: where they lie.
+        name: what others load it by: the folder, or the Hub id.
+        commit: of the Hub's repository; None for a folder.
+        identity: what a resume must find unchanged.
+        architecture: its shapes.
+    """
+
+    folder: Path
+    name: str
+    commit: str | None
+    identity: str
+    architecture: ModelArchitecture
+
+
+def find_base(spec: RunSpec, tell: Callable[[str], None]) -> Base:
+    """The base model of a specification: a folder, else the catalogue's or the Hub's model, fetched if need be.
+
+    Args:
+        tell: is told of each weight file before it is fetched from the Hub.
+
+    Raises:
+        RequestError: there is none, the Hub does not give it, it cannot be modelled, its weights are not whole, or the
+            run in the output folder was started with another commit.
+    """
+    folder = Path(spec.model)
+    # A specification's folders are absolute; what is not was no folder beside it, though it may be one from here.
+    if folder.is_absolute() and folder.is_dir():
+        architecture = architecture_from_folder(folder)
+        check_weights(folder)
+        return Base(folder, spec.model, None, model_fingerprint(folder), architecture)
+    hub = hub_id(spec.model)
+    if hub is None:
+        rule = "training needs a folder with the model's weights, a name of the catalogue or a Hub id (org/name)"
+        raise request_error("model", spec.model, rule, INSTEAD)
+    if spec.model.startswith(hub.repo):
+        instead = near_on_hub(hub.repo) + INSTEAD
+    else:
+        instead = f"The catalogue's {spec.model} is {hub.repo} on the Hub. {INSTEAD}"
+    return base_from_hub(hub, instead, Path(spec.output), tell)
+
+
+def base_from_hub(hub: HubId, instead: str, output: Path, tell: Callable[[str], None]) -> Base:
+    """The model of that Hub id: at the commit of the run in `output`, where there is one and no revision is given.
+
+    Args:
+        instead: see `find_on_hub`.
+
+    Raises:
+        RequestError: see `find_base`.
+    """
+    record = load_record(output)
+    before = "" if record is None else str(record.identity.get("model", ""))
+    repo, _, commit = before.partition("@")
+    if hub.revision is None and repo == hub.repo:
+        hub = HubId(hub.repo, commit)
+    model = find_on_hub(hub, "model", instead)
+    if record is not None:
+        # The run's other differences are told later; this one before many gigabytes are fetched.
+        check_same({"model": before}, {"model": model.pinned}, output)
+    architecture = model.architecture()
+    folder = fetch_model(model, "model", instead, tell)
+    check_weights(folder)
+    return Base(folder, model.repo, model.commit, model.pinned, architecture)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise a RequestError for weight files that are missing or cut off, before any worker reads them."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        rule = "the folder holds no *.safetensors"
+        raise request_error("model", folder, rule, "Save the model with save_pretrained; pickles are not read")
+    problems = []
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in sorted(listed - {file.name for file in files}):
+            problems.append(
+                Problem("model", str(folder / name), "the index lists it, and it is missing", "Copy it again")
+            )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            problems.append(Problem("model", str(file), f"it is damaged: {error}", "Copy it again"))
+    if problems:
+        raise RequestError(problems)

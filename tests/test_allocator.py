@@ -1,0 +1,172 @@
+"""The caching allocator's simulation: its rules by hand, from c10/cuda/CUDACachingAllocator.cpp, and laws it keeps."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clusters.errors import RequestError
+from qlora_core.memory.allocator import AllocatorSettings, Block, CachingAllocator
+
+KIB, MIB = 1024, 1024**2
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "allocated", "reserved"),
+    [
+        (1, 512, 2 * MIB),
+        (512, 512, 2 * MIB),
+        (513, 1024, 2 * MIB),
+        (1 * MIB, 1 * MIB, 2 * MIB),
+        (1 * MIB + 1, 1 * MIB + 512, 20 * MIB),
+        (10 * MIB - 512, 10 * MIB - 512, 20 * MIB),
+        (10 * MIB - 1, 10 * MIB, 10 * MIB),  # rounded before a segment is chosen
+        (10 * MIB, 10 * MIB, 10 * MIB),
+        # rounded up to 2 MiB, and what is left over is at most 1 MiB: it stays with the block, and is counted
+        (11 * MIB, 12 * MIB, 12 * MIB),
+        (31 * MIB + 1, 32 * MIB, 32 * MIB),
+        (31 * MIB, 32 * MIB, 32 * MIB),
+    ],
+)
+def test_one_request(request_bytes: int, allocated: int, reserved: int) -> None:
+    memory = CachingAllocator()
+    memory.allocate(request_bytes)
+    assert (memory.allocated, memory.reserved) == (allocated, reserved)
+
+
+def test_what_a_large_block_leaves_is_split_off_from_one_mebibyte_on() -> None:
+    memory = CachingAllocator()
+    memory.release(memory.allocate(30 * MIB))
+    kept = memory.allocate(29 * MIB - 512)  # leaves 1 MiB + 512 B
+    assert memory.allocated == 29 * MIB - 512
+    memory.release(kept)
+    memory.allocate(29 * MIB)  # leaves exactly 1 MiB
+    assert memory.allocated == 30 * MIB
+    assert memory.reserved == 30 * MIB
+
+
+def test_the_smallest_block_that_is_large_enough_serves() -> None:
+    memory = CachingAllocator()
+    large, small = memory.allocate(60 * MIB), memory.allocate(40 * MIB)
+    memory.release(large)
+    memory.release(small)
+    memory.allocate(39 * MIB)
+    assert memory.allocated == 40 * MIB  # all of the smaller one
+    memory.allocate(60 * MIB)
+    assert memory.reserved == 100 * MIB
+
+
+def test_neighbours_join_again_and_other_segments_never_do() -> None:
+    memory = CachingAllocator()
+    memory.release(memory.allocate(40 * MIB))
+    pieces = [memory.allocate(20 * MIB), memory.allocate(20 * MIB)]
+    assert memory.reserved == 40 * MIB
+    for piece in pieces:
+        memory.release(piece)
+    memory.allocate(40 * MIB)
+    assert memory.reserved == 40 * MIB
+
+    memory = CachingAllocator()
+    for piece in [memory.allocate(20 * MIB), memory.allocate(20 * MIB)]:
+        memory.release(piece)
+    memory.allocate(40 * MIB)
+    assert memory.reserved == 80 * MIB
+
+
+def test_small_requests_never_come_from_large_segments() -> None:
+    memory = CachingAllocator()
+    memory.release(memory.allocate(64 * MIB))
+    memory.allocate(1 * MIB)
+    assert memory.reserved == 66 * MIB
+
+
+def test_emptying_the_cache_gives_back_what_is_wholly_free() -> None:
+    memory = CachingAllocator()
+    half_used, free = memory.allocate(64 * MIB), memory.allocate(32 * MIB)
+    memory.release(half_used)
+    memory.allocate(40 * MIB)
+    memory.release(free)
+    memory.empty_cache()
+    assert memory.reserved == 64 * MIB
+
+
+def test_a_limit_to_splitting_keeps_large_blocks_whole() -> None:
+    limited = AllocatorSettings(max_split_bytes=64 * MIB)
+    memory = CachingAllocator(limited)
+    memory.release(memory.allocate(100 * MIB))
+    memory.allocate(30 * MIB)  # below the limit: it may not break the large block
+    assert memory.reserved == 130 * MIB
+    memory.allocate(90 * MIB)  # above it, and within 20 MiB of the block: served whole
+    assert (memory.allocated, memory.reserved) == (130 * MIB, 130 * MIB)
+
+
+def test_expandable_segments_grow_instead_of_leaving_holes_behind() -> None:
+    memory = CachingAllocator(AllocatorSettings(expandable_segments=True))
+    for size in (30, 60, 90):
+        memory.release(memory.allocate(size * MIB))
+    assert memory.reserved == 100 * MIB  # whole pages of 20 MiB, once; without, 180 MiB
+    held = memory.allocate(45 * MIB)
+    assert memory.allocated == 45 * MIB
+    memory.release(memory.allocate(50 * MIB))
+    memory.empty_cache()
+    assert memory.reserved == 60 * MIB  # the pages that the block in use lies in
+    memory.release(held)
+    memory.empty_cache()
+    assert memory.reserved == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("", AllocatorSettings()),
+        ("expandable_segments:True", AllocatorSettings(expandable_segments=True)),
+        ("max_split_size_mb:128", AllocatorSettings(max_split_bytes=128 * MIB)),
+        (
+            "expandable_segments:False, max_split_size_mb:21",
+            AllocatorSettings(expandable_segments=False, max_split_bytes=21 * MIB),
+        ),
+    ],
+)
+def test_settings_are_read_as_pytorch_writes_them(text: str, settings: AllocatorSettings) -> None:
+    assert AllocatorSettings.parse(text) == settings
+
+
+@pytest.mark.parametrize("text", ["max_split_size_mb:20", "expandable_segments:yes", "roundup_power2_divisions:4"])
+def test_settings_that_are_not_simulated_are_refused(text: str) -> None:
+    with pytest.raises(RequestError, match=text.partition(":")[0]):
+        AllocatorSettings.parse(text)
+
+
+SETTINGS = st.builds(
+    AllocatorSettings, expandable_segments=st.booleans(), max_split_bytes=st.sampled_from([None, 32 * MIB, 256 * MIB])
+)
+STEPS = st.lists(
+    st.one_of(st.integers(1, 4 * MIB), st.integers(1, 300 * MIB), st.just("release"), st.just("empty")), max_size=60
+)
+
+
+@given(settings=SETTINGS, steps=STEPS, chance=st.randoms(use_true_random=False))
+def test_nothing_is_lost_whatever_happens(settings: AllocatorSettings, steps: list[int | str], chance: object) -> None:
+    memory = CachingAllocator(settings)
+    held: list[tuple[Block, int]] = []
+    for step in steps:
+        if isinstance(step, int):
+            held.append((memory.allocate(step), step))
+        elif step == "empty":
+            memory.empty_cache()
+        elif held:
+            memory.release(held.pop(chance.randrange(len(held)))[0])  # type: ignore[attr-defined]
+        blocks = sorted((block.segment, block.offset, block.offset + block.size) for block, _ in held)
+        assert all(
+            first[0] != second[0] or first[2] <= second[1]
+            for first, second in pairwise(blocks)  # no two in use overlap
+        )
+        assert all(block.size >= size for block, size in held)
+        assert sum(block.size for block, _ in held) == memory.allocated <= memory.reserved <= memory.peak_reserved
+    for block, _ in held:
+        memory.release(block)
+    memory.empty_cache()
+    assert (memory.allocated, memory.reserved) == (0, 0)

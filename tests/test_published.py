@@ -1,0 +1,134 @@
+"""What others measured and published, predicted; docs/accuracy.md is made of the same numbers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from benchmarks.accuracy import document, plots
+from benchmarks.accuracy.explanations import far_rows, inputs_kept
+from benchmarks.accuracy.paper import TOLERANCE, PaperNumber, paper_numbers
+from benchmarks.accuracy.published import Tier, fits, listed, request_of, scored
+from benchmarks.accuracy.rows import PublishedRow, published_rows
+from benchmarks.accuracy.shapes import UNSEEN, architecture_named
+from benchmarks.accuracy.stacks import STACKS, stack_of
+
+
+@pytest.mark.parametrize("number", paper_numbers(), ids=lambda number: f"{number.model}-{number.bits}-bit")
+def test_the_papers_numbers_are_those_of_its_recipe(number: PaperNumber) -> None:
+    # QLoRA, arXiv 2305.14314: 4 bit 5, 10, 21, 41 GB, 16 bit 26 and 66 GB
+    for step in (number.unpaged, number.paged):
+        assert abs(number.error(step)) <= TOLERANCE
+    if number.bits == 16:
+        assert abs(number.error(number.weights)) <= 2
+
+
+def test_every_row_is_scored_or_listed_with_a_reason() -> None:
+    ids = [row.id for row in published_rows()]
+    assert len(ids) == len(set(ids)) == 126
+    assert sorted(ids) == sorted([*(one.row.id for one in scored()), *(one.row.id for one in listed())])
+    assert all(one.kind and one.reason for one in listed())
+
+
+def test_rows_with_a_figure_are_listed_for_few_reasons_only() -> None:
+    allowed = {
+        "other sharding system",
+        "a bound, not a peak",
+        "fits or not, no figure",
+        "does not state enough",
+        "a stack without a description",
+        "another method",
+    }
+    assert {one.kind for one in listed()} == allowed
+
+
+def test_the_median_error_is_at_most_six_per_cent() -> None:
+    assert len(scored()) >= 50
+    assert median(abs(one.error) for one in scored()) <= 6
+
+
+def test_every_row_beyond_fifteen_per_cent_is_explained() -> None:
+    assert not [far.scored.row.id for far in far_rows() if far.explanation is None]
+
+
+def test_every_assumption_names_its_stack_and_is_written_down() -> None:
+    for one in scored():
+        assert stack_of(one.row.id) is one.stack
+    assert all(stack.assumptions for stack in STACKS)
+
+
+@pytest.mark.parametrize(
+    ("row_id", "tier"),
+    [
+        ("litgpt-rt-phi15-bf16-b1", "allocated"),
+        ("peft-mmqa-lora-rank64", "reserved"),
+        ("torchtune-32-3b-ablation-4", "allocated"),
+        ("torchtune-issue1398-init-a", "after loading"),
+        ("axolotl-ministral-8b", "allocated"),
+        ("llamafactory-fa2-1024", "process"),
+        ("peft-dsz3-lora-70b", "process"),
+    ],
+)
+def test_a_figure_is_held_against_what_it_measures(row_id: str, tier: Tier) -> None:
+    assert next(one.tier for one in scored() if one.row.id == row_id) == tier
+
+
+def row_named(row_id: str) -> PublishedRow:
+    return next(row for row in published_rows() if row.id == row_id)
+
+
+@pytest.mark.parametrize(
+    ("row_id", "trainable"),
+    # from the documents themselves: LitGPT's tutorials/resource-tables.md
+    [("litgpt-rt-llama2-7b-bf16-b1", 4_194_304), ("litgpt-rt-llama2-13b-nf4-dq-b1", 6_553_600)],
+)
+def test_a_row_becomes_a_request_with_the_adapters_it_had(row_id: str, trainable: int) -> None:
+    from qlora_core.memory.bytes import trainable_tensors
+
+    row = row_named(row_id)
+    stack = stack_of(row_id)
+    assert stack is not None
+    asked = request_of(row, stack)
+    assert sum(numel * count for numel, count in trainable_tensors(asked.architecture, asked.recipe)) == trainable
+    assert asked.strategy.micro_batch == int(row.micro_batch)
+    assert asked.recipe.seq_len == int(row.seq_len)
+
+
+def test_shapes_that_were_not_seen_have_the_stated_number_of_parameters() -> None:
+    stated = {"Ministral-8B": 8.02e9, "Olmo-3-7B": 7.3e9, "Seed-OSS-36B": 36.15e9, "Apertus-8B": 8.05e9}
+    for model in UNSEEN:
+        architecture = architecture_named(model)
+        assert architecture is not None
+        [parameters] = [number for name, number in stated.items() if name in model]
+        assert architecture.parameters == pytest.approx(parameters, rel=0.002)
+
+
+def test_what_old_bitsandbytes_kept_is_counted_by_hand() -> None:
+    # Llama 2 7B, 1304 tokens: of each of 32 layers two inputs of 4096 and one of 11008, in bfloat16
+    row_id = "litgpt-rt-llama2-7b-nf4-dq-b1"
+    stack = stack_of(row_id)
+    assert stack is not None
+    assert inputs_kept(request_of(row_named(row_id), stack)) == 2 * 1304 * 32 * (4096 + 4096 + 11008)
+
+
+def test_most_runs_that_fit_or_do_not_are_told_so() -> None:
+    assert len(fits()) == 7
+    assert sum(fit.stated == fit.predicted for fit in fits()) >= 5
+
+
+def test_the_page_is_what_the_command_writes() -> None:
+    assert document.DOCUMENT.read_text() == document.render(), "run `make accuracy`"
+
+
+def test_the_plots_are_the_same_on_every_run(tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        plots.draw_all(tmp_path / folder)
+    drawn = sorted((tmp_path / "first").iterdir())
+    assert [path.name for path in drawn] == sorted(path.name for path in document.PLOTS.iterdir())
+    for path in drawn:
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+        assert f"accuracy/{path.name}" in document.DOCUMENT.read_text()
+        assert not re.search(r"\d{4}-\d\d-\d\dT", path.read_text()), "a date would change it every day"

@@ -1,0 +1,180 @@
+"""The trace: real steps on this CPU, real T4 steps, bitsandbytes' own bytes, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+from test_formula import TINY, measured_second_step, recipe, tiny_folder
+
+from benchmarks.accuracy.grid import Combination, combinations, figures
+from benchmarks.accuracy.t4 import FIGURES, t4_rows
+from clusters.errors import RequestError
+from qlora_core.catalogue import find_model
+from qlora_core.huggingface.config import architecture_from_config
+from qlora_core.memory import formula, trace
+from qlora_core.memory.allocator import AllocatorSettings
+from qlora_core.memory.device import MIB, Device
+from qlora_core.memory.replay import Allocated, Marked, Released, loaded_by_threads, replay
+from qlora_core.strategy import Strategy
+
+__all__ = ["tiny_folder"]
+A100 = Device(kind="cuda", compute_dtype="bfloat16", compute_capability=(8, 0))
+CPU = Device(kind="cpu", compute_dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("asked", "strategy"),
+    [
+        (recipe(rank=16, seq_len=128), Strategy(micro_batch=2)),
+        (recipe(rank=16, seq_len=128), Strategy(micro_batch=2, attention="eager", gradient_checkpointing=False)),
+        (recipe(rank=8, seq_len=256), Strategy(micro_batch=2, loss="full")),
+        (recipe(rank=16, seq_len=128, method="lora", quantization="none"), Strategy()),
+    ],
+)
+def test_a_real_step_on_this_cpu_needs_what_the_trace_says(tiny_folder: Path, asked: Any, strategy: Strategy) -> None:
+    strategy = dataclasses.replace(strategy, paged_optimizer=False)
+    real = measured_second_step(tiny_folder, asked, strategy, "float32")
+    architecture = architecture_from_config(TINY.to_dict(), name="tiny", source="tiny")
+    said = trace.estimate(architecture, asked, strategy, CPU).gpu.phases
+    for phase in ("after_load", "forward", "backward"):
+        assert getattr(said, phase) == pytest.approx(getattr(real, phase), rel=0.01), phase
+
+
+# --- forty real steps on a T4; the whole table is docs/accuracy.md's --------------------------------------------------
+
+QUICK = [0, 1, 10, 13, 17, 18, 27, 29, 31, 33]
+"""A row of each kind: both attentions, quantized and not, five models."""
+
+
+@pytest.mark.slow
+def test_it_says_what_a_t4_measured() -> None:
+    rows = [t4_rows()[index] for index in QUICK]
+    said = [trace.estimate(row.architecture, row.recipe, row.strategy, row.device).gpu for row in rows]
+
+    def errors(figure: str, **only: str) -> list[float]:
+        key, bytes_of = FIGURES[figure]
+        return [
+            abs(100 * (bytes_of(gpu) / MIB / row.measured[key] - 1))
+            for row, gpu in zip(rows, said, strict=True)
+            if all(getattr(row, fact) == value for fact, value in only.items())
+        ]
+
+    assert fmean(errors("allocated")) <= 0.1
+    assert max(errors("allocated")) <= 0.4
+    for phase in ("forward", "backward", "optimizer"):
+        assert fmean(errors(phase)) <= 0.2
+    for tier in ("reserved", "process"):
+        assert fmean(errors(tier)) <= 1.2
+        assert max(errors(tier)) <= 4
+        # loading is threaded where it quantizes, and not the same twice; where it does not, all of it is known
+        assert fmean(errors(tier, quantization="none")) <= 0.3
+        assert max(errors(tier, quantization="none")) <= 1
+    assert max(errors("after loading", quantization="none")) < 0.001
+
+
+# --- the two estimators hold each other -------------------------------------------------------------------------------
+
+SAMPLE = tuple(range(0, len(combinations()), 26))
+"""One combination of each model."""
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, marks=pytest.mark.slow if number in SAMPLE else pytest.mark.grid)
+        for number in range(len(combinations()))
+    ],
+    ids=lambda number: str(combinations()[number]),
+)
+def test_the_formula_says_what_the_trace_says(number: int) -> None:
+    asked: Combination = combinations()[number]
+    request = asked.architecture, asked.recipe, asked.strategy, asked.device
+    by_trace, by_formula = figures(trace.estimate(*request).gpu), figures(formula.estimate(*request).gpu)
+    assert by_formula["allocated"] == pytest.approx(by_trace["allocated"], rel=0.02)
+
+
+def test_components_add_up_and_are_those_of_the_formula() -> None:
+    request = find_model("smollm2-135m"), recipe(rank=8, optimizer="adamw_8bit"), Strategy(paged_optimizer=False), A100
+    by_trace, by_formula = trace.estimate(*request), formula.estimate(*request)
+    assert by_trace.estimator == "trace"
+    assert by_trace.gpu.components.total == by_trace.gpu.allocated_bytes
+    for component in ("base_weights", "quantization_constants", "lora_weights", "optimizer_state", "gradients"):
+        said, expected = getattr(by_trace.gpu.components, component), getattr(by_formula.gpu.components, component)
+        assert said == pytest.approx(expected, rel=0.001), component
+    assert by_trace.host == by_formula.host
+
+
+def test_paged_state_is_outside_the_sum() -> None:
+    request = find_model("smollm2-135m"), recipe(rank=256), Strategy(), A100
+    said = trace.estimate(*request).gpu
+    assert said.paged_bytes == formula.estimate(*request).gpu.paged_bytes > 0
+    assert said.components.optimizer_state < said.paged_bytes
+
+
+def test_expandable_segments_never_reserve_more() -> None:
+    request = find_model("smollm2-135m"), recipe(seq_len=1024), Strategy(attention="eager", loss="full"), A100
+    plain = trace.estimate(*request).gpu
+    expandable = trace.estimate(*request, AllocatorSettings(expandable_segments=True)).gpu
+    assert expandable.reserved_bytes < plain.reserved_bytes
+
+
+# --- what it leaves as it was, and what it refuses --------------------------------------------------------------------
+
+
+def test_pytorch_is_as_before_afterwards() -> None:
+    functions = torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.softmax
+    trace.estimate(find_model("smollm2-135m"), recipe(seq_len=64, rank=4), Strategy(), A100)
+    assert (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.softmax) == functions
+    assert torch.zeros(1).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "strategy", "said"),
+    [
+        ("smollm2-135m", {}, Strategy(world_size=2, zero_stage=2), "ZeRO stage 2"),
+        ("smollm2-135m", {"quantization": "int8", "double_quantization": False}, Strategy(), "int8"),
+        ("mixtral-8x7b", {"seq_len": 16}, Strategy(), "mixtral"),
+    ],
+)
+def test_what_it_cannot_follow_is_refused_with_the_reason(
+    model: str, changes: dict[str, Any], strategy: Strategy, said: str
+) -> None:
+    with pytest.raises(RequestError, match=said):
+        trace.estimate(find_model(model), recipe(**changes), strategy, A100)
+
+
+# --- replaying --------------------------------------------------------------------------------------------------------
+
+
+def test_threads_bring_the_next_weights_while_one_is_put_in_its_place() -> None:
+    def weight(number: int) -> list[Any]:
+        return [Marked("weight"), Allocated(number, 512, "base_weights", ""), placed(number), Released(number)]
+
+    def placed(number: int) -> Any:
+        return Allocated(number + 100, 512, "base_weights", "")
+
+    events = [*weight(1), *weight(2), *weight(3), Marked("weights loaded"), Marked("loaded")]
+    order = [event.number for event in loaded_by_threads(events, ahead=1) if not isinstance(event, Marked)]
+    assert order == [1, 2, 101, 1, 3, 102, 2, 103, 3]
+    assert [event for event in events if not isinstance(event, Marked)] == [
+        event for event in loaded_by_threads(events, ahead=0) if not isinstance(event, Marked)
+    ]
+
+
+def test_peaks_are_those_of_the_second_step() -> None:
+    first, second = 64 * MIB, 32 * MIB
+    events: list[Any] = [Allocated(0, 16 * MIB, "base_weights", ""), Marked("loaded")]
+    for step, size in enumerate((first, second), start=1):
+        events += [Marked("forward"), Allocated(step, size, "activations", "here"), Marked("backward"), Released(step)]
+        events += [Marked("optimizer")]
+    played = replay(events, caching=True)
+    assert played.after_load == 16 * MIB
+    assert played.peaks == {"forward": 48 * MIB, "backward": 48 * MIB, "optimizer": 16 * MIB}
+    assert played.allocated == 48 * MIB
+    assert played.rooms == {"base_weights": 16 * MIB, "activations": 32 * MIB}
+    assert played.reserved == 80 * MIB  # what the first step took stays
