@@ -1,0 +1,156 @@
+"""The matrix: which models are measured with which recipes, the most valuable first. Data only, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import qlora_core
+from qlora_core.architecture import ModelArchitecture
+from qlora_core.huggingface.config import architecture_from_config
+from qlora_core.recipe import Recipe
+from qlora_core.strategy import Strategy
+
+_MODELS = Path(qlora_core.__file__).parent / "models"
+_STRATEGY_FIELDS = frozenset(field.name for field in dataclasses.fields(Strategy))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row of the matrix.
+
+    Attributes:
+        name: unique.
+        model: a name of the catalogue, whose config the model is made from.
+        recipe, strategy: what is run, one optimizer step at a time.
+        output_held: the model's output lives until the step ends, as in a plain loop over transformers.
+        small: the model is shrunk until a CPU runs it in a second; its kind and the path through the code stay.
+    """
+
+    name: str
+    model: str
+    recipe: Recipe
+    strategy: Strategy
+    output_held: bool = False
+    small: bool = False
+
+    def config_fields(self) -> dict[str, Any]:
+        """What its model's ``config.json`` holds."""
+        fields: dict[str, Any] = json.loads((_MODELS / f"{self.model}.json").read_bytes())
+        return _shrunk(fields) if self.small else fields
+
+    def architecture(self) -> ModelArchitecture:
+        """The shapes of its model."""
+        return architecture_from_config(self.config_fields(), name=self.model, source=f"the catalogue's {self.model}")
+
+    def as_json(self) -> dict[str, Any]:
+        """What the row says about what was asked for."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "output_held": self.output_held,
+            "recipe": dataclasses.asdict(self.recipe),
+            "strategy": dataclasses.asdict(self.strategy),
+        }
+
+
+def case(name: str, model: str, *, output_held: bool = False, **changes: Any) -> Case:
+    """The defaults of `qlora-plan` for `model` with these fields of recipe or strategy changed."""
+    strategy = Strategy(**{field: value for field, value in changes.items() if field in _STRATEGY_FIELDS})
+    recipe = {field: value for field, value in changes.items() if field not in _STRATEGY_FIELDS}
+    recipe.setdefault("seq_len", 512)
+    tokens = recipe["seq_len"] * strategy.sequences_per_step
+    return Case(name, model, Recipe(**recipe, tokens_per_step=tokens), strategy, output_held)
+
+
+UNPAGED: dict[str, Any] = {"paged_optimizer": False}
+STOCK: dict[str, Any] = {**UNPAGED, "upcast": "peft", "loss": "full", "output_held": True, "rank": 16}
+"""What people run today: peft.prepare_model_for_kbit_training, the loss of transformers, torch's AdamW."""
+SIXTEEN_BIT: dict[str, Any] = {"method": "lora", "quantization": "none"}
+
+MATRIX: tuple[Case, ...] = (
+    # a first look at every part, then the model that the whole thing is about
+    case("defaults-1b", "llama-3.2-1b"),
+    case("defaults-7b", "llama-7b"),
+    case("defaults-65b", "llama-65b"),
+    # families that allocate differently
+    case("gemma-eager", "gemma-2-2b", seq_len=1024, attention="eager", loss="full"),
+    case("qwen-micro-batch-4", "qwen2.5-1.5b", micro_batch=4, seq_len=1024, **UNPAGED),
+    case("mistral-2048", "mistral-7b-v0.1", seq_len=2048),
+    case("phi-fused-projections", "phi-3-mini", seq_len=1024),
+    case("pythia-parallel", "pythia-1.4b", micro_batch=2, seq_len=1024, **UNPAGED),
+    case("qwen3-head-norms", "qwen3-1.7b", micro_batch=2, seq_len=1024),
+    # other people's stacks
+    case("stock-1b", "llama-3.2-1b", seq_len=1024, **STOCK),
+    case("stock-7b", "llama-7b", **STOCK),
+    case("stock-unchecked", "tinyllama-1.1b", micro_batch=2, gradient_checkpointing=False, **STOCK),
+    # one thing changed at a time
+    case("adamw-unpaged", "llama-3.2-1b", seq_len=1024, **UNPAGED),
+    case("adamw-8bit", "qwen2.5-7b", micro_batch=2, seq_len=1024, optimizer="adamw_8bit", **UNPAGED),
+    case("adamw-8bit-paged", "llama-3.2-3b", optimizer="adamw_8bit"),
+    case("unchecked", "llama-3.2-1b", micro_batch=2, gradient_checkpointing=False, **UNPAGED),
+    case("full-loss", "llama-3.2-1b", micro_batch=4, seq_len=1024, loss="full", **UNPAGED),
+    case("eager", "llama-3.2-1b", micro_batch=2, seq_len=1024, attention="eager", **UNPAGED),
+    case("sixteen-bit", "llama-3.2-1b", seq_len=1024, **SIXTEEN_BIT, **UNPAGED),
+    case("no-double-quantization", "llama-3.2-1b", double_quantization=False),
+    case("fp4", "llama-3.2-1b", quantization="fp4"),
+    case("int8", "llama-3.2-1b", quantization="int8", micro_batch=2, **UNPAGED),
+    case("rank-8-on-two", "llama-3.2-3b", rank=8, targets=("q_proj", "v_proj"), micro_batch=2, **UNPAGED),
+    case("rank-256", "llama-3.2-1b", rank=256),
+    case("dropout", "llama-3.2-1b", dropout=0.05, seq_len=1024),
+    case("bfloat16-adapters", "llama-3.2-3b", lora_dtype="bfloat16", seq_len=1024, **UNPAGED),
+    case("accumulation", "qwen2.5-0.5b", micro_batch=2, gradient_accumulation=2, **UNPAGED),
+    # sizes between and beyond
+    case("defaults-33b", "llama-33b"),
+    case("defaults-13b", "llama-13b"),
+    case("tiny", "smollm2-135m"),
+    case("tiny-micro-batch-16", "smollm2-135m", micro_batch=16, **UNPAGED),
+    case("wide-vocabulary", "qwen2.5-0.5b", micro_batch=8, seq_len=1024, loss="full", **UNPAGED),
+    case("long-8192", "llama-3.2-3b", seq_len=8192),
+    case("mistral-micro-batch-8", "mistral-7b-v0.1", micro_batch=8, seq_len=1024),
+    case("unchecked-eager", "qwen2.5-1.5b", gradient_checkpointing=False, attention="eager", **UNPAGED),
+    case("sixteen-bit-eager", "smollm2-360m", micro_batch=4, attention="eager", **SIXTEEN_BIT, **UNPAGED),
+    case("stock-qwen", "qwen2.5-7b", seq_len=1024, **STOCK),
+    case("65b-bfloat16-adapters", "llama-65b", lora_dtype="bfloat16", **UNPAGED),
+)
+
+DRY = ("defaults-1b", "gemma-eager", "stock-1b", "sixteen-bit")
+"""The rows that a CPU runs, small: sdpa and eager, both losses, 4 and 16 bits, and another stack."""
+
+
+def chosen(*, dry: bool, only: tuple[str, ...] = ()) -> Iterator[Case]:
+    """The rows to run, in the matrix's order; `only` keeps those whose name or model begins with one of its words."""
+    for one in MATRIX:
+        if dry and one.name not in DRY:
+            continue
+        if only and not one.name.startswith(only) and not one.model.startswith(only):
+            continue
+        yield small(one) if dry else one
+
+
+def small(one: Case) -> Case:
+    """`one` with its model shrunk and at most 2 sequences of 64 tokens. A CPU has no managed memory to page to."""
+    strategy = dataclasses.replace(one.strategy, micro_batch=min(one.strategy.micro_batch, 2), paged_optimizer=False)
+    rank, tokens = min(one.recipe.rank, 8), 64 * strategy.sequences_per_step
+    recipe = dataclasses.replace(one.recipe, seq_len=64, tokens_per_step=tokens, rank=rank)
+    return dataclasses.replace(one, recipe=recipe, strategy=strategy, small=True)
+
+
+def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model of the same kind with 2 layers, 256 wide."""
+    grouped = fields.get("num_key_value_heads", fields["num_attention_heads"]) < fields["num_attention_heads"]
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "vocab_size": 2048,
+        "pad_token_id": None,
+    }
+    optional = {"num_key_value_heads": 4 if grouped else 8, "head_dim": 32, "query_pre_attn_scalar": 32}
+    sizes.update({field: value for field, value in optional.items() if field in fields})
+    return {**fields, **sizes}

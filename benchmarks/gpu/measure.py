@@ -1,0 +1,147 @@
+"""One case, really run: two optimizer steps with the pieces that training is made of, and the peaks of the second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from peft import prepare_model_for_kbit_training
+from torch import nn
+
+from benchmarks.gpu.base import random_base
+from benchmarks.gpu.device import process_bytes, used_bytes
+from benchmarks.gpu.job import Job, Start
+from benchmarks.gpu.matrix import Case
+from qlora_core.memory.estimate import Phase
+from qlora_core.memory.measure import CudaMeter, Meter, meter_for
+from qlora_core.training.engine import Engine
+from qlora_core.training.engines import build_engine
+from qlora_core.training.loss import IGNORED, SummedLoss
+from qlora_core.training.model import attach_adapters
+
+
+class HeldOutput(SummedLoss):
+    """The stock loss of a plain loop over transformers, whose output lives until the loop comes round again."""
+
+    def forward(self, input_ids_BS: torch.Tensor, attention_mask_BS: torch.Tensor, labels_BS: torch.Tensor) -> Any:
+        """The summed loss, as `SummedLoss` gives it."""
+        self.output: Any = self.model(
+            input_ids=input_ids_BS, attention_mask=attention_mask_BS, labels=labels_BS, use_cache=False
+        )
+        return self.output.loss * (labels_BS[:, 1:] != IGNORED).sum()
+
+    def release(self) -> None:
+        """The step has ended."""
+        self.output = None
+
+
+class Gauge:
+    """Peaks of the phases of a step: what tensors take, by the meter of a run, and what the allocator holds."""
+
+    def __init__(self, device: torch.device, meter: Meter) -> None:
+        self._device = device
+        self._meter = meter
+        self.reserved: dict[str, int] = {}
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """The highest allocation inside counts for `name`."""
+        with self._meter.phase(name):
+            yield
+        if self._device.type == "cuda":  # the meter has reset the peaks when the phase began
+            highest = torch.cuda.max_memory_reserved(self._device)
+            self.reserved[name] = max(self.reserved.get(name, 0), highest)
+
+    def peaks(self) -> dict[str, int]:
+        """The highest allocation of each phase."""
+        return asdict(self._meter.peaks())
+
+
+def measure(job: Job, start: Start) -> dict[str, Any]:
+    """The peaks of the second step, the first being the warm-up that makes the optimizer's state."""
+    case, device = job.case, torch.device("cuda:0" if job.kind == "cuda" else "cpu")
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    base = random_base(case.config_fields(), case.recipe, case.strategy, job.compute_dtype, device)
+    if case.recipe.upcast == "peft":
+        base = prepare_model_for_kbit_training(
+            base,
+            use_gradient_checkpointing=case.strategy.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    model = attach_adapters(base, case.recipe, seed=0)
+    model.train()
+    meter = meter_for(device)
+    meter.loaded(model)
+    after_load = meter.peaks().after_load
+    reserved_after_load = torch.cuda.memory_reserved(device) if job.kind == "cuda" else 0
+    module = HeldOutput(model, "full") if case.output_held else SummedLoss(model, case.strategy.loss)
+    with meter.setup():
+        engine = build_engine(module, case.recipe, case.strategy)
+    loaded = time.perf_counter()
+    losses = []
+    for _ in range(2):
+        # a CUDA meter of its own for each step; a tracker must see all from the start, and its second step is higher
+        gauge = Gauge(device, CudaMeter(device) if job.kind == "cuda" else meter)
+        stepped = time.perf_counter()
+        losses.append(step(engine, case, gauge, lambda: batch(case, base, device)))
+        if isinstance(module, HeldOutput):
+            module.release()
+    phases = {**gauge.peaks(), "after_load": after_load}
+    return {
+        "phases": phases,
+        "reserved_phases": {"after_load": reserved_after_load, **gauge.reserved},
+        "allocated_bytes": max(size for phase, size in phases.items() if phase != "after_load"),
+        "allocated_is": meter.allocated_is,
+        "reserved_bytes": max(gauge.reserved.values(), default=0),
+        **_process(job, start),
+        "losses": losses,
+        "load_seconds": round(loaded - started, 2),
+        "step_seconds": round(time.perf_counter() - stepped, 3),
+    }
+
+
+def step(engine: Engine, case: Case, gauge: Gauge, make_batch: Callable[[], dict[str, torch.Tensor]]) -> float:
+    """One optimizer step as `qlora_core.training.loop` makes it; returns its mean loss."""
+    micro_batches = case.strategy.gradient_accumulation
+    learned = case.recipe.tokens_per_step - case.strategy.sequences_per_step  # a sequence's first token is not learned
+    total = 0.0
+    for position in range(micro_batches):
+        with engine.micro_step(last=position == micro_batches - 1):
+            with gauge.phase("forward"):
+                loss = engine.loss(make_batch())
+            with gauge.phase("backward"):
+                engine.backward(loss / learned)
+            total += float(loss.detach())
+            del loss
+    with gauge.phase("optimizer"):
+        engine.step()
+    return total / learned
+
+
+def batch(case: Case, base: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random tokens, all of the full length and all learned."""
+    vocabulary: int = base.config.vocab_size  # type: ignore[union-attr,assignment]  # transformers' config
+    shape = (case.strategy.micro_batch, case.recipe.seq_len)
+    tokens_BS = torch.randint(vocabulary, shape, device=device)
+    return {"input_ids_BS": tokens_BS, "attention_mask_BS": torch.ones_like(tokens_BS), "labels_BS": tokens_BS}
+
+
+def _process(job: Job, start: Start) -> dict[str, Any]:
+    """The process in nvidia-smi, now that the allocator holds all that it ever held."""
+    if job.kind != "cuda" or job.uuid is None:
+        return {"context_bytes": 0, "process_bytes": 0, "process_is": None}
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    known = {"context_bytes": start.context_bytes, "reserved_at_end_bytes": torch.cuda.memory_reserved()}
+    own, used = process_bytes(job.uuid), used_bytes(job.uuid)
+    if own is not None:
+        return {**known, "process_bytes": own, "process_is": "nvidia-smi, this process"}
+    if used is not None and start.used_before is not None:
+        rise = used - start.used_before
+        return {**known, "process_bytes": rise, "process_is": "nvidia-smi, the GPU's rise since the start"}
+    return {**known, "process_bytes": total - free, "process_is": "cudaMemGetInfo, the whole GPU"}

@@ -1,0 +1,90 @@
+"""What the estimators say about a case, as JSON; the time it will take; and how far a measurement is from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from benchmarks.gpu.matrix import Case
+from clusters.errors import RequestError
+from clusters.gpu import find_gpu
+from orchestrator.planner import as_dtype, compute_dtype
+from qlora_core.memory.device import Device
+from qlora_core.memory.estimate import Estimate
+from qlora_core.memory.formula import estimate as formula
+
+MIB = 1024**2
+UNKNOWN_CONTEXT_BYTES = 512 * MIB
+"""The default of clusters/gpus.yaml, for a GPU that is not in it."""
+
+START_SECONDS = 12.0
+"""Importing, the CUDA context, the libraries' kernels."""
+LOADED_BYTES_PER_S = 1.5e9
+"""16-bit weights copied to the GPU and quantized there: a guess on the safe side, corrected by the rows that ran."""
+STEP_FLOPS = {"cuda": 20e12, "cpu": 5e9}
+"""Likewise."""
+FLOPS_PER_WEIGHT = 8
+"""Forward, recomputed forward and the gradient of the input: 2 each for a token; and as much again for the rest."""
+STEPS = 2
+
+
+def device_of(machine: Mapping[str, Any]) -> Device:
+    """What the planner takes the machine's device for, which the context's bytes of the catalogue belong to."""
+    capability = tuple(machine["compute_capability"])
+    dtype = as_dtype(compute_dtype("auto", machine["kind"], capability).value)
+    if machine["kind"] == "cpu":
+        return Device(kind="cpu", compute_dtype=dtype)
+    try:
+        context = find_gpu(machine["name"]).context_bytes
+    except RequestError:
+        context = UNKNOWN_CONTEXT_BYTES
+    return Device(kind="cuda", compute_dtype=dtype, context_bytes=context, compute_capability=capability)
+
+
+def by_formula(case: Case, device: Device) -> dict[str, Any]:
+    """The closed form's answer."""
+    return _as_json(
+        formula(case.architecture(), case.recipe, case.strategy, replace(device, output_held=case.output_held))
+    )
+
+
+def by_trace(case: Case, device: Device) -> dict[str, Any]:
+    """The trace's answer; it imports torch, and takes seconds."""
+    from qlora_core.memory.trace import estimate as trace
+
+    return _as_json(
+        trace(case.architecture(), case.recipe, case.strategy, replace(device, output_held=case.output_held))
+    )
+
+
+def does_not_fit(predicted: Mapping[str, Any], free_bytes: int) -> str | None:
+    """Why a case is not tried on a GPU with so much free memory, or None.
+
+    Paged state counts in full: managed memory beyond what is free can stall a GPU for everybody on it.
+    """
+    needed = predicted["process_bytes"] + predicted["paged_bytes"]
+    if needed <= free_bytes:
+        return None
+    return f"it needs {needed / 1024**3:.1f} GiB by the formula, and {free_bytes / 1024**3:.1f} GiB are free"
+
+
+def seconds(case: Case, kind: str) -> float:
+    """About how long a case takes from its start to its result."""
+    parameters = case.architecture().parameters
+    flops = FLOPS_PER_WEIGHT * parameters * case.recipe.tokens_per_step * STEPS
+    return START_SECONDS + 2 * parameters / LOADED_BYTES_PER_S + flops / STEP_FLOPS[kind]
+
+
+def errors_percent(predicted: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, float]:
+    """How much too high (or, negative, too low) each predicted figure is, for those that were measured."""
+    pairs = {phase: (predicted["phases"][phase], measured["phases"][phase]) for phase in measured["phases"]}
+    pairs["allocated"] = (predicted["allocated_bytes"], measured["allocated_bytes"])
+    pairs["reserved"] = (predicted["reserved_bytes"], measured["reserved_bytes"])
+    # managed memory stays on the GPU while there is room, and `does_not_fit` sees to that
+    pairs["process"] = (predicted["process_bytes"] + predicted["paged_bytes"], measured["process_bytes"])
+    return {name: round(100 * (said / real - 1), 3) for name, (said, real) in pairs.items() if real}
+
+
+def _as_json(estimate: Estimate) -> dict[str, Any]:
+    return asdict(estimate.gpu)

@@ -1,0 +1,47 @@
+"""The summary in the terminal: what was measured, and how far each prediction was from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+GIB = 1024**3
+FIGURES = ("allocated", "reserved", "process")
+
+
+def one_line(row: Mapping[str, Any]) -> str:
+    """A row as it ends."""
+    where = f"{row['name']} ({row['model']})"
+    if row["status"] != "measured":
+        return f"{where}: {row['status']}: {row['reason']}"
+    error = row["errors_percent"]["formula"]["allocated"]
+    return f"{where}: {row['measured']['allocated_bytes'] / GIB:.3f} GiB allocated, formula {error:+.2f} %"
+
+
+def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """A table of the measured rows, then what was skipped or failed."""
+    table = Table(title="Measured in GiB, and how far from it formula / trace are, in per cent", box=None)
+    table.add_column("case", no_wrap=True)
+    for figure in FIGURES:
+        table.add_column(figure, justify="right", no_wrap=True)
+        table.add_column("%", justify="right", no_wrap=True)
+    measured = [row for row in rows if row["status"] == "measured"]
+    for row in measured:
+        cells = [row["name"]]
+        for figure in FIGURES:
+            size = row["measured"][f"{figure}_bytes"]
+            cells += [f"{size / GIB:.3f}" if size else "-", _errors(row, figure)]
+        table.add_row(*cells)
+    console.print(table)
+    for row in rows:
+        if row["status"] != "measured":
+            console.print(one_line(row), highlight=False, soft_wrap=True)
+    console.print(f"{len(measured)} of {len(rows)} rows measured.", highlight=False)
+
+
+def _errors(row: Mapping[str, Any], figure: str) -> str:
+    said = [row["errors_percent"].get(estimator, {}).get(figure) for estimator in ("formula", "trace")]
+    return " / ".join("-" if error is None else f"{error:+.1f}" for error in said)

@@ -1,0 +1,370 @@
+"""`make gpu` where there is no GPU: its matrix, its bases, what becomes of a row, and a whole dry run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.gpu import __main__ as entry
+from benchmarks.gpu import device, measure, predict, runner, tracer
+from benchmarks.gpu.base import random_base
+from benchmarks.gpu.job import Job, Start
+from benchmarks.gpu.matrix import DRY, MATRIX, Case, chosen, small
+from clusters.errors import RequestError
+from qlora_core.catalogue import find_model
+from qlora_core.memory.measure import model_tensors
+from qlora_core.recipe import Dtype, Recipe
+from qlora_core.strategy import Strategy
+from qlora_core.training.model import load_base
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+GIB = 1024**3
+A100 = {
+    "kind": "cuda",
+    "name": "NVIDIA A100-SXM4-80GB",
+    "compute_capability": [8, 0],
+    "free_bytes": 79 * GIB,
+    "uuid": None,
+}
+BY_NAME = {case.name: case for case in MATRIX}
+
+# --- the matrix -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=lambda case: case.name)
+def test_every_row_is_of_the_catalogue_and_runs_as_the_planner_would_run_it(case: Case) -> None:
+    assert find_model(case.model).name == case.model
+    architecture = case.architecture()
+    assert case.strategy.attention == "eager" or architecture.has_sdpa
+    assert case.strategy.loss == "full" or architecture.plain_logits
+    assert case.strategy.world_size == 1
+    assert case.recipe.sequences_per_step == case.strategy.sequences_per_step
+    assert small(case).architecture().model_type == architecture.model_type
+    assert small(case).architecture().parameters < 10e6
+
+
+def test_the_matrix_spans_sizes_families_and_strategies() -> None:
+    assert len(BY_NAME) == len(MATRIX)
+    assert len({case.architecture().model_type for case in MATRIX}) >= 5
+    sizes = [case.architecture().parameters for case in MATRIX]
+    assert min(sizes) < 0.2e9
+    assert max(sizes) > 60e9
+    flagship = BY_NAME["defaults-65b"]
+    assert (flagship.model, flagship.strategy.micro_batch, flagship.recipe.seq_len) == ("llama-65b", 1, 512)
+    assert {case.recipe.quantization for case in MATRIX} == {"nf4", "fp4", "int8", "none"}
+    assert {case.strategy.attention for case in MATRIX} == {"sdpa", "eager"}
+    for fact in ("loss", "gradient_checkpointing", "paged_optimizer"):
+        assert len({getattr(case.strategy, fact) for case in MATRIX}) == 2
+
+
+def test_four_minutes_reach_65b() -> None:
+    first = [case.name for case in MATRIX[:3]]
+    assert "defaults-65b" in first
+    assert sum(predict.seconds(BY_NAME[name], "cuda") for name in first) < 4 * 60
+
+
+def test_rows_are_chosen_by_the_beginning_of_name_or_model() -> None:
+    assert [case.name for case in chosen(dry=True)] == [case.name for case in MATRIX if case.name in DRY]
+    assert {case.model for case in chosen(dry=False, only=("llama-65b", "tiny"))} == {
+        "llama-65b",
+        "smollm2-135m",
+        "tinyllama-1.1b",
+    }
+
+
+# --- the base ---------------------------------------------------------------------------------------------------------
+
+
+def facts(module: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """Names, classes and settings of all modules; dtypes, shapes and devices of all parameters and buffers."""
+    for name, part in module.named_modules():
+        settings = {"checkpointing": getattr(part, "gradient_checkpointing", None), "training": part.training}
+        if isinstance(part, bnb.nn.Linear4bit):
+            settings["compute_dtype"] = part.compute_dtype
+            settings["avx512bf16"] = part.support_avx512bf16_for_cpu
+        yield name, type(part), settings
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        yield name, type(parameter), parameter.shape, parameter.dtype, parameter.device, parameter.requires_grad
+    for name, buffer in module.named_buffers():
+        yield name, buffer.shape, buffer.dtype, buffer.double().sum().item()
+    yield from ((tensor.shape, tensor.dtype) for tensor in model_tensors(module))
+
+
+def storages(module: nn.Module) -> int:
+    """How many pieces of memory a model lies in."""
+    return len({tensor.untyped_storage().data_ptr() for tensor in model_tensors(module)})
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "strategy", "dtype"),
+    [
+        ("defaults-1b", Recipe(), Strategy(), "bfloat16"),
+        ("adamw-8bit", Recipe(quantization="fp4", double_quantization=False), Strategy(), "float32"),
+        ("gemma-eager", Recipe(), Strategy(attention="eager", gradient_checkpointing=False), "float32"),
+        ("phi-fused-projections", Recipe(quantization="int8"), Strategy(), "bfloat16"),
+        ("pythia-parallel", Recipe(method="lora", quantization="none"), Strategy(), "float16"),
+    ],
+)
+def test_a_base_from_a_config_is_the_base_from_files(
+    tmp_path: Path, name: str, recipe: Recipe, strategy: Strategy, dtype: Dtype
+) -> None:
+    fields = small(BY_NAME[name]).config_fields()
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.bfloat16).save_pretrained(tmp_path)
+    from_files = load_base(str(tmp_path), recipe, strategy, dtype, CPU)
+    from_config = random_base(fields, recipe, strategy, dtype, CPU)
+    assert list(facts(from_config)) == list(facts(from_files))
+    storages = [
+        {tensor.untyped_storage().data_ptr() for tensor in model_tensors(base)} for base in (from_config, from_files)
+    ]
+    assert len(storages[0]) == len(storages[1])  # what is tied is tied, and nothing else is shared
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+        assert getattr(from_config, flag, None) == getattr(from_files, flag, None)
+    assert from_config.config.use_cache is from_files.config.use_cache is False  # type: ignore[union-attr]
+    assert all(torch.isfinite(tensor).all() for tensor in model_tensors(from_config) if tensor.is_floating_point())
+
+
+# --- what becomes of a row --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tracing process ends at once."""
+    monkeypatch.setattr(tracer, "COMMAND", (sys.executable, "-c", ""))
+
+
+def run_with(child: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, minutes: float = 9, **machine: Any) -> Any:
+    """The rows of a run of one case, whose child is this Python program."""
+    monkeypatch.setattr(runner, "CHILD", (sys.executable, "-c", child))
+    record = runner.Record(tmp_path / "out.json", {"dry": False})
+    told: list[Any] = []
+    runner.run([BY_NAME["defaults-1b"]], {**A100, **machine}, record, runner.Clock(minutes), told.append)
+    assert told == record.rows
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written == {"schema_version": 1, "dry": False, "rows": record.rows}
+    [row] = record.rows
+    return row
+
+
+@pytest.mark.usefixtures("no_traces")
+def test_a_killed_child_is_a_failed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import os, signal, sys; sys.stdin.buffer.read(); print('about to die', flush=True); os.kill(os.getpid(), 9)"
+    )
+    row = run_with(program, tmp_path, monkeypatch)
+    assert (row["status"], row["reason"]) == ("failed", "its process was killed by signal 9")
+    assert row["log"] == ["about to die"]
+
+
+@pytest.mark.usefixtures("no_traces")
+def test_a_child_that_ends_without_an_answer_is_a_failed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = run_with("raise SystemExit('no such module')", tmp_path, monkeypatch)
+    assert (row["status"], row["reason"]) == ("failed", "its process ended with exit code 1 and no answer")
+    assert row["log"] == ["no such module"]
+
+
+@pytest.mark.usefixtures("no_traces")
+def test_the_prediction_is_on_disk_before_the_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, seen = str(tmp_path / "out.json"), str(tmp_path / "seen.json")
+    run_with(f"import shutil, sys; sys.stdin.buffer.read(); shutil.copy({out!r}, {seen!r})", tmp_path, monkeypatch)
+    [row] = json.loads(Path(seen).read_text())["rows"]
+    assert row["status"] == "predicted"
+    assert row["predicted"]["formula"]["allocated_bytes"] > GIB
+    assert row["predicted"]["trace"] == {"failed": "the tracing process has ended"}
+    assert "measured" not in row
+
+
+@pytest.mark.usefixtures("no_traces")
+def test_a_case_that_would_not_fit_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = run_with("", tmp_path, monkeypatch, free_bytes=GIB)
+    assert row["status"] == "skipped"
+    assert row["reason"].endswith("GiB by the formula, and 1.0 GiB are free")
+    assert row["predicted"]["formula"]["process_bytes"] > GIB
+
+
+@pytest.mark.usefixtures("no_traces")
+def test_a_case_that_would_not_end_in_time_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = run_with("", tmp_path, monkeypatch, minutes=0.05)
+    assert row["status"] == "skipped"
+    assert row["reason"].startswith("it takes about ")
+
+
+def test_a_child_that_does_not_end_is_stopped(tmp_path: Path) -> None:
+    children = runner.waiting((sys.executable, "-c", "import time; time.sleep(600)"), tmp_path, most=2)
+    job = Job(BY_NAME["tiny"], "float32", "cpu", None, tmp_path / "answer.json")
+    child = next(children)
+    assert runner.answer(child, job, limit=1) == {"failed": "stopped: it had not ended after 1 s"}
+    assert child.process.returncode == -9
+    children.close()  # and the one that waits is stopped, too
+
+
+def test_paged_state_counts_where_managed_memory_could_exceed_the_gpu() -> None:
+    predicted = {"process_bytes": 40 * GIB, "paged_bytes": 6 * GIB}
+    assert predict.does_not_fit(predicted, 46 * GIB) is None
+    assert predict.does_not_fit(predicted, 45 * GIB) == "it needs 46.0 GiB by the formula, and 45.0 GiB are free"
+
+
+def test_errors_are_positive_where_the_prediction_is_too_high() -> None:
+    predicted = {
+        "phases": {"after_load": 90, "forward": 100, "backward": 110, "optimizer": 100},
+        "allocated_bytes": 110,
+        "reserved_bytes": 120,
+        "process_bytes": 150,
+        "paged_bytes": 50,
+    }
+    measured = {
+        "phases": {"after_load": 100, "forward": 100, "backward": 100, "optimizer": 100},
+        "allocated_bytes": 100,
+        "reserved_bytes": 0,  # a CPU has no caching allocator
+        "process_bytes": 250,
+    }
+    assert predict.errors_percent(predicted, measured) == {
+        "after_load": -10,
+        "forward": 0,
+        "backward": 10,
+        "optimizer": 0,
+        "allocated": 10,
+        "process": -20,
+    }
+
+
+def test_a_known_gpu_is_predicted_with_its_own_context_and_an_unknown_one_with_the_default() -> None:
+    assert predict.device_of({**A100, "name": "Tesla T4", "compute_capability": [7, 5]}).context_bytes < 150 * 1024**2
+    assert predict.device_of({**A100, "name": "NVIDIA Unheard-of"}).context_bytes == 512 * 1024**2
+    assert predict.device_of({**A100, "name": "Tesla T4", "compute_capability": [7, 5]}).compute_dtype == "float16"
+
+
+# --- the process, as nvidia-smi shows it ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program of that name, first on PATH, that answers with the files of its folder."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        f'#!/bin/sh\ncase "$1" in *memory.used) cat {tmp_path}/used;; *pid,used_memory) cat {tmp_path}/apps;; esac\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "used").write_text("700\n")
+    (tmp_path / "apps").write_text("")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 400)
+    return tmp_path
+
+
+def process(start: Start) -> tuple[int, str]:
+    job = Job(BY_NAME["tiny"], "bfloat16", "cuda", "GPU-1", Path("unused"))
+    said = measure._process(job, start)
+    return said["process_bytes"], said["process_is"]
+
+
+def test_the_process_is_what_nvidia_smi_says_of_it(nvidia_smi: Path) -> None:
+    (nvidia_smi / "apps").write_text(f"1, 9999\n{os.getpid()}, 650\n")
+    assert process(Start(30 * 2**20, 300 * 2**20)) == (650 * 2**20, "nvidia-smi, this process")
+
+
+def test_where_processes_are_hidden_it_is_the_rise_of_the_gpus_used_memory(nvidia_smi: Path) -> None:
+    assert device.used_bytes("GPU-1") == 700 * 2**20
+    assert process(Start(30 * 2**20, 300 * 2**20)) == (670 * 2**20, "nvidia-smi, the GPU's rise since the start")
+
+
+def test_where_nvidia_smi_does_not_answer_it_is_what_the_driver_says(nvidia_smi: Path) -> None:
+    (nvidia_smi / "nvidia-smi").write_text("#!/bin/sh\nexit 6\n")
+    assert process(Start(None, None)) == (4000, "cudaMemGetInfo, the whole GPU")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        ({"kind": "cpu"}, "torch sees no CUDA GPU"),
+        ({"versions": {"torch": "2.13.0", "bitsandbytes": None}}, "they are not installed (got bitsandbytes)"),
+    ],
+)
+def test_a_machine_that_cannot_measure_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any], message: str
+) -> None:
+    found = json.dumps({**A100, "versions": {}, **machine})
+    monkeypatch.setattr(entry, "PROBE", (sys.executable, "-c", f"print({found!r})"))
+    result = CliRunner().invoke(entry.command, [])
+    assert isinstance(result.exception, RequestError)
+    assert message in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [(["--only", "nothing"], "--only"), (["--dry", "--out", "benchmarks/results/gpu.json"], "--out")],
+)
+def test_wrong_requests_are_told_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], where: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(entry, "PROBE", None)
+    result = CliRunner().invoke(entry.command, arguments)
+    assert isinstance(result.exception, RequestError)
+    assert [problem.where for problem in result.exception.problems] == [where]
+
+
+def test_make_gpu_takes_the_machines_python_and_puts_wheels_beside_it() -> None:
+    def commands(*given: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "WHEELS", "DRY")}
+        command = ["make", "--dry-run", "--no-print-directory", "gpu", *given]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+    plain = commands("WHEELS=")
+    assert "python3 -m benchmarks.gpu --minutes 9" in plain
+    assert "pip" not in plain
+    with_wheels = commands("WHEELS=folder", "PYTHON=/opt/python3", "MINUTES=4")
+    assert "/opt/python3 -m pip install -q --no-index --no-deps --target .cache/gpu-site folder/*.whl" in with_wheels
+    assert "/opt/python3 -m benchmarks.gpu --minutes 4" in with_wheels
+    assert ".venv/bin/python -m benchmarks.gpu --dry" in commands("DRY=1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MATRIX, ids=lambda case: case.name)
+def test_every_row_trains_when_it_is_small_and_needs_what_is_predicted(case: Case) -> None:
+    torch.set_num_threads(1)
+    shrunk = small(case)
+    measured = measure.measure(Job(shrunk, "float32", "cpu", None, Path("unused")), Start(None, None))
+    on_cpu = predict.device_of({**A100, "kind": "cpu"})
+    errors = predict.errors_percent(predict.by_formula(shrunk, on_cpu), measured)
+    assert measured["losses"] == pytest.approx([math.log(2048)] * 2, abs=0.3)
+    assert abs(errors["allocated"]) < 5
+
+
+@pytest.mark.slow
+def test_a_dry_run_predicts_and_measures_every_branch_on_this_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "dry.json"
+    before = set((ROOT / "benchmarks").rglob("gpu-*.json"))
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--minutes", "5", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=330)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set((ROOT / "benchmarks").rglob("gpu-*.json")) == before
+    written = json.loads(out.read_text())
+    assert written["dry"] is True
+    assert written["versions"]["torch"] == torch.__version__
+    assert [row["name"] for row in written["rows"]] == [case.name for case in chosen(dry=True)]
+    for row in written["rows"]:
+        assert row["status"] == "measured", row
+        assert row["measured"]["losses"] == pytest.approx([math.log(2048)] * 2, abs=0.3)  # a guess among 2048 tokens
+        assert abs(row["errors_percent"]["formula"]["after_load"]) < 0.1
+        assert abs(row["errors_percent"]["formula"]["allocated"]) < 5
+        assert row["name"] in done.stdout
+    assert f"{len(DRY)} of {len(DRY)} rows measured." in done.stdout
