@@ -54,8 +54,8 @@ endif
 speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a peer (docs/speed.md)
 	$(BIN)/python -m benchmarks.speed
 
-accuracy: $(INSTALLED) ## write docs/accuracy.md and its plots: predicted beside measured
-	$(BIN)/python -m benchmarks.accuracy
+accuracy: $(INSTALLED) ## write docs/accuracy.md and its plots: predicted beside measured (GRID=1: trace the grid too)
+	$(BIN)/python -m benchmarks.accuracy --trace $(if $(GRID),--grid)
 
 format: $(INSTALLED) ## sort the imports and format the code
 	$(BIN)/ruff check --select I --fix

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,18 +17,25 @@ from clusters.errors import Problem, RequestError, request_error
 from clusters.gpu import COMMON, GIB, find_gpu
 from launch import command
 from orchestrator.plan import Plan, Target
-from orchestrator.planner import EstimatorFunction, check_strategy, check_targets, cpu_target, gpu_target, plan_request
+from orchestrator.planner import EstimatorFunction, check_strategy, cpu_target, gpu_target, plan_request
+from orchestrator.targets import check_targets
 from qlora_core.catalogue import find_model
 from qlora_core.memory import formula
+from qlora_core.memory.allocator import AllocatorSettings
 from qlora_core.recipe import Mistake, Quantization, Recipe, RecipeError
 from qlora_core.strategy import Strategy
+from qlora_core.targets import split
 
 T = TypeVar("T")
 
 NOT_BUILT = ("--cluster", "--data", "--objective", "--report", "--sweep", "--tokens", "--write")
 """Options of the command's contract whose part is not built yet; each is refused by name instead of ignored."""
 
-FLAGS = {"quantization": "--quant", "dropout": "--lora-dropout", "tokens_per_step": "--seq-len"}
+FLAGS = {
+    "quantization": "--quant",
+    "dropout": "--lora-dropout",
+    "tokens_per_step": "--seq-len x --micro-batch x --gpus",
+}
 """The options that are not called like the recipe's field."""
 
 
@@ -53,7 +62,13 @@ def not_built(function: Any) -> Any:
 @click.option("--quant", type=click.Choice(["nf4", "fp4", "int8", "none"]), help="The base's weights.  [default: nf4]")
 @click.option("--no-double-quant", is_flag=True, help="Keep the quantization constants in float32.")
 @click.option("--rank", type=click.IntRange(min=1), default=64, show_default=True, help="LoRA rank.")
-@click.option("--targets", default="all-linear", show_default=True, help="LoRA's layers: all-linear or names.")
+@click.option(
+    "--targets",
+    metavar="NAME,...",
+    default="all-linear",
+    show_default=True,
+    help="LoRA's layers: all-linear, or names and regular expressions of modules.",
+)
 @click.option(
     "--lora-dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True
 )
@@ -164,7 +179,7 @@ def plan_of(options: dict[str, Any]) -> Plan:
 
 
 def estimator_named(name: str) -> EstimatorFunction:
-    """The estimator of that name; the trace needs what training needs.
+    """The estimator of that name; the trace needs what training needs, and minds PYTORCH_ALLOC_CONF as training does.
 
     Raises:
         RequestError: it is not installed.
@@ -180,7 +195,8 @@ def estimator_named(name: str) -> EstimatorFunction:
         rule = f"it runs the real training code, and {error.name or error} is not installed"
         remedy = "pip install 'qlora-orchestrator[train]', or use --estimator formula"
         raise request_error("--estimator", "trace", rule, remedy) from error
-    return trace.estimate
+    settings = AllocatorSettings.parse(os.environ.get("PYTORCH_ALLOC_CONF", ""))
+    return partial(trace.estimate, settings=settings)
 
 
 def strategy_of(options: dict[str, Any]) -> Strategy:
@@ -206,7 +222,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
     if options["no_double_quant"] and not four_bit:
         rule = f"only nf4 and fp4 have constants that could be quantized again, and the base is {quantization}"
         problems.append(Problem("--no-double-quant", "", rule, "Leave --no-double-quant out"))
-    names = tuple(name.strip() for name in targets.split(",") if name.strip())
+    names = split(targets)
     try:
         recipe = Recipe(
             method=method,
@@ -224,7 +240,9 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
             tokens_per_step=options["seq_len"] * options["micro_batch"] * options["gpus"],
         )
     except RecipeError as error:
-        raise RequestError([*problems, *map(flag_problem, error.mistakes)]) from None
+        fields = {mistake.fields[0] for mistake in error.mistakes}
+        own = [each for each in error.mistakes if each.fields[0] != "tokens_per_step" or "seq_len" not in fields]
+        raise RequestError([*problems, *map(flag_problem, own)]) from None
     if problems:
         raise RequestError(problems)
     return recipe
@@ -240,7 +258,7 @@ def flag_problem(mistake: Mistake) -> Problem:
 
 def host_ram_of(gib: float | None) -> int | None:
     """The host's memory in bytes, where it was stated."""
-    if gib is not None and not math.isfinite(gib):
+    if gib is not None and not math.isfinite(gib * GIB):
         raise request_error("--host-ram", gib, "it must be a number of GiB", "Leave it out where it is not known")
     return None if gib is None else round(gib * GIB)
 

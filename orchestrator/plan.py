@@ -141,6 +141,7 @@ class Plan:
                     "phases": dataclasses.asdict(gpu.phases),
                     "allocated_bytes": gpu.allocated_bytes,
                     "reserved_bytes": gpu.reserved_bytes,
+                    "reserved_interval": list(gpu.reserved_interval),
                     "process_bytes": gpu.process_bytes,
                     "paged_bytes": gpu.paged_bytes,
                 },

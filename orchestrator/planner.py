@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from clusters.errors import Problem, RequestError, nearest
-from clusters.gpu import Gpu
+from clusters.errors import Problem, RequestError
+from clusters.gpu import GIB, Gpu
 from orchestrator.plan import Choice, Plan, Target, Verdict
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.device import Device
@@ -170,9 +170,22 @@ def plan_request(
         estimate=estimates[shown],
         verdicts=verdicts,
         choices=tuple(decided),
-        warnings=tuple(warnings(architecture, recipe, strategy, targets)),
+        warnings=(
+            *warnings(architecture, recipe, strategy, targets),
+            *open_verdict(estimates[shown], targets[shown]),
+        ),
         host_usable_bytes=host_usable_bytes,
     )
+
+
+def open_verdict(needed: Estimate, target: Target) -> Iterator[str]:
+    """Whether fragmentation may decide the verdict."""
+    low, high = (bound + target.device.context_bytes for bound in needed.gpu.reserved_interval)
+    if low <= target.usable_bytes < high:
+        yield (
+            f"{target.name} has {target.usable_bytes / GIB:.2f} GiB usable, and the process needs {low / GIB:.2f} to "
+            f"{high / GIB:.2f}, by how its memory fragments: --estimator trace is more exact"
+        )
 
 
 def warnings(
@@ -220,22 +233,6 @@ def plan_run(
     best = plan_request(architecture, planned, next(fitting, strategies[-1]), [target])
     choices += strategy_choices(request, best)
     return dataclasses.replace(best, recipe=recipe, choices=(*best.choices, *choices))
-
-
-def check_targets(architecture: ModelArchitecture, recipe: Recipe, where: str = "recipe.targets") -> None:
-    """Raise a RequestError for each LoRA target that matches no linear layer of the model."""
-    if isinstance(recipe.targets, str):
-        return
-    names = list(dict.fromkeys(linear.name for linear in architecture.linears))
-    problems = []
-    for target in recipe.targets:
-        if target not in names:
-            near = nearest(target, names, limit=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]}? " if near else ""
-            rule = f"{architecture.name} has no linear layer of that name"
-            problems.append(Problem(where, target, rule, f"{hint}It has {', '.join(names)}"))
-    if problems:
-        raise RequestError(problems)
 
 
 def check_strategy(strategy: Strategy, where: str, targets: Sequence[Target]) -> None:

@@ -12,8 +12,9 @@ from orchestrator.base import Base, find_base
 from orchestrator.identity import identity
 from orchestrator.machine import Machine, describe, target_of
 from orchestrator.plan import Plan
-from orchestrator.planner import check_targets, plan_run
+from orchestrator.planner import plan_run
 from orchestrator.spec import RunSpec
+from orchestrator.targets import check_targets
 from qlora_core.recipe import Recipe
 from qlora_core.training.dataset import DataReport, Encoded, encode_file
 from qlora_core.training.model import load_tokenizer

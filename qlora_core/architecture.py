@@ -19,12 +19,13 @@ class Linear:
     Routers and experts of transformers 5 are bare parameters, and counted in `layer_other_parameters`.
 
     Attributes:
-        name: last part of the module's name, ``q_proj``; what LoRA targets match.
+        name: last part of the module's name, ``q_proj``.
         in_features, out_features: its weight is [out_features, in_features].
         bias: whether it has a bias of out_features.
         part: where it works, for the order of activations.
         count: how many of it one decoder layer has (experts).
         quantized: whether bitsandbytes replaces it: its type must *be* nn.Linear or Conv1D (Falcon's is a subclass).
+        path: its module's name in the model's first decoder layer, ``model.layers.0.self_attn.q_proj``.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Linear:
     part: Literal["attention", "mlp", "router", "expert", "shared_expert"] = "attention"
     count: int = 1
     quantized: bool = True
+    path: str = ""
 
     @property
     def weight_numel(self) -> int:

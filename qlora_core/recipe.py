@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from qlora_core.checks import Bounds, Check, check_of
+from qlora_core.targets import Targets, fault
 
 Method = Literal["qlora", "lora", "full"]
 Quantization = Literal["nf4", "fp4", "int8", "none"]
@@ -74,8 +75,9 @@ class Recipe:
     """LoRA alpha: the adapter's output is scaled by alpha / rank."""
     dropout: Annotated[float, Bounds(ge=0, lt=1)] = 0.0
     """LoRA dropout probability."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Which linear layers get an adapter: all but the output head, or the last parts of their module names."""
+    targets: Targets = "all-linear"
+    """Which linear layers get an adapter: all but the output head, or those whose module names end in a name of the
+    list or match a regular expression of it."""
     lora_dtype: Dtype = "float32"
     """Dtype of the adapters, of their gradients and (unless 8-bit) of their optimizer state."""
     compute_dtype: ComputeDtype = "auto"
@@ -141,6 +143,10 @@ class Recipe:
         if not self.targets:
             rule, remedy = "it must name at least one linear layer", "Name some, or say all-linear"
             yield Mistake(("targets",), self.targets, rule, remedy)
+        elif self.targets != "all-linear" and (found := fault(self.targets)):
+            target, reason = found
+            rule, remedy = f"it is neither a name nor a regular expression: {reason}", "Correct it"
+            yield Mistake(("targets",), target, rule, remedy)
 
     def _conflicts_beside(self, mistakes: list[Mistake]) -> list[Mistake]:
         """What does not go together among the fields that are right."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -364,6 +365,15 @@ def test_no_warning_without_a_reason(ask: Ask) -> None:
         ("--model 7b --compare ,", ["--compare", "t4,a100-40gb"]),
         ("--model 7b --targets q_prj,v_proj", ["--targets", "q_prj", "q_proj"]),
         ("--model 7b --targets ,", ["--targets", "at least one"]),
+        ("--model 7b --targets q_proj,(", ["--targets", "neither a name nor a regular expression", "got ("]),
+        ("--model 7b --targets .*attention", ["--targets", "no linear layer", "model.layers.0.self_attn.q_proj"]),
+        (r"--model 7b --targets .*\.(1[6-9]|2\d)\..*_proj", ["--targets", "in 14 of 32 layers", r".*\.q_proj"]),
+        ("--model 7b --targets .*mlp.*", ["--targets", "matches model.layers.0.mlp.act_fn too"]),
+        ("--model qwen3-30b-a3b --targets gate_proj", ["--targets", "no gate_proj without up_proj", "Add up_proj"]),
+        (
+            "--model mixtral-8x7b --lora-dropout 0.1",
+            ["--targets", "no dropout for routers and experts", "q_proj, k_proj"],
+        ),
         ("--model 7b --no-double-quant --quant none --method lora", ["--no-double-quant", "none"]),
         ("--model 7b --no-double-quant --quant int8", ["--no-double-quant", "int8"]),
         ("--model 7b --method lora --quant nf4", ["--quant", "nf4", "lora"]),
@@ -379,6 +389,9 @@ def test_no_warning_without_a_reason(ask: Ask) -> None:
         ("--model 7b --lora-dropout 1", ["--lora-dropout", "1"]),
         ("--model 7b --lora-dropout nan", ["--lora-dropout", "nan"]),
         ("--model 7b --host-ram inf", ["--host-ram", "inf"]),
+        ("--model 7b --host-ram 1e308", ["--host-ram", "1e+308"]),
+        ("--model 7b --seq-len 1099511627777", ["--seq-len:", "1099511627776"]),
+        (f"--model 7b --micro-batch {10**30}", ["--seq-len x --micro-batch x --gpus", "1099511627776"]),
         ("--model 7b --quant nf5", ["--quant", "nf5", "nf4"]),
         ("--model 7b --no-such-flag", ["--no-such-flag", "--help"]),
         ("--model 7b extra", ["extra"]),
@@ -561,6 +574,76 @@ def test_a_folder_with_a_config_is_a_model(ask: Ask, tmp_path: Path) -> None:
     answer = ask("--model", str(tmp_path), "--gpu", "t4", "--seq-len", "128", "--json")
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
     assert answer.json["model"]["parameters"] == 2 * 100 * 64 + 2 * layer + 64
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 160,
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is not valid JSON"),
+        (b"model_type: llama", "is not valid JSON"),
+        (json.dumps(LLAMA).encode("utf-16"), "is not valid JSON"),
+        (json.dumps(LLAMA).encode("utf-8-sig"), "is not valid JSON"),
+        (b"[]", "must hold one JSON object (got a list)"),
+        (b"null", "must hold one JSON object (got a NoneType)"),
+        (b" " * (10 * 1024**2 + 1), "is too large"),
+        (json.dumps({key: LLAMA[key] for key in LLAMA if key != "model_type"}).encode(), "model_type: must name"),
+        (
+            json.dumps({**LLAMA, "num_attention_heads": 0}).encode(),
+            "num_attention_heads: must be a whole number from 1",
+        ),
+        (
+            json.dumps({**LLAMA, "num_hidden_layers": 10**12}).encode(),
+            "num_hidden_layers: must be a whole number from 1",
+        ),
+        (json.dumps({**LLAMA, "vocab_size": float("nan")}).encode(), "vocab_size: must be a whole number from 1"),
+        (json.dumps({"model_type": "gpt2", "n_embd": 64.0}).encode(), "n_embd: must be a whole number"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, bytes) else None,
+)
+def test_a_config_that_is_none_is_refused_in_one_message(ask: Ask, tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    answer = ask("--model", str(tmp_path), "--json")
+    assert (answer.code, answer.out) == (2, "")
+    assert said in answer.err
+    assert answer.err.count("error: ") == 1
+
+
+def test_a_config_that_lacks_fields_names_all_of_them_by_all_their_names(ask: Ask, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    answer = ask("--model", str(tmp_path))
+    assert answer.code == 2
+    for names in (
+        "hidden_size: this field is needed and missing, also as n_embd or d_model or n_embed",
+        "num_hidden_layers: this field is needed and missing, also as n_layer",
+        "num_attention_heads: this field is needed and missing, also as n_head",
+        "vocab_size: this field is needed and missing.",
+    ):
+        assert names in answer.err
+
+
+def test_a_config_that_is_no_file_is_refused(ask: Ask, tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    answer = ask("--model", str(tmp_path))
+    assert answer.code == 2
+    assert "config.json: is not a file" in answer.err
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_a_config_that_may_not_be_read_is_refused(ask: Ask, tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch(mode=0o000)
+    answer = ask("--model", str(tmp_path))
+    assert answer.code == 2
+    assert "cannot be read" in answer.err
 
 
 def test_a_folder_s_name_is_shown_as_it_is(ask: Ask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_what_old_bitsandbytes_kept_is_counted_by_hand() -> None:
 
 def test_most_runs_that_fit_or_do_not_are_told_so() -> None:
     assert len(fits()) == 7
-    assert sum(fit.stated == fit.predicted for fit in fits()) >= 5
+    assert sum(fit.open or fit.stated == fit.predicted for fit in fits()) >= 5
 
 
 def test_the_page_is_what_the_command_writes() -> None:

@@ -266,6 +266,7 @@ def test_no_message_speaks_python(load: Load) -> None:
         ("{seq_len: 100, tokens_per_step: 251}", "recipe.tokens_per_step", "The nearest is 300"),
         ("{seq_len: 100, tokens_per_step: 1}", "recipe.tokens_per_step", "The nearest is 100"),
         ("{targets: []}", "recipe.targets", "all-linear"),
+        ("{targets: [q_proj, (]}", "recipe.targets", "Correct it"),
     ],
 )
 def test_a_rule_across_fields_names_a_field_and_a_remedy(load: Load, recipe: str, where: str, remedy: str) -> None:

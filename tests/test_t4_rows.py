@@ -13,17 +13,17 @@ def test_all_forty_rows_are_read() -> None:
     assert len(t4_rows()) == 40
 
 
-def test_allocated_is_a_quarter_of_a_per_cent_off() -> None:
+def test_allocated_is_a_tenth_of_a_per_cent_off() -> None:
     mean, worst = error_of(by_formula(), "allocated")
-    assert mean <= 0.25
-    assert worst <= 1.5
+    assert mean <= 0.1
+    assert worst <= 0.5
 
 
 @pytest.mark.parametrize(
-    ("figure", "most"), [("after loading", 0.6), ("forward", 0.35), ("backward", 0.25), ("optimizer", 0.4)]
+    ("figure", "most"), [("after loading", 0.2), ("forward", 0.15), ("backward", 0.1), ("optimizer", 0.1)]
 )
 def test_each_phase_has_its_own_peak(figure: str, most: float) -> None:
-    # What is left is the allocator: a cached block that is at most 1 MiB too big is handed out, and counted, whole.
+    # What is left is loading by threads: which cached block is handed out, and counted, whole differs from run to run.
     mean, worst = error_of(by_formula(), figure)
     assert mean <= most
     assert worst <= 4
@@ -40,11 +40,19 @@ def test_where_the_allocator_keeps_no_slack_the_peak_is_exact_to_a_mebibyte(quan
 @pytest.mark.parametrize("figure", ["reserved", "process"])
 def test_reserved_and_process_follow_from_the_allocators_segments(figure: str) -> None:
     mean, worst = error_of(by_formula(), figure)
-    assert mean <= 3.5
-    assert worst <= 11
+    assert mean <= 2.5
+    assert worst <= 10
     mean, worst = error_of(by_formula(), figure, attention="sdpa")
-    assert mean <= 2.3
+    assert mean <= 1.7
     assert worst <= 8
+
+
+def test_the_interval_of_reserved_memory_holds_nine_rows_of_ten() -> None:
+    inside = 0
+    for row in t4_rows():
+        low, high = estimate(row.architecture, row.recipe, row.strategy, row.device).gpu.reserved_interval
+        inside += low <= row.measured["peak_reserved_mib"] * MIB <= high
+    assert inside >= 36
 
 
 def test_gradients_and_optimizer_state_are_exact() -> None:

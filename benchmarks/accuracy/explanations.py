@@ -97,21 +97,6 @@ def _less_than_its_parts(one: Scored) -> Explanation:
     )
 
 
-def _math_kernel(one: Scored) -> Explanation:
-    asked = request_of(one.row, one.stack)
-    heads, length = asked.architecture.num_heads, asked.recipe.seq_len
-    # in place of a float32 number per head, which the fused kernels keep
-    scores = 4 * heads * (length - 1) * length * asked.architecture.num_layers
-    missing = one.row.measured_bytes - one.predicted
-    return Explanation(
-        "another attention kernel",
-        "the residual stream is float32 and keys are grouped: transformers then hands grouped keys to sdpa as they "
-        "are (use_gqa_in_sdpa), and PyTorch has no fused kernel for that in float32. Its math kernel keeps all "
-        f"scores: {scores / 1e9:.2f} GB of the {missing / 1e9:.2f} that are missing. The other rows have "
-        "checkpointing, and their peak is at the loss",
-    )
-
-
 def _fused_optimizer(one: Scored) -> Explanation:
     asked = request_of(one.row, one.stack)
     phases = estimate(asked.architecture, asked.recipe, asked.strategy, asked.device).gpu.phases
@@ -136,7 +121,6 @@ def _contradicted(one: Scored) -> Explanation:
 _RULES: tuple[tuple[Callable[[Scored], bool], Callable[[Scored], Explanation]], ...] = (
     (lambda one: keeps_inputs(one) and one.error < 0, _litgpt_quantized),
     (lambda one: one.stack.name == "LitGPT" and one.row.method == "full", _less_than_its_parts),
-    (lambda one: one.stack.name == "canifinetune" and one.row.checkpointing == "False", _math_kernel),
     (lambda one: one.stack.name == "torchtune" and one.row.method == "full", _fused_optimizer),
     (lambda one: one.row.id == "llamafactory-t2-fa2", _contradicted),
     (lambda one: one.stack.name == "axolotl" and one.error < 0, _without_cut_cross_entropy),

@@ -95,7 +95,13 @@ class Fit:
     row: PublishedRow
     stated: bool
     predicted_bytes: int
+    between: tuple[int, int]
     usable_bytes: int
+
+    @property
+    def open(self) -> bool:
+        """Whether fragmentation decides."""
+        return self.between[0] <= self.usable_bytes < self.between[1]
 
     @property
     def predicted(self) -> bool:
@@ -149,6 +155,8 @@ def request_of(row: PublishedRow, stack: Stack) -> Request:
     targets = _targets(row, architecture)
     quantization = _quantization(row)
     quantized = quantization != "none"
+    if stack.own_models:
+        architecture = replace(architecture, activation=architecture.activation.partition("_")[0])
     if quantized:
         architecture = _quantized_as(architecture, stack, targets)
     length = int(row.seq_len) if row.seq_len.isdigit() else 512
@@ -305,7 +313,10 @@ def fits() -> tuple[Fit, ...]:
         stack = stack_of(row.id)
         if stack is not None and row.stated in ("fit", "OOM"):
             asked = request_of(row, stack)
-            found.append(Fit(row, row.stated == "fit", predicted_bytes(asked, stack), asked.usable_bytes))
+            gpu = estimate(asked.architecture, asked.recipe, asked.strategy, asked.device).gpu
+            low, high = (bound + asked.device.context_bytes for bound in gpu.reserved_interval)
+            said = predicted_bytes(asked, stack)
+            found.append(Fit(row, row.stated == "fit", said, (low, high), asked.usable_bytes))
     return tuple(found)
 
 

@@ -30,6 +30,7 @@ class Stack:
         accumulation: micro-batches of a step.
         quantizes: which linear layers are quantized: those that bitsandbytes replaces in transformers' models, all of
             them, or those that have an adapter.
+        own_models: its models are code of its own, in which GELU is one kernel, and not transformers'.
         divides_while_loading: under ZeRO-3 no rank ever holds the whole model.
         assumptions: the above in words, each with its source.
     """
@@ -46,6 +47,7 @@ class Stack:
     paged_when_quantized: bool
     accumulation: int
     quantizes: Literal["replaced", "all", "adapted"]
+    own_models: bool
     divides_while_loading: bool
     assumptions: tuple[str, ...]
 
@@ -64,6 +66,7 @@ STACKS = (
         paged_when_quantized=True,
         accumulation=1,
         quantizes="replaced",
+        own_models=False,
         divides_while_loading=False,
         assumptions=(
             "the model's output is a local variable of the loop, so it lives through the step; no autocast; "
@@ -85,6 +88,7 @@ STACKS = (
         paged_when_quantized=True,
         accumulation=2,
         quantizes="all",
+        own_models=True,
         divides_while_loading=False,
         assumptions=(
             "bf16-true: adapters, gradients and torch's AdamW state in bfloat16; bitsandbytes' PagedAdamW where the "
@@ -111,6 +115,7 @@ STACKS = (
         paged_when_quantized=False,
         accumulation=1,
         quantizes="adapted",
+        own_models=True,
         divides_while_loading=False,
         assumptions=(
             "adapters in the model's bfloat16, dropout 0, no gradient accumulation (stated), cross-entropy by chunks "
@@ -135,6 +140,7 @@ STACKS = (
         paged_when_quantized=False,
         accumulation=4,
         quantizes="replaced",
+        own_models=False,
         divides_while_loading=False,
         assumptions=(
             "double quantization by default, layer norms not upcast, adapters cast to float32 unless pure_bf16, "
@@ -155,6 +161,7 @@ STACKS = (
         paged_when_quantized=False,
         accumulation=4,
         quantizes="replaced",
+        own_models=False,
         divides_while_loading=False,
         assumptions=(
             "what prepare_model_for_kbit_training casts to float32 is cast back to bfloat16 (loaders/model.py, "
@@ -177,6 +184,7 @@ STACKS = (
         paged_when_quantized=False,
         accumulation=1,
         quantizes="replaced",
+        own_models=False,
         divides_while_loading=False,
         assumptions=(
             "no autocast (use_amp false), adapters in float32, no checkpointing (use_gc false), batch of 4, the "
@@ -200,6 +208,7 @@ STACKS = (
         paged_when_quantized=False,
         accumulation=4,
         quantizes="replaced",
+        own_models=False,
         divides_while_loading=True,
         assumptions=(
             "TRL's SFTTrainer with bf16, gradient_accumulation_steps 4, zero3_init_flag true: no rank loads the "
@@ -220,6 +229,7 @@ STACKS = (
         paged_when_quantized=False,
         accumulation=8,
         quantizes="replaced",
+        own_models=False,
         divides_while_loading=False,
         assumptions=(
             "rank 8 on q, k, v and o, no dropout, 8 micro-batches a step, transformers' Trainer with bf16 "
@@ -240,6 +250,7 @@ STACKS = (
         paged_when_quantized=False,
         accumulation=4,
         quantizes="replaced",
+        own_models=False,
         divides_while_loading=False,
         assumptions=(
             "TRL of May 2023 prepares the model with peft, which casts what is not quantized to float32 "

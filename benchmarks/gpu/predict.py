@@ -87,4 +87,4 @@ def errors_percent(predicted: Mapping[str, Any], measured: Mapping[str, Any]) ->
 
 
 def _as_json(estimate: Estimate) -> dict[str, Any]:
-    return asdict(estimate.gpu)
+    return {**asdict(estimate.gpu), "reserved_interval": list(estimate.gpu.reserved_interval)}

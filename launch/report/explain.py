@@ -259,7 +259,10 @@ def framework_lines(plan: Plan) -> list[str]:
     """Rounding and workspaces."""
     if plan.target.device.kind == "cpu":
         return []
-    return ["Every tensor's size is rounded up to 512 bytes, and cuBLAS keeps a workspace."]
+    return [
+        "Every tensor's size is rounded up to 512 bytes; a cached block that is at most "
+        "1 MiB too big is handed out, and counted, whole; and cuBLAS keeps a workspace."
+    ]
 
 
 def sharding(plan: Plan, component: str) -> tuple[str, ...]:
@@ -297,6 +300,9 @@ def device_lines(plan: Plan) -> Iterator[str]:
     )
     for size, text in rows:
         yield f"{size_text(size):>12}  {text}"
+    low, high = gpu.reserved_interval
+    if low != high:
+        yield f"By how memory fragments, {size_text(low)} to {size_text(high)} may be reserved."
 
 
 def host_lines(plan: Plan) -> Iterator[str]:
@@ -316,7 +322,7 @@ def host_lines(plan: Plan) -> Iterator[str]:
 
 def saving_lines(plan: Plan) -> Iterator[str]:
     """What the process would need with one choice made differently."""
-    now = plan.estimate.gpu.process_bytes
+    now = estimate(plan.architecture, plan.recipe, plan.strategy, plan.target.device).gpu.process_bytes
     for title, recipe, strategy in other_choices(plan):
         other = estimate(
             plan.architecture,
@@ -326,6 +332,8 @@ def saving_lines(plan: Plan) -> Iterator[str]:
         ).gpu.process_bytes
         yield f"{title:<46}{size_text(other):>12}  ({'+' if other >= now else '-'}{size_text(abs(other - now))})"
     yield f"{'as planned':<46}{size_text(now):>12}"
+    if plan.estimate.estimator != "formula":
+        yield "All by the formula, as are the largest micro-batch and the longest sequence."
 
 
 def other_choices(plan: Plan) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:

@@ -197,7 +197,9 @@ def memory_table(plan: Plan) -> Table:
             add(COMPONENT_TITLES[component], size, f"{share:.1%}", Bar(share))
     add("allocated", gpu.allocated_bytes, "", remark("the sum: what tensors take"), "bold")
     if plan.target.device.kind == "cuda":
-        add("reserved", gpu.reserved_bytes, "", remark("what the allocator holds for them"))
+        low, high = (f"{bound / unit:.2f}" for bound in gpu.reserved_interval)
+        held = "held by the caching allocator" if low == high else f"fragmentation: {low} to {high}"
+        add("reserved", gpu.reserved_bytes, "", remark(held))
         add("process", gpu.process_bytes, "", remark("in nvidia-smi: CUDA context too"))
     if gpu.paged_bytes:
         add("paged", gpu.paged_bytes, "", remark("managed memory, outside the sum"))

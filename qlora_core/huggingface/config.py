@@ -64,7 +64,7 @@ def architecture_from_file(file: Path, *, name: str, source: str) -> ModelArchit
             raise request_error(
                 source, f"{file.stat().st_size} bytes", "is too large for a config.json", "Check the file"
             )
-        fields = json.loads(file.read_bytes())
+        fields = json.loads(file.read_bytes().decode())  # UTF-8, as transformers reads it
     except OSError as error:
         raise _unreadable(source, error) from error
     except (ValueError, RecursionError) as error:
@@ -91,6 +91,10 @@ def _no_config(folder: Path) -> RequestError:
     if not folder.is_dir():
         return request_error(
             str(folder), "a file", "must be a folder", "Give the folder that holds the model's config.json"
+        )
+    if (folder / "config.json").exists():
+        return request_error(
+            str(folder / "config.json"), "", "is not a file", "Give the model's config.json in its place"
         )
     if (folder / "adapter_config.json").exists():
         return request_error(str(folder), "", "holds a LoRA adapter, not a model", "Give the model it was trained on")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.huggingface.families import Decoder, Experts, Switch, Window
 from qlora_core.huggingface.fields import ConfigFields
+from qlora_core.huggingface.modules import placed
 
 
 def build(fields: ConfigFields, model_type: str, family: Decoder) -> ModelArchitecture:
@@ -66,7 +67,7 @@ def build(fields: ConfigFields, model_type: str, family: Decoder) -> ModelArchit
         vocab_size=vocab,
         max_position_embeddings=positions,
         tied_embeddings=tied,
-        linears=tuple(linears),
+        linears=placed(model_type, linears),
         layer_other_parameters=other,
         other_parameters=norm_width + head_bias,
         gated_mlp=len(family.mlp_names) == 3,

@@ -48,7 +48,9 @@ class ConfigFields:
         found, value = self._find(field)
         if found and value is not None:
             return self._whole(field, value)
-        self.problem(field, "" if not found else "null", "this field is needed and missing", "Add it to the config")
+        others = OTHER_NAMES.get(field, ())
+        rule = f"this field is needed and missing{', also as ' if others else ''}{' or '.join(others)}"
+        self.problem(field, "null" if found else "", rule, "Add it to the config")
         return 1
 
     def count(self, field: str, default: int, least: int = 1) -> int:
@@ -100,8 +102,9 @@ class ConfigFields:
         return not self._find(field)[1]
 
     def problem(self, field: str, given: str, rule: str, remedy: str) -> None:
-        """Note a mistake."""
-        self._problems.append(Problem(f"{self.source}: {field}", given, rule, remedy))
+        """Note a mistake, at the name that the config gives the field."""
+        named = next((name for name in (field, *OTHER_NAMES.get(field, ())) if name in self.raw), field)
+        self._problems.append(Problem(f"{self.source}: {named}", given, rule, remedy))
 
     def must_divide(self, field: str, part: int, whole_field: str, whole: int) -> None:
         """Note a mistake where `part` does not divide `whole`; not after other mistakes, they may be the cause."""

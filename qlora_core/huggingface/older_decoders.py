@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.huggingface.decoder import head_dimension
 from qlora_core.huggingface.fields import ConfigFields
+from qlora_core.huggingface.modules import placed
 
 
 def _gpt2(fields: ConfigFields) -> ModelArchitecture:
@@ -243,7 +244,7 @@ def _architecture(
         vocab_size=vocab,
         max_position_embeddings=positions,
         tied_embeddings=tied,
-        linears=tuple(linears),
+        linears=placed(model_type, linears),
         layer_other_parameters=norms * (2 * hidden if norm_width is None else norm_width),
         other_parameters=other_parameters,
         gated_mlp=False,

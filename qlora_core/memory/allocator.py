@@ -61,7 +61,7 @@ class AllocatorSettings:
                 raise request_error(name, value, "it must be a whole number above 20", "Choose 21 or more")
             else:
                 rule = "only expandable_segments:True or False and max_split_size_mb:N are simulated"
-                raise request_error("allocator settings", option, rule, "Leave the option out")
+                raise request_error("PYTORCH_ALLOC_CONF", option, rule, "Leave the option out")
         return cls(expandable, split)
 
 

@@ -49,6 +49,8 @@ class Heads(NamedTuple):
         single_sequence: the micro-batch is 1, so that folding batch and heads is a view.
         cuda: CUDA's softmax kernels, not a CPU's.
         capped: eager scores pass a soft cap (Gemma 2).
+        partial: only part of a head is rotated, and put together with the rest again.
+        sinks: each head's softmax has a learned score beside those of the keys (gpt-oss).
     """
 
     queries: int
@@ -57,6 +59,8 @@ class Heads(NamedTuple):
     single_sequence: bool
     cuda: bool
     capped: bool = False
+    partial: bool = False
+    sinks: bool = False
 
 
 LARGEST_GROUPED_HEAD = 256
@@ -75,17 +79,22 @@ def attend(
         return eager(tape, query, key, value, shape)
     if kernel == "math":
         return math(tape, query, key, value, shape), None
-    return fused(tape, kernel, query, key, value, shape), None
+    attended = fused(tape, kernel, query, key, value, shape)
+    # flash lays its result out as the queries are, and those that were put together lie head by head
+    return (op.clone(tape, attended) if kernel == "flash" and shape.partial else attended), None
 
 
 def repeated(tape: Tape, x: Tensor, shape: Heads) -> Tensor:
     """repeat_kv: keys or values copied out to all query heads; the gradient is summed back."""
     if shape.queries == shape.keys:
         return x
-    numel, dtype = x.numel, x.dtype
-    return tape.apply(
-        (x,), ROW.times(shape.queries * shape.dim), dtype, lambda gradient, saved: (tape.new(numel, dtype),)
-    )
+    numel, dtype, wide = x.numel, x.dtype, ROW.times(shape.queries * shape.dim)
+    if shape.keys == 1:  # one head's view is as good as a copy for all
+        view = x.alias(wide)
+        if x.node is not None:
+            view.node = tape.node((x,), lambda gradient: (tape.new(numel, dtype),))
+        return view
+    return tape.apply((x,), wide, dtype, lambda gradient, saved: (tape.new(numel, dtype),))
 
 
 def fused(tape: Tape, kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, shape: Heads) -> Tensor:
@@ -130,9 +139,39 @@ def eager(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads) -
     if shape.capped:
         weights = op.soft_capped(tape, weights)
     weights = op.clone(tape, weights)  # + mask
-    weights = op.cast(tape, op.softmax(tape, weights, shape.cuda), dtype)
+    if shape.sinks:
+        weights = softmax_with_sinks(tape, weights, shape)
+    else:
+        weights = op.cast(tape, op.softmax(tape, weights, shape.cuda), dtype)
     attended = op.batched_matmul(tape, weights, value, query.numel, (False, several and not grouped, several))
     return op.clone(tape, attended), weights
+
+
+def softmax_with_sinks(tape: Tape, x: Tensor, shape: Heads) -> Tensor:
+    """[B, h, S, S] -> [B, h, S, S]: a softmax in the scores' dtype over one more column, of which the rest is used.
+
+    transformers 5.23, models/gpt_oss/modeling_gpt_oss.py (eager_attention_forward): the largest score is taken away
+    first. Its gradient is scattered into zeros, into a copy of them while a mode follows operators (`op.top_k`).
+    """
+    column, scores = ROW.times(shape.queries), x.numel
+    wide, dtype = scores.plus(column), x.dtype
+
+    def of_difference(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
+        negative = tape.new(wide, dtype)
+        of_largest = tape.new(column, dtype)
+        del negative
+        return gradient.alias(), of_largest
+
+    def of_softmax(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
+        result = tape.new(wide, dtype)
+        product = tape.new(wide, dtype) if shape.cuda else None
+        del product
+        return (result,)
+
+    x = tape.apply((x,), wide, dtype, lambda gradient, saved: (gradient.alias(scores),))
+    largest, _places = op.top_k(tape, x, column, shape.cuda)
+    x = tape.apply((x, largest), wide, dtype, of_difference)
+    return op.slice_of(tape, tape.apply((x,), wide, dtype, of_softmax, saves_output=True), scores)
 
 
 def math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads) -> Tensor:

@@ -1,7 +1,7 @@
 """Exact bytes of what stays: quantized weights and their constants, adapters, optimizer states.
 
 Sources: bitsandbytes 0.50.2, functional.py (quantize_4bit, int8_vectorwise_quant) and optim/optimizer.py
-(Optimizer2State); peft 0.21.2, tuners/lora/layer.py and utils/transformers_weight_conversion.py.
+(Optimizer2State); peft 0.21.2, tuners/lora/layer.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.recipe import DTYPE_BYTES, Dtype, Recipe
+from qlora_core.targets import EXPERT_TARGETS, chosen, chosen_experts
 
 NESTED_BLOCK = 256
 """absmax constants that share one second-level constant (functional.py, quantize_4bit)."""
@@ -28,23 +29,6 @@ STATE_BLOCK = 256
 """Elements of 8-bit state that share one absmax (optim/optimizer.py, init_state)."""
 STATE_CODE_BYTES = 2 * 256 * 4
 """The two code books of 8-bit states, once per optimizer."""
-
-
-class ExpertTargets(NamedTuple):
-    """The names, of transformers 4, by which peft adapts a router and 3-D expert parameters."""
-
-    router: str
-    fused: tuple[str, str]
-    down: str
-
-
-EXPERT_TARGETS = {
-    "mixtral": ExpertTargets("gate", ("w1", "w3"), "w2"),
-    "olmoe": ExpertTargets("gate", ("gate_proj", "up_proj"), "down_proj"),
-    "qwen3_moe": ExpertTargets("gate", ("gate_proj", "up_proj"), "down_proj"),
-}
-"""By model type; the experts of others get no adapters (transformers_weight_conversion.py, _convert_peft_config_moe:
-its table has no entry for qwen2_moe itself, for granitemoe and for gpt_oss)."""
 
 
 def absmax_count(numel: int, block_size: int) -> int:
@@ -119,11 +103,15 @@ def weights(architecture: ModelArchitecture, recipe: Recipe, compute: Dtype) -> 
 
 def is_target(linear: Linear, recipe: Recipe) -> bool:
     """Whether `linear` gets an adapter."""
-    return recipe.method != "full" and (recipe.targets == "all-linear" or linear.name in recipe.targets)
+    return recipe.method != "full" and chosen(recipe.targets, linear.path)
 
 
 def trainable_tensors(architecture: ModelArchitecture, recipe: Recipe) -> list[tuple[int, int]]:
-    """Elements of each trainable tensor: (elements of one, how many)."""
+    """Elements of each trainable tensor: (elements of one, how many).
+
+    Raises:
+        ValueError: there is none.
+    """
     if recipe.method == "full":
         return [(numel, count) for numel, count in _all_tensors(architecture) if numel]
     tensors: list[tuple[int, int]] = []
@@ -132,24 +120,31 @@ def trainable_tensors(architecture: ModelArchitecture, recipe: Recipe) -> list[t
             count = architecture.num_layers * linear.count
             tensors.append((recipe.rank * linear.in_features, count))
             tensors.append((recipe.rank * linear.out_features, count))
-    return [*tensors, *_expert_adapters(architecture, recipe)]
+    tensors += _expert_adapters(architecture, recipe)
+    if not tensors:
+        raise ValueError("nothing is trained: the recipe's targets name no linear layer of the model")
+    return tensors
 
 
 def _expert_adapters(architecture: ModelArchitecture, recipe: Recipe) -> Iterator[tuple[int, int]]:
     """Adapters of a layer's router and experts: each expert has a rank of its own, gate and up together twice that."""
-    names = EXPERT_TARGETS.get(architecture.model_type)
-    if names is None:
-        return
     hidden, inner, experts = architecture.hidden_size, architecture.expert_intermediate_size, architecture.experts
-    parts = (
-        (names.router, recipe.rank, hidden, experts),
-        (names.fused[0], 2 * recipe.rank * experts, hidden, 2 * inner),
-        (names.down, recipe.rank * experts, inner, hidden),
-    )
-    for name, rank, in_features, out_features in parts:
-        if recipe.targets == "all-linear" or name in recipe.targets:
+    router, gate_up, down = expert_ranks(architecture, recipe)
+    parts = ((router, hidden, experts), (gate_up * experts, hidden, 2 * inner), (down * experts, inner, hidden))
+    for rank, in_features, out_features in parts:
+        if rank:
             yield rank * in_features, architecture.num_layers
             yield rank * out_features, architecture.num_layers
+
+
+def expert_ranks(architecture: ModelArchitecture, recipe: Recipe) -> tuple[int, int, int]:
+    """Rank of the adapters of the router and of each expert's gate and up together and down; 0 without."""
+    names = EXPERT_TARGETS.get(architecture.model_type)
+    if names is None or recipe.method == "full":
+        return 0, 0, 0
+    adapted = chosen_experts(recipe.targets, architecture.model_type)
+    router, gate_up, down = (name in adapted for name in (names.router, names.fused[0], names.down))
+    return router * recipe.rank, gate_up * 2 * recipe.rank, down * recipe.rank
 
 
 def _all_tensors(architecture: ModelArchitecture) -> Iterator[tuple[int, int]]:

@@ -9,16 +9,18 @@ Shapes: T tokens, H hidden, h query heads, k key and value heads, D head, F feed
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 from qlora_core.memory import operators as op
 from qlora_core.memory.attention import AttentionKernel, Heads, attend
+from qlora_core.memory.experts import Experts, compute, route
 from qlora_core.memory.tape import DType, Size, Tape, Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Storage = Literal["4bit", "8bit", "plain"]
+Activation = Literal["kernel", "relu", "composed"]
 
 ROW = Size(per_token=1)
 """One element per token."""
@@ -49,11 +51,18 @@ class Layer(NamedTuple):
     """What decides the timeline of one decoder layer.
 
     Attributes:
-        qkv, output, feed_forward: its projections; one `qkv` is a fused one.
-        rows_per_token: rows of the feed-forward per token (experts per token).
+        qkv, output, feed_forward: its projections; one `qkv` is a fused one. With experts, the feed-forward is the
+            shared expert's, or none.
+        experts: its mixture of experts.
+        shared_gate: what weighs the shared expert.
         compute, stream, lora: dtypes of matrix products, of the unquantized weights and with them the residual stream,
             and of the adapters.
         scaled_norm: RMSNorm; LayerNorm otherwise.
+        norms: norms of a layer: four where the outputs of attention and feed-forward are normalised too (Gemma 2, 3);
+            in a parallel layer one or two.
+        activation: how it is computed.
+        scaled: what is added to the residual stream, and the embedding, are multiplied by a number (Granite).
+        dropped_residual: what is added to the residual stream passes a dropout of the base model's own.
         trained: all weights are trained (method full).
     """
 
@@ -64,8 +73,13 @@ class Layer(NamedTuple):
     feed_forward: tuple[Projection, ...]
     gated: bool
     parallel: bool
-    rows_per_token: int
+    experts: Experts | None
+    shared_gate: Projection | None
     scaled_norm: bool
+    norms: int
+    activation: Activation
+    scaled: bool
+    dropped_residual: bool
     head_norms: bool
     compute: DType
     stream: DType
@@ -101,14 +115,32 @@ def decoder_layer(tape: Tape, layer: Layer, positions: Positions, hidden: Tensor
     residual = hidden
     hidden = norm(tape, layer, hidden, ROW)
     attended, _weights = self_attention(tape, layer, hidden, positions)  # transformers, too, lets the weights live on
+    if layer.dropped_residual:
+        attended = op.dropout(tape, attended, layer.shape.cuda)
     if layer.parallel:
-        return op.add(tape, residual, op.add(tape, attended, feed_forward(tape, layer, hidden)))
-    hidden = attended
+        if layer.norms > 1:
+            hidden = norm(tape, layer, residual, ROW)
+        fed = feed_forward(tape, layer, hidden)
+        if layer.dropped_residual:
+            fed = op.dropout(tape, fed, layer.shape.cuda)
+        return op.add(tape, residual, op.add(tape, attended, fed))
+    hidden = norm(tape, layer, attended, ROW) if layer.norms == 4 else attended
     del attended
+    if layer.scaled:
+        hidden = op.scale(tape, hidden)
     hidden = op.add(tape, residual, hidden)
     residual = hidden
     hidden = norm(tape, layer, hidden, ROW)
-    hidden = feed_forward(tape, layer, hidden)
+    if layer.experts is not None:
+        hidden = mixture(tape, layer, layer.experts, hidden)
+    else:
+        hidden = feed_forward(tape, layer, hidden)
+    if layer.dropped_residual:
+        hidden = op.dropout(tape, hidden, layer.shape.cuda)
+    if layer.norms == 4:
+        hidden = norm(tape, layer, hidden, ROW)
+    if layer.scaled:
+        hidden = op.scale(tape, hidden)
     return op.add(tape, residual, hidden)
 
 
@@ -161,37 +193,51 @@ def rotated(tape: Tape, x: Tensor, positions: Positions) -> Tensor:
 
 
 @module
+def mixture(tape: Tape, layer: Layer, experts: Experts, x: Tensor) -> Tensor:
+    """[T, H] -> [T, H]: each token through some of the experts and, where there is one, the shared expert."""
+    shared = feed_forward(tape, layer, x) if layer.shared_gate is not None else None
+    routing = route(tape, experts, x)
+    output = compute(tape, experts, x, routing, partial(activated, tape, layer))
+    if layer.shared_gate is None or shared is None:
+        return output
+    gate = op.sigmoid(tape, linear(tape, layer, x, layer.shared_gate, ROW))
+    shared = op.multiply(tape, shared, gate)
+    return op.add(tape, output, shared)
+
+
+@module
 def feed_forward(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
-    """[T, H] -> [T, F] -> [T, H], gated or not; with experts each token passes through several."""
-    rows = ROW.times(layer.rows_per_token)
-    if layer.rows_per_token > 1:
-        x = op.gather_rows(tape, x, rows.times(layer.hidden))
+    """[T, H] -> [T, F] -> [T, H], gated or not."""
     *into, down = layer.feed_forward
     if not layer.gated:
-        return linear(tape, layer, activated(tape, linear(tape, layer, x, into[0], rows)), down, rows)
+        return linear(tape, layer, activated(tape, layer, linear(tape, layer, x, into[0], ROW)), down, ROW)
     if len(into) == 1:
-        half = rows.times(into[0].out_features // 2)
-        gate, up = op.split(tape, linear(tape, layer, x, into[0], rows), [half, half])
-        product = op.multiply(tape, activated(tape, gate), up)
+        half = ROW.times(into[0].out_features // 2)
+        gate, up = op.split(tape, linear(tape, layer, x, into[0], ROW), [half, half])
+        product = op.multiply(tape, activated(tape, layer, gate), up)
         del gate, up
-        return linear(tape, layer, product, down, rows)
+        return linear(tape, layer, product, down, ROW)
     return linear(
         tape,
         layer,
         op.multiply(
             tape,
-            activated(tape, linear(tape, layer, x, into[0], rows)),
-            linear(tape, layer, x, into[1], rows),
+            activated(tape, layer, linear(tape, layer, x, into[0], ROW)),
+            linear(tape, layer, x, into[1], ROW),
         ),
         down,
-        rows,
+        ROW,
     )
 
 
 @module
-def activated(tape: Tape, x: Tensor) -> Tensor:
-    """SiLU or GELU."""
+def activated(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
+    """SiLU or GELU as one kernel, ReLU, or a GELU that transformers composes (activations.py)."""
     with tape.at(*tape.where, "activation"):
+        if layer.activation == "relu":
+            return op.relu(tape, x)
+        if layer.activation == "composed":
+            return op.composed_gelu(tape, x)
         return op.activation(tape, x)
 
 

@@ -48,6 +48,11 @@ class Device:
         return self.kind == "cuda" and self.compute_capability >= (8, 0)
 
     @property
+    def has_grouped_products(self) -> bool:
+        """Whether torch multiplies rows by their expert's weight itself (transformers 5.23, integrations/moe.py)."""
+        return self.kind == "cpu" or self.compute_capability >= (8, 0)
+
+    @property
     def blas_workspace_bytes(self) -> int:
         """What cuBLAS and cuBLASLt keep once each has multiplied: part of allocated memory.
 

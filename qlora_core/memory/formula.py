@@ -7,7 +7,7 @@ sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Literal
@@ -15,10 +15,11 @@ from typing import Literal
 from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, Heads, is_masked, kernel_of
-from qlora_core.memory.decoder import Layer, Projection
+from qlora_core.memory.decoder import Activation, Layer, Projection
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, HostEstimate, Phase, Phases
-from qlora_core.memory.reserve import grown
+from qlora_core.memory.experts import Experts, Scores
+from qlora_core.memory.reserve import fragmentation, grown
 from qlora_core.memory.residents import Residents, fetched_ahead, residents, shard_of
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.step import FIRST, LAST, Candidate, Handling, Logits, Step, Timeline, highest, timeline
@@ -28,8 +29,31 @@ from qlora_core.strategy import LOSS_CHUNK_TOKENS, Strategy
 
 ENDLESS = 2**40
 """A length beyond every sliding window."""
-HEAD_NORM_FAMILIES = frozenset({"olmo3", "qwen3", "qwen3_moe", "gemma3_text", "olmo2"})
+COMPOSED_ACTIVATIONS = frozenset({"gelu_new", "gelu_fast", "gelu_accurate"})
+"""GELUs that transformers writes out in Python (activations.py)."""
+RESIDUAL_DROPOUT = {
+    "falcon": ("hidden_dropout", 0.0),
+    "gpt2": ("resid_pdrop", 0.1),
+    "gpt_neox": ("hidden_dropout", 0.0),
+    "gptj": ("resid_pdrop", 0.0),
+    "opt": ("dropout", 0.1),
+    "phi": ("resid_pdrop", 0.0),
+    "stablelm": ("hidden_dropout", 0.0),
+    "starcoder2": ("residual_dropout", 0.0),
+}
+"""By model type: the config's field and its default (transformers 5.23, configuration_*.py)."""
+PARTIAL_ROTARY = {
+    "gpt_neox": ("rotary_pct", 0.25),
+    "phi": ("partial_rotary_factor", 0.5),
+    "stablelm": ("partial_rotary_factor", 0.25),
+}
+"""By model type: the config's field of the part of a head that is rotated, and its default (configuration_*.py)."""
+HEAD_NORM_FAMILIES = frozenset({"olmo3", "qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmoe"})
 """Model types that normalise queries and keys too."""
+SCALED_FAMILIES = frozenset({"granite", "granitemoe"})
+"""Model types whose embedding and residuals are multiplied by numbers of the config."""
+ROUTER_SCORES: dict[str, Scores] = {"mixtral": "softmax_wide", "granitemoe": "top_k_wide", "gpt_oss": "top_k"}
+"""By model type, where it is not Qwen's (transformers 5.23, modeling_*.py, the classes *TopKRouter)."""
 
 
 def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Estimate:
@@ -38,9 +62,7 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
     Paged optimizer state is in `paged_bytes` only: the driver moves it to the host when the GPU is full, so neither the
     allocated nor the process bytes count it. "full" loss is the stock one: its logits stay until the step ends.
     """
-    # of the micro-batch only whether it is 1 matters here, so that a search over it prepares twice
-    alike = strategy if strategy.micro_batch <= 2 else replace(strategy, micro_batch=2)
-    stays, times = _prepared(architecture, _of_any_length(recipe, is_masked(architecture, recipe)), alike, device)
+    stays, times = _prepared_for(architecture, recipe, strategy, device)
     variables = _variables(recipe, strategy)
     totals: dict[Phase, int] = {}
     moments: dict[Phase, Candidate] = {}
@@ -57,9 +79,17 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
         for component, size in more.items():
             parts[component] = parts.get(component, 0) + size
     allocated = totals[peak_phase]
-    segments = stays.segments + value(times.middle, variables) + grown(times.stretches, variables, stays.free_segments)
     loaded = stays.before_sharding or _sum(stays.loaded)
-    reserved = allocated if device.kind == "cpu" else max(allocated, segments, loaded)
+    if device.kind == "cpu":
+        reserved, interval = allocated, (allocated, allocated)
+    else:
+        least = max(allocated, loaded, stays.segments + _moving(stays, times, variables))
+        varying = allocated - _sum(stays.loaded)
+        low, reserved, high = (
+            max(allocated, loaded, least + varying * share // 1000)
+            for share in fragmentation(kernel_in_use(architecture, recipe, strategy, device), strategy)
+        )
+        interval = low, high
     return Estimate(
         "formula",
         GpuEstimate(
@@ -71,9 +101,33 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
             reserved_bytes=reserved,
             process_bytes=reserved + device.context_bytes,
             paged_bytes=stays.paged,
+            reserved_interval=interval,
         ),
         HostEstimate(stays.host_load, stays.host_steady),
     )
+
+
+def _moving(stays: Residents, times: Timeline, variables: Sequence[int]) -> int:
+    """Bytes of the segments of what comes and goes, if no segment is in pieces.
+
+    Gradients, and what the optimizer makes on the way, find room where activations were.
+    """
+    return value(times.middle, variables) + grown(times.stretches, variables, stays.free_segments)
+
+
+def segments(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> int:
+    """Bytes of all segments, before `fragmentation`."""
+    stays, times = _prepared_for(architecture, recipe, strategy, device)
+    return stays.segments + _moving(stays, times, _variables(recipe, strategy))
+
+
+def _prepared_for(
+    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device
+) -> tuple[Residents, Timeline]:
+    """The preparation that many requests share."""
+    # of the micro-batch only whether it is 1 matters here, so that a search over it prepares twice
+    alike = strategy if strategy.micro_batch <= 2 else replace(strategy, micro_batch=2)
+    return _prepared(architecture, _of_any_length(recipe, is_masked(architecture, recipe)), alike, device)
 
 
 @lru_cache(maxsize=256)
@@ -100,7 +154,6 @@ def _prepared(
 def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Step:
     """What the timeline of a step depends on, out of all that is given."""
     layer = _layer_of(architecture, recipe, strategy, device)
-    quantized = recipe.quantization != "none"
     shard = shard_of(architecture, recipe, strategy, device)
     stage, several = strategy.zero_stage, strategy.gradient_accumulation > 1
     in_layers = shard.trainable
@@ -112,12 +165,12 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
     return Step(
         layer=layer,
         layers=architecture.num_layers,
+        masks=2 if 0 < architecture.sliding_layers < architecture.num_layers else 1,
         vocab=architecture.vocab_size,
         tied=architecture.tied_embeddings,
         checkpointing=strategy.gradient_checkpointing,
-        # peft/peft_model.py and utils/other.py: for unquantized models, and quantized ones that peft prepares
-        input_needs_gradient=strategy.gradient_checkpointing
-        and (not quantized or recipe.upcast == "peft" or strategy.zero_stage == 3),
+        # transformers' gradient_checkpointing_enable sees to it (modeling_utils.py)
+        input_needs_gradient=strategy.gradient_checkpointing,
         reentrant=strategy.gradient_checkpointing and stage == 3,
         logits=_logits(architecture),
         loss=strategy.loss,
@@ -145,7 +198,8 @@ def _handling(strategy: Strategy) -> Handling:
 
 def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Layer:
     attention = [linear for linear in architecture.linears if linear.part == "attention"]
-    feed_forward = _feed_forward(architecture)
+    shared = [linear for linear in architecture.linears if linear.part == "shared_expert"]
+    feed_forward = shared[:3] or [linear for linear in architecture.linears if linear.part == "mlp"]
     project = partial(_projection, recipe)
     return Layer(
         hidden=architecture.hidden_size,
@@ -156,14 +210,21 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
             strategy.micro_batch == 1 and strategy.attention == "eager",
             device.kind == "cuda",
             architecture.config.get("attn_logit_softcapping") is not None,
+            _rotates_partly(architecture),
+            architecture.model_type == "gpt_oss",
         ),
         qkv=tuple(map(project, attention[:-1])),
         output=project(attention[-1]),
         feed_forward=tuple(map(project, feed_forward)),
         gated=architecture.gated_mlp,
         parallel=architecture.parallel_attention,
-        rows_per_token=max(architecture.experts_per_token, 1),
+        experts=_experts(architecture, recipe, device),
+        shared_gate=next(map(project, shared[3:]), None),
         scaled_norm=architecture.norm == "rms",
+        norms=architecture.norms_per_layer,
+        activation=_activation(architecture),
+        scaled=architecture.model_type in SCALED_FAMILIES,
+        dropped_residual=_drops_residual(architecture),
         head_norms=architecture.model_type in HEAD_NORM_FAMILIES,
         compute=device.compute_dtype,
         stream=exact.stored_dtype(recipe, device.compute_dtype),
@@ -172,15 +233,41 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         dropout=recipe.dropout > 0,
         autocast=recipe.autocast,
         trained=recipe.method == "full",
-        kernel=_kernel(architecture, recipe, strategy, device),
+        kernel=kernel_in_use(architecture, recipe, strategy, device),
     )
 
 
-def _kernel(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> AttentionKernel:
-    """The kernel of the layers that need the most: those with a mask, where there are any."""
+def _activation(architecture: ModelArchitecture) -> Activation:
+    if architecture.activation == "relu":
+        return "relu"
+    return "composed" if architecture.activation in COMPOSED_ACTIVATIONS else "kernel"
+
+
+def _drops_residual(architecture: ModelArchitecture) -> bool:
+    """Whether the base model drops out what it adds to the residual stream while it is trained."""
+    field, default = RESIDUAL_DROPOUT.get(architecture.model_type, ("", 0.0))
+    return bool(architecture.config.get(field, default))
+
+
+def _rotates_partly(architecture: ModelArchitecture) -> bool:
+    """Whether rotary embedding leaves part of each head alone."""
+    name, default = PARTIAL_ROTARY.get(architecture.model_type, ("partial_rotary_factor", 1.0))
+    return architecture.config.get(name, default) != 1.0
+
+
+def kernel_in_use(
+    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device
+) -> AttentionKernel:
+    """The kernel of the layers that need the most: those with a mask, where there are any.
+
+    flash_attention_2 knows windows without a mask. Where layers without a window hold all scores, one of those needs
+    more than one with a mask; but where all layers' activations are kept, the many with a mask decide.
+    """
     kernel = kernel_of(architecture, recipe, strategy, device)
-    masked = kernel in ("flash", "efficient", "math") and is_masked(architecture, recipe)
-    return "masked" if masked else kernel
+    if strategy.attention != "sdpa" or kernel == "flash_cpu" or not is_masked(architecture, recipe):
+        return kernel
+    scores = kernel == "math" and architecture.sliding_layers < architecture.num_layers
+    return "math" if scores and strategy.gradient_checkpointing else "masked"
 
 
 def _logits(architecture: ModelArchitecture) -> Logits:
@@ -190,16 +277,30 @@ def _logits(architecture: ModelArchitecture) -> Logits:
     return "capped" if architecture.config.get("final_logit_softcapping") is not None else "scaled"
 
 
-def _feed_forward(architecture: ModelArchitecture) -> list[Linear]:
-    """The linear layers a token's feed-forward passes; 3-D expert parameters as the unquantized linears they act as."""
-    linears = [linear for linear in architecture.linears if linear.part in ("mlp", "expert")]
-    if linears:
-        return linears
-    hidden, inner = architecture.hidden_size, architecture.expert_intermediate_size or architecture.intermediate_size
-    return [
-        Linear("gate_up_proj", hidden, inner * (2 if architecture.gated_mlp else 1), part="expert", quantized=False),
-        Linear("down_proj", inner, hidden, part="expert", quantized=False),
-    ]
+def _experts(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> Experts | None:
+    """The mixture of experts of a layer, if it has one."""
+    if not architecture.experts:
+        return None
+    scores = ROUTER_SCORES.get(architecture.model_type, "softmax")
+    router_rank, gate_up_rank, down_rank = exact.expert_ranks(architecture, recipe)
+    return Experts(
+        hidden=architecture.hidden_size,
+        inner=architecture.expert_intermediate_size,
+        number=architecture.experts,
+        per_token=architecture.experts_per_token,
+        scores=scores,
+        normalised=scores == "softmax_wide" or bool(architecture.config.get("norm_topk_prob", False)),
+        router_rank=router_rank,
+        gate_up_rank=gate_up_rank,
+        down_rank=down_rank,
+        clamped=architecture.model_type == "gpt_oss",
+        stored=exact.stored_dtype(recipe, device.compute_dtype),
+        lora=recipe.lora_dtype,
+        narrow=device.compute_dtype if recipe.autocast else None,
+        trained=recipe.method == "full",
+        cuda=device.kind == "cuda",
+        grouped=device.has_grouped_products,
+    )
 
 
 def _projection(recipe: Recipe, linear: Linear) -> Projection:
@@ -214,8 +315,7 @@ def _projection(recipe: Recipe, linear: Linear) -> Projection:
         storage=storage,
         blocks=exact.absmax_count(linear.weight_numel, recipe.block_size),
         nested=recipe.double_quantization,
-        # peft does not adapt 3-D expert parameters unless target_parameters names them
-        adapter=exact.is_target(linear, recipe) and (linear.part != "expert" or linear.quantized),
+        adapter=exact.is_target(linear, recipe),
     )
 
 

@@ -112,6 +112,23 @@ def activation(tape: Tape, x: Tensor) -> Tensor:
     return tape.apply((x,), x.numel, x.dtype, lambda gradient, saved: (tape.new(gradient.numel, gradient.dtype),), (x,))
 
 
+def relu(tape: Tape, x: Tensor) -> Tensor:
+    """ReLU: keeps its result."""
+    return tape.apply(
+        (x,), x.numel, x.dtype, lambda gradient, saved: (tape.new(gradient.numel, gradient.dtype),), (), True
+    )
+
+
+def composed_gelu(tape: Tape, x: Tensor) -> Tensor:
+    """0.5 * x * (1 + tanh(c * (x + 0.044715 * x**3))) operator by operator (transformers/activations.py)."""
+    half = scale(tape, x)
+    inner = scale(tape, add(tape, x, scale(tape, square(tape, x))))
+    tanh = tape.apply(
+        (inner,), x.numel, x.dtype, lambda gradient, saved: (tape.new(gradient.numel, gradient.dtype),), (), True
+    )
+    return multiply(tape, half, clone(tape, tanh))
+
+
 def dropout(tape: Tape, x: Tensor, on_cuda: bool) -> Tensor:
     """Training dropout: a byte mask on CUDA (native_dropout), noise in x's dtype on a CPU."""
     mask = tape.new(x.numel, "bool" if on_cuda else x.dtype)
@@ -127,6 +144,8 @@ def matmul_weight(tape: Tape, x: Tensor, weight: Tensor, rows: Size, in_features
 
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
         of_x = tape.new(rows.times(in_features), gradient.dtype) if needs_input else None
+        if of_x is not None and of_x.storage is not None:
+            of_x.storage.holders += 1  # it is a view of [T, in_features] as [B, S, in_features], which keeps its base
         of_weight = tape.new(Size(in_features * out_features), gradient.dtype) if trained else None
         return of_x, of_weight
 
@@ -175,6 +194,60 @@ def slice_of(tape: Tape, x: Tensor, numel: Size) -> Tensor:
     if x.node is not None:
         part.node = tape.node((x,), lambda gradient: (tape.new(whole, gradient.dtype),))
     return part
+
+
+def chunk(tape: Tape, x: Tensor, half: Size) -> tuple[Tensor, Tensor]:
+    """X.chunk(2): views, whose gradients wait for each other and are then written side by side."""
+    whole = x.numel
+    first, second = x.alias(half), x.alias(half)
+    arrived: list[Tensor] = []
+
+    def backward(gradient: Tensor) -> Gradients:
+        arrived.append(gradient)
+        if len(arrived) < 2:
+            return (None,)
+        joined = tape.new(whole, gradient.dtype)
+        arrived.clear()
+        return (joined,)
+
+    if x.node is not None:
+        first.node, second.node = tape.node((x,), backward), tape.node((x,), backward)
+    return first, second
+
+
+def clamp(tape: Tape, x: Tensor, bounds: int) -> Tensor:
+    """x.clamp with one bound or two: keeps x, and makes a byte mask for each bound on the way back."""
+
+    def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
+        masks = [tape.new(gradient.numel, "bool") for _ in range(bounds)]
+        result = tape.new(gradient.numel, gradient.dtype)
+        del masks
+        return (result,)
+
+    return tape.apply((x,), x.numel, x.dtype, backward, (x,))
+
+
+def sigmoid(tape: Tape, x: Tensor) -> Tensor:
+    """Sigmoid: keeps its result."""
+    return tape.apply(
+        (x,), x.numel, x.dtype, lambda gradient, saved: (tape.new(gradient.numel, gradient.dtype),), (), True
+    )
+
+
+def top_k(tape: Tape, x: Tensor, few: Size, cuda: bool) -> tuple[Tensor, Tensor]:
+    """The largest of each row, `few` in all, and where they are; the gradient is scattered into zeros as large as x.
+
+    While a mode follows every operator, as the storage tracker on a CPU does, autograd scatters into a copy of them
+    (torch/csrc/autograd/FunctionsManual.cpp, value_selecting_reduction_backward_symint).
+    """
+    whole = x.numel
+    places = tape.new(few, "int64")
+
+    def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
+        zeros = tape.new(whole, gradient.dtype)
+        return (zeros if cuda else tape.new(whole, gradient.dtype),)
+
+    return tape.apply((x,), few, x.dtype, backward, (places,)), places
 
 
 def relayout(tape: Tape, x: Tensor) -> Tensor:

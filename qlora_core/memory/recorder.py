@@ -193,10 +193,56 @@ def _add_to_rows(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     x, indices = args[:2]
     masks = [index for index in indices if index is not None and index.dtype == torch.bool]
     if not masks:
-        return recorder.run(func, args, kwargs)
+        return _add_to_numbered_rows(recorder, func, args, kwargs)
     rows = masks[0].numel()
     undo = [recorder.brief(8 * masks[0].dim() * rows), *(recorder.brief(8 * rows) for _ in range(3))]
     result = x if func in IN_PLACE else recorder.run(aten.clone.default, (x,), {})
+    for release in undo:
+        release()
+    return result
+
+
+def _add_to_numbered_rows(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """The gradient of x[numbers] on CUDA: added into the zeros themselves, after sorting (as `_add_to_rows`).
+
+    Autograd adds into a copy while a dispatch mode is on (FunctionsManual.cpp, index_backward).
+    """
+    if not recorder.cuda or func in IN_PLACE or not _in_backward():
+        return recorder.run(func, args, kwargs)
+    rows = args[1][0].numel()
+    undo = [recorder.brief(8 * rows) for _ in range(3)]
+    for release in undo:
+        release()
+    return args[0]
+
+
+def _scattered(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """The gradient of topk on CUDA: into the zeros, as above (value_selecting_reduction_backward_symint)."""
+    return args[0] if _in_backward() else recorder.run(func, args, kwargs)
+
+
+def _in_backward() -> bool:
+    """Whether gradients are computed now, not what is recomputed for them."""
+    return torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
+
+
+def _counted(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """torch.histc, which has no kernel for meta tensors."""
+    return recorder.run(aten.new_empty.default, (args[0], (args[1] if len(args) > 1 else kwargs["bins"],)), {})
+
+
+def _grouped_product(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """[N, in] x [E, in, out] -> [N, out], or [out, N] x [N, in] -> [E, out, in]; meta tensors have bfloat16 only."""
+    a, b, offsets = args[:3]
+    shape = (a.shape[0], b.shape[-1]) if b.dim() == 3 else (offsets.shape[0], a.shape[0], b.shape[-1])
+    return recorder.run(aten.new_empty.default, (a, shape), {})
+
+
+def _batched_product(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """Batches whose matrices have no stride of 1 are copied (cuda/Blas.cpp, prepare_batch_matrix_for_cublas)."""
+    copied = [each for each in args[-2:] if 1 not in each.stride()[1:]]
+    undo = [recorder.brief(each.numel() * each.element_size()) for each in copied]
+    result = _product(recorder, func, args, kwargs)
     for release in undo:
         release()
     return result
@@ -212,24 +258,47 @@ def _product(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return result
 
 
+def _gradient_sum(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+    """A sum of gradients: in place where nothing else refers to the first (torch/csrc/autograd/input_buffer.cpp).
+
+    While a dispatch mode is on, autograd takes all tensors for subclasses and never sums in place; without one it does.
+    What recomputation adds is told apart by the gradient mode, which is off while gradients are computed.
+    """
+    if torch._C._current_graph_task_id() < 0 or torch.is_grad_enabled():
+        return recorder.run(func, args, kwargs)
+    total, more = args[:2]
+    if not isinstance(more, torch.Tensor) or more.dtype != total.dtype or total._use_count() > SOLE_TENSOR:
+        return recorder.run(func, args, kwargs)
+    storage = total.untyped_storage()
+    if torch._C._storage_Use_Count(storage._cdata) > SOLE_STORAGE:  # a view keeps its base
+        return recorder.run(func, args, kwargs)
+    return total
+
+
+SOLE_TENSOR, SOLE_STORAGE = 4, 2
+"""References to a tensor that autograd alone holds, as seen from here: this call's own are among them."""
 IN_PLACE = (aten.index_put_.default, aten._index_put_impl_.default)
 TEMPORARIES: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = {
     aten._softmax_backward_data.default: _softmax_backward,
+    aten.add.Tensor: _gradient_sum,
     aten._safe_softmax.default: _safe_softmax,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten.mm.default: _product,
-    aten.bmm.default: _product,
+    aten.bmm.default: _batched_product,
+    aten.scatter.src: _scattered,
     aten.addmm.default: _product,
-    aten.baddbmm.default: _product,
+    aten.baddbmm.default: _batched_product,
 }
 BY_VALUE: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = {
+    aten._grouped_mm.default: _grouped_product,
+    aten.histc.default: _counted,
     aten.index.Tensor: _chosen_rows,
     aten.index_put.default: _add_to_rows,
     aten.index_put_.default: _add_to_rows,
     aten._index_put_impl_.default: _add_to_rows,
 }
-"""Operators whose results' sizes depend on values, which meta tensors do not have."""
+"""Operators whose results' sizes depend on values, which meta tensors do not have, or that have no kernel there."""
 
 
 def know_bitsandbytes() -> None:
@@ -288,7 +357,7 @@ def attention(
     A mask rules flash out, and becomes a bias in the queries' dtype first
     (aten/src/ATen/native/transformers/attention.cpp, convert_boolean_attn_mask).
     """
-    if kernel == "math":
+    if kernel == "math" and attn_mask is None:
         return composed(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if kernel == "flash_cpu":
         outputs = aten._scaled_dot_product_flash_attention_for_cpu(

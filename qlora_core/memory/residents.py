@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from qlora_core.architecture import ModelArchitecture
@@ -10,6 +11,7 @@ from qlora_core.memory.allocator import segment_for
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Phase
 from qlora_core.memory.reserve import packed
+from qlora_core.memory.settled import settled
 from qlora_core.memory.sharding import Gathered, Shard, gathered_elements, stays_whole
 from qlora_core.recipe import DTYPE_BYTES, Recipe
 from qlora_core.strategy import Strategy
@@ -88,15 +90,21 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
             # all weights are divided for the optimizer's step, and the small ones fetched again right after it
             added["optimizer"] = dict(whole)
     undivided = sum(size * count for sizes in (*weights, lora) for size, count in sizes)
+    left_free = _left_by_loading(architecture, recipe, device)
+    if shard.stage == 3 or device.kind == "cpu":
+        segments = sum(loaded.values()) + sum(whole.values())
+    else:
+        alike = replace(device, context_bytes=0, ranks_per_host=1)
+        loaded["framework"], segments = settled(architecture, recipe, alike)
+        segments -= sum(left_free)
     return Residents(
         loaded,
         undivided if shard.stage == 3 else 0,
         between,
         added,
         0 if shard.offload_optimizer else state.paged,
-        (sum(loaded.values()) + sum(whole.values()) if shard.stage == 3 else _weight_segments(weights, lora))
-        + packed([(sum(between.values()) + sum(added["backward"].values()) + step, 1)]),
-        _left_by_loading(architecture, recipe, device),
+        segments + packed([(sum(between.values()) + sum(added["backward"].values()), 1)]),
+        left_free,
         _host_load(architecture, device),
         device.ranks_per_host * (kept_on_host + shard.host_bytes(state.resident + state.paged)),
     )
@@ -121,11 +129,6 @@ def _add_accumulated(added: dict[Phase, dict[str, int]], shard: Shard, strategy:
         elif shard.stage == 0 and shard.world > 1:
             # DDP adds them up outside its buckets until the last micro-batch (no_sync after zero_grad(set_to_none))
             added[phase]["gradients"] = shard.trainable
-
-
-def _weight_segments(weights: exact.Weights, lora: list[tuple[int, int]]) -> int:
-    """The segments of the base model and its adapters."""
-    return packed([*weights.base, *weights.constants, *weights.unquantized, *lora])
 
 
 def _left_by_loading(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> tuple[int, ...]:

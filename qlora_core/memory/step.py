@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, TypeVar
 from qlora_core.memory import operators as op
 from qlora_core.memory.decoder import ROW, Layer, Positions, decoder_layer, module, norm, parameter
 from qlora_core.memory.device import MIB
+from qlora_core.memory.experts import trainable_numel
 from qlora_core.memory.tape import (
     ITEMSIZE,
     LEAF_ORDER,
@@ -52,6 +53,7 @@ class Step(NamedTuple):
     Attributes:
         layer: one decoder layer.
         layers: how many there are.
+        masks: kinds of eager attention masks: of layers with a sliding window, of those without.
         vocab: V.
         tied: the output head is the token embedding.
         checkpointing: gradient checkpointing of each layer.
@@ -72,6 +74,7 @@ class Step(NamedTuple):
 
     layer: Layer
     layers: int
+    masks: int
     vocab: int
     tied: bool
     checkpointing: bool
@@ -218,10 +221,12 @@ def decoder(tape: Tape, step: Step, marks: list[int]) -> Tensor:
     layer = step.layer
     with tape.at("forward", "embedding"):
         hidden = embedded = embedding(tape, step)
+        if layer.scaled:
+            hidden = embedded = op.scale(tape, embedded)
         positions = Positions(
             tape.new(Size(per_position=layer.shape.dim), layer.stream),
             tape.new(Size(per_position=layer.shape.dim), layer.stream),
-            _mask(tape, layer),
+            _mask(tape, step),
         )
     run = partial(decoder_layer, tape, layer, positions)
     for name in (FIRST, LAST) if step.layers > 1 else (LAST,):
@@ -237,10 +242,11 @@ def decoder(tape: Tape, step: Step, marks: list[int]) -> Tensor:
     return hidden
 
 
-def _mask(tape: Tape, layer: Layer) -> Tensor | None:
-    """The mask that all layers share: added to eager scores, or of booleans."""
+def _mask(tape: Tape, step: Step) -> Tensor | None:
+    """The mask that layers share: added to eager scores, or of booleans."""
+    layer = step.layer
     if layer.kernel == "eager":
-        return tape.new(Size(per_score=1), layer.stream)
+        return tape.new(Size(per_score=step.masks), layer.stream)
     return tape.new(Size(per_score=1), "bool") if layer.kernel == "masked" else None
 
 
@@ -298,12 +304,15 @@ def chunked_loss(tape: Tape, step: Step, hidden: Tensor) -> Tensor:
 
 def gradient_bytes(layer: Layer) -> int:
     """Gradients of one layer's trainable weights, as the tape makes them."""
-    projections = (*layer.qkv, layer.output, *layer.feed_forward)
+    projections = [*layer.qkv, layer.output, *layer.feed_forward]
+    if layer.shared_gate is not None:
+        projections.append(layer.shared_gate)
+    of_experts = trainable_numel(layer.experts) if layer.experts is not None else 0
     if layer.trained:
         norms = (2 - layer.parallel) * layer.hidden if layer.scaled_norm else 0
-        return (sum(p.in_features * p.out_features for p in projections) + norms) * ITEMSIZE[layer.stream]
+        return (sum(p.in_features * p.out_features for p in projections) + of_experts + norms) * ITEMSIZE[layer.stream]
     numel = sum(layer.rank * (p.in_features + p.out_features) for p in projections if p.adapter)
-    return numel * ITEMSIZE[layer.lora]
+    return (numel + of_experts) * ITEMSIZE[layer.lora]
 
 
 def _with_middle(

@@ -22,10 +22,12 @@ from unittest import mock
 import bitsandbytes.functional as bnb_functional
 import torch
 import transformers
+from peft.tuners.lora import layer as lora_layer
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import masking_utils
+from transformers.integrations import moe
 
 from clusters.errors import request_error
 from qlora_core.architecture import ModelArchitecture
@@ -79,6 +81,7 @@ def estimate(
             reserved_bytes=reserved,
             process_bytes=reserved + device.context_bytes,
             paged_bytes=recorded.paged,
+            reserved_interval=(reserved, reserved),
         ),
         HostEstimate(stays.host_load, stays.host_steady),
     )
@@ -116,13 +119,16 @@ def record(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, 
             f"it follows a rank that holds all it trains, and ZeRO stage {strategy.zero_stage} divides it",
             "Use --estimator formula, which knows ZeRO's shards and buffers",
         )
+    if recipe.autocast:
+        rule = "torch.autocast knows no meta device, so what it casts cannot be followed"
+        raise request_error("--estimator", "trace", rule, "Leave --autocast out, or use --estimator formula")
     if recipe.quantization == "int8":
         rule = "bitsandbytes' int8 operators have no meta kernels, so their code cannot run without memory"
         raise request_error("--estimator", "trace", rule, "Use --estimator formula")
     know_bitsandbytes()
     recorder = Recorder(architecture.vocab_size, device.kind == "cuda")
     kernel = kernel_of(architecture, recipe, strategy, device)
-    with quiet(), on_meta(recorder) as paged:
+    with quiet(), on_meta(device) as paged:
         try:
             model = load(architecture, recipe, strategy, device, recorder)
             Run(model, recipe, strategy, device, kernel, recorder).steps()
@@ -153,7 +159,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def on_meta(recorder: Recorder) -> Iterator[list[int]]:
+def on_meta(device: Device) -> Iterator[list[int]]:
     """Let the code that asks for tensors' values, or for a GPU, run on meta; gives the sizes of paged buffers."""
     paged: list[int] = []
 
@@ -169,6 +175,8 @@ def on_meta(recorder: Recorder) -> Iterator[list[int]]:
         (bnb_functional, "get_paged", get_paged),
         (bnb_functional, "fill", lambda *_: None),
         (bnb_functional, "is_on_gpu", lambda *_: True),
+        (moe, "_can_use_grouped_mm", lambda *_: device.has_grouped_products),
+        (lora_layer._LoraFactorsProxy, "forward", _folded),
     ]
     if "dynamic" not in bnb_functional.name2qmap:
         # made on meta, bitsandbytes' 8-bit map would have no values to check itself with
@@ -177,6 +185,11 @@ def on_meta(recorder: Recorder) -> Iterator[list[int]]:
         for module, name, function in replaced:
             stack.enter_context(mock.patch.object(module, name, new=function))
         yield paged
+
+
+def _folded(proxy: Any, weight: torch.Tensor) -> torch.Tensor:
+    """`_LoraFactorsProxy.forward` without its switching off autocast, which the meta device does not have."""
+    return torch.baddbmm(weight, proxy.lhs, proxy.rhs, alpha=proxy.scaling)
 
 
 class Run:

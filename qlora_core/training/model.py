@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from clusters.errors import request_error
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
+from qlora_core.targets import for_peft
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -125,7 +126,7 @@ def attach_adapters(base: nn.Module, recipe: Recipe, seed: int) -> PeftModel:
         r=recipe.rank,
         lora_alpha=cast(int, recipe.alpha),
         lora_dropout=recipe.dropout,
-        target_modules=recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets),
+        target_modules=for_peft(recipe.targets),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):

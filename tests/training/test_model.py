@@ -46,7 +46,16 @@ def test_linear_layers_are_nf4_with_double_quantization_and_the_rest_is_not(tiny
     assert {parameter.dtype for parameter in others} == {torch.float32}
 
 
-@pytest.mark.parametrize(("targets", "adapted"), [("all-linear", 7), (("q_proj", "v_proj"), 2), (("down_proj",), 1)])
+@pytest.mark.parametrize(
+    ("targets", "adapted"),
+    [
+        ("all-linear", 7),
+        (("q_proj", "v_proj"), 2),
+        (("down_proj",), 1),
+        ((r".*self_attn\..*",), 4),
+        ((r".*\.(up|gate)_proj", "q_proj"), 3),
+    ],
+)
 def test_only_adapters_of_the_targets_are_trained(tiny_base: Path, targets: Any, adapted: int) -> None:
     module = qlora(tiny_base, Recipe(rank=4, targets=targets))
     names = list(trainable(module))

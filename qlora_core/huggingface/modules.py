@@ -1,0 +1,210 @@
+"""Where each model type's modules are: the names by which peft finds a layer's linears, and what is beside them.
+
+Source: the modelling classes of transformers 5.23.0 (``transformers/models/TYPE/modeling_TYPE.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from qlora_core.architecture import Linear, ModelArchitecture
+
+HEAD = "lm_head"
+"""The output head, in every model type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """The names of a model's modules.
+
+    Attributes:
+        layers: the list of the decoder layers.
+        attention, mlp: what holds their linears in a layer; nothing where the layer itself does.
+        beside: the other modules of a layer, of every variant that a config can ask for.
+        outside: the other modules outside the layers; the token embedding first.
+    """
+
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    beside: tuple[str, ...] = ("mlp.act_fn", "input_layernorm", "post_attention_layernorm")
+    outside: tuple[str, ...] = ("model.embed_tokens", "model.norm", "model.rotary_emb")
+
+
+_LLAMA = Modules()
+_QUERY_AND_KEY = ("self_attn.q_norm", "self_attn.k_norm")
+_AROUND = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+_NORMED_AFTER = replace(
+    _LLAMA, beside=("mlp.act_fn", "post_attention_layernorm", "post_feedforward_layernorm", *_QUERY_AND_KEY)
+)
+_EXPERTS = ("mlp.gate", "mlp.experts", "mlp.experts.act_fn", "input_layernorm", "post_attention_layernorm")
+_GPT2 = Modules(
+    "transformer.h",
+    "attn",
+    beside=("ln_1", "ln_2", "attn.attn_dropout", "attn.resid_dropout", "mlp.act", "mlp.dropout"),
+    outside=("transformer.wte", "transformer.wpe", "transformer.drop", "transformer.ln_f"),
+)
+_FALCON = Modules(
+    "transformer.h",
+    "self_attention",
+    beside=("self_attention.attention_dropout", "mlp.act", "input_layernorm", "post_attention_layernorm"),
+    outside=("transformer.word_embeddings", "transformer.ln_f", "transformer.rotary_emb"),
+)
+
+MODULES: dict[str, Modules] = {
+    "mixtral": replace(_LLAMA, beside=_EXPERTS),
+    "qwen2_moe": replace(_LLAMA, beside=(*_EXPERTS, "mlp.shared_expert.act_fn")),
+    "qwen3": replace(_LLAMA, beside=(*_LLAMA.beside, *_QUERY_AND_KEY)),
+    "qwen3_moe": replace(_LLAMA, beside=(*_EXPERTS, *_QUERY_AND_KEY)),
+    "gemma2": replace(_LLAMA, beside=(*_LLAMA.beside, *_AROUND)),
+    "gemma3_text": replace(_LLAMA, beside=(*_LLAMA.beside, *_AROUND, *_QUERY_AND_KEY)),
+    "phi": replace(
+        _LLAMA,
+        beside=(
+            "mlp.activation_fn",
+            "input_layernorm",
+            "resid_dropout",
+            "self_attn.q_layernorm",
+            "self_attn.k_layernorm",
+        ),
+        outside=("model.embed_tokens", "model.rotary_emb", "model.embed_dropout", "model.final_layernorm"),
+    ),
+    "phi3": replace(
+        _LLAMA,
+        beside=(
+            "mlp.activation_fn",
+            "input_layernorm",
+            "post_attention_layernorm",
+            "resid_attn_dropout",
+            "resid_mlp_dropout",
+        ),
+    ),
+    "stablelm": replace(
+        _LLAMA,
+        beside=(
+            *_LLAMA.beside,
+            "dropout",
+            *(f"self_attn.{one}_layernorm{inner}" for one in "qk" for inner in ("", ".norms", ".norms.0")),
+        ),
+    ),
+    "olmo2": _NORMED_AFTER,
+    "olmo3": _NORMED_AFTER,
+    "olmoe": replace(_LLAMA, beside=(*_EXPERTS, *_QUERY_AND_KEY)),
+    "granitemoe": replace(
+        _LLAMA,
+        beside=(
+            "input_layernorm",
+            "post_attention_layernorm",
+            *(f"block_sparse_moe{inner}" for inner in ("", ".router", ".experts", ".experts.act_fn")),
+        ),
+    ),
+    "cohere": replace(_LLAMA, beside=("mlp.act_fn", "input_layernorm", *_QUERY_AND_KEY)),
+    "cohere2": replace(_LLAMA, beside=("mlp.act_fn", "input_layernorm")),
+    "starcoder2": replace(_LLAMA, beside=("mlp.act", "input_layernorm", "post_attention_layernorm")),
+    "gpt_oss": replace(_LLAMA, beside=("mlp.router", "mlp.experts", "input_layernorm", "post_attention_layernorm")),
+    "glm": replace(_LLAMA, beside=("mlp.activation_fn", "input_layernorm", "post_attention_layernorm")),
+    "glm4": replace(
+        _LLAMA,
+        beside=(
+            "mlp.activation_fn",
+            "input_layernorm",
+            "post_attention_layernorm",
+            "post_self_attn_layernorm",
+            "post_mlp_layernorm",
+        ),
+    ),
+    "bloom": Modules(
+        "transformer.h",
+        "self_attention",
+        beside=(
+            "self_attention.attention_dropout",
+            "mlp.gelu_impl",
+            "input_layernorm",
+            "post_attention_layernorm",
+        ),
+        outside=("transformer.word_embeddings", "transformer.word_embeddings_layernorm", "transformer.ln_f"),
+    ),
+    "codegen": _GPT2,
+    "falcon": replace(_FALCON, beside=(*_FALCON.beside, "ln_attn", "ln_mlp")),
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "gpt_neox": Modules(
+        "gpt_neox.layers",
+        "attention",
+        beside=(
+            "mlp.act",
+            "input_layernorm",
+            "post_attention_layernorm",
+            "post_attention_dropout",
+            "post_mlp_dropout",
+        ),
+        outside=(
+            "gpt_neox.embed_in",
+            "gpt_neox.emb_dropout",
+            "gpt_neox.final_layer_norm",
+            "gpt_neox.rotary_emb",
+        ),
+    ),
+    "gptj": _GPT2,
+    "mpt": Modules(
+        "transformer.blocks",
+        "attn",
+        "ffn",
+        beside=("norm_1", "norm_2", "ffn.act", "resid_attn_dropout"),
+        outside=("transformer.wte", "transformer.norm_f"),
+    ),
+    "opt": Modules(
+        "model.decoder.layers",
+        "self_attn",
+        "",
+        beside=("activation_fn", "self_attn_layer_norm", "final_layer_norm"),
+        outside=("model.decoder.embed_tokens", "model.decoder.embed_positions", "model.decoder.final_layer_norm"),
+    ),
+}
+"""By model type; those that are not here have Llama's."""
+
+
+def modules_of(model_type: str) -> Modules:
+    """Where the modules of that type are."""
+    return MODULES.get(model_type, _LLAMA)
+
+
+def placed(model_type: str, linears: Iterable[Linear]) -> tuple[Linear, ...]:
+    """`linears` with their modules' names in the first decoder layer."""
+    modules = modules_of(model_type)
+    holders = {"attention": modules.attention, "mlp": modules.mlp, "shared_expert": f"{modules.mlp}.shared_expert"}
+
+    def path(linear: Linear) -> str:
+        holder = modules.mlp if linear.name == "shared_expert_gate" else holders[linear.part]
+        return ".".join(part for part in (modules.layers, "0", holder, linear.name) if part)
+
+    return tuple(replace(linear, path=path(linear)) for linear in linears)
+
+
+def in_layer(path: str, number: int) -> str:
+    """The name that a module of the first decoder layer has in another."""
+    return path.replace(".0.", f".{number}.", 1) if number else path
+
+
+def not_linear(architecture: ModelArchitecture) -> Iterator[str]:
+    """The names of all modules but the layers' linears: containers, norms, activations, embeddings, output head."""
+    modules = modules_of(architecture.model_type)
+    first = f"{modules.layers}.0"
+    beside = [f"{first}.{name}" for name in modules.beside]
+    inside = {
+        parent for path in (*beside, *(linear.path for linear in architecture.linears)) for parent in _above(path)
+    }
+    yield from modules.outside
+    yield HEAD
+    yield from _above(first)
+    of_layer = [first, *beside, *sorted(parent for parent in inside if parent.startswith(f"{first}."))]
+    for number in range(architecture.num_layers):
+        yield from (in_layer(f"{name}.", number)[:-1] for name in of_layer)
+
+
+def _above(path: str) -> Iterator[str]:
+    """The modules that hold it."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
