@@ -109,6 +109,8 @@ def test_it_refuses_the_values_that_pydantic_refuses_where_it_converts_none(fiel
         STRICT.model_validate(fields)
     except ValidationError as error:
         wrong = {str(detail["loc"][0]) for detail in error.errors()}
+    if isinstance(fields.get("block_size"), float):
+        wrong.add("block_size")  # pydantic takes 64.0 for one of its literals; what is counted with it must be whole
     assert said == wrong
 
 
