@@ -163,9 +163,18 @@ def adapter_lines(plan: Plan) -> list[str]:
         for linear in plan.architecture.linears
         if exact.is_target(linear, plan.recipe)
     )
-    return [
+    layers = plan.architecture.num_layers
+    in_linears = layers * rank * edges
+    lines = [
         f"Each adapted layer gets A [{rank}, in] and B [out, {rank}], so {rank} x (in + out) weights:",
-        f"  {plan.architecture.num_layers} layers x {rank} x {number(edges)} = {number(numel)} weights.",
+        f"  {layers} layers x {rank} x {number(edges)} = {number(in_linears)} weights.",
+    ]
+    if numel > in_linears:
+        lines.append(
+            f"Routers and experts have adapters too, each expert its own: {number(numel - in_linears)} weights."
+        )
+    return [
+        *lines,
         f"Each takes the {DTYPE_BYTES[dtype]} bytes of {dtype}: {size_text(numel * DTYPE_BYTES[dtype])}.",
     ]
 
