@@ -106,8 +106,15 @@ def test_a_real_step_on_this_cpu_needs_what_the_trace_says(folders: Path, family
 # --- the two estimators hold each other -------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen1.5-moe-a2.7b", "qwen3-30b-a3b", "gpt-oss-20b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("mixtral-8x7b", marks=pytest.mark.grid),
+        pytest.param("qwen1.5-moe-a2.7b", marks=pytest.mark.slow),
+        pytest.param("qwen3-30b-a3b", marks=pytest.mark.grid),
+        pytest.param("gpt-oss-20b", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     ("asked", "strategy", "device"),
     [

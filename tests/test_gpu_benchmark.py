@@ -337,8 +337,13 @@ def test_make_gpu_takes_the_machines_python_and_puts_wheels_beside_it() -> None:
     assert ".venv/bin/python -m benchmarks.gpu --dry" in commands("DRY=1")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", MATRIX, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=pytest.mark.grid if index % 4 else pytest.mark.slow)
+        for index, case in enumerate(MATRIX)
+    ],
+)
 def test_every_row_trains_when_it_is_small_and_needs_what_is_predicted(case: Case) -> None:
     torch.set_num_threads(1)
     shrunk = small(case)
