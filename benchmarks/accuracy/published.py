@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cache
-from statistics import median
 from typing import Any, Literal
 
 from benchmarks.accuracy.rows import PublishedRow, published_rows
@@ -318,8 +317,3 @@ def fits() -> tuple[Fit, ...]:
             said = predicted_bytes(asked, stack)
             found.append(Fit(row, row.stated == "fit", said, (low, high), asked.usable_bytes))
     return tuple(found)
-
-
-def median_error() -> float:
-    """Median of the absolute errors of scored rows, in per cent."""
-    return median(abs(one.error) for one in scored())

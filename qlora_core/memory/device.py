@@ -53,14 +53,14 @@ class Device:
         return self.kind == "cpu" or self.compute_capability >= (8, 0)
 
     @property
-    def blas_workspace_bytes(self) -> int:
+    def blas_workspaces(self) -> tuple[int, ...]:
         """What cuBLAS and cuBLASLt keep once each has multiplied: part of allocated memory.
 
         PyTorch gives a cuBLAS handle 32 MiB on Hopper and newer, elsewhere 4096 KiB x 2 + 16 KiB x 8 = 8.125 MiB
         (aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize). On a T4 two are seen: 8.125 + 8.0625 MiB.
         """
         if self.kind == "cpu":
-            return 0
+            return ()
         if self.compute_capability >= (9, 0):
-            return 2 * 32 * MIB
-        return 8 * MIB + 128 * KIB + 8 * MIB + 64 * KIB
+            return 32 * MIB, 32 * MIB
+        return 8 * MIB + 128 * KIB, 8 * MIB + 64 * KIB

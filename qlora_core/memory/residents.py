@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
-from qlora_core.memory.allocator import segment_for
+from qlora_core.memory.allocator import ROUNDING, segment_for
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Phase
 from qlora_core.memory.reserve import packed
@@ -15,10 +15,6 @@ from qlora_core.memory.settled import settled
 from qlora_core.memory.sharding import Gathered, Shard, gathered_elements, stays_whole
 from qlora_core.recipe import DTYPE_BYTES, Recipe
 from qlora_core.strategy import Strategy
-
-ALIGNMENT = 512
-"""The CUDA caching allocator rounds every request up to this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
-
 
 LOADING_THREADS = 4
 """Weights that transformers loads at a time (core_model_loading.py, GLOBAL_WORKERS)."""
@@ -61,7 +57,7 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     # with method full the trained weights are the base's own
     lora = [] if recipe.method == "full" else [(numel * itemsize, count) for numel, count in tensors]
     loaded, whole, kept_on_host = _loaded(weights, lora, itemsize, recipe, strategy, device)
-    between = {"framework": device.blas_workspace_bytes}
+    between = {"framework": sum(device.blas_workspaces)}
     if not shard.offload_optimizer:
         between["optimizer_state"] = state.resident + shard.master_bytes
     added: dict[Phase, dict[str, int]] = {"forward": {}, "backward": {}, "optimizer": {}}
@@ -176,7 +172,7 @@ def _loaded(
         total = 0
         for size, count in sizes:
             total += -(-size // ranks) * count
-            rounding += -size % ALIGNMENT * count
+            rounding += -size % ROUNDING * count
             if divided and stays_whole(size, itemsizes[component]):
                 whole[component] = whole.get(component, 0) + size * count
         if divided and strategy.offload == "all" and component in ("base_weights", "unquantized_weights"):

@@ -33,7 +33,7 @@ from clusters.errors import request_error
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.allocator import AllocatorSettings
 from qlora_core.memory.attention import AttentionKernel, kernel_of
-from qlora_core.memory.device import KIB, MIB, Device
+from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, HostEstimate, Phase, Phases
 from qlora_core.memory.loading import load
 from qlora_core.memory.recorder import Recorder, cuda_operators, know_bitsandbytes
@@ -228,7 +228,8 @@ class Run:
 
         self.model.train()
         recorder.mark(LOADED)
-        recorder.workspaces = _workspaces(self.device)
+        # a thread's first product asks for one
+        recorder.workspaces = dict(zip(("forward", "backward"), self.device.blas_workspaces, strict=False))
         hooks = [register_module_forward_pre_hook(entered)]
         for parameter in self.parameters.values():
             hooks.append(cast(Any, parameter).register_post_accumulate_grad_hook(self._arrived))
@@ -286,15 +287,6 @@ class Run:
             parameter.grad = self.buckets[cast(nn.Parameter, parameter)]
         elif parameter.grad is not None:
             self.recorder.move(parameter.grad, "gradients")
-
-
-def _workspaces(device: Device) -> dict[str, int]:
-    """The library workspaces by the thread whose first product asks for one (see `Device.blas_workspace_bytes`)."""
-    if device.kind == "cpu":
-        return {}
-    if device.compute_capability >= (9, 0):
-        return {"forward": 32 * MIB, "backward": 32 * MIB}
-    return {"forward": 8 * MIB + 128 * KIB, "backward": 8 * MIB + 64 * KIB}
 
 
 def in_words(phase: Phase, where: str) -> str:
