@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from clusters.errors import RequestError
 from qlora_core.memory.allocator import AllocatorSettings, Block, CachingAllocator
+from qlora_core.memory.reserve import packed, slack
 
 KIB, MIB = 1024, 1024**2
 
@@ -170,3 +171,16 @@ def test_nothing_is_lost_whatever_happens(settings: AllocatorSettings, steps: li
         memory.release(block)
     memory.empty_cache()
     assert (memory.allocated, memory.reserved) == (0, 0)
+
+
+# --- what the formula takes it for ------------------------------------------------------------------------------------
+
+
+@given(size=st.integers(MIB // 512 + 1, 40 * MIB // 512), count=st.integers(1, 60))
+def test_tensors_alike_fill_segments_and_the_last_of_each_gets_what_is_left(size: int, count: int) -> None:
+    memory = CachingAllocator()
+    for _ in range(count):
+        memory.allocate(512 * size)
+    alike = [(512 * size, count)]
+    assert packed(alike) == memory.reserved
+    assert slack(alike) == memory.allocated - 512 * size * count

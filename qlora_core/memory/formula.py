@@ -19,7 +19,7 @@ from qlora_core.memory.decoder import Activation, Layer, Projection
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, HostEstimate, Phase, Phases
 from qlora_core.memory.experts import Experts, Scores
-from qlora_core.memory.reserve import fragmentation, grown
+from qlora_core.memory.reserve import fragmentation, grown, packed, slack
 from qlora_core.memory.residents import Residents, fetched_ahead, residents, shard_of
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.step import FIRST, LAST, Candidate, Handling, Logits, Step, Timeline, highest, timeline
@@ -64,6 +64,7 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
     """
     stays, times = _prepared_for(architecture, recipe, strategy, device)
     variables = _variables(recipe, strategy)
+    kept, too_large = _in_between(times, strategy, device, variables)
     totals: dict[Phase, int] = {}
     moments: dict[Phase, Candidate] = {}
     for phase, candidates in _by_phase(times):
@@ -71,6 +72,8 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
         totals[phase] = value(moments[phase].total, variables) + sum(
             map(_sum, (stays.loaded, stays.between, stays.added[phase]))
         )
+        if phase != "optimizer":
+            totals[phase] += too_large
     peak_phase = max(totals, key=lambda phase: totals[phase])
     peak = moments[peak_phase]
     parts = dict(stays.loaded)
@@ -78,12 +81,14 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
     for more in (stays.between, stays.added[peak_phase], varying_parts):
         for component, size in more.items():
             parts[component] = parts.get(component, 0) + size
+    if peak_phase != "optimizer":
+        parts["framework"] += too_large
     allocated = totals[peak_phase]
     loaded = stays.before_sharding or _sum(stays.loaded)
     if device.kind == "cpu":
         reserved, interval = allocated, (allocated, allocated)
     else:
-        least = max(allocated, loaded, stays.segments + _moving(stays, times, variables))
+        least = max(allocated, loaded, stays.segments + kept + _moving(stays, times, variables))
         varying = allocated - _sum(stays.loaded)
         low, reserved, high = (
             max(allocated, loaded, least + varying * share // 1000)
@@ -107,18 +112,31 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
     )
 
 
+def _in_between(times: Timeline, strategy: Strategy, device: Device, variables: Sequence[int]) -> tuple[int, int]:
+    """Bytes of the segments of what the layers in between keep, and those by which its blocks are too large.
+
+    All that is kept without checkpointing comes into segments of its own; checkpoints, into room that was used before.
+    """
+    kept = [(value(size, variables), count) for size, count in times.kept]
+    if strategy.gradient_checkpointing or device.kind == "cpu":
+        return sum(size * count for size, count in kept), 0
+    return packed(kept), slack(kept)
+
+
 def _moving(stays: Residents, times: Timeline, variables: Sequence[int]) -> int:
     """Bytes of the segments of what comes and goes, if no segment is in pieces.
 
     Gradients, and what the optimizer makes on the way, find room where activations were.
     """
-    return value(times.middle, variables) + grown(times.stretches, variables, stays.free_segments)
+    return grown(times.stretches, variables, stays.free_segments)
 
 
 def segments(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> int:
     """Bytes of all segments, before `fragmentation`."""
     stays, times = _prepared_for(architecture, recipe, strategy, device)
-    return stays.segments + _moving(stays, times, _variables(recipe, strategy))
+    variables = _variables(recipe, strategy)
+    kept, _ = _in_between(times, strategy, device, variables)
+    return stays.segments + kept + _moving(stays, times, variables)
 
 
 def _prepared_for(
@@ -154,6 +172,10 @@ def _prepared(
 def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Step:
     """What the timeline of a step depends on, out of all that is given."""
     layer = _layer_of(architecture, recipe, strategy, device)
+    # while they are checkpointed, all layers keep the same
+    unlike = None
+    if layer.kernel == "masked" and not strategy.gradient_checkpointing:
+        unlike = layer._replace(kernel=kernel_of(architecture, recipe, strategy, device))
     shard = shard_of(architecture, recipe, strategy, device)
     stage, several = strategy.zero_stage, strategy.gradient_accumulation > 1
     in_layers = shard.trainable
@@ -165,6 +187,8 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
     return Step(
         layer=layer,
         layers=architecture.num_layers,
+        unlike=unlike,
+        unlike_layers=architecture.num_layers - architecture.sliding_layers if unlike is not None else 0,
         masks=2 if 0 < architecture.sliding_layers < architecture.num_layers else 1,
         vocab=architecture.vocab_size,
         tied=architecture.tied_embeddings,
@@ -261,7 +285,8 @@ def kernel_in_use(
     """The kernel of the layers that need the most: those with a mask, where there are any.
 
     flash_attention_2 knows windows without a mask. Where layers without a window hold all scores, one of those needs
-    more than one with a mask; but where all layers' activations are kept, the many with a mask decide.
+    more than one with a mask; but where all layers' activations are kept, the many with a mask decide, and what the
+    others keep is counted beside theirs (`step_of`).
     """
     kernel = kernel_of(architecture, recipe, strategy, device)
     if strategy.attention != "sdpa" or kernel == "flash_cpu" or not is_masked(architecture, recipe):

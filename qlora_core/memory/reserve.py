@@ -48,7 +48,7 @@ FRAGMENTATION: dict[AttentionKernel, Fragmentation] = {
     "masked": Fragmentation(0, 190, 730),
     "math": Fragmentation(-210, 20, 340),
 }
-KEPT = Fragmentation(0, 20, 120)
+KEPT = Fragmentation(-30, 10, 80)
 """Without gradient checkpointing, where most of what a step allocates stays to the backward pass."""
 
 
@@ -107,3 +107,15 @@ def packed(sizes: Sequence[tuple[int, int]]) -> int:
         else:
             total += -(-count // (LARGE_SEGMENT // size)) * LARGE_SEGMENT
     return total + -(-small // SMALL_SEGMENT) * SMALL_SEGMENT
+
+
+def slack(sizes: Sequence[tuple[int, int]]) -> int:
+    """Bytes that those tensors' blocks are too large: what is left of a segment goes with its last, up to 1 MiB."""
+    total = 0
+    for size, count in sizes:
+        if size > SMALL:
+            alike = 1 if size >= OWN_SEGMENT else LARGE_SEGMENT // size
+            left = segment_for(size) - alike * size
+            if left <= SMALL:
+                total += left * (count // alike)
+    return total

@@ -3,12 +3,13 @@
 All layers are alike, so what layer i adds to what is alive is known from two of them: r bytes per layer that the
 forward pass leaves, and g bytes of gradients that the backward pass leaves. The live memory while layer i works is
 linear in i; its maximum lies at the first or at the last layer. The other n - 2 layers are put in between in closed
-form.
+form; where some of them attend without a sliding window and keep something else, those count as what one of them keeps.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Literal, NamedTuple, TypeVar
@@ -43,6 +44,8 @@ there and moved into a bucket with it (DDP); or taken away into a bucket (ZeRO-2
 Allocation = tuple[int, Where, Size]
 """See `Tape.totals`."""
 Logits = Literal["plain", "scaled", "capped"]
+Kept = tuple[Room, Size]
+"""A storage that a layer keeps: what it is counted in, and its bytes."""
 CHUNK_ROW = Size(per_chunk_token=1)
 """One element per token of a chunk of the loss."""
 
@@ -53,6 +56,8 @@ class Step(NamedTuple):
     Attributes:
         layer: one decoder layer.
         layers: how many there are.
+        unlike: a layer that keeps something else for the backward pass; None where all are alike.
+        unlike_layers: how many of those there are among the others.
         masks: kinds of eager attention masks: of layers with a sliding window, of those without.
         vocab: V.
         tied: the output head is the token embedding.
@@ -74,6 +79,8 @@ class Step(NamedTuple):
 
     layer: Layer
     layers: int
+    unlike: Layer | None
+    unlike_layers: int
     masks: int
     vocab: int
     tied: bool
@@ -129,8 +136,8 @@ class Timeline(NamedTuple):
     after_backward: Candidate
     stretches: tuple[tuple[Scene, ...], ...]
     """The candidate peaks of layers, loss, loss backward and last layer backward: what the allocator has to fit."""
-    middle: Size
-    """What the layers in between keep meanwhile."""
+    kept: tuple[tuple[Size, int], ...]
+    """What the layers in between keep meanwhile and may be large: the bytes of a storage, and how many are alike."""
 
 
 @lru_cache(maxsize=512)
@@ -149,16 +156,19 @@ def timeline(step: Step) -> Timeline:
     end = len(tape.log)
     del held
     tape.leaves.clear()  # they refer to the tape: no garbage is left to the cycle collector
-    alive = {place: by_room(of_place) for place, of_place in tape.alive_at([*marks, end]).items()}
+    alive = tape.alive_at([*marks, end])
     middle = max(step.layers - 2, 0)
-    kept: dict[Room, Size] = {}
+    in_between = Counter[Kept]()
     if middle:
         before, after = (alive[mark] for mark in marks)
-        kept = {room: size.plus(before.get(room, NOTHING).times(-1)).times(middle) for room, size in after.items()}
+        in_between = _kept_in_between(step, middle, before, after)
+    kept: dict[Room, Size] = {}
+    for (room, size), count in in_between.items():
+        kept[room] = kept.get(room, NOTHING).plus(size.times(count))
     made = _made(step, middle)
     allocations = list(tape.totals())
     peaks = [*_with_middle(allocations, kept, made), *_after_flush(step, middle, allocations, kept)]
-    left = _sum(alive[end], made)
+    left = _sum(by_room(alive[end]), made)
     if step.reduced_after:
         added = _sum(made, {GRADIENTS: Size(fixed=step.reduced_after)})
         total = sum_of(left.values()).plus(Size(fixed=step.reduced_after))
@@ -172,8 +182,29 @@ def timeline(step: Step) -> Timeline:
         backward=_candidates(tape, (peak for peak in peaks if peak.where[0] == "backward")),
         after_backward=Candidate(("backward", FIRST), rest, sum_of(rest.values())),
         stretches=_stretches(tape, allocations),
-        middle=sum_of(kept.values()),
+        kept=tuple((size, count) for (_, size), count in in_between.items() if _may_be_large(size)),
     )
+
+
+def _kept_in_between(step: Step, middle: int, before: Alive, after: Alive) -> Counter[Kept]:
+    """What the layers in between keep; what is alive `before` and `after` the last one runs forward is given."""
+    unlike = min(step.unlike_layers, middle) if step.unlike is not None else 0
+    kept = _kept(before, after, middle - unlike)
+    if step.unlike is not None:
+        tape, marks = Tape(), list[int]()
+        held = decoder(tape, step._replace(layer=step.unlike), marks)
+        alive = tape.alive_at(marks)
+        del held
+        first, last = (alive[mark] for mark in marks)
+        kept.update(_kept(first, last, unlike))
+    return kept
+
+
+def _kept(before: Alive, after: Alive, layers: int) -> Counter[Kept]:
+    """What so many layers keep, of which one adds to what is alive what `after` has more than `before`."""
+    more = Counter(after.values())
+    more.subtract(before.values())
+    return Counter({kept: layers * count for kept, count in more.items() if count})
 
 
 def _made(step: Step, middle: int) -> dict[Room, Size]:
@@ -361,7 +392,11 @@ def _skyline(candidates: Iterable[Moving]) -> tuple[Moving, ...]:
 
 def _large(alive: Alive) -> dict[int, Size]:
     """Without what is small at every size of the input: it lies in small segments."""
-    return {number: size for number, (_, size) in alive.items() if any(size[1:]) or size.fixed > MIB}
+    return {number: size for number, (_, size) in alive.items() if _may_be_large(size)}
+
+
+def _may_be_large(size: Size) -> bool:
+    return any(size[1:]) or size.fixed > MIB
 
 
 def highest(candidates: Sequence[Moving], variables: Sequence[int]) -> Moving:
