@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from clusters.errors import RequestError
 from qlora_core.memory.allocator import AllocatorSettings, Block, CachingAllocator
-from qlora_core.memory.reserve import packed, slack
+from qlora_core.memory.reserve import Segments, packed, slack
 
 KIB, MIB = 1024, 1024**2
 
@@ -184,3 +184,19 @@ def test_tensors_alike_fill_segments_and_the_last_of_each_gets_what_is_left(size
     alike = [(512 * size, count)]
     assert packed(alike) == memory.reserved
     assert slack(alike) == memory.allocated - 512 * size * count
+
+
+def test_what_stays_in_a_block_between_two_layers_costs_the_next_one_a_segment() -> None:
+    layer = [288 * MIB, 288 * MIB, 576 * MIB]
+    memory, segments = CachingAllocator(), Segments([])
+    for checkpoint in (4 * MIB, 0):
+        blocks = [memory.allocate(size) for size in layer]
+        segments.hold(dict(enumerate(layer)))
+        for block in blocks:
+            memory.release(block)
+        segments.hold({})
+        if checkpoint:
+            memory.allocate(checkpoint)
+            segments.keep(checkpoint, 1)
+    # the block of 288 MiB that the checkpoint broke is taken from that of 576 MiB, and this comes anew
+    assert segments.taken == memory.reserved == (288 + 288 + 576 + 576) * MIB

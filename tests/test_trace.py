@@ -108,9 +108,13 @@ def test_the_formula_says_what_the_trace_says(number: int) -> None:
     assert by_formula["allocated"] == pytest.approx(by_trace["allocated"], rel=grid.TOLERANCE)
 
 
-@pytest.mark.parametrize("kernel", [*reserve.FRAGMENTATION, None])
-def test_the_constants_of_fragmentation_are_those_of_the_traced_grid(kernel: Any) -> None:
-    assert (reserve.FRAGMENTATION[kernel] if kernel else reserve.KEPT) == grid.fragmentation(kernel)
+def test_the_constants_of_fragmentation_are_those_of_the_traced_grid() -> None:
+    assert grid.fragmentation(checkpointing=True) == reserve.CHECKPOINTED
+    assert grid.fragmentation(checkpointing=False) == reserve.KEPT
+
+
+def test_the_interval_of_reserved_memory_holds_for_models_that_gave_it_nothing() -> None:
+    assert grid.held_out() >= 0.87 * len(combinations())
 
 
 def test_all_of_the_traced_grid_is_within_two_per_cent() -> None:

@@ -134,6 +134,10 @@ class CachingAllocator:
                 else:
                     insort(self._free[small], (block.key, block), key=_first)
 
+    def holes(self) -> tuple[int, ...]:
+        """What is free in segments of large blocks, the smallest first."""
+        return tuple(block.size for _, block in self._free[False])
+
     def _cached(self, size: int, small: bool) -> Block | None:
         """The best free block, taken out of its pool."""
         free, limit = self._free[small], self.settings.max_split_bytes

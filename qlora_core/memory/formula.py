@@ -19,7 +19,7 @@ from qlora_core.memory.decoder import Activation, Layer, Projection
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, HostEstimate, Phase, Phases
 from qlora_core.memory.experts import Experts, Scores
-from qlora_core.memory.reserve import fragmentation, grown, packed, slack
+from qlora_core.memory.reserve import fragments, grown, slack
 from qlora_core.memory.residents import Residents, fetched_ahead, residents, shard_of
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.step import FIRST, LAST, Candidate, Handling, Logits, Step, Timeline, highest, timeline
@@ -64,7 +64,9 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
     """
     stays, times = _prepared_for(architecture, recipe, strategy, device)
     variables = _variables(recipe, strategy)
-    kept, too_large = _in_between(times, strategy, device, variables)
+    kept = _kept(times, variables)
+    # checkpoints come into room that was used before; what all layers keep, into segments of its own
+    too_large = 0 if strategy.gradient_checkpointing or device.kind == "cpu" else slack(kept)
     totals: dict[Phase, int] = {}
     moments: dict[Phase, Candidate] = {}
     for phase, candidates in _by_phase(times):
@@ -88,12 +90,9 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
     if device.kind == "cpu":
         reserved, interval = allocated, (allocated, allocated)
     else:
-        least = max(allocated, loaded, stays.segments + kept + _moving(stays, times, variables))
+        least = max(allocated, loaded, _segments(stays, times, kept, recipe, strategy))
         varying = allocated - _sum(stays.loaded)
-        low, reserved, high = (
-            max(allocated, loaded, least + varying * share // 1000)
-            for share in fragmentation(kernel_in_use(architecture, recipe, strategy, device), strategy)
-        )
+        low, reserved, high = (max(allocated, loaded, least + more) for more in fragments(strategy, allocated, varying))
         interval = low, high
     return Estimate(
         "formula",
@@ -112,31 +111,35 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
     )
 
 
-def _in_between(times: Timeline, strategy: Strategy, device: Device, variables: Sequence[int]) -> tuple[int, int]:
-    """Bytes of the segments of what the layers in between keep, and those by which its blocks are too large.
-
-    All that is kept without checkpointing comes into segments of its own; checkpoints, into room that was used before.
-    """
-    kept = [(value(size, variables), count) for size, count in times.kept]
-    if strategy.gradient_checkpointing or device.kind == "cpu":
-        return sum(size * count for size, count in kept), 0
-    return packed(kept), slack(kept)
+def _kept(times: Timeline, variables: Sequence[int]) -> list[tuple[int, int]]:
+    """What the layers in between keep: bytes of one, and how many."""
+    return [(value(size, variables), count) for size, count in times.kept]
 
 
-def _moving(stays: Residents, times: Timeline, variables: Sequence[int]) -> int:
-    """Bytes of the segments of what comes and goes, if no segment is in pieces.
+def _segments(
+    stays: Residents, times: Timeline, kept: Sequence[tuple[int, int]], recipe: Recipe, strategy: Strategy
+) -> int:
+    """Bytes of all segments, before `fragments`.
 
     Gradients, and what the optimizer makes on the way, find room where activations were.
     """
-    return grown(times.stretches, variables, stays.free_segments)
+    # no sample's first token is a label
+    labels = strategy.micro_batch * (recipe.seq_len - 1)
+    last_chunk = labels % LOSS_CHUNK_TOKENS if strategy.loss == "chunked" and labels > LOSS_CHUNK_TOKENS else 0
+    return stays.segments + grown(
+        times.stretches,
+        _variables(recipe, strategy),
+        stays.holes,
+        kept,
+        strategy.gradient_checkpointing,
+        last_chunk,
+    )
 
 
 def segments(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> int:
-    """Bytes of all segments, before `fragmentation`."""
+    """Bytes of all segments, before `fragments`."""
     stays, times = _prepared_for(architecture, recipe, strategy, device)
-    variables = _variables(recipe, strategy)
-    kept, _ = _in_between(times, strategy, device, variables)
-    return stays.segments + kept + _moving(stays, times, variables)
+    return _segments(stays, times, _kept(times, _variables(recipe, strategy)), recipe, strategy)
 
 
 def _prepared_for(

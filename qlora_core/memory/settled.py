@@ -6,6 +6,7 @@ the rest to go on alike.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,10 +27,12 @@ class Settled(NamedTuple):
     Attributes:
         slack: allocated beyond what was asked for, rounding to 512 bytes included.
         reserved: all segments.
+        holes: what is free in segments of large blocks.
     """
 
     slack: int
     reserved: int
+    holes: tuple[int, ...]
 
 
 @lru_cache(maxsize=64)
@@ -40,7 +43,12 @@ def settled(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> 
         return _play(architecture, recipe, device, layers)
     some, more = (_play(architecture, recipe, device, count) for count in (HALF, PLAYED_LAYERS))
     beyond = layers - PLAYED_LAYERS
-    return Settled(*(last + (last - first) * beyond // HALF for first, last in zip(some, more, strict=True)))
+    slack, reserved = (last + (last - first) * beyond // HALF for first, last in zip(some[:2], more[:2], strict=True))
+    # sizes that come up again and again; another one has grown, or shrunk, with the number of layers
+    before = Counter(some.holes)
+    again = (Counter(more.holes) - before).items()
+    holes = more.holes + tuple(size for size, count in again if before[size] for _ in range(count * beyond // HALF))
+    return Settled(slack, reserved, holes)
 
 
 def _play(architecture: ModelArchitecture, recipe: Recipe, device: Device, layers: int) -> Settled:
@@ -108,7 +116,7 @@ def _play(architecture: ModelArchitecture, recipe: Recipe, device: Device, layer
                 if exact.is_target(linear, recipe):
                     keep(recipe.rank * linear.in_features * trained)
                     keep(recipe.rank * linear.out_features * trained)
-    return Settled(memory.allocated - requested, memory.reserved)
+    return Settled(memory.allocated - requested, memory.reserved, memory.holes())
 
 
 def _unquantized(architecture: ModelArchitecture, item: int) -> list[int]:
