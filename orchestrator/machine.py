@@ -9,7 +9,7 @@ from typing import Literal
 import psutil
 import torch
 
-from orchestrator.plan import Target
+from orchestrator.plans import Target
 from orchestrator.planner import as_dtype, compute_dtype, cpu_target
 from qlora_core.memory.device import Device
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from clusters.errors import Problem, RequestError
 from clusters.gpu import GIB, Gpu
-from orchestrator.plan import Choice, Plan, Target, Verdict
+from orchestrator.plans import Choice, Plan, Target, Verdict
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Estimate

@@ -11,7 +11,7 @@ from clusters.errors import Problem, RequestError, request_error
 from orchestrator.base import Base, find_base
 from orchestrator.identity import identity
 from orchestrator.machine import Machine, describe, target_of
-from orchestrator.plan import Plan
+from orchestrator.plans import Plan
 from orchestrator.planner import plan_run
 from orchestrator.spec import RunSpec
 from orchestrator.targets import check_targets

@@ -31,7 +31,7 @@ PLANNING = (
     "qlora_core/targets.py",
     "qlora_core/memory",
     "orchestrator/mistakes.py",
-    "orchestrator/plan.py",
+    "orchestrator/plans.py",
     "orchestrator/planner.py",
     "orchestrator/spec.py",
     "orchestrator/targets.py",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from clusters.errors import RequestError
 from clusters.gpu import find_gpu
-from orchestrator.plan import Plan, Target
+from orchestrator.plans import Plan, Target
 from orchestrator.planner import (
     LARGEST_MICRO_BATCH,
     LONGEST_SEQ_LEN,

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from launch import command
 from launch.listing import parameters
-from orchestrator.plan import Plan, Verdict
+from orchestrator.plans import Plan, Verdict
 
 GIB, MIB = 1024**3, 1024**2
 BAR_WIDTH = 24
