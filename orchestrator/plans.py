@@ -1,19 +1,25 @@
-"""A plan as data: recipe, strategy, GPUs, estimate, verdicts and the reason of each choice."""
+"""A plan as data: recipe, strategy, GPUs, estimate, verdicts, time, price, alternatives and the reason of each choice."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from clusters.cluster import Pool
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Estimate
 from qlora_core.recipe import Dtype, Recipe
+from qlora_core.step_time import StepTime
 from qlora_core.strategy import Strategy
 
 SCHEMA_VERSION = 1
+SURE = 0.95
+"""Verdicts are sure from this chance on."""
+
+Objective = Literal["fastest", "cheapest", "fewest-gpus", "longest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +40,35 @@ class Target:
         device: what an estimate depends on.
         usable_bytes: what a process of ours can have of its memory, CUDA context included.
         dtype_choice: the compute dtype of `device`, with its reason.
+        pool: the nodes it is one of, for its rates, links and price; None where nothing is known of them.
     """
 
     name: str
     device: Device
     usable_bytes: int
     dtype_choice: Choice
+    pool: Pool | None = None
 
     @property
     def compute_dtype(self) -> Dtype:
         """The compute dtype."""
         return self.device.compute_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """How sure a verdict is.
+
+    Attributes:
+        chance: that the process finds room; never below 0.05 nor above 0.95, beyond which nothing is known.
+        low_bytes, high_bytes: of the process, between which it ends in nine cases of ten.
+        basis: what that is taken from, in words.
+    """
+
+    chance: float
+    low_bytes: int
+    high_bytes: int
+    basis: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +78,8 @@ class Verdict:
     Attributes:
         largest_micro_batch, longest_seq_len: with all else as asked for; 0 where not even 1 fits.
         headroom_bytes: usable minus process bytes; negative where it does not fit.
+        confidence: how sure that is.
+        step_time: of one optimizer step there; None where nothing is known of its rates.
     """
 
     gpu: str
@@ -65,6 +91,100 @@ class Verdict:
     headroom_bytes: int
     largest_micro_batch: int
     longest_seq_len: int
+    confidence: Confidence
+    step_time: StepTime | None = None
+
+    @property
+    def barely(self) -> bool:
+        """Whether it fits, but not for sure."""
+        return self.fits and self.confidence.chance < SURE
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """A whole run: its time, and its price where one is known.
+
+    Attributes:
+        tokens: that it trains on, padding left out.
+        steps: optimizer steps.
+        seconds, low_seconds, high_seconds: as expected, and between which it lies.
+        gpu_hours: as expected.
+        price, low_price, high_price: of the nodes it takes, in `currency`; None without prices.
+    """
+
+    tokens: int
+    steps: int
+    seconds: float
+    low_seconds: float
+    high_seconds: float
+    gpu_hours: float
+    price: float | None = None
+    low_price: float | None = None
+    high_price: float | None = None
+    currency: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another way to run, found by the search.
+
+    Attributes:
+        title: what sets it apart, in a few words.
+        place: the GPUs, in words: "8 x a100-80gb".
+        gpu: the kind whose memory decides.
+        gpus, nodes: how many.
+        recipe, strategy: complete.
+        usable_bytes, process_bytes: of the fullest GPU.
+        confidence: how sure it is to fit.
+        step_time: of an optimizer step; None where nothing is known of the rates.
+        duration: of the whole run; None where nobody said how many tokens it has.
+        price_per_hour: of all its nodes; None without prices.
+        currency: of the price.
+        changes: what is not as in the request, with reasons.
+    """
+
+    title: str
+    place: str
+    gpu: str
+    gpus: int
+    nodes: int
+    recipe: Recipe
+    strategy: Strategy
+    usable_bytes: int
+    process_bytes: int
+    confidence: Confidence
+    step_time: StepTime | None
+    duration: Duration | None
+    price_per_hour: float | None
+    currency: str | None
+    changes: tuple[Choice, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether its process finds room, as expected."""
+        return self.process_bytes <= self.usable_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields as JSON has them."""
+        return {
+            "title": self.title,
+            "place": self.place,
+            "gpu": self.gpu,
+            "gpus": self.gpus,
+            "nodes": self.nodes,
+            "recipe": self.recipe.to_json(),
+            "strategy": dataclasses.asdict(self.strategy),
+            "usable_bytes": self.usable_bytes,
+            "process_bytes": self.process_bytes,
+            "headroom_bytes": self.usable_bytes - self.process_bytes,
+            "fits": self.fits,
+            "confidence": dataclasses.asdict(self.confidence),
+            "step_time": time_json(self.step_time),
+            "duration": None if self.duration is None else dataclasses.asdict(self.duration),
+            "price_per_hour": self.price_per_hour,
+            "currency": self.currency,
+            "changes": [dataclasses.asdict(change) for change in self.changes],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +196,9 @@ class Plan:
         verdicts: one per kind of device that was looked at, in the order of their memory.
         choices: what was decided for the person, with reasons.
         warnings: what the person should know, such as a sequence longer than the model's positions.
-        host_usable_bytes: host memory, where it was stated; None leaves the host undecided.
+        host_usable_bytes: memory of a host, where it was stated; None leaves the host undecided.
+        duration: of the whole run on `target`; None where nobody said how many tokens it has.
+        alternatives: other ways to run, the best first; where nothing fits, the nearest that would.
     """
 
     architecture: ModelArchitecture
@@ -88,11 +210,18 @@ class Plan:
     choices: tuple[Choice, ...]
     warnings: tuple[str, ...] = ()
     host_usable_bytes: int | None = None
+    duration: Duration | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
     @property
     def fits(self) -> bool:
         """Whether it fits on at least one of the devices looked at, and in the host's memory where that was stated."""
         return any(verdict.fits for verdict in self.verdicts) and self.host_fits is not False
+
+    @property
+    def verdict(self) -> Verdict:
+        """That of the target."""
+        return next(verdict for verdict in self.verdicts if verdict.gpu == self.target.name)
 
     @property
     def host_fits(self) -> bool | None:
@@ -147,9 +276,34 @@ class Plan:
                 },
                 "host": {**dataclasses.asdict(self.estimate.host), "fits": self.host_fits},
             },
-            "verdicts": [dataclasses.asdict(verdict) for verdict in self.verdicts],
-            "alternatives": [],
+            "verdicts": [verdict_json(verdict) for verdict in self.verdicts],
+            "duration": None if self.duration is None else dataclasses.asdict(self.duration),
+            "alternatives": [alternative.to_json() for alternative in self.alternatives],
             "choices": [dataclasses.asdict(choice) for choice in self.choices],
             "warnings": list(self.warnings),
             "digest": self.digest,
         }
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """A verdict's fields as JSON has them."""
+    names = (field.name for field in dataclasses.fields(verdict) if field.name not in ("confidence", "step_time"))
+    return {
+        **{name: getattr(verdict, name) for name in names},
+        "confidence": dataclasses.asdict(verdict.confidence),
+        "step_time": time_json(verdict.step_time),
+    }
+
+
+def time_json(step: StepTime | None) -> dict[str, Any] | None:
+    """A step's time as JSON has it, in seconds."""
+    if step is None:
+        return None
+    return {
+        "seconds": step.seconds,
+        "low_seconds": step.low,
+        "high_seconds": step.high,
+        "tokens": step.tokens,
+        "tokens_per_second": step.tokens_per_second,
+        "parts": step.parts._asdict(),
+    }
