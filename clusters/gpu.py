@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ COMMON = ("t4", "rtx-4090", "a100-40gb", "l40s", "rtx-a6000", "a100-80gb", "h100
 """What a plan shows when no GPU is asked for, by memory."""
 
 _FILE = Path(__file__).parent / "gpus.yaml"
+_COMMENT = re.compile("^#.*", re.MULTILINE)
 _USABLE = 0.975
 _USABLE_WITH_INLINE_ECC = 0.91
 """The part of the memory that CUDA gives, for cards without an observation; the head of gpus.yaml says why."""
@@ -97,10 +100,7 @@ def find_gpu(name: str) -> Gpu:
 @functools.cache
 def list_gpus() -> tuple[Gpu, ...]:
     """All known GPUs, the smallest usable memory first."""
-    import yaml  # here, so that what needs no GPU does not pay for the import
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    document = yaml.load(_FILE.read_bytes(), Loader=loader)  # noqa: S506  (both loaders are safe ones)
+    document = json.loads(_COMMENT.sub("", _FILE.read_text(encoding="utf-8")))
     contexts = document["context_mib"]
     return tuple(
         sorted((_gpu(row, contexts) for row in document["gpus"]), key=lambda gpu: (gpu.usable_bytes, gpu.name))

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from qlora_core.memory.allocator import LARGE_SEGMENT, OWN_SEGMENT, SMALL, SMALL_SEGMENT, segment_for
 from qlora_core.memory.attention import AttentionKernel
-from qlora_core.memory.step import Scene, highest
-from qlora_core.memory.tape import Size, value
+from qlora_core.memory.step import Stretches
+from qlora_core.memory.tape import value
 from qlora_core.strategy import Strategy
 
 PLACES = 1 << 20
@@ -57,32 +57,30 @@ def fragmentation(kernel: AttentionKernel, strategy: Strategy) -> Fragmentation:
     return FRAGMENTATION[kernel] if strategy.gradient_checkpointing else KEPT
 
 
-def grown(stretches: Iterable[Sequence[Scene]], variables: Sequence[int], empty: Iterable[int]) -> int:
+def grown(stretches: Stretches, variables: Sequence[int], empty: Iterable[int]) -> int:
     """Bytes of all segments after the highest scene of each stretch; `empty` segments are there before.
 
     Sizes are polynomials in `variables`.
     """
-    known: dict[Size, int] = {}  # many tensors are alike
     left = list(empty)
     total = sum(left)
     room = sorted(free * PLACES + place for place, free in enumerate(left))
     placed: dict[int, tuple[int, int]] = {}
-    for stretch in stretches:
-        alive = highest(stretch, variables).alive
-        for number in placed.keys() - alive.keys():
+    for gone, come in stretches.turns(variables):
+        for number in gone:
+            if number not in placed:  # small
+                continue
             size, place = placed.pop(number)
             del room[bisect_left(room, left[place] * PLACES + place)]
             left[place] += size
             insort(room, left[place] * PLACES + place)
         arrivals: list[tuple[int, int]] = []
-        for number, polynomial in alive.items():
-            if number not in placed:
-                if polynomial not in known:
-                    known[polynomial] = value(polynomial, variables)
-                arrivals.append((known[polynomial], number))
-        for size, number in sorted(arrivals, reverse=True):
-            if size <= SMALL:
-                break
+        for polynomial, numbers in come:
+            size = value(polynomial, variables)
+            if size > SMALL:
+                arrivals += [(size, number) for number in numbers]
+        arrivals.sort(reverse=True)
+        for size, number in arrivals:
             fitting = bisect_left(room, size * PLACES)
             if fitting < len(room):
                 place = room.pop(fitting) % PLACES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from qlora_core.architecture import ModelArchitecture
@@ -90,8 +89,7 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     if shard.stage == 3 or device.kind == "cpu":
         segments = sum(loaded.values()) + sum(whole.values())
     else:
-        alike = replace(device, context_bytes=0, ranks_per_host=1)
-        loaded["framework"], segments = settled(architecture, recipe, alike)
+        loaded["framework"], segments = settled(architecture, recipe, device)
         segments -= sum(left_free)
     return Residents(
         loaded,

@@ -9,8 +9,9 @@ form.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Literal, NamedTuple, TypeVar
 
 from qlora_core.memory import operators as op
@@ -22,14 +23,18 @@ from qlora_core.memory.tape import (
     LEAF_ORDER,
     NOTHING,
     Alive,
+    Change,
     Node,
     Room,
     Size,
     Tape,
     Tensor,
+    Total,
     Where,
+    alive_at,
     by_room,
     sum_of,
+    totals,
 )
 from qlora_core.strategy import Loss
 
@@ -40,8 +45,10 @@ BUFFERS: Room = "communication_buffers"
 Handling = Literal["kept", "accumulated", "moved", "taken"]
 """What becomes of a gradient in the backward pass: it is kept; added to one that is there already; added to one that is
 there and moved into a bucket with it (DDP); or taken away into a bucket (ZeRO-2 and 3)."""
-Allocation = tuple[int, Where, Size]
-"""See `Tape.totals`."""
+Part = tuple[str, str]
+"""A phase and one of its parts, the first two words of a `Where`."""
+ANY_RANK = 1 << 128
+"""The adapters' rank while the tape runs: so far above every coefficient that what a size owes to it can be told."""
 Logits = Literal["plain", "scaled", "capped"]
 CHUNK_ROW = Size(per_chunk_token=1)
 """One element per token of a chunk of the loss."""
@@ -118,7 +125,46 @@ class Scene(NamedTuple):
     alive: dict[int, Size]
 
 
-Moving = TypeVar("Moving", Peak, Candidate, Scene)
+class Turn(NamedTuple):
+    """What has gone since the scene before, by number, and what has come: storages of one size each, last number first."""
+
+    gone: tuple[int, ...]
+    come: tuple[tuple[Size, tuple[int, ...]], ...]
+
+
+class Stretches:
+    """The candidate peaks of layers, loss, loss backward and last layer backward: what the allocator has to fit."""
+
+    def __init__(self, scenes: tuple[tuple[Scene, ...], ...]) -> None:
+        self._scenes = scenes
+        self._turns: dict[tuple[int, int], Turn] = {}
+        """Those that were asked for, by the identities of two scenes, which live as long as this does."""
+
+    def turns(self, variables: Sequence[int]) -> Iterator[Turn]:
+        """From nothing to the highest scene of the first stretch, and on to those of the others."""
+        before = NO_SCENE
+        for scenes in self._scenes:
+            after = highest(scenes, variables)
+            key = id(before), id(after)
+            if key not in self._turns:
+                self._turns[key] = _turn(before.alive, after.alive)
+            yield self._turns[key]
+            before = after
+
+
+NO_SCENE = Scene(NOTHING, {})
+
+
+def _turn(before: dict[int, Size], after: dict[int, Size]) -> Turn:
+    come: dict[Size, list[int]] = {}
+    for number in sorted(after.keys() - before.keys(), reverse=True):
+        come.setdefault(after[number], []).append(number)
+    return Turn(tuple(before.keys() - after.keys()), tuple((size, tuple(numbers)) for size, numbers in come.items()))
+
+
+Moving = TypeVar("Moving", Candidate, Scene)
+Headed = TypeVar("Headed", Peak, tuple[Total, Where, int])
+_total = itemgetter(0)
 
 
 class Timeline(NamedTuple):
@@ -127,15 +173,33 @@ class Timeline(NamedTuple):
     forward: tuple[Candidate, ...]
     backward: tuple[Candidate, ...]
     after_backward: Candidate
-    stretches: tuple[tuple[Scene, ...], ...]
-    """The candidate peaks of layers, loss, loss backward and last layer backward: what the allocator has to fit."""
+    stretches: Stretches
     middle: Size
     """What the layers in between keep meanwhile."""
 
 
-@lru_cache(maxsize=512)
-def timeline(step: Step) -> Timeline:
-    """The candidate peaks of a step; none of those kept is below another for every size.
+class Recording(NamedTuple):
+    """The tape's log of a step, at any rank.
+
+    Attributes:
+        changes: as `Change` has them, with a place in `sizes` for the size.
+        sizes: what is there whatever the rank, and what each unit of it adds.
+        marks: places in the log after each layer.
+    """
+
+    changes: tuple[tuple[int, int, Room | None, Where | None], ...]
+    sizes: tuple[tuple[Size, Size], ...]
+    marks: tuple[int, ...]
+
+    def at_rank(self, rank: int) -> list[Change]:
+        """The log."""
+        sizes = [fixed.plus(more.times(rank)) for fixed, more in self.sizes]
+        return [(number, sizes[place], room, where) for number, place, room, where in self.changes]
+
+
+@lru_cache(maxsize=64)
+def recorded(step: Step) -> Recording:
+    """The tape's log of a step with the rank `ANY_RANK`: all sizes are linear in it.
 
     Raises:
         ValueError: nothing is trained.
@@ -146,19 +210,59 @@ def timeline(step: Step) -> Timeline:
     if held[0].node is None:
         raise ValueError("nothing is trained: the recipe's targets name no linear layer of the model")
     tape.backward(held[0])
-    end = len(tape.log)
+    log = list(tape.log)
     del held
     tape.leaves.clear()  # they refer to the tape: no garbage is left to the cycle collector
-    alive = {place: by_room(of_place) for place, of_place in tape.alive_at([*marks, end]).items()}
+    places: dict[Size, int] = {}
+    changes = tuple((number, places.setdefault(size, len(places)), room, where) for number, size, room, where in log)
+    return Recording(changes, tuple(map(_by_rank, places)), tuple(marks))
+
+
+def _by_rank(size: Size) -> tuple[Size, Size]:
+    """What of a size is there whatever the rank, and what each unit of it adds."""
+    parts = [divmod(coefficient, ANY_RANK) for coefficient in size]
+    return Size(*(fixed for _, fixed in parts)), Size(*(more for more, _ in parts))
+
+
+def _on_tape(step: Step) -> Step:
+    """What of a step its tape depends on; steps that differ in the rest share one."""
+    layer, experts = step.layer, step.layer.experts
+    if experts is not None:
+        ranks = (experts.router_rank, experts.gate_up_rank, experts.down_rank)
+        router, gate_up, down = (rank // layer.rank * ANY_RANK for rank in ranks)
+        experts = experts._replace(router_rank=router, gate_up_rank=gate_up, down_rank=down)
+    return step._replace(
+        layer=layer._replace(rank=ANY_RANK, experts=experts),
+        layers=min(step.layers, 2),
+        gradients=step.gradients if step.gradients == "kept" else "taken",
+        layer_gradients=0,
+        layers_to_flush=0,
+        part=0,
+        reduced_after=0,
+        sharded=False,
+    )
+
+
+@lru_cache(maxsize=512)
+def timeline(step: Step) -> Timeline:
+    """The candidate peaks of a step; none of those kept is below another for every size.
+
+    Raises:
+        ValueError: nothing is trained.
+    """
+    recording = recorded(_on_tape(step))
+    log, marks, end = recording.at_rank(step.layer.rank), recording.marks, len(recording.changes)
+    parts = _peaks_by_part(log)
+    alive = alive_at(log, [*marks, end, *(peak.place for peaks in parts.values() for peak in peaks)])
+    at_mark = {place: by_room(alive[place]) for place in (*marks, end)}
     middle = max(step.layers - 2, 0)
     kept: dict[Room, Size] = {}
     if middle:
-        before, after = (alive[mark] for mark in marks)
+        before, after = (at_mark[mark] for mark in marks)
         kept = {room: size.plus(before.get(room, NOTHING).times(-1)).times(middle) for room, size in after.items()}
     made = _made(step, middle)
-    allocations = list(tape.totals())
-    peaks = [*_with_middle(allocations, kept, made), *_after_flush(step, middle, allocations, kept)]
-    left = _sum(alive[end], made)
+    peaks = [*_with_middle(parts, kept, made), *_after_flush(step, middle, parts, kept)]
+    left = _sum(at_mark[end], made)
     if step.reduced_after:
         added = _sum(made, {GRADIENTS: Size(fixed=step.reduced_after)})
         total = sum_of(left.values()).plus(Size(fixed=step.reduced_after))
@@ -168,12 +272,29 @@ def timeline(step: Step) -> Timeline:
         gone += (GRADIENTS, BUFFERS)
     rest = {room: size for room, size in left.items() if room not in gone}
     return Timeline(
-        forward=_candidates(tape, (peak for peak in peaks if peak.where[0] == "forward")),
-        backward=_candidates(tape, (peak for peak in peaks if peak.where[0] == "backward")),
+        forward=_candidates(alive, (peak for peak in peaks if peak.where[0] == "forward")),
+        backward=_candidates(alive, (peak for peak in peaks if peak.where[0] == "backward")),
         after_backward=Candidate(("backward", FIRST), rest, sum_of(rest.values())),
-        stretches=_stretches(tape, allocations),
+        stretches=_stretches(parts, alive),
         middle=sum_of(kept.values()),
     )
+
+
+def _peaks_by_part(log: Iterable[Change]) -> dict[Part, tuple[Peak, ...]]:
+    """The candidate peaks of each part of a step, as its two layers make them.
+
+    Layers in between add the same to all of one part: what is below another before is below it afterwards.
+    """
+    parts: dict[Part, list[tuple[Total, Where, int]]] = {}
+    by_where: dict[Where, list[tuple[Total, Where, int]]] = {}
+    for place, where, total in totals(log):
+        if where not in by_where:
+            by_where[where] = parts.setdefault((where[0], where[1]), [])
+        by_where[where].append((total, where, place))
+    return {
+        part: tuple(Peak(Size(*total), where, place, {}) for total, where, place in _above_others(found))
+        for part, found in parts.items()
+    }
 
 
 def _made(step: Step, middle: int) -> dict[Room, Size]:
@@ -187,7 +308,9 @@ def _made(step: Step, middle: int) -> dict[Room, Size]:
     return {GRADIENTS: Size(fixed=step.part)} if step.layers_to_flush else {}
 
 
-def _after_flush(step: Step, middle: int, allocations: Sequence[Allocation], kept: dict[Room, Size]) -> Iterator[Peak]:
+def _after_flush(
+    step: Step, middle: int, parts: Mapping[Part, Sequence[Peak]], kept: dict[Room, Size]
+) -> Iterator[Peak]:
     """The backward pass of the layer in which ZeRO-2's bucket is full for the first time."""
     if not step.layers_to_flush:
         return
@@ -195,9 +318,8 @@ def _after_flush(step: Step, middle: int, allocations: Sequence[Allocation], kep
     left = {room: size.times(middle - done) if middle else size for room, size in _one_layer(kept, middle).items()}
     left[GRADIENTS] = Size(fixed=step.part)
     more = sum_of(left.values())
-    for place, where, total in allocations:
-        if where[:2] == ("backward", LAST):
-            yield Peak(total.plus(more), where, place, left)
+    for peak in parts["backward", LAST]:
+        yield peak._replace(total=peak.total.plus(more), added=left)
 
 
 def _one_layer(kept: dict[Room, Size], middle: int) -> dict[Room, Size]:
@@ -316,24 +438,23 @@ def gradient_bytes(layer: Layer) -> int:
 
 
 def _with_middle(
-    allocations: Sequence[Allocation], kept: dict[Room, Size], gradients: dict[Room, Size]
-) -> Iterator[Peak]:
+    parts: Mapping[Part, Sequence[Peak]], kept: dict[Room, Size], gradients: dict[Room, Size]
+) -> list[Peak]:
     """Each with the layers between the first and the last: before they run, after, or after their backward pass."""
     nothing: dict[Room, Size] = {}
-    of_kept, of_gradients = sum_of(kept.values()), sum_of(gradients.values())
-    for place, where, total in allocations:
-        if where[1] not in ("embedding", FIRST):
-            yield Peak(total.plus(of_kept), where, place, kept)
-        elif where[0] == "forward":
-            yield Peak(total, where, place, nothing)
-        else:
-            yield Peak(total.plus(of_gradients), where, place, gradients)
+    peaks: list[Peak] = []
+    for (phase, part), found in parts.items():
+        added = nothing if phase == "forward" else gradients
+        if part not in ("embedding", FIRST):
+            added = kept
+        more = sum_of(added.values())
+        peaks += [peak._replace(total=peak.total.plus(more), added=added) for peak in found]
+    return sorted(peaks, key=lambda peak: peak.place)
 
 
-def _candidates(tape: Tape, peaks: Iterable[Peak]) -> tuple[Candidate, ...]:
+def _candidates(alive: Mapping[int, Alive], peaks: Iterable[Peak]) -> tuple[Candidate, ...]:
     """Those of `peaks` that are the highest for some size."""
-    kept = _skyline(peaks)
-    alive = tape.alive_at(peak.place for peak in kept)
+    kept = _above_others(peaks)
     return tuple(Candidate(peak.where, _sum(by_room(alive[peak.place]), peak.added), peak.total) for peak in kept)
 
 
@@ -345,18 +466,21 @@ def _sum(rooms: dict[Room, Size], more: dict[Room, Size]) -> dict[Room, Size]:
     return total
 
 
-def _skyline(candidates: Iterable[Moving]) -> tuple[Moving, ...]:
-    """Those that are above all others for some size: no other is at least as large in every coefficient."""
-    kept: list[Moving] = []
-    for candidate in sorted(candidates, key=lambda c: c.total, reverse=True):
-        _, b, c, d, e = candidate.total  # in this order, no `fixed` is larger than one before
+def _above_others(candidates: Iterable[Headed]) -> list[Headed]:
+    """Those that are above all others for some size: no other's total is at least as large in every coefficient.
+
+    The total comes first in each; of those alike the first stays.
+    """
+    kept: list[Headed] = []
+    for candidate in sorted(candidates, key=_total, reverse=True):
+        _, b, c, d, e = candidate[0]  # in this order, no `fixed` is larger than one before
         for other in kept:
-            _, q, r, s, t = other.total
+            _, q, r, s, t = other[0]
             if q >= b and r >= c and s >= d and t >= e:
                 break
         else:
             kept.append(candidate)
-    return tuple(kept)
+    return kept
 
 
 def _large(alive: Alive) -> dict[int, Size]:
@@ -376,16 +500,17 @@ def highest(candidates: Sequence[Moving], variables: Sequence[int]) -> Moving:
     return best
 
 
-def _stretches(tape: Tape, allocations: Sequence[Allocation]) -> tuple[tuple[Scene, ...], ...]:
+def _stretches(parts: Mapping[Part, Sequence[Peak]], alive: Mapping[int, Alive]) -> Stretches:
     """The candidate peaks of four stretches of a step, in their order."""
     stretches = (("forward", (FIRST, LAST)), ("forward", LOSS), ("backward", LOSS), ("backward", (LAST,)))
-    skylines = [
-        _skyline(
-            Peak(total, where, place, {})
-            for place, where, total in allocations
-            if where[0] == phase and where[1] in parts
+    return Stretches(
+        tuple(
+            tuple(
+                Scene(peak.total, _large(alive[peak.place]))
+                for peak in _above_others(
+                    sorted((peak for name in names for peak in parts.get((phase, name), ())), key=lambda p: p.place)
+                )
+            )
+            for phase, names in stretches
         )
-        for phase, parts in stretches
-    ]
-    alive = tape.alive_at(peak.place for skyline in skylines for peak in skyline)
-    return tuple(tuple(Scene(peak.total, _large(alive[peak.place])) for peak in skyline) for skyline in skylines)
+    )
