@@ -43,6 +43,7 @@ class Gpu:
         usable_bytes: the total of torch.cuda.mem_get_info, contexts of processes included.
         usable_seen: that total was seen in a public message; else a rule made it.
         bandwidth_bytes_per_s: of its memory.
+        fp32_flops: of CUDA cores, a second: what float32 products take while TF32 is not allowed.
         fp16_flops, bf16_flops: dense, accumulating in float32, a second; None where the hardware has no such rate.
         nvlink_bytes_per_s: both directions together; 0 without.
         pcie_generation: 3, 4 or 5.
@@ -60,6 +61,7 @@ class Gpu:
     usable_bytes: int
     usable_seen: bool
     bandwidth_bytes_per_s: int
+    fp32_flops: int
     fp16_flops: int
     bf16_flops: int | None
     nvlink_bytes_per_s: int
@@ -68,6 +70,11 @@ class Gpu:
     context_bytes: int
     context_measured: bool
     source: str
+
+    @property
+    def has_nvlink_fabric(self) -> bool:
+        """STUB"""
+        return self.nvlink_bytes_per_s >= 300e9 and "pcie" not in self.name and "nvl" not in self.name
 
     @property
     def supports_bfloat16(self) -> bool:
@@ -122,6 +129,7 @@ def _gpu(row: Mapping[str, Any], contexts: Mapping[str, float]) -> Gpu:
         usable_bytes=math.floor(row.get("usable_gib", row["memory_gib"] * rule) * GIB),
         usable_seen="usable_gib" in row,
         bandwidth_bytes_per_s=round(row["bandwidth_gb_per_s"] * GB),
+        fp32_flops=round(row["fp32_tflops"] * 1e12),
         fp16_flops=round(row["fp16_tflops"] * 1e12),
         bf16_flops=None if bf16 is None else round(bf16 * 1e12),
         nvlink_bytes_per_s=round(row.get("nvlink_gb_per_s", 0) * GB),

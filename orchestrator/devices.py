@@ -7,10 +7,12 @@ from clusters.gpu import GIB, Gpu
 from orchestrator.plans import Choice, Target
 from qlora_core.memory.device import Device
 from qlora_core.recipe import Dtype
-from qlora_core.step_time import Rates
+from qlora_core.step_time import ATTENTION, NVLINK, PCIE_RING, PRODUCTS, Range, Rates, by_capability
 
 NODE_GPUS = 8
 """GPUs of a node where only their kind is known: boards and cloud instances have up to 8."""
+ON_A_CORE = Range(0.1, 0.35, 0.9)
+"""What of a processor's nominal rates is achieved: ours."""
 CORE_FLOPS = 64e9
 CORE_BYTES_PER_S = 10e9
 """A core's float32 rate, 2 GHz x two AVX2 units x 8 lanes x 2, and its share of a server's memory bandwidth: nominal,
@@ -92,15 +94,18 @@ def rates(target: Target) -> Rates:
 
         cores = max(1, (os.cpu_count() or 1) // target.device.ranks_per_host)
         flops, moved = CORE_FLOPS * cores, CORE_BYTES_PER_S * cores
-        return Rates(flops, flops, moved, moved, moved, None, target.device.ranks_per_host)
+        return Rates(flops, ON_A_CORE, ON_A_CORE, flops, moved, moved, moved, ON_A_CORE, None, NODE_GPUS)
     gpu = pool.gpu
     known = {"float16": gpu.fp16_flops, "bfloat16": gpu.bf16_flops, "float32": gpu.fp32_flops}
     return Rates(
+        products=by_capability(PRODUCTS, gpu.compute_capability),
+        attention=by_capability(ATTENTION, gpu.compute_capability),
         flops=known[target.compute_dtype] or gpu.fp32_flops,  # bfloat16 without hardware for it is computed in float32
         wide_flops=gpu.fp32_flops,
         memory_bytes=gpu.bandwidth_bytes_per_s,
         pcie_bytes=gpu.pcie_bytes_per_s,
         link_bytes=gpu.nvlink_bytes_per_s / 2 if pool.nvlink else gpu.pcie_bytes_per_s,
+        link=NVLINK if pool.nvlink else PCIE_RING,
         network_bytes=pool.network_bytes_per_s,
         gpus_per_node=pool.gpus_per_node,
     )

@@ -3,11 +3,12 @@
 A rank runs kernels one after another, so their times add up: matrix products at a share of the tensor cores' rate,
 everything else at a share of the memory's bandwidth. Where kernels are over before the next are started, the processor
 that starts them sets the pace. Between GPUs, rings move gradients and, under ZeRO-3, weights. What is achieved of each
-rate is a range with its source (`ACHIEVED`): a step's time is an interval, never a bare number.
+rate is a range with its source (`PRODUCTS` and those after it): a step's time is an interval, never a bare number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -15,7 +16,7 @@ from typing import Literal, NamedTuple
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.device import Device
-from qlora_core.memory.tape import Size, value
+from qlora_core.memory.tape import value
 from qlora_core.recipe import DTYPE_BYTES, Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.work import Work, work
@@ -32,24 +33,63 @@ class Range(NamedTuple):
     fast: float
 
 
-ACHIEVED = {
-    "products": Range(0.45, 0.65, 0.85),
-    "wide_products": Range(0.5, 0.75, 0.9),
-    "attention": Range(0.2, 0.4, 0.6),
-    "memory": Range(0.6, 0.8, 0.92),
-    "link": Range(0.4, 0.65, 0.85),
-    "network": Range(0.4, 0.7, 0.9),
-    "pcie": Range(0.4, 0.7, 0.9),
-    "managed": Range(0.15, 0.4, 0.8),
-    "overlap": Range(0.0, 0.5, 1.0),
+PRODUCTS: dict[tuple[int, int], Range] = {
+    (6, 0): Range(0.5, 0.8, 0.95),
+    (7, 0): Range(0.45, 0.7, 0.75),
+    (7, 5): Range(0.25, 0.37, 0.65),
+    (8, 0): Range(0.55, 0.8, 0.87),
+    (8, 6): Range(0.5, 0.8, 1.05),
+    (8, 9): Range(0.5, 0.75, 1.0),
+    (9, 0): Range(0.4, 0.65, 0.8),
+    (10, 0): Range(0.38, 0.6, 0.78),
+    (12, 0): Range(0.5, 0.8, 1.1),
 }
-"""Shares of each rate, and of the exchange between GPUs that is hidden behind computing."""
-STARTED_PER_SECOND = Range(60e3, 110e3, 200e3)
-"""Kernels that a processor starts, Python and autograd included."""
-HOST_ADAM_ELEMENTS_PER_SECOND = Range(0.3e9, 1e9, 2e9)
-"""Elements that DeepSpeed's CPU Adam updates on one host."""
+"""Of the dense tensor-core rate, by the newest compute capability that is not newer than the GPU's.
+
+The fast end is the best of one large product: A100 0.87, H100 0.80, B200 0.78 (stas00/ml-engineering at 744d01e,
+compute/accelerator); V100 0.71, T4 0.65, A6000 0.80, RTX 3090 1.07, L40S 0.74, RTX 4090 1.05, RTX 5090 1.15, which
+pass their nominal clock (zzc0721/torch-performance-test-data at 0785868). The slow end is what whole training steps
+reach, all else included: A100 0.56 to 0.68, H100 0.40 to 0.50 (mosaicml/llm-foundry at 8c8dd48, HFU), B200 0.39. A T4
+sustains 0.37 under its 70 W (NVIDIA, forum thread 264462). Typical is in between, and ours."""
+ATTENTION: dict[tuple[int, int], Range] = {
+    (6, 0): Range(0.2, 0.35, 0.5),
+    (7, 5): Range(0.15, 0.25, 0.5),
+    (8, 0): Range(0.3, 0.48, 0.6),
+    (9, 0): Range(0.15, 0.25, 0.33),
+    (12, 0): Range(0.3, 0.48, 0.6),
+}
+"""Of the same rate, by fused attention, forward and backward, the half above the diagonal not counted: FlashAttention-2
+at heads of 64 and 128 from 512 to 16,384 tokens reaches 88 to 189 TFLOP/s on an A100 and 141 to 328 on an H100
+(Dao-AILab/flash-attention at 0251105, assets/flash2_*_fwd_bwd_benchmark.png). Others are taken to be alike."""
+WIDE_PRODUCTS = Range(0.5, 0.75, 0.9)
+"""Of the float32 rate of CUDA cores: ours."""
+MEMORY = Range(0.74, 0.8, 0.87)
+"""Of the memory's bandwidth: H100 NVL 0.78 to 0.84 (BabelStream 5.0), V100 0.87 and A100 0.75 (FastIceFlo), T4 0.75."""
+DEQUANTIZING = Range(0.25, 0.4, 0.6)
+"""The same, by bitsandbytes' 4-bit kernels: 0.28 on an A10G and an A100 before 0.48, from differences of LitGPT's 4-bit
+and 16-bit runs; since then 1.36 to 2.07 times that on A100 and H100 (bitsandbytes pull request 1747)."""
+NVLINK = Range(0.6, 0.8, 0.82)
+"""Of one direction, bus bandwidth of NCCL's rings: 0.78 on 8 A100, 0.82 on 8 H200 (ml-engineering, network)."""
+PCIE_RING = Range(0.1, 0.4, 0.55)
+"""Of one direction, where GPUs meet over PCIe: 0.45 to 0.55 on 4 and 8 RTX 5090 (NVIDIA/nccl issue 1639); boards with
+fewer lanes reach a tenth (derived from answerdotai/fsdp_qlora's two RTX 3090)."""
+NETWORK = Range(0.31, 0.7, 0.8)
+"""Of a node's network: 0.31 of untuned RoCE (CCI-MOC/roce-testing), 0.74 of EFA (ml-engineering, network)."""
+PCIE = Range(0.6, 0.82, 0.88)
+"""Of a link to the host, pinned memory: 0.82 on A100 (jdh4/della-gpu-A100), 0.88 on H200 (nvbandwidth)."""
+MANAGED = Range(0.15, 0.4, 0.5)
+"""The same, of managed memory: "half or worse" (bitsandbytes at 95f9af30, docs/source/explanations/optimizers.mdx)."""
+STARTED_PER_SECOND = Range(40e3, 90e3, 200e3)
+"""Kernels that a processor starts, Python and autograd included: 11 microseconds each in an eager Llama on a B200's
+host (ml-engineering, training/performance), 5 to 25 elsewhere."""
+HOST_ADAM = Range(0.5e9, 1.1e9, 4e9)
+"""Elements that DeepSpeed's CPU Adam updates a second on one host: at least 1e9 (DeepSpeed issue 7474)."""
+OVERLAP = Range(0.0, 0.5, 1.0)
+"""Part of an exchange that is hidden behind computing: from none to all, for want of a measurement."""
 READ_PER_WRITTEN = 2
 """Bytes moved for each one that is written: a kernel reads about what it writes."""
+READ_PER_DEQUANTIZED = 1.28
+"""For each byte of a dequantized 16-bit weight: half a byte of the packed one and 0.06 of its constants for two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +98,23 @@ class Rates:
 
     Attributes:
         flops: dense, in the compute dtype.
+        products, attention: what of that is achieved.
         wide_flops: in float32, without TF32.
         memory_bytes: of its own memory.
         pcie_bytes: to and from the host, one direction.
-        link_bytes: to the other GPUs of a node, one direction.
+        link_bytes: to the other GPUs of a node, one direction; `link`: what of that is achieved.
         network_bytes: of a node to other nodes, one direction; None where nobody said.
         gpus_per_node: how many share a node.
     """
 
     flops: float
+    products: Range
+    attention: Range
     wide_flops: float
     memory_bytes: float
     pcie_bytes: float
     link_bytes: float
+    link: Range
     network_bytes: float | None
     gpus_per_node: int
 
@@ -82,7 +126,8 @@ class Times(NamedTuple):
         products: matrix products of the base model and its head, and what of attention is products.
         adapters: products in float32 (adapters, what peft's upcast makes float32).
         attention: attention's own products.
-        memory: all that kernels read and write, dequantization among it.
+        memory: all that other kernels read and write.
+        dequantization: 4-bit weights made 16-bit ones.
         starting: what starting kernels takes beyond that.
         exchange: between GPUs, as far as computing does not hide it.
         host: to and from the host: offloading, paging, the optimizer on the host's processor.
@@ -93,6 +138,7 @@ class Times(NamedTuple):
     adapters: float
     attention: float
     memory: float
+    dequantization: float
     starting: float
     exchange: float
     host: float
@@ -223,32 +269,39 @@ def times(
     micro_batches = strategy.gradient_accumulation
     tokens = strategy.micro_batch * seq_len
     done = asked.work
-    share = SHARES[pace]
-    products = done.products * tokens / (rates.flops * share.products)
-    adapters = done.wide_products * tokens / (rates.wide_flops * share.wide_products)
+    tensor_cores = rates.flops * rates.products[pace]
+    wide = rates.wide_flops * WIDE_PRODUCTS[pace]
+    moving = rates.memory_bytes * MEMORY[pace]
+    products = done.products * tokens / tensor_cores
+    adapters = done.wide_products * tokens / wide
     attention = done.attention * tokens * seq_len
-    attention /= (rates.wide_flops if done.wide_attention else rates.flops) * share.attention
-    moved = READ_PER_WRITTEN * value(done.written, (1, seq_len, tokens, tokens * seq_len, 0))
-    memory = moved / (rates.memory_bytes * share.memory)
-    running = products + adapters + attention + memory
-    starting = max(done.kernels / share.started_per_second - running, 0.0)
+    if done.wide_attention:
+        attention /= wide
+    else:
+        attention /= rates.flops * rates.attention[pace] if done.fused else tensor_cores
+    memory = READ_PER_WRITTEN * value(done.written, (1, seq_len, tokens, tokens * seq_len, 0)) / moving
+    dequantizing = READ_PER_DEQUANTIZED * done.dequantized / (rates.memory_bytes * DEQUANTIZING[pace])
+    running = products + adapters + attention + memory + dequantizing
+    starting = max(done.kernels / STARTED_PER_SECOND[pace] - running, 0.0)
     computing = micro_batches * (running + starting)
 
-    ring = _ring_seconds(strategy.world_size, rates, share)
-    exchange = ring * (micro_batches * (asked.reduced_each + asked.gathered) + asked.reduced)
-    exchange -= share.overlap * min(exchange, computing)
+    exchange = ring_seconds(strategy.world_size, rates, pace) * (
+        micro_batches * (asked.reduced_each + asked.gathered) + asked.reduced
+    )
+    exchange -= OVERLAP[pace] * min(exchange, computing)
 
-    fetched = micro_batches * asked.fetched / (rates.pcie_bytes * share.pcie)
-    fetched -= share.overlap * min(fetched, computing)
-    host = fetched + asked.to_host / (rates.pcie_bytes * share.pcie) + asked.on_host / share.host_adam
-    host += 2 * paged_out / (rates.pcie_bytes * share.managed)
-    optimizer = asked.optimizer_bytes / (rates.memory_bytes * share.memory)
-    optimizer = max(optimizer, asked.optimizer_kernels / share.started_per_second)
+    pcie = rates.pcie_bytes * PCIE[pace]
+    fetched = micro_batches * asked.fetched / pcie
+    fetched -= OVERLAP[pace] * min(fetched, computing)
+    host = fetched + asked.to_host / pcie + asked.on_host / HOST_ADAM[pace]
+    host += 2 * paged_out / (rates.pcie_bytes * MANAGED[pace])
+    optimizer = max(asked.optimizer_bytes / moving, asked.optimizer_kernels / STARTED_PER_SECOND[pace])
     return Times(
         micro_batches * products,
         micro_batches * adapters,
         micro_batches * attention,
         micro_batches * memory,
+        micro_batches * dequantizing,
         micro_batches * starting,
         exchange,
         host,
@@ -256,33 +309,12 @@ def times(
     )
 
 
-class Shares(NamedTuple):
-    """What is achieved, at one pace."""
-
-    products: float
-    wide_products: float
-    attention: float
-    memory: float
-    link: float
-    network: float
-    pcie: float
-    managed: float
-    overlap: float
-    started_per_second: float
-    host_adam: float
+def by_capability(known: Mapping[tuple[int, int], Range], capability: tuple[int, int]) -> Range:
+    """What is known of the newest compute capability that is not newer than `capability`; else of the oldest."""
+    return known[max((each for each in known if each <= capability), default=min(known))]
 
 
-SHARES = tuple(
-    Shares(
-        **{name: achieved[pace] for name, achieved in ACHIEVED.items()},
-        started_per_second=STARTED_PER_SECOND[pace],
-        host_adam=HOST_ADAM_ELEMENTS_PER_SECOND[pace],
-    )
-    for pace in (SLOW, TYPICAL, FAST)
-)
-
-
-def _ring_seconds(world: int, rates: Rates, share: Shares) -> float:
+def ring_seconds(world: int, rates: Rates, pace: int) -> float:
     """Seconds for each byte that every rank puts into a ring: (n - 1) / n of it passes each connection.
 
     Inside a node over its links; between nodes over the network, which all GPUs of a node share and each byte passes
@@ -292,10 +324,10 @@ def _ring_seconds(world: int, rates: Rates, share: Shares) -> float:
         return 0.0
     inside = min(world, rates.gpus_per_node)
     nodes = -(-world // rates.gpus_per_node)
-    seconds = (inside - 1) / inside / (rates.link_bytes * share.link)
+    seconds = (inside - 1) / inside / (rates.link_bytes * rates.link[pace])
     if nodes > 1:
         network = rates.network_bytes or UNSTATED_NETWORK
-        seconds = max(seconds, (nodes - 1) / nodes / (network * share.network))
+        seconds = max(seconds, (nodes - 1) / nodes / (network * NETWORK[pace]))
     return seconds
 
 

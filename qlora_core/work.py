@@ -16,7 +16,7 @@ from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, is_masked
 from qlora_core.memory.device import Device
 from qlora_core.memory.formula import ENDLESS, kernel_in_use, step_of
-from qlora_core.memory.step import FIRST, forward
+from qlora_core.memory.step import LAST, forward
 from qlora_core.memory.tape import NOTHING, Size, Tape
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
@@ -37,7 +37,9 @@ class Work(NamedTuple):
         wide_products: those in float32, for which there are no tensor cores unless TF32 is allowed, per token.
         attention: operations of attention's products, per token and position (B*S*S).
         wide_attention: whether attention computes in float32.
-        written: bytes that kernels write: coefficients of 1, S, B*S, B*S*S.
+        fused: whether attention is one kernel that never holds the scores.
+        written: bytes that kernels write, dequantization apart: coefficients of 1, S, B*S, B*S*S.
+        dequantized: bytes of the dequantized weights that are written.
         kernels: how many are started.
     """
 
@@ -45,7 +47,9 @@ class Work(NamedTuple):
     wide_products: float
     attention: float
     wide_attention: bool
+    fused: bool
     written: Size
+    dequantized: int
     kernels: int
 
 
@@ -73,10 +77,10 @@ def _work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, d
     scores = 4 * architecture.num_heads * architecture.head_dim * architecture.num_layers
     backward = FUSED_BACKWARD if kernel in FUSED else 2.0
     attention = scores * (1 + again + backward) / (CAUSAL if kernel in FUSED else 1)
-    written, kernels = _written(architecture, recipe, strategy, device)
+    written, dequantized, kernels = _written(architecture, recipe, strategy, device)
     stream = exact.stored_dtype(recipe, device.compute_dtype)
     wide_attention = kernel == "math" or (stream == "float32" and not recipe.autocast)
-    return Work(products, wide, attention, wide_attention, written, kernels)
+    return Work(products, wide, attention, wide_attention, kernel in FUSED, written, dequantized, kernels)
 
 
 def _products(
@@ -116,20 +120,23 @@ def _expert_weights_of_a_token(architecture: ModelArchitecture) -> int:
 
 def _written(
     architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device
-) -> tuple[Size, int]:
-    """Bytes and number of all tensors that are made; two layers stand for all, and one chunk of the loss for all."""
+) -> tuple[Size, int, int]:
+    """Bytes of all tensors that are made, of those that are dequantized weights, and their number; two layers stand for all, and one chunk of the loss for all."""
     step = step_of(architecture, recipe, strategy, device)
     tape = Tape()
     marks: list[int] = []
     tape.backward(forward(tape, step, marks)[0])
     tape.leaves.clear()
-    total, kernels = NOTHING, 0
-    for _, size, _, where in tape.log:
+    total, dequantized, kernels = NOTHING, 0, 0
+    for _, size, room, where in tape.log:
         if where is None:
             continue
-        # all layers but one are like the last: the first has less to give a gradient to
-        times = step.layers - 1 if where[1] not in (FIRST,) and where[1].endswith("layer") else 1
-        total = total.plus(size.times(times))
+        # of all layers but the first; that one has nothing to give a gradient to
+        times = step.layers - 1 if where[1] == LAST else 1
         kernels += times
+        if room == "dequantization_workspace":
+            dequantized += times * size.fixed
+        else:
+            total = total.plus(size.times(times))
     fixed, position, token, score, chunk = total
-    return Size(fixed, position, token + chunk, score), kernels
+    return Size(fixed, position, token + chunk, score), dequantized, kernels
