@@ -13,7 +13,7 @@ from orchestrator.plans import Choice, Plan, Target, Verdict
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Estimate
-from qlora_core.memory.formula import estimate
+from qlora_core.memory.formula import estimate, prepared
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy, ZeroStage
 
@@ -79,13 +79,13 @@ def verdict(
 ) -> Verdict:
     """Whether it fits on `target`, with the largest micro-batch and the longest sequence that would."""
     gpu = needed.gpu
+    sizes = prepared(architecture, recipe, strategy, target.device)
 
     def with_micro_batch(value: int) -> int:
-        asked = dataclasses.replace(strategy, micro_batch=value)
-        return estimate(architecture, recipe, asked, target.device).gpu.process_bytes
+        return sizes.process_bytes(value, recipe.seq_len)
 
     def with_seq_len(value: int) -> int:
-        return estimate(architecture, at_length(recipe, value), strategy, target.device).gpu.process_bytes
+        return sizes.process_bytes(strategy.micro_batch, value)
 
     def limit(size: Callable[[int], int], asked: int, most: int) -> int:
         return largest(size, target.usable_bytes, most, start=(asked, gpu.process_bytes))
@@ -228,7 +228,8 @@ def plan_run(
     fitting = (
         strategy
         for strategy in strategies
-        if estimate(architecture, planned, strategy, target.device).gpu.process_bytes <= target.usable_bytes
+        if prepared(architecture, planned, strategy, target.device).process_bytes(strategy.micro_batch, planned.seq_len)
+        <= target.usable_bytes
     )
     best = plan_request(architecture, planned, next(fitting, strategies[-1]), [target])
     choices += strategy_choices(request, best)

@@ -129,9 +129,8 @@ def test_constants_are_those_bitsandbytes_makes(shape: tuple[int, int], double: 
     if double:
         tensors += [state.state2.absmax, state.state2.code, state.offset]
     numel = shape[0] * shape[1]
-    asked = recipe(double_quantization=double, block_size=block)
     assert packed.nbytes == -(-numel // 2)
-    assert sorted(tensor.nbytes for tensor in tensors) == sorted(exact.constant_tensors(numel, asked))
+    assert sorted(tensor.nbytes for tensor in tensors) == sorted(exact.constant_tensors(numel, block, double))
 
 
 def test_optimizer_state_is_that_of_bitsandbytes() -> None:

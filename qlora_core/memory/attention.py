@@ -19,10 +19,10 @@ AttentionKernel = Literal["eager", "flash", "efficient", "masked", "math", "flas
 """masked: the memory-efficient one with a mask that is not just causal."""
 
 
-def is_masked(architecture: ModelArchitecture, recipe: Recipe) -> bool:
+def is_masked(architecture: ModelArchitecture, seq_len: int) -> bool:
     """Whether a sliding window needs a mask of its own at this length (transformers' masking_utils.py)."""
     window = architecture.sliding_window
-    return window is not None and architecture.sliding_layers > 0 and recipe.seq_len >= window
+    return window is not None and architecture.sliding_layers > 0 and seq_len >= window
 
 
 def kernel_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> AttentionKernel:

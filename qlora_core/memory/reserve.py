@@ -22,7 +22,6 @@ from typing import NamedTuple
 from qlora_core.memory.allocator import LARGE_SEGMENT, OWN_SEGMENT, SMALL, SMALL_SEGMENT, segment_for
 from qlora_core.memory.attention import AttentionKernel
 from qlora_core.memory.step import Stretches
-from qlora_core.memory.tape import value
 from qlora_core.strategy import Strategy
 
 PLACES = 1 << 20
@@ -62,35 +61,40 @@ def grown(stretches: Stretches, variables: Sequence[int], empty: Iterable[int]) 
 
     Sizes are polynomials in `variables`.
     """
+    _, positions, tokens, scores, chunk = variables
     left = list(empty)
     total = sum(left)
-    room = sorted(free * PLACES + place for place, free in enumerate(left))
+    room = sorted(free * PLACES + place for place, free in enumerate(left) if free > SMALL)
     placed: dict[int, tuple[int, int]] = {}
     for gone, come in stretches.turns(variables):
         for number in gone:
             if number not in placed:  # small
                 continue
             size, place = placed.pop(number)
-            del room[bisect_left(room, left[place] * PLACES + place)]
+            if left[place] > SMALL:
+                del room[bisect_left(room, left[place] * PLACES + place)]
             left[place] += size
             insort(room, left[place] * PLACES + place)
-        arrivals: list[tuple[int, int]] = []
-        for polynomial, numbers in come:
-            size = value(polynomial, variables)
+        arrivals: dict[int, tuple[int, ...]] = {}
+        for (a, b, c, d, e), numbers in come:
+            size = a + b * positions + c * tokens + d * scores + e * chunk
             if size > SMALL:
-                arrivals += [(size, number) for number in numbers]
-        arrivals.sort(reverse=True)
-        for size, number in arrivals:
-            fitting = bisect_left(room, size * PLACES)
-            if fitting < len(room):
-                place = room.pop(fitting) % PLACES
-                left[place] -= size
-            else:
-                segment, place = segment_for(size), len(left)
-                total += segment
-                left.append(segment - size)
-            insort(room, left[place] * PLACES + place)
-            placed[number] = size, place
+                if size in arrivals:
+                    numbers = tuple(sorted((*numbers, *arrivals[size]), reverse=True))
+                arrivals[size] = numbers
+        for size in sorted(arrivals, reverse=True):
+            needed = size * PLACES
+            for number in arrivals[size]:
+                if room and room[-1] >= needed:
+                    place = room.pop(bisect_left(room, needed)) % PLACES
+                    left[place] -= size
+                else:
+                    segment, place = segment_for(size), len(left)
+                    total += segment
+                    left.append(segment - size)
+                if left[place] > SMALL:
+                    insort(room, left[place] * PLACES + place)
+                placed[number] = size, place
     return total
 
 

@@ -33,8 +33,13 @@ class Settled(NamedTuple):
 
 
 class Loading(NamedTuple):
-    """What the loading of a base model depends on beside the model: the bytes of a weight that is not quantized, and
-    what `Recipe` and `Device` call so."""
+    """What the loading of a base model depends on beside the model.
+
+    Attributes:
+        item: bytes of an element that is not quantized.
+        quantization, double_quantization, block_size, upcast: as in a Recipe.
+        warmed_up, emptied_after_load: as in a Device.
+    """
 
     item: int
     quantization: Quantization
@@ -46,7 +51,7 @@ class Loading(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A linear weight on its way: its elements, the bytes of its bias, and those of its constants, if it is quantized."""
+    """A linear weight on its way: elements, bytes of its bias, and of its constants if it is quantized."""
 
     numel: int
     bias: int

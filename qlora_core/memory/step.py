@@ -126,7 +126,7 @@ class Scene(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What has gone since the scene before, by number, and what has come: storages of one size each, last number first."""
+    """What has gone since the scene before, by number, and what has come: by size the numbers, the last first."""
 
     gone: tuple[int, ...]
     come: tuple[tuple[Size, tuple[int, ...]], ...]

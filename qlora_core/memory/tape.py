@@ -171,7 +171,7 @@ class Frame:
 
 
 class Within:
-    """A with statement in which one part of a tape's state is another; what `contextmanager` makes is thrice as slow."""
+    """One part of a tape's state is another inside a with statement; what `contextmanager` makes is thrice as slow."""
 
     __slots__ = ("name", "tape", "value")
 
