@@ -1,7 +1,12 @@
 """stub"""
+
 from __future__ import annotations
+
 from dataclasses import dataclass
+
 from clusters.gpu import Gpu
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
     name: str
@@ -15,9 +20,12 @@ class Pool:
     network_bytes_per_s: int | None
     price_per_hour: float | None
     spot: bool
+
     @property
     def gpus(self) -> int:
         return self.gpus_per_node * self.nodes
+
+
 @dataclass(frozen=True, slots=True)
 class Cluster:
     name: str

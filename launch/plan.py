@@ -16,8 +16,8 @@ import click
 from clusters.errors import Problem, RequestError, request_error
 from clusters.gpu import COMMON, GIB, find_gpu
 from launch import command
-from orchestrator.plans import Plan, Target
 from orchestrator.planner import EstimatorFunction, check_strategy, cpu_target, gpu_target, plan_request
+from orchestrator.plans import Plan, Target
 from orchestrator.targets import check_targets
 from qlora_core.catalogue import find_model
 from qlora_core.memory import formula

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from clusters.cluster import Pool
-from clusters.gpu import GIB, Gpu
+from clusters.gpu import Gpu
 from orchestrator.plans import Choice, Target
 from qlora_core.memory.device import Device
 from qlora_core.recipe import Dtype
-from qlora_core.step_time import ATTENTION, NVLINK, PCIE_RING, PRODUCTS, Range, Rates, by_capability
+from qlora_core.step_time import ATTENTION, NVLINK, PCIE_RING, PRODUCTS, TYPICAL, Range, Rates, by_capability
 
 NODE_GPUS = 8
 """GPUs of a node where only their kind is known: boards and cloud instances have up to 8."""
@@ -66,7 +69,7 @@ def any_nodes(gpu: Gpu, gpus: int = NODE_GPUS) -> Pool:
 
 
 def pool_target(pool: Pool, requested_dtype: str, ranks: int = 1) -> Target:
-    """A GPU of a pool as the target of a plan with `ranks` workers in it."""
+    """A GPU of a pool as the target of a plan with `ranks` workers in it; it is called like the pool."""
     gpu = pool.gpu
     choice = compute_dtype(requested_dtype, "cuda", gpu.compute_capability)
     device = Device(
@@ -111,6 +114,19 @@ def rates(target: Target) -> Rates:
     )
 
 
-def gib(size: int) -> str:
-    """Bytes in GiB, for reasons."""
-    return f"{size / GIB:.2f}"
+def slowest_links(every: Sequence[Rates]) -> Sequence[Rates]:
+    """The rates of GPUs in one group: where they are of several pools, each ring waits for the slowest connection."""
+    if len(every) == 1:
+        return every
+    slowest = min(every, key=lambda each: each.link_bytes * each.link[TYPICAL])
+    networks = [each.network_bytes for each in every if each.network_bytes is not None]
+    return [
+        replace(
+            each,
+            link_bytes=slowest.link_bytes,
+            link=slowest.link,
+            network_bytes=min(networks) if networks else None,
+            gpus_per_node=min(one.gpus_per_node for one in every),
+        )
+        for each in every
+    ]

@@ -9,8 +9,8 @@ from typing import Literal
 import psutil
 import torch
 
+from orchestrator.devices import as_dtype, compute_dtype, cpu_target
 from orchestrator.plans import Target
-from orchestrator.planner import as_dtype, compute_dtype, cpu_target
 from qlora_core.memory.device import Device
 
 WORKER_CONTEXT_BYTES = 512 * 1024**2

@@ -11,8 +11,8 @@ from clusters.errors import Problem, RequestError, request_error
 from orchestrator.base import Base, find_base
 from orchestrator.identity import identity
 from orchestrator.machine import Machine, describe, target_of
-from orchestrator.plans import Plan
 from orchestrator.planner import plan_run
+from orchestrator.plans import Plan
 from orchestrator.spec import RunSpec
 from orchestrator.targets import check_targets
 from qlora_core.recipe import Recipe

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +18,13 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from clusters.cluster import Pool
-from orchestrator.devices import pool_target, rates
+from orchestrator.devices import pool_target, rates, slowest_links
 from orchestrator.plans import Objective, Target
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.formula import estimate
 from qlora_core.recipe import Recipe
-from qlora_core.step_time import SLOW, TYPICAL, Rates, load, times
+from qlora_core.step_time import TYPICAL, load, times
 from qlora_core.strategy import Attention, Loss, Offload, Strategy, ZeroStage
 
 STRATEGY_FIELDS = (
@@ -46,11 +47,12 @@ LENGTH_STEP = 64
 """A longest length is rounded down to a multiple of this."""
 FEW_NODES = 8
 """Of so many nodes every number is tried, of more every power of two and all."""
+ALIKE = math.log(1.02)
+"""Times that differ by less are taken for the same."""
 SHARDINGS: tuple[tuple[ZeroStage, Offload], ...] = (
     (0, "none"),
     (1, "none"),
     (2, "none"),
-    (1, "optimizer"),
     (2, "optimizer"),
     (3, "none"),
     (3, "optimizer"),
@@ -83,7 +85,7 @@ class Question:
 class Place:
     """GPUs of one pool, or of several in one data-parallel group."""
 
-    parts: tuple[tuple[Pool, int], ...]
+    parts: tuple[tuple[Target, int], ...]
 
     @property
     def gpus(self) -> int:
@@ -93,22 +95,27 @@ class Place:
     @property
     def nodes(self) -> int:
         """Those that hold them."""
-        return sum(-(-count // pool.gpus_per_node) for pool, count in self.parts)
+        return sum(nodes_for(target, count) for target, count in self.parts)
 
     @property
     def price_per_hour(self) -> float | None:
         """Of its nodes, which are rented whole; None where one has no price."""
-        prices = [pool.price_per_hour for pool, _ in self.parts]
-        if any(price is None for price in prices):
-            return None
-        return sum(
-            (pool.price_per_hour or 0.0) * -(-count // pool.gpus_per_node) for pool, count in self.parts
-        )
+        total = 0.0
+        for target, count in self.parts:
+            if target.pool is None or target.pool.price_per_hour is None:
+                return None
+            total += target.pool.price_per_hour * nodes_for(target, count)
+        return total
 
     @property
     def name(self) -> str:
         """In words: "8 x a100-80gb + 4 x l40s"."""
-        return " + ".join(f"{count} x {pool.gpu.name}" for pool, count in self.parts)
+        return " + ".join(f"{count} x {target.name}" for target, count in self.parts)
+
+
+def nodes_for(target: Target, count: int) -> int:
+    """Nodes that hold so many of a device."""
+    return 1 if target.pool is None else -(-count // target.pool.gpus_per_node)
 
 
 class Candidate(NamedTuple):
@@ -185,13 +192,14 @@ def undominated(found: Sequence[Found]) -> list[Found]:
 
 def places(question: Question, pools: Sequence[Pool]) -> Iterator[Place]:
     """The groups of GPUs that may be taken: of one pool, and of two unlike ones together."""
+    dtype = question.recipe.compute_dtype
     for pool in pools:
         for count in counts(question, pool.gpus, pool.gpus_per_node):
-            yield Place(((pool, count),))
+            yield Place(((pool_target(pool, dtype, count), count),))
     if "world_size" in question.open and question.objective == "fastest":
-        for one, other in itertools.combinations(pools, 2):
-            if divides(question, one.gpus + other.gpus):
-                yield Place(((one, one.gpus), (other, other.gpus)))
+        for both in itertools.combinations(pools, 2):
+            if divides(question, sum(pool.gpus for pool in both)):
+                yield Place(tuple((pool_target(pool, dtype, pool.gpus), pool.gpus) for pool in both))
 
 
 def counts(question: Question, gpus: int, gpus_per_node: int) -> list[int]:
@@ -312,18 +320,15 @@ class Judge:
     """Memory and time of candidates at one place; estimates are made once."""
 
     def __init__(self, question: Question, place: Place) -> None:
-        dtype = question.recipe.compute_dtype
         self.architecture = question.architecture
-        self.targets = [pool_target(pool, dtype, min(count, place.gpus)) for pool, count in place.parts]
-        self.rates = [slowest_links(rates(target), place) for target in self.targets]
+        self.targets = [target for target, _ in place.parts]
+        self.rates = slowest_links([rates(target) for target in self.targets])
         self.needs: dict[Candidate, tuple[Estimate, Target]] = {}
 
     def needed(self, candidate: Candidate) -> tuple[Estimate, Target]:
         """The estimate on the kind of GPU with the least to spare, and that kind."""
         if candidate not in self.needs:
-            asked = [
-                (estimate(self.architecture, *candidate, target.device), target) for target in self.targets
-            ]
+            asked = [(estimate(self.architecture, *candidate, target.device), target) for target in self.targets]
             self.needs[candidate] = min(asked, key=lambda pair: pair[1].usable_bytes - pair[0].gpu.process_bytes)
         return self.needs[candidate]
 
@@ -357,7 +362,9 @@ class Judge:
     def paged_out(self, candidate: Candidate) -> int:
         """Bytes of paged state that find no room beside the process."""
         needed, target = self.needed(candidate)
-        return max(0, min(needed.gpu.paged_bytes, needed.gpu.process_bytes + needed.gpu.paged_bytes - target.usable_bytes))
+        return max(
+            0, min(needed.gpu.paged_bytes, needed.gpu.process_bytes + needed.gpu.paged_bytes - target.usable_bytes)
+        )
 
 
 def bytes_for(needed: Estimate, target: Target, sure: bool) -> int:
@@ -369,20 +376,6 @@ def host_has_room(needed: Estimate, target: Target) -> bool:
     """Whether a node's memory suffices, where it is stated."""
     ram = target.pool.host_ram_bytes if target.pool is not None else None
     return ram is None or max(needed.host.load_peak_bytes, needed.host.steady_bytes) <= ram
-
-
-def slowest_links(own: Rates, place: Place) -> Rates:
-    """A GPU's rates in a group of several pools: rings go over the network, and the slowest link counts."""
-    if len(place.parts) == 1:
-        return own
-    every = [rates(pool_target(pool, "auto")) for pool, _ in place.parts]
-    networks = [each.network_bytes for each in every if each.network_bytes is not None]
-    return replace(
-        own,
-        link_bytes=min(each.link_bytes for each in every),
-        network_bytes=min(networks) if networks else None,
-        gpus_per_node=min(each.gpus_per_node for each in every),
-    )
 
 
 def best_of(question: Question, place: Place) -> Found | None:
@@ -402,7 +395,7 @@ def fastest(question: Question, place: Place, judge: Judge, sure: bool) -> Candi
     """The first that fits, in the order of time per token; paging that is too much for the GPU puts one back."""
     # the same tokens per step in all candidates of a place
     queue = [
-        (judge.seconds(candidate), order, False, candidate)
+        (about(judge.seconds(candidate)), order, False, candidate)
         for order, candidate in enumerate(candidates(question, place))
     ]
     heapq.heapify(queue)
@@ -419,10 +412,15 @@ def fastest(question: Question, place: Place, judge: Judge, sure: bool) -> Candi
         if not judge.fits(candidate, sure):
             failed[shape] = size
         elif paged_out := judge.paged_out(candidate) if candidate.strategy.paged_optimizer else 0:
-            heapq.heappush(queue, (judge.seconds(candidate, paged_out), order, True, candidate))
+            heapq.heappush(queue, (about(judge.seconds(candidate, paged_out)), order, True, candidate))
         else:
             return candidate
     return None
+
+
+def about(seconds: float) -> int:
+    """A time in steps of 2 %: what is closer the model cannot tell apart, and the simpler candidate comes first."""
+    return round(math.log(seconds) / ALIKE)
 
 
 class Leanest:
@@ -454,6 +452,18 @@ def leanest(question: Question, candidate: Candidate) -> Candidate:
         accumulation = strategy.micro_batch * strategy.gradient_accumulation
         strategy = replace(strategy, micro_batch=1, gradient_accumulation=accumulation)
     return Candidate(recipe, strategy)
+
+
+def leanest_of_all(question: Question, place: Place) -> Candidate:
+    """The candidate of a place that comes nearest to fitting."""
+    judge = Judge(question, place)
+    lean = dict.fromkeys(leanest(question, candidate) for candidate in candidates(question, place))
+
+    def missing(candidate: Candidate) -> int:
+        needed, target = judge.needed(candidate)
+        return needed.gpu.process_bytes - target.usable_bytes
+
+    return min(lean, key=missing)
 
 
 def without_size(candidate: Candidate) -> Candidate:

@@ -153,6 +153,7 @@ class StepTime:
         seconds: as expected; `low` and `high`: if everything is achieved at the fast and at the slow end.
         parts: what the expected seconds consist of.
         tokens: of the step, over all ranks.
+        runs: measured ones that corrected it.
     """
 
     seconds: float
@@ -160,6 +161,7 @@ class StepTime:
     high: float
     parts: Times
     tokens: int
+    runs: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -262,9 +264,7 @@ def _once(size: int, stage: int) -> int:
     return {0: 2 * size, 1: 2 * size, 2: size, 3: 0}[stage]
 
 
-def times(
-    asked: Load, strategy: Strategy, seq_len: int, rates: Rates, pace: int, paged_out: int = 0
-) -> Times:
+def times(asked: Load, strategy: Strategy, seq_len: int, rates: Rates, pace: int, paged_out: int = 0) -> Times:
     """Seconds of one optimizer step at one end of what is achieved, or typically."""
     micro_batches = strategy.gradient_accumulation
     tokens = strategy.micro_batch * seq_len

@@ -55,7 +55,7 @@ class Work(NamedTuple):
 
 def work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Work:
     """The work of a micro-batch of `recipe`, run as `strategy` says on `device`; the same for all lengths and sizes."""
-    length = ENDLESS if is_masked(architecture, recipe) else 1
+    length = ENDLESS if is_masked(architecture, recipe.seq_len) else 1
     return _work(
         architecture,
         replace(recipe, seq_len=length, tokens_per_step=length, optimizer="adamw"),
