@@ -72,9 +72,10 @@ def grown(stretches: Stretches, variables: Sequence[int], empty: Iterable[int]) 
                 continue
             size, place = placed.pop(number)
             if left[place] > SMALL:
-                del room[bisect_left(room, left[place] * PLACES + place)]
+                room.remove(left[place] * PLACES + place)
             left[place] += size
-            insort(room, left[place] * PLACES + place)
+            room.append(left[place] * PLACES + place)
+        room.sort()
         arrivals: dict[int, tuple[int, ...]] = {}
         for (a, b, c, d, e), numbers in come:
             size = a + b * positions + c * tokens + d * scores + e * chunk
@@ -83,17 +84,18 @@ def grown(stretches: Stretches, variables: Sequence[int], empty: Iterable[int]) 
                     numbers = tuple(sorted((*numbers, *arrivals[size]), reverse=True))
                 arrivals[size] = numbers
         for size in sorted(arrivals, reverse=True):
-            needed = size * PLACES
+            needed, segment = size * PLACES, segment_for(size)
             for number in arrivals[size]:
                 if room and room[-1] >= needed:
                     place = room.pop(bisect_left(room, needed)) % PLACES
                     left[place] -= size
                 else:
-                    segment, place = segment_for(size), len(left)
+                    place = len(left)
                     total += segment
                     left.append(segment - size)
-                if left[place] > SMALL:
-                    insort(room, left[place] * PLACES + place)
+                rest = left[place]
+                if rest > SMALL:
+                    insort(room, rest * PLACES + place)
                 placed[number] = size, place
     return total
 
