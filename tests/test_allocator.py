@@ -170,3 +170,28 @@ def test_nothing_is_lost_whatever_happens(settings: AllocatorSettings, steps: li
         memory.release(block)
     memory.empty_cache()
     assert (memory.allocated, memory.reserved) == (0, 0)
+
+
+@given(
+    before=st.lists(st.integers(1, 40 * MIB), max_size=12),
+    gone=st.sets(st.integers(0, 11)),
+    after=st.lists(st.integers(1, 40 * MIB), min_size=1, max_size=12),
+)
+def test_a_fork_answers_requests_as_the_first_one_would_and_leaves_it_alone(
+    before: list[int], gone: set[int], after: list[int]
+) -> None:
+    memory = CachingAllocator()
+    blocks = [memory.allocate(size) for size in before]
+    for index in gone & set(range(len(blocks))):
+        memory.release(blocks[index])
+    answers = []
+    for one in (memory.fork(), memory.fork(), memory):
+        for size in after:
+            one.allocate(size)
+        answers.append((one.allocated, one.reserved, one.peak_allocated, one.peak_reserved))
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_expandable_segments_are_not_forked() -> None:
+    with pytest.raises(ValueError, match="expandable"):
+        CachingAllocator(AllocatorSettings(expandable_segments=True)).fork()

@@ -71,10 +71,12 @@ def grown(stretches: Stretches, variables: Sequence[int], empty: Iterable[int]) 
             if number not in placed:  # small
                 continue
             size, place = placed.pop(number)
-            if left[place] > SMALL:
-                del room[bisect_left(room, left[place] * PLACES + place)]
-            left[place] += size
-            insort(room, left[place] * PLACES + place)
+            free = left[place]
+            if free > SMALL:
+                room.remove(free * PLACES + place)
+            left[place] = free + size
+            room.append((free + size) * PLACES + place)
+        room.sort()
         arrivals: dict[int, tuple[int, ...]] = {}
         for (a, b, c, d, e), numbers in come:
             size = a + b * positions + c * tokens + d * scores + e * chunk
@@ -83,17 +85,17 @@ def grown(stretches: Stretches, variables: Sequence[int], empty: Iterable[int]) 
                     numbers = tuple(sorted((*numbers, *arrivals[size]), reverse=True))
                 arrivals[size] = numbers
         for size in sorted(arrivals, reverse=True):
-            needed = size * PLACES
+            needed, segment = size * PLACES, segment_for(size)
             for number in arrivals[size]:
                 if room and room[-1] >= needed:
-                    place = room.pop(bisect_left(room, needed)) % PLACES
-                    left[place] -= size
+                    free, place = divmod(room.pop(bisect_left(room, needed)) - needed, PLACES)
+                    left[place] = free
                 else:
-                    segment, place = segment_for(size), len(left)
+                    free, place = segment - size, len(left)
                     total += segment
-                    left.append(segment - size)
-                if left[place] > SMALL:
-                    insort(room, left[place] * PLACES + place)
+                    left.append(free)
+                if free > SMALL:
+                    insort(room, free * PLACES + place)
                 placed[number] = size, place
     return total
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, HostEstimate, Phase, Phases
 from qlora_core.memory.reserve import Fragmentation, grown
 from qlora_core.memory.residents import Residents
-from qlora_core.memory.step import FIRST, LAST, Candidate, Timeline, highest
-from qlora_core.memory.tape import Where, value
+from qlora_core.memory.step import FIRST, LAST, Candidate, Timeline, above_others, highest
+from qlora_core.memory.tape import Total, Where, value
 from qlora_core.strategy import LOSS_CHUNK_TOKENS
 
 
@@ -38,17 +38,18 @@ class Sizes:
             "optimizer": (times.after_backward,),
         }
         self._phases = {phase: (steady + sum(stays.added[phase].values()), of) for phase, of in candidates.items()}
-        self._totals = [
-            (resident + a, b, c, d, e)
+        totals: Iterator[tuple[Total]] = (
+            ((resident + a, b, c, d, e),)
             for resident, of in self._phases.values()
             for a, b, c, d, e in (candidate.total for candidate in of)
-        ]
+        )
+        self._highest = [total for (total,) in above_others(totals)]
 
     def process_bytes(self, micro_batch: int, seq_len: int) -> int:
-        """What the whole process needs on the GPU: that of `estimate`, in a third of its time."""
+        """What the whole process needs on the GPU: the one figure of `estimate` that a search compares."""
         variables = _variables(micro_batch, seq_len)
         _, positions, tokens, scores, chunk = variables
-        allocated = max([a + b * positions + c * tokens + d * scores + e * chunk for a, b, c, d, e in self._totals])
+        allocated = max([a + b * positions + c * tokens + d * scores + e * chunk for a, b, c, d, e in self._highest])
         if self._fragmentation is None:
             return allocated + self._context
         return self._reserved(allocated, variables, (self._fragmentation.typical,))[0] + self._context

@@ -163,7 +163,7 @@ def _turn(before: dict[int, Size], after: dict[int, Size]) -> Turn:
 
 
 Moving = TypeVar("Moving", Candidate, Scene)
-Headed = TypeVar("Headed", Peak, tuple[Total, Where, int])
+Headed = TypeVar("Headed", Peak, tuple[Total, Where, int], tuple[Total])
 _total = itemgetter(0)
 
 
@@ -224,7 +224,7 @@ def _by_rank(size: Size) -> tuple[Size, Size]:
     return Size(*(fixed for _, fixed in parts)), Size(*(more for more, _ in parts))
 
 
-def _on_tape(step: Step) -> Step:
+def on_tape(step: Step) -> Step:
     """What of a step its tape depends on; steps that differ in the rest share one."""
     layer, experts = step.layer, step.layer.experts
     if experts is not None:
@@ -250,7 +250,7 @@ def timeline(step: Step) -> Timeline:
     Raises:
         ValueError: nothing is trained.
     """
-    recording = recorded(_on_tape(step))
+    recording = recorded(on_tape(step))
     log, marks, end = recording.at_rank(step.layer.rank), recording.marks, len(recording.changes)
     parts = _peaks_by_part(log)
     alive = alive_at(log, [*marks, end, *(peak.place for peaks in parts.values() for peak in peaks)])
@@ -292,7 +292,7 @@ def _peaks_by_part(log: Iterable[Change]) -> dict[Part, tuple[Peak, ...]]:
             by_where[where] = parts.setdefault((where[0], where[1]), [])
         by_where[where].append((total, where, place))
     return {
-        part: tuple(Peak(Size(*total), where, place, {}) for total, where, place in _above_others(found))
+        part: tuple(Peak(Size(*total), where, place, {}) for total, where, place in above_others(found))
         for part, found in parts.items()
     }
 
@@ -454,7 +454,7 @@ def _with_middle(
 
 def _candidates(alive: Mapping[int, Alive], peaks: Iterable[Peak]) -> tuple[Candidate, ...]:
     """Those of `peaks` that are the highest for some size."""
-    kept = _above_others(peaks)
+    kept = above_others(peaks)
     return tuple(Candidate(peak.where, _sum(by_room(alive[peak.place]), peak.added), peak.total) for peak in kept)
 
 
@@ -466,7 +466,7 @@ def _sum(rooms: dict[Room, Size], more: dict[Room, Size]) -> dict[Room, Size]:
     return total
 
 
-def _above_others(candidates: Iterable[Headed]) -> list[Headed]:
+def above_others(candidates: Iterable[Headed]) -> list[Headed]:
     """Those that are above all others for some size: no other's total is at least as large in every coefficient.
 
     The total comes first in each; of those alike the first stays.
@@ -507,7 +507,7 @@ def _stretches(parts: Mapping[Part, Sequence[Peak]], alive: Mapping[int, Alive])
         tuple(
             tuple(
                 Scene(peak.total, _large(alive[peak.place]))
-                for peak in _above_others(
+                for peak in above_others(
                     sorted((peak for name in names for peak in parts.get((phase, name), ())), key=lambda p: p.place)
                 )
             )

@@ -171,7 +171,7 @@ class Frame:
 
 
 class Within:
-    """One part of a tape's state is another inside a with statement; what `contextmanager` makes is thrice as slow."""
+    """One part of a tape's state is another inside a with statement; `contextmanager` would make a slower one."""
 
     __slots__ = ("name", "tape", "value")
 
