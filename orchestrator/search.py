@@ -47,8 +47,8 @@ LENGTH_STEP = 64
 """A longest length is rounded down to a multiple of this."""
 FEW_NODES = 8
 """Of so many nodes every number is tried, of more every power of two and all."""
-ALIKE = math.log(1.02)
-"""Times that differ by less are taken for the same."""
+ALIKE = 1.02
+"""Times that differ by no more than this the model cannot tell apart."""
 SHARDINGS: tuple[tuple[ZeroStage, Offload], ...] = (
     (0, "none"),
     (1, "none"),
@@ -392,35 +392,30 @@ def best_of(question: Question, place: Place) -> Found | None:
 
 
 def fastest(question: Question, place: Place, judge: Judge, sure: bool) -> Candidate | None:
-    """The first that fits, in the order of time per token; paging that is too much for the GPU puts one back."""
+    """The fastest that fits; of those that are as fast, as far as the model can tell, the simplest."""
     # the same tokens per step in all candidates of a place
     queue = [
-        (about(judge.seconds(candidate)), order, False, candidate)
+        (judge.seconds(candidate), order, False, candidate)
         for order, candidate in enumerate(candidates(question, place))
     ]
     heapq.heapify(queue)
     lean = Leanest(question, judge, sure)
     failed: dict[Candidate, int] = {}
-    while queue:
-        _, order, paid, candidate = heapq.heappop(queue)
-        if paid:
-            return candidate
-        size = candidate.strategy.micro_batch
-        shape = without_size(candidate)
-        if size >= failed.get(shape, size + 1) or not lean.fits(candidate):
+    best: tuple[int, Candidate] | None = None
+    limit = math.inf
+    while queue and queue[0][0] <= limit:
+        seconds, order, paid, candidate = heapq.heappop(queue)
+        size, shape = candidate.strategy.micro_batch, without_size(candidate)
+        if (best is not None and order > best[0]) or size >= failed.get(shape, size + 1) or not lean.fits(candidate):
             continue
         if not judge.fits(candidate, sure):
             failed[shape] = size
-        elif paged_out := judge.paged_out(candidate) if candidate.strategy.paged_optimizer else 0:
-            heapq.heappush(queue, (about(judge.seconds(candidate, paged_out)), order, True, candidate))
+        elif not paid and (paged_out := judge.paged_out(candidate) if candidate.strategy.paged_optimizer else 0):
+            # paging what has no room beside the rest takes time of its own
+            heapq.heappush(queue, (judge.seconds(candidate, paged_out), order, True, candidate))
         else:
-            return candidate
-    return None
-
-
-def about(seconds: float) -> int:
-    """A time in steps of 2 %: what is closer the model cannot tell apart, and the simpler candidate comes first."""
-    return round(math.log(seconds) / ALIKE)
+            best, limit = (order, candidate), min(limit, seconds * ALIKE)
+    return best[1] if best else None
 
 
 class Leanest:
