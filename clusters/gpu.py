@@ -42,6 +42,7 @@ class Gpu:
         bandwidth_bytes_per_s: of its memory.
         fp16_flops, bf16_flops: dense, accumulating in float32, a second; None where the hardware has no such rate.
         nvlink_bytes_per_s: both directions together; 0 without.
+        nvlink_bridge: that NVLink couples two cards, and only where a bridge was put on them.
         pcie_generation: 3, 4 or 5.
         pcie_bytes_per_s: one direction.
         context_bytes: a CUDA context, as nvidia-smi shows it before the first tensor.
@@ -60,11 +61,17 @@ class Gpu:
     fp16_flops: int
     bf16_flops: int | None
     nvlink_bytes_per_s: int
+    nvlink_bridge: bool
     pcie_generation: int
     pcie_bytes_per_s: int
     context_bytes: int
     context_measured: bool
     source: str
+
+    @property
+    def has_nvlink_fabric(self) -> bool:
+        """Whether all GPUs of a board reach each other over NVLink; a bridge reaches one card only."""
+        return self.nvlink_bytes_per_s > 0 and not self.nvlink_bridge
 
     @property
     def supports_bfloat16(self) -> bool:
@@ -125,6 +132,7 @@ def _gpu(row: Mapping[str, Any], contexts: Mapping[str, float]) -> Gpu:
         fp16_flops=round(row["fp16_tflops"] * 1e12),
         bf16_flops=None if bf16 is None else round(bf16 * 1e12),
         nvlink_bytes_per_s=round(row.get("nvlink_gb_per_s", 0) * GB),
+        nvlink_bridge=row.get("nvlink_bridge", False),
         pcie_generation=generation,
         pcie_bytes_per_s=round(_PCIE_LANE_BYTES_PER_S[generation] * lanes),
         context_bytes=round(contexts.get(row["architecture"], contexts["default"]) * MIB),
