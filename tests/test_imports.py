@@ -30,7 +30,7 @@ PLANNING = (
     "qlora_core/strategy.py",
     "qlora_core/targets.py",
     "qlora_core/memory",
-    "orchestrator/mistakes.py",
+    "orchestrator/discovery.py",
     "orchestrator/plan.py",
     "orchestrator/planner.py",
     "orchestrator/spec.py",
