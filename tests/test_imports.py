@@ -123,6 +123,10 @@ def test_importing_the_command_loads_neither_torch_nor_ray_nor_a_yaml_parser() -
     )
 
 
+def test_what_finds_a_cluster_loads_its_readers_only_where_it_reads() -> None:
+    assert not modules_after("import orchestrator.discovery") & (HEAVY | HUB | {"pydantic", "yaml", "rich", "psutil"})
+
+
 def test_a_plan_as_json_loads_neither_torch_nor_ray_nor_rich() -> None:
     assert not modules_after(RUN.format(more=["--json"])) & (HEAVY | HUB | {"pydantic", "rich", "psutil"})
 
