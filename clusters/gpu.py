@@ -47,6 +47,7 @@ class Gpu:
         fp32_flops: of CUDA cores, a second: what float32 products take while TF32 is not allowed.
         fp16_flops, bf16_flops: dense, accumulating in float32, a second; None where the hardware has no such rate.
         nvlink_bytes_per_s: both directions together; 0 without.
+        nvlink_bridge: that NVLink couples two cards, and only where a bridge was put on them.
         pcie_generation: 3, 4 or 5.
         pcie_bytes_per_s: one direction.
         context_bytes: a CUDA context, as nvidia-smi shows it before the first tensor.
@@ -66,6 +67,7 @@ class Gpu:
     fp16_flops: int
     bf16_flops: int | None
     nvlink_bytes_per_s: int
+    nvlink_bridge: bool
     pcie_generation: int
     pcie_bytes_per_s: int
     context_bytes: int
@@ -74,8 +76,8 @@ class Gpu:
 
     @property
     def has_nvlink_fabric(self) -> bool:
-        """STUB"""
-        return self.nvlink_bytes_per_s >= 300e9 and "pcie" not in self.name and "nvl" not in self.name
+        """Whether all GPUs of a board reach each other over NVLink; a bridge reaches one card only."""
+        return self.nvlink_bytes_per_s > 0 and not self.nvlink_bridge
 
     @property
     def supports_bfloat16(self) -> bool:
@@ -134,6 +136,7 @@ def _gpu(row: Mapping[str, Any], contexts: Mapping[str, float]) -> Gpu:
         fp16_flops=round(row["fp16_tflops"] * 1e12),
         bf16_flops=None if bf16 is None else round(bf16 * 1e12),
         nvlink_bytes_per_s=round(row.get("nvlink_gb_per_s", 0) * GB),
+        nvlink_bridge=row.get("nvlink_bridge", False),
         pcie_generation=generation,
         pcie_bytes_per_s=round(_PCIE_LANE_BYTES_PER_S[generation] * lanes),
         context_bytes=round(contexts.get(row["architecture"], contexts["default"]) * MIB),

@@ -145,7 +145,11 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
         planned = at_length(recipe, data.longest)
         reason = f"the longest example has {data.longest} of {recipe.seq_len} tokens"
         choices.append(Choice("planned length", str(data.longest), reason))
-    if options["tokens_per_step"] is None and planned.tokens_per_step == DEFAULT_STEP_TOKENS and "micro_batch" in open_fields:
+    if (
+        options["tokens_per_step"] is None
+        and planned.tokens_per_step == DEFAULT_STEP_TOKENS
+        and "micro_batch" in open_fields
+    ):
         pass
     searched = (frozenset(STRATEGY_FIELDS) - fixed_by(given)) | open_fields
     return Asked(
@@ -419,7 +423,10 @@ def target_named(name: str, options: Options) -> Target:
     """The device of that name: a GPU of the catalogue, or this host's processor."""
     compute_dtype, workers = options["compute_dtype"], count_of(options)
     if name.strip().lower() != "cpu":
-        pool = any_nodes(find_gpu(name), count_of(options, 1 if options["gpus"] is None and options["objective"] is None else NODE_GPUS))
+        pool = any_nodes(
+            find_gpu(name),
+            count_of(options, 1 if options["gpus"] is None and options["objective"] is None else NODE_GPUS),
+        )
         return pool_target(pool, compute_dtype, workers)
     import psutil  # only where the CPU is asked for: it costs the start of every other plan
 
@@ -469,7 +476,9 @@ def pools_of(cluster: Cluster, options: Options, world_size: int) -> Devices:
     enough = [pool for pool in cluster.pools if pool.gpus >= world_size]
     if not enough:
         most = max((pool.gpus for pool in cluster.pools), default=0)
-        raise request_error("--gpus", world_size, f"the largest pool has {most}", f"Ask for {most} or fewer, or for auto")
+        raise request_error(
+            "--gpus", world_size, f"the largest pool has {most}", f"Ask for {most} or fewer, or for auto"
+        )
     targets = [target_of(pool, cluster, options, world_size) for pool in enough]
     return Devices(
         by_memory(targets),

@@ -456,6 +456,22 @@ def test_the_gpus_are_listed_by_their_memory(ask: Ask) -> None:
     assert {"t4", "rtx-3090", "a100-40gb", "h200"} <= {gpu["name"] for gpu in gpus}
 
 
+def test_the_list_of_gpus_says_what_each_can_do(ask: Ask) -> None:
+    gpus = {gpu["name"]: gpu for gpu in ask("--list-gpus", "--json").json["gpus"]}
+    t4, a100 = gpus["t4"], gpus["a100-80gb"]
+    # NVIDIA's datasheets: T4, March 2019; A100, June 2021. PCIe 3.0 and 4.0 x16 carry 15.75 and 31.5 GB/s.
+    assert (t4["bandwidth_bytes_per_s"], t4["fp16_flops"], t4["bf16_flops"]) == (320e9, 65e12, None)
+    assert (a100["bandwidth_bytes_per_s"], a100["fp16_flops"], a100["bf16_flops"]) == (2039e9, 312e12, 312e12)
+    assert (t4["nvlink_bytes_per_s"], a100["nvlink_bytes_per_s"]) == (0, 600e9)
+    assert t4["pcie_bytes_per_s"] == pytest.approx(15.75e9, rel=1e-3)
+    assert a100["pcie_bytes_per_s"] == pytest.approx(31.5e9, rel=1e-3)
+    assert t4["dtypes"] == ["float32", "float16"]
+    assert a100["dtypes"] == ["float32", "float16", "bfloat16"]
+    # PyTorch's sdp_utils.cpp and the README of flash-attn: flash attention wants compute capability 8.0.
+    assert t4["attention_kernels"] == ["math", "efficient"]
+    assert a100["attention_kernels"] == ["math", "efficient", "flash", "flash_attention_2"]
+
+
 def test_every_model_of_the_list_can_be_planned_by_the_name_it_is_listed_under(ask: Ask) -> None:
     for model in ask("--list-models", "--json").json["models"]:
         answer = ask("--model", model["name"], "--gpu", "h200", "--json")
