@@ -15,7 +15,7 @@ UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 OBJECTIVES = ("fastest", "cheapest", "fewest-gpus", "longest")
 
 
-class NumberOrAuto(click.ParamType):
+class NumberOrAuto(click.ParamType[int | str]):
     """A whole number between two bounds, or auto."""
 
     name = "N|auto"
@@ -33,7 +33,7 @@ class NumberOrAuto(click.ParamType):
             self.fail(f"{error.message.rstrip('.')}, nor is it auto.", param, ctx)
 
 
-class Tokens(click.ParamType):
+class Tokens(click.ParamType[int]):
     """A number of tokens: 12500000, 12.5M, 3e8."""
 
     name = "N"

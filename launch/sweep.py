@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,13 +90,10 @@ def sweep(options: Mapping[str, Any], given: Collection[str], history: History) 
         raise request_error(
             FLAG, " ".join(options["sweeps"]), "it takes one option, or two unlike ones", "Leave some out"
         )
-    combinations = [((one[0],), {axes[0].option: one[1]}) for one in axes[0].values]
-    if len(axes) == 2:
-        combinations = [
-            ((*names, other[0]), {**values, axes[1].option: other[1]})
-            for names, values in combinations
-            for other in axes[1].values
-        ]
+    combinations = [
+        (tuple(name for name, _ in values), {axis.option: value for axis, (_, value) in zip(axes, values, strict=True)})
+        for values in itertools.product(*(axis.values for axis in axes))
+    ]
     if len(combinations) > MOST_PLANS:
         rule = f"that is {len(combinations)} plans, and {MOST_PLANS} are the most"
         raise request_error(FLAG, " ".join(options["sweeps"]), rule, "Name fewer values")

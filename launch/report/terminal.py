@@ -143,9 +143,9 @@ def request_table(plan: Plan) -> Table:
     table.add_row("trained", trained_words(plan))
     table.add_row("step", step_words(plan))
     table.add_row("strategy", strategy_words(plan))
-    if plan.verdict.step_time is not None:
+    if plan.fits and plan.verdict.step_time is not None:
         table.add_row("speed", speed_words(plan.verdict.step_time))
-    if plan.duration is not None:
+    if plan.fits and plan.duration is not None:
         table.add_row("whole run", duration_words(plan.duration))
     for choice in plan.choices:
         table.add_row(choice.field.replace("_", " "), f"{choice.value}: {choice.reason}")
