@@ -79,7 +79,7 @@ def measured_second_step(folder: Path, asked: Recipe, strategy: Strategy, dtype:
             for tensor in state.values()
             if isinstance(tensor, torch.Tensor)
         )
-        with meter.phase("forward"):
+        with meter.phase("forward"), torch.autocast("cpu", torch.bfloat16, enabled=asked.autocast):
             loss = loss_of(tokens, torch.ones_like(tokens), tokens)
         with meter.phase("backward"):
             loss.backward()
