@@ -19,25 +19,29 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.utils import generic
 
-KEY = torch._C.DispatchKey.AutocastPrivateUse1
+KEY = cast(Any, torch._C.DispatchKey).AutocastPrivateUse1
 Kind = Literal["cuda", "cpu"]
-PROMOTED = frozenset(
-    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add cat stack index_copy"
-    " ".split()
-)
-"""Operators whose inputs are all made float32 where one of them is (autocast_mode.h, AT_FORALL_PROMOTE; the last three
-on a CPU only)."""
-NARROWED = frozenset(
-    "_convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution prelu addmm"
-    " addmv addr matmul einsum mm mv linalg_vecdot linear addbmm baddbmm bmm chain_matmul linalg_multi_dot"
-    " _thnn_fused_lstm_cell _thnn_fused_gru_cell lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"
-    " _scaled_dot_product_flash_attention scaled_dot_product_attention"
-    " _addmm_activation _native_multi_head_attention mkldnn_rnn_layer".split()
-)
-"""Operators that run in autocast's dtype (AT_FORALL_LOWER_PRECISION_FP; the last three on a CPU only)."""
-OPTIONAL = frozenset("softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum".split())
+# fmt: off
+PROMOTED = frozenset((
+    "addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "vdot", "grid_sampler", "index_put", "tensordot",
+    "scatter_add", "cat", "stack", "index_copy",
+))
+"""Operators whose inputs are all made float32 where one of them is (ATen/autocast_mode.h, AT_FORALL_PROMOTE; the last
+three on a CPU only, autocast_mode.cpp)."""
+NARROWED = frozenset((
+    "_convolution", "conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d", "convolution", "prelu", "addmm", "addmv", "addr", "matmul", "einsum", "mm", "mv",
+    "linalg_vecdot", "linear", "addbmm", "baddbmm", "bmm", "chain_matmul", "linalg_multi_dot",
+    "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+    "_scaled_dot_product_flash_attention", "scaled_dot_product_attention",
+))
+"""Operators that run in autocast's dtype (AT_FORALL_LOWER_PRECISION_FP)."""
+OPTIONAL = frozenset((
+    "prod", "softmax", "log_softmax", "cumprod", "cumsum", "linalg_vector_norm", "linalg_matrix_norm", "sum",
+))
 """Operators that are asked for a float32 result unless they were asked for another, and convert as they go
 (AT_FORALL_FP32_SET_OPT_DTYPE). All others that autocast knows have their inputs made float32."""
+# fmt: on
 
 _copies: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
 """Autocast's cache: what was made of trained float32 leaves, kept until the outermost context ends."""
@@ -85,7 +89,7 @@ def followed(kind: Kind, casts: bool) -> Iterator[None]:
 @contextmanager
 def _kernels(kind: Kind) -> Iterator[None]:
     with ExitStack() as stack:
-        others, library = (torch.library.Library(namespace, "IMPL", KEY.name) for namespace in ("_", "aten"))
+        others, library = (cast(Any, torch.library.Library)(namespace, "IMPL", KEY.name) for namespace in ("_", "aten"))
         for each in (others, library):
             stack.callback(each._destroy)
         others.fallback(torch.library.fallthrough_kernel)

@@ -145,20 +145,33 @@ def timeline(step: Step) -> Timeline:
     held = forward(tape, step, marks)
     if held[0].node is None:
         raise ValueError("nothing is trained: the recipe's targets name no linear layer of the model")
+    copies = {copy.storage.number for copy in tape.copies if copy.storage is not None}
+    tape.copies.clear()
+    forward_end = len(tape.log)
     tape.backward(held[0])
     end = len(tape.log)
     del held
     tape.leaves.clear()  # they refer to the tape: no garbage is left to the cycle collector
-    alive = {place: by_room(of_place) for place, of_place in tape.alive_at([*marks, end]).items()}
+    alive = tape.alive_at([*marks, forward_end, end])
     middle = max(step.layers - 2, 0)
     kept: dict[Room, Size] = {}
+    forgotten: dict[Room, Size] = {}
     if middle:
         before, after = (alive[mark] for mark in marks)
-        kept = {room: size.plus(before.get(room, NOTHING).times(-1)).times(middle) for room, size in after.items()}
+        kept = {
+            room: size.plus(before_it.times(-1)).times(middle)
+            for room, size in by_room(after).items()
+            for before_it in [by_room(before).get(room, NOTHING)]
+        }
+        gone_by_then = copies & after.keys() - before.keys() - alive[forward_end].keys()
+        forgotten = {
+            room: size.times(-middle) for room, size in by_room({each: after[each] for each in gone_by_then}).items()
+        }
     made = _made(step, middle)
     allocations = list(tape.totals())
-    peaks = [*_with_middle(allocations, kept, made), *_after_flush(step, middle, allocations, kept)]
-    left = _sum(alive[end], made)
+    kept_after = _sum(kept, forgotten)
+    peaks = [*_with_middle(allocations, kept, kept_after, made), *_after_flush(step, middle, allocations, kept_after)]
+    left = _sum(by_room(alive[end]), made)
     if step.reduced_after:
         added = _sum(made, {GRADIENTS: Size(fixed=step.reduced_after)})
         total = sum_of(left.values()).plus(Size(fixed=step.reduced_after))
@@ -270,8 +283,7 @@ def head(tape: Tape, step: Step, hidden: Tensor, rows: Size) -> Tensor:
     """The output head: [rows, H] -> [rows, V]."""
     layer = step.layer
     weight = parameter(tape, layer, step.vocab * layer.hidden, layer.stream)
-    if layer.autocast:
-        hidden = op.cast(tape, hidden, layer.compute)
+    hidden, weight = op.narrowed(tape, hidden, layer.narrow), op.narrowed(tape, weight, layer.narrow)
     return op.matmul_weight(tape, hidden, weight, rows, layer.hidden, step.vocab)
 
 
@@ -316,14 +328,21 @@ def gradient_bytes(layer: Layer) -> int:
 
 
 def _with_middle(
-    allocations: Sequence[Allocation], kept: dict[Room, Size], gradients: dict[Room, Size]
+    allocations: Sequence[Allocation],
+    kept: dict[Room, Size],
+    kept_after: dict[Room, Size],
+    gradients: dict[Room, Size],
 ) -> Iterator[Peak]:
-    """Each with the layers between the first and the last: before they run, after, or after their backward pass."""
+    """Each with the layers between the first and the last: before they run, after, or after their backward pass.
+
+    What they keep is less once the forward pass has ended, and with it autocast.
+    """
     nothing: dict[Room, Size] = {}
-    of_kept, of_gradients = sum_of(kept.values()), sum_of(gradients.values())
+    of_kept, of_kept_after, of_gradients = (sum_of(each.values()) for each in (kept, kept_after, gradients))
     for place, where, total in allocations:
         if where[1] not in ("embedding", FIRST):
-            yield Peak(total.plus(of_kept), where, place, kept)
+            forward = where[0] == "forward"
+            yield Peak(total.plus(of_kept if forward else of_kept_after), where, place, kept if forward else kept_after)
         elif where[0] == "forward":
             yield Peak(total, where, place, nothing)
         else:
