@@ -22,10 +22,10 @@ import click
 from clusters.errors import RunFailed
 from clusters.gpu import find_gpu
 from launch.command import main as run_command
-from orchestrator.planner import gpu_target
+from orchestrator.devices import gpu_target
 from qlora_core.catalogue import find_model
 from qlora_core.files import write_json
-from qlora_core.memory.formula import estimate
+from qlora_core.memory.formula import estimate, prepared
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 
@@ -49,7 +49,7 @@ TRACE = """
 import json, time
 begin = time.perf_counter()
 from clusters.gpu import find_gpu
-from orchestrator.planner import gpu_target
+from orchestrator.devices import gpu_target
 from qlora_core.catalogue import find_model
 from qlora_core.memory.trace import estimate
 from qlora_core.recipe import Recipe
@@ -189,7 +189,7 @@ def questions() -> dict[str, Callable[[int], object]]:
     """What is asked of the formula, by how much of it is new; each takes a number that makes it new."""
     architecture = find_model("65b")
     device = gpu_target(find_gpu("a100-40gb"), "auto").device
-    strategy = Strategy()
+    strategy, recipe = Strategy(), Recipe(tokens_per_step=512)
 
     def same(_: int) -> object:
         return estimate(architecture, Recipe(tokens_per_step=512), strategy, device)
@@ -200,6 +200,9 @@ def questions() -> dict[str, Callable[[int], object]]:
     def micro_batch(number: int) -> object:
         return estimate(architecture, Recipe(tokens_per_step=512), Strategy(micro_batch=3 + number), device)
 
+    def process_bytes(number: int) -> object:
+        return prepared(architecture, recipe, strategy, device).process_bytes(3 + number, 512)
+
     def rank(number: int) -> object:
         return estimate(architecture, Recipe(rank=65 + number, tokens_per_step=512), strategy, device)
 
@@ -207,6 +210,7 @@ def questions() -> dict[str, Callable[[int], object]]:
         "the same again": same,
         "another sequence length": length,
         "another micro-batch": micro_batch,
+        "another micro-batch, its process bytes alone": process_bytes,
         "another structure (rank)": rank,
     }
 

@@ -19,8 +19,9 @@ from qlora_core.huggingface.config import architecture_from_config
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Phases
-from qlora_core.memory.formula import estimate
+from qlora_core.memory.formula import LEARNING, estimate, prepared, step_of
 from qlora_core.memory.measure import StorageMeter
+from qlora_core.memory.step import on_tape, recorded
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.loss import SummedLoss
@@ -63,7 +64,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured_second_step(folder: Path, asked: Recipe, strategy: Strategy, dtype: Any) -> Phases:
-    """The peaks of a real second step: bitsandbytes, peft and transformers, every tensor's storage followed."""
+    """The peaks of a real second step: bitsandbytes, peft and transformers, every tensor's storage followed.
+
+    Autocast, which our loop does not have, is on where transformers' Trainer has it: around model and loss.
+    """
     torch.set_num_threads(1)
     base = load_base(str(folder), asked, strategy, dtype, torch.device("cpu"))
     adapted = attach_adapters(base, asked, seed=0).train()
@@ -79,7 +83,7 @@ def measured_second_step(folder: Path, asked: Recipe, strategy: Strategy, dtype:
             for tensor in state.values()
             if isinstance(tensor, torch.Tensor)
         )
-        with meter.phase("forward"):
+        with meter.phase("forward"), torch.autocast("cpu", torch.bfloat16, enabled=asked.autocast):
             loss = loss_of(tokens, torch.ones_like(tokens), tokens)
         with meter.phase("backward"):
             loss.backward()
@@ -129,9 +133,8 @@ def test_constants_are_those_bitsandbytes_makes(shape: tuple[int, int], double: 
     if double:
         tensors += [state.state2.absmax, state.state2.code, state.offset]
     numel = shape[0] * shape[1]
-    asked = recipe(double_quantization=double, block_size=block)
     assert packed.nbytes == -(-numel // 2)
-    assert sorted(tensor.nbytes for tensor in tensors) == sorted(exact.constant_tensors(numel, asked))
+    assert sorted(tensor.nbytes for tensor in tensors) == sorted(exact.constant_tensors(numel, block, double))
 
 
 def test_optimizer_state_is_that_of_bitsandbytes() -> None:
@@ -253,6 +256,45 @@ def test_components_add_up_and_none_is_negative(
     assert min(dataclasses.asdict(gpu.components).values()) >= 0
     assert gpu.allocated_bytes == max(gpu.phases.forward, gpu.phases.backward, gpu.phases.optimizer)
     assert gpu.allocated_bytes <= gpu.reserved_bytes <= gpu.process_bytes
+
+
+MIXED = [*SMALL, model("mixtral-8x7b"), model("gemma-3-1b")]
+
+
+@given(st.sampled_from(MIXED), recipes, strategies, devices, st.integers(1, 9), st.integers(1, 9000))
+@settings(max_examples=60, deadline=None)
+def test_what_a_search_asks_is_the_estimates(
+    architecture: ModelArchitecture,
+    asked: Recipe,
+    strategy: Strategy,
+    device: Device,
+    micro_batch: int,
+    seq_len: int,
+) -> None:
+    """`asked` has another micro-batch and another length, on the other side of a sliding window at times."""
+    longer = dataclasses.replace(asked, seq_len=seq_len, tokens_per_step=seq_len)
+    said = estimate(architecture, longer, dataclasses.replace(strategy, micro_batch=micro_batch), device).gpu
+    sizes = prepared(architecture, asked, strategy, device)
+    assert sizes.process_bytes(micro_batch, seq_len) == said.process_bytes
+
+
+@given(st.sampled_from(MIXED), recipes, strategies, devices)
+@settings(max_examples=30, deadline=None)
+def test_the_tape_of_any_rank_is_the_tape_of_each(
+    architecture: ModelArchitecture, asked: Recipe, strategy: Strategy, device: Device
+) -> None:
+    step = step_of(architecture, asked, strategy, device)
+    at_any = recorded(on_tape(step)).at_rank(asked.rank)
+    assert recorded(step).at_rank(1) == at_any  # what knows its rank does not depend on another
+
+
+def test_learning_has_no_size() -> None:
+    """Who adds a field to Recipe has to say so, or sizes are prepared for each of its values."""
+    plain, other = recipe(), recipe(learning_rate=1e-3, alpha=8.0, beta2=0.5, epochs=3.0, steps=7)
+    assert prepared(model("gpt2"), plain, Strategy(), A100) is prepared(model("gpt2"), other, Strategy(), A100)
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    assert fields > LEARNING
+    assert {"method", "quantization", "rank", "targets", "lora_dtype", "upcast", "optimizer"} <= fields - LEARNING
 
 
 @given(st.sampled_from(SMALL), recipes, strategies, devices)

@@ -36,10 +36,10 @@ def absmax_count(numel: int, block_size: int) -> int:
     return -(-numel // block_size)
 
 
-def constant_tensors(numel: int, recipe: Recipe) -> tuple[int, ...]:
+def constant_tensors(numel: int, block_size: int, double_quantization: bool) -> tuple[int, ...]:
     """Bytes of each constant tensor of one 4-bit weight of `numel` elements."""
-    blocks = absmax_count(numel, recipe.block_size)
-    if not recipe.double_quantization:
+    blocks = absmax_count(numel, block_size)
+    if not double_quantization:
         return (4 * blocks, CODE_BYTES)
     return (blocks, 4 * -(-blocks // NESTED_BLOCK), NESTED_CODE_BYTES, CODE_BYTES, OFFSET_BYTES)
 
@@ -95,7 +95,8 @@ def weights(architecture: ModelArchitecture, recipe: Recipe, compute: Dtype) -> 
             constants.append((4 * linear.out_features, count))
         else:
             base.append((-(-numel // 2), count))
-            constants.extend((size, count) for size in constant_tensors(numel, recipe))
+            of_one = constant_tensors(numel, recipe.block_size, recipe.double_quantization)
+            constants.extend((size, count) for size in of_one)
         if linear.bias:
             other.append((linear.out_features * item, count))
     return Weights(tuple(base), tuple(constants), tuple(other))

@@ -17,18 +17,18 @@ leaves out is that the room in a segment may be in several pieces, so what it fi
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from qlora_core.memory.allocator import LARGE_SEGMENT, OWN_SEGMENT, SMALL, SMALL_SEGMENT, segment_for
-from qlora_core.memory.step import Scene, highest
+from qlora_core.memory.step import Scene, Stretches, highest
 from qlora_core.memory.tape import Size, value
-from qlora_core.strategy import Strategy
 
 PLACES = 1 << 20
 """More than there are segments: what is free in a segment, times this, plus the segment's place sort as one number."""
+SMALL_ROOM = SMALL * PLACES + PLACES - 1
+"""The most of such a number with which a segment is full: large blocks are never smaller."""
 
 
 class Fragmentation(NamedTuple):
@@ -50,11 +50,79 @@ KEPT = Fragmentation(-20, 10, 70)
 """Without gradient checkpointing, where most of what a step allocates stays to the backward pass."""
 
 
-def fragments(strategy: Strategy, allocated: int, varying: int) -> tuple[int, int, int]:
-    """How many bytes more than `grown` finds may be reserved: the least, what is typical, the most."""
-    scale = math.isqrt(allocated * max(varying, 0))
-    low, typical, high = CHECKPOINTED if strategy.gradient_checkpointing else KEPT
-    return scale * low // 1000, scale * typical // 1000, scale * high // 1000
+class Turn(NamedTuple):
+    """What goes from one moment to the next, and then what comes, in its order.
+
+    Each is a tensor, and the place of its size among a script's.
+    """
+
+    gone: tuple[tuple[int, int], ...]
+    come: tuple[tuple[int, int], ...]
+
+
+class Script(NamedTuple):
+    """The moments of a step, for one choice of the highest scenes.
+
+    Attributes:
+        sizes: of all tensors, polynomials whose values are bytes times `PLACES`.
+        of_last_chunk: sizes of the last chunk of the loss come behind those: each as the place of what it is elsewhere,
+            and what a token of a chunk takes of it.
+        before, after: turns up to what the layers in between keep, and from there.
+        tensors: how many there are.
+    """
+
+    sizes: tuple[Size, ...]
+    of_last_chunk: tuple[tuple[int, int], ...]
+    before: tuple[Turn, ...]
+    after: tuple[Turn, ...]
+    tensors: int
+
+
+class Growth:
+    """The segments of large blocks that a step adds to those of the loaded weights.
+
+    Args:
+        stretches: what the step passes.
+        kept: what the layers in between keep: the bytes of one, and how many.
+        checkpointing: these are checkpoints.
+        holes: what is free in the segments of the loaded weights.
+    """
+
+    def __init__(
+        self, stretches: Stretches, kept: Sequence[tuple[Size, int]], checkpointing: bool, holes: Iterable[int]
+    ) -> None:
+        self._stretches, self._kept, self._checkpointing = stretches, kept, checkpointing
+        self._left = [free * PLACES + place for place, free in enumerate(holes)]
+        self._room = sorted(room for room in self._left if room > SMALL_ROOM)
+        self._scripts: dict[tuple[int, ...], Script] = {}
+        """Those that were asked for, by the identities of their scenes, which live as long as this does."""
+
+    def kept(self, variables: Sequence[int]) -> list[tuple[int, int]]:
+        """What the layers in between keep, where the polynomials' variables have these values."""
+        return [(value(size, variables), count) for size, count in self._kept]
+
+    def at(self, variables: Sequence[int], last_chunk: int) -> int:
+        """Bytes, where the polynomials' variables have these values.
+
+        The last chunk of the loss has `last_chunk` tokens if it is smaller than others; 0 otherwise.
+        """
+        _, positions, tokens, scores, chunk = variables
+        script = self._script([highest(scenes, variables) for scenes in self._stretches], last_chunk > 0)
+        sizes = [a + b * positions + c * tokens + d * scores + e * chunk for a, b, c, d, e in script.sizes]
+        less = chunk - last_chunk
+        sizes += [sizes[place] - less * of_token for place, of_token in script.of_last_chunk]
+        segments = Segments(self._left, self._room, script.tensors)
+        segments.play(script.before, sizes)
+        for size, count in self.kept(variables):
+            segments.keep(size, count)
+        segments.play(script.after, sizes)
+        return segments.taken
+
+    def _script(self, scenes: Sequence[Scene], with_last_chunk: bool) -> Script:
+        key = (*map(id, scenes), with_last_chunk)
+        if key not in self._scripts:
+            self._scripts[key] = _script(scenes, self._checkpointing, with_last_chunk)
+        return self._scripts[key]
 
 
 class Segments:
@@ -64,97 +132,99 @@ class Segments:
         taken: bytes of those that were not there before.
 
     Args:
-        holes: what is free in those that were.
+        left: what is free in those that were.
+        room: those of them with room, by that.
+        tensors: how many will be placed.
     """
 
-    def __init__(self, holes: Iterable[int]) -> None:
+    def __init__(self, left: Sequence[int], room: Sequence[int], tensors: int) -> None:
         self.taken = 0
-        self._left = list(holes)
-        self._room: list[int] = []
-        self._placed: dict[int, tuple[int, int]] = {}
-        self._look_for_room()
+        self._left, self._room = list(left), list(room)
+        self._places = [0] * tensors
 
-    def hold(self, tensors: dict[int, int]) -> None:
-        """These and no others, in the order in which they came: bytes by number."""
-        left, room, placed = self._left, self._room, self._placed
-        if gone := placed.keys() - tensors.keys():
-            for number in gone:
-                size, place = placed.pop(number)
-                left[place] += size
-            self._look_for_room()
-        for number, size in tensors.items():
-            if number in placed:
-                continue
-            if room and room[-1] >= size * PLACES:
-                place = room.pop(bisect_left(room, size * PLACES)) % PLACES
-                rest = left[place] - size
-                left[place] = rest
-            else:
-                segment, place = segment_for(size), len(left)
-                self.taken += segment
-                rest = segment - size
-                left.append(rest)
-            if rest > SMALL:
-                insort(room, rest * PLACES + place)
-            placed[number] = size, place
+    def play(self, turns: Iterable[Turn], sizes: Sequence[int]) -> None:
+        """Go through these moments."""
+        left, room, places, taken = self._left, self._room, self._places, 0
+        for gone, come in turns:
+            for tensor, of in gone:
+                size = sizes[of]
+                if size > SMALL_ROOM:
+                    place = places[tensor]
+                    before = left[place]
+                    if before > SMALL_ROOM:
+                        del room[bisect_left(room, before)]
+                    left[place] = after = before + size
+                    insort(room, after)
+            for tensor, of in come:
+                size = sizes[of]
+                if size <= SMALL_ROOM:
+                    continue
+                index = bisect_left(room, size)
+                if index < len(room):
+                    rest = room.pop(index) - size
+                    places[tensor] = place = rest % PLACES
+                    left[place] = rest
+                else:
+                    segment = segment_for(size // PLACES)
+                    taken += segment
+                    places[tensor] = place = len(left)
+                    rest = segment * PLACES - size + place
+                    left.append(rest)
+                if rest > SMALL_ROOM:
+                    insort(room, rest)
+        self.taken += taken
 
     def keep(self, size: int, count: int) -> None:
         """Tensors of `size` bytes, for good."""
-        left, room = self._left, self._room
-        while count and size > SMALL and room and room[-1] >= size * PLACES:
-            place = room.pop(bisect_left(room, size * PLACES)) % PLACES
-            some = min(left[place] // size, count)
-            left[place] -= some * size
-            insort(room, left[place] * PLACES + place)
-            count -= some
+        if size > SMALL:
+            left, room, needed = self._left, self._room, size * PLACES
+            first = last = bisect_left(room, needed)
+            rests = []
+            while count and last < len(room):
+                some = min(room[last] // needed, count)
+                rest = room[last] - some * needed
+                left[rest % PLACES] = rest
+                if rest > SMALL_ROOM:
+                    rests.append(rest)
+                count -= some
+                last += 1
+            del room[first:last]
+            for rest in rests:
+                insort(room, rest)
         self.taken += packed([(size, count)])
 
-    def _look_for_room(self) -> None:
-        self._room[:] = sorted([free * PLACES + place for place, free in enumerate(self._left) if free > SMALL])
 
+def _script(scenes: Sequence[Scene], checkpointing: bool, with_last_chunk: bool) -> Script:
+    layers, loss, loss_backward, last_layer = (scene.alive for scene in scenes)
+    tensors: dict[int, int] = {}
+    places: dict[Size, int] = {}
+    for number, size in ((number, size) for scene in scenes for number, size in scene.alive.items()):
+        tensors.setdefault(number, len(tensors))
+        places.setdefault(size.times(PLACES), len(places))
+    of_last_chunk: dict[tuple[int, int], int] = {}
+    alive: dict[int, int] = {}
 
-def grown(
-    stretches: Sequence[Sequence[Scene]],
-    variables: Sequence[int],
-    holes: Iterable[int],
-    kept: Sequence[tuple[int, int]],
-    checkpointing: bool,
-    last_chunk: int,
-) -> int:
-    """Bytes of the segments that a step adds to those that are there before.
+    def turn(scene: dict[int, Size], last_chunk: bool = False) -> Turn:
+        gone = tuple((tensors[number], alive.pop(number)) for number in [*alive] if number not in scene)
+        come = []
+        for number, size in scene.items():
+            if number not in alive:
+                of = places[size.times(PLACES)]
+                if last_chunk and size.per_chunk_token:
+                    of_token = size.per_chunk_token * PLACES
+                    of = len(places) + of_last_chunk.setdefault((of, of_token), len(of_last_chunk))
+                alive[number] = of
+                come.append((tensors[number], of))
+        return Turn(gone, tuple(come))
 
-    Args:
-        stretches: what the step passes: layers, loss, loss backward, last layer backward; sizes are polynomials in
-            `variables`.
-        variables: their values.
-        holes: what is free in segments before.
-        kept: what the layers in between keep, as bytes of one and how many.
-        checkpointing: these are checkpoints.
-        last_chunk: tokens of the last chunk of the loss, if it is smaller than others; 0 otherwise.
-    """
-    layers, loss, loss_backward, last_layer = (highest(stretch, variables).alive for stretch in stretches)
-    segments = Segments(holes)
-    layer = _large(layers, variables)
-    segments.hold(layer)
-    if checkpointing:
-        segments.hold({})  # they come between two layers, into room that the next one then lacks
-    for size, count in kept:
-        segments.keep(size, count)
-    segments.hold(layer)
-    segments.hold(_large(loss, variables))
-    if last_chunk:
+    # checkpoints come between two layers, into room that the next one then lacks
+    before = [turn(layers), turn({})] if checkpointing else [turn(layers)]
+    after = [turn(layers), turn(loss)]
+    if with_last_chunk:
         # it is the first of the backward pass, and makes segments into which the others do not fit
-        segments.hold(_large(loss_backward, (*variables[:-1], last_chunk)))
-        segments.hold({})
-    segments.hold(_large(loss_backward, variables))
-    segments.hold(_large(last_layer, variables))
-    return segments.taken
-
-
-def _large(alive: dict[int, Size], variables: Sequence[int]) -> dict[int, int]:
-    """Bytes of those that lie in segments of large blocks."""
-    sizes = ((number, value(size, variables)) for number, size in alive.items())
-    return {number: size for number, size in sizes if size > SMALL}
+        after += [turn(loss_backward, last_chunk=True), turn({})]
+    after += [turn(loss_backward), turn(last_layer)]
+    return Script(tuple(places), tuple(of_last_chunk), tuple(before), tuple(after), len(tensors))
 
 
 def packed(sizes: Sequence[tuple[int, int]]) -> int:

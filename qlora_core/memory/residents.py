@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from qlora_core.architecture import ModelArchitecture
@@ -90,8 +89,7 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     if shard.stage == 3 or device.kind == "cpu":
         segments = sum(loaded.values()) + sum(whole.values())
     else:
-        alike = replace(device, context_bytes=0, ranks_per_host=1)
-        loaded["framework"], segments, holes = settled(architecture, recipe, alike)
+        loaded["framework"], segments, holes = settled(architecture, recipe, device)
     return Residents(
         loaded,
         undivided if shard.stage == 3 else 0,
