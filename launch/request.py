@@ -143,7 +143,7 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
     data = None
     if architecture and recipe:
         attempt(lambda: check_targets(architecture, recipe, "--targets"))
-        data = attempt(lambda: data_of(options, architecture, recipe, choices))
+        data = attempt(lambda: data_of(options, recipe, choices))
     if problems or architecture is None or place is None or recipe is None or data is None:
         raise RequestError(problems)
     planned = recipe
@@ -331,7 +331,7 @@ def host_ram_of(gib: float | None) -> int | None:
 # --- the data ---------------------------------------------------------------------------------------------------------
 
 
-def data_of(options: Options, architecture: ModelArchitecture, recipe: Recipe, choices: list[Choice]) -> Data:
+def data_of(options: Options, recipe: Recipe, choices: list[Choice]) -> Data:
     """What is known of the data: from --tokens, or from --data by the model's own tokenizer.
 
     Raises:
@@ -344,7 +344,7 @@ def data_of(options: Options, architecture: ModelArchitecture, recipe: Recipe, c
         return Data(tokens)
     from launch.data import measured
 
-    return measured(Path(path), architecture, recipe, choices)
+    return measured(Path(path), Path(options["model"]).expanduser(), recipe, choices)
 
 
 # --- the devices ------------------------------------------------------------------------------------------------------

@@ -154,8 +154,11 @@ def plan_question(
     `targets` are ordered by memory, at least one. Alternatives to what was asked for come from a search that may change
     the fields `searched`; "nearest": only where nothing fits. See `plan_request` for the rest.
     """
-    pools = [target.pool for target in targets if target.pool is not None]
-    found = search(question, pools) if question.open and pools else []
+    if all(target.device.kind == "cpu" for target in targets):
+        # processes on one CPU share its cores, and nothing is paged there
+        question = replace(question, open=question.open - {"world_size", "paged_optimizer"})
+        searched -= {"world_size", "paged_optimizer"}
+    found = search(question, targets) if question.open else []
     others = Alternatives(question.architecture, tokens, currency, history)
     common: dict[str, Any] = {"estimator": estimator, "history": history}
     if found:
@@ -175,8 +178,8 @@ def plan_question(
         return replace(answer, duration=mine.duration, alternatives=tuple(beside))
     asked_for = Candidate(question.recipe, question.strategy)
     chosen_anyway: list[Choice] = []
-    if question.open and pools:
-        place = next(places(question, pools[-1:]), Place(((targets[-1], question.strategy.world_size),)))
+    if question.open:
+        place = next(places(question, targets[-1:]), Place(((targets[-1], question.strategy.world_size),)))
         asked_for = leanest_of_all(question, place)
         chosen_anyway = list(hopeless(question, asked_for))
     answer = plan_request(
@@ -195,10 +198,9 @@ def plan_question(
         answer = replace(answer, host_usable_bytes=host_of(answer.target))
     if alternatives != "none" and not answer.fits:
         return replace(answer, alternatives=tuple(others.nearest(answer)))
-    if alternatives != "all" or answer.target.pool is None:
+    if alternatives != "all":
         return answer
-    free = replace(question, open=searched)
-    better = others.faster(search(free, [answer.target.pool]), answer)
+    better = others.faster(search(replace(question, open=searched), [answer.target]), answer)
     step = answer.verdict.step_time
     pace = None if step is None else step.seconds / step.tokens
     return replace(answer, alternatives=tuple(others.beside(better[:MOST_ALTERNATIVES], asked_for, pace)))

@@ -156,9 +156,9 @@ class Found:
         return self.seconds_per_token * (self.place.gpus if price is None else price)
 
 
-def search(question: Question, pools: Sequence[Pool]) -> list[Found]:
+def search(question: Question, devices: Sequence[Target]) -> list[Found]:
     """The best candidate of each place, the best place first; what another beats in every respect is left out."""
-    found = [best for place in places(question, pools) if (best := best_of(question, place)) is not None]
+    found = [best for place in places(question, devices) if (best := best_of(question, place)) is not None]
     return ranked(question.objective, undominated(found))
 
 
@@ -194,9 +194,13 @@ def undominated(found: Sequence[Found]) -> list[Found]:
 # --- places -----------------------------------------------------------------------------------------------------------
 
 
-def places(question: Question, pools: Sequence[Pool]) -> Iterator[Place]:
-    """The groups of GPUs that may be taken: of one pool, and of two unlike ones together."""
+def places(question: Question, devices: Sequence[Target]) -> Iterator[Place]:
+    """The groups of GPUs that may be taken: of one pool, and of two unlike ones together; a CPU is one by itself."""
     dtype = question.recipe.compute_dtype
+    pools = [device.pool for device in devices if device.pool is not None]
+    for device in devices:
+        if device.pool is None:
+            yield Place(((device, question.strategy.world_size),))
     for pool in pools:
         for count in counts(question, pool.gpus, pool.gpus_per_node):
             yield Place(((pool_target(pool, dtype, count), count),))
