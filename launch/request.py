@@ -377,15 +377,21 @@ def place_of(options: Options) -> Devices:
         return named_devices(names, options)
     if options["gpus"] is None and (found := this_machine(options)) is not None:
         return found
-    note: tuple[Choice, ...] = ()
-    if options["gpus"] is None:
-        note = (Choice("gpus", "1", "this machine shows no NVIDIA GPU, so one of each common kind is looked at"),)
-    return replace(named_devices(list(COMMON), options), named=None, choices=note)
+    common = named_devices(list(COMMON), options)
+    if options["gpus"] is None and not any_number(options):
+        reason = "this machine shows no NVIDIA GPU, so one of each common kind is looked at"
+        common = replace(common, choices=(Choice("gpus", "1", reason),))
+    return common
 
 
-def count_of(options: Options, otherwise: int = 1) -> int:
-    """The number of GPUs that was passed."""
-    return options["gpus"] if isinstance(options["gpus"], int) else otherwise
+def count_of(options: Options) -> int:
+    """The number of GPUs that was passed; 1 without."""
+    return options["gpus"] if isinstance(options["gpus"], int) else 1
+
+
+def any_number(options: Options) -> bool:
+    """Whether the number of GPUs is the planner's to choose."""
+    return options["gpus"] == AUTO or (options["gpus"] is None and options["objective"] is not None)
 
 
 def names_of(options: Options) -> list[str]:
@@ -415,7 +421,10 @@ def named_devices(names: list[str], options: Options) -> Devices:
     if problems:
         raise RequestError(problems)
     asked = target_named(options["gpu"], options).name if options["gpu"] else None
-    return Devices(by_memory(targets.values()), count_of(options), asked)
+    note: tuple[Choice, ...] = ()
+    if any_number(options) and any(target.pool is not None for target in targets.values()):
+        note = (Choice("gpus", f"1 to {NODE_GPUS}", "no number was given, so one node is looked at"),)
+    return Devices(by_memory(targets.values()), count_of(options), asked, note)
 
 
 def by_memory(targets: Collection[Target]) -> tuple[Target, ...]:
@@ -427,10 +436,7 @@ def target_named(name: str, options: Options) -> Target:
     """The device of that name: a GPU of the catalogue, or this host's processor."""
     compute_dtype, workers = options["compute_dtype"], count_of(options)
     if name.strip().lower() != "cpu":
-        pool = any_nodes(
-            find_gpu(name),
-            count_of(options, 1 if options["gpus"] is None and options["objective"] is None else NODE_GPUS),
-        )
+        pool = any_nodes(find_gpu(name), NODE_GPUS if any_number(options) else workers)
         return pool_target(pool, compute_dtype, workers)
     import psutil  # only where the CPU is asked for: it costs the start of every other plan
 

@@ -175,7 +175,7 @@ def plan_question(
         chosen = Candidate(best.recipe, best.strategy)
         mine = others.of("", best.place, best.target, chosen, best.needed, ())
         beside = others.beside(found[1 : MOST_ALTERNATIVES + 1], chosen, best.seconds_per_token)
-        return replace(answer, duration=mine.duration, alternatives=tuple(beside))
+        return replace(answer, duration=mine.duration, objective=question.objective, alternatives=tuple(beside))
     asked_for = Candidate(question.recipe, question.strategy)
     chosen_anyway: list[Choice] = []
     if question.open:

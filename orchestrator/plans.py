@@ -198,6 +198,7 @@ class Plan:
         warnings: what the person should know, such as a sequence longer than the model's positions.
         host_usable_bytes: memory of a host, where it was stated; None leaves the host undecided.
         duration: of the whole run on `target`; None where nobody said how many tokens it has.
+        objective: what was looked for, where something was; None where the request is answered as it was made.
         alternatives: other ways to run, the best first; where nothing fits, the nearest that would.
     """
 
@@ -211,6 +212,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     host_usable_bytes: int | None = None
     duration: Duration | None = None
+    objective: Objective | None = None
     alternatives: tuple[Alternative, ...] = ()
 
     @property

@@ -93,6 +93,8 @@ def only_one(field: str, chosen: Candidate, judge: Judge) -> str:
     strategy = chosen.strategy
     if field == "zero_stage" and strategy.offload != "none":
         return f"offloading needs it: {strategy.offload}"
+    if field == "offload" and strategy.paged_optimizer:
+        return "the optimizer's state is paged, so it goes to the host by itself where memory is short"
     if field in ("zero_stage", "offload") and strategy.world_size == 1:
         return "there is one worker, so there is nothing to share out"
     return f"{judge.architecture.model_type} knows no other" if field in ("attention", "loss") else "there is no other"

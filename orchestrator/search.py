@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from clusters.cluster import Pool
 from orchestrator.devices import pool_target, rates, slowest_links
 from orchestrator.plans import Objective, Target
 from qlora_core.architecture import ModelArchitecture
@@ -171,7 +170,7 @@ def ranked(objective: Objective, found: Iterable[Found]) -> list[Found]:
             "fastest": (pace, gpus),
             "cheapest": (one.cost_per_token, pace),
             "fewest-gpus": (gpus, pace),
-            "longest": (-one.recipe.seq_len, pace),
+            "longest": (-one.recipe.seq_len, gpus, pace),
         }[objective]
         return (not one.sure, *first)
 
@@ -475,7 +474,10 @@ def without_size(candidate: Candidate) -> Candidate:
 
 
 def longest(question: Question, place: Place, judge: Judge, sure: bool) -> Candidate | None:
-    """The longest context up to the model's positions, in whole LENGTH_STEPs; the fastest of those alike."""
+    """The longest context up to the model's positions, in whole LENGTH_STEPs; the fastest of those as long.
+
+    As in `fastest`, the simplest of those that are as fast.
+    """
     positions = question.architecture.max_position_embeddings
     lengths = [*range(LENGTH_STEP, positions, LENGTH_STEP), positions]
     best: Candidate | None = None
@@ -493,6 +495,6 @@ def longest(question: Question, place: Place, judge: Judge, sure: bool) -> Candi
             continue
         longer = bisect_left(lengths, True, lo=found, key=too_long)
         candidate = at(lengths[longer - 1])
-        if best is None or longer > found or judge.seconds(candidate) < judge.seconds(best):
+        if best is None or longer > found or judge.seconds(candidate) * ALIKE < judge.seconds(best):
             best, found = candidate, longer
     return best

@@ -91,12 +91,9 @@ def screen(plan: Plan, swept: Sweep | None = None) -> Iterator[RenderableType]:
     yield Text("\nFits on (sizes in GiB)", style="italic")
     yield verdicts_table(plan)
     if plan.alternatives:
-        from launch.report.alternatives import alternatives_table
+        from launch.report.alternatives import alternatives_table, title_of
 
-        title = (
-            "Other ways, the fastest first" if plan.fits else "The nearest that would fit, the cheapest for you first"
-        )
-        yield Text(f"\n{title}", style="italic")
+        yield Text(f"\n{title_of(plan)}", style="italic")
         yield alternatives_table(plan)
     if swept is not None:
         from launch.report.sweep import sweep_tables
