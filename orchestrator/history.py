@@ -54,7 +54,8 @@ class History:
 
     def time_ratios(self, target: Target) -> list[float]:
         """Of the runs on that very device."""
-        return [run.time_ratio for run in self.runs if run.time_ratio is not None and run.gpu == target.name]
+        gpu = target.name if target.pool is None else target.pool.gpu.name
+        return [run.time_ratio for run in self.runs if run.time_ratio is not None and run.gpu == gpu]
 
     def corrected(self, step: StepTime, target: Target) -> StepTime:
         """A step's time by what such steps took: the median, and nine of ten once there are enough of them."""

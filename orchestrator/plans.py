@@ -280,6 +280,7 @@ class Plan:
             },
             "verdicts": [verdict_json(verdict) for verdict in self.verdicts],
             "duration": None if self.duration is None else dataclasses.asdict(self.duration),
+            "objective": self.objective,
             "alternatives": [alternative.to_json() for alternative in self.alternatives],
             "choices": [dataclasses.asdict(choice) for choice in self.choices],
             "warnings": list(self.warnings),

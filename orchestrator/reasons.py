@@ -91,6 +91,8 @@ def reason(question: Question, judge: Judge, chosen: Candidate, field: str, foun
 def only_one(field: str, chosen: Candidate, judge: Judge) -> str:
     """Why there was nothing to choose."""
     strategy = chosen.strategy
+    if field == "paged_optimizer" and strategy.offload != "none":
+        return "the state is on the host already"
     if field == "zero_stage" and strategy.offload != "none":
         return f"offloading needs it: {strategy.offload}"
     if field == "offload" and strategy.paged_optimizer:
@@ -132,6 +134,8 @@ def micro_batch_reason(question: Question, judge: Judge, chosen: Candidate, foun
     """Why it is no larger."""
     own = chosen.strategy.micro_batch
     larger = [size for size, _ in micro_batches(question, chosen, found.place.gpus) if size > own]
+    if question.objective == "longest":
+        return "the room is for the context"
     if not larger:
         return "larger ones gain little" if own == LARGEST_MICRO_BATCH else "all sequences of a GPU's share of the step"
     share = own * chosen.strategy.gradient_accumulation

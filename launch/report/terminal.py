@@ -267,7 +267,8 @@ def remark(text: str) -> Text:
 def verdicts_table(plan: Plan) -> Table:
     """One line per device."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "", "\nusable", "\nneeded", "\nto spare", "largest\nmicro-batch", "longest\nsequence"):
+    limits = ("largest\nmicro-batch", "longest\nsequence")
+    for title in ("", "", "\nusable", "\nneeded", "\nto spare", *limits, "\ntokens/s"):
         table.add_column(title, justify="right" if title else "left", no_wrap=True, header_style="dim")
     for verdict in plan.verdicts:
         table.add_row(*verdict_cells(verdict))
@@ -283,6 +284,7 @@ def verdict_cells(verdict: Verdict) -> tuple[str | Text, ...]:
         verdict_cell(verdict),
         *(f"{size / GIB:.2f}" for size in sizes),
         *(str(limit) if limit else "-" for limit in limits),
+        f"{verdict.step_time.tokens_per_second:,.0f}" if verdict.fits and verdict.step_time else "-",
     )
 
 
