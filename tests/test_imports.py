@@ -51,6 +51,7 @@ PLANNING = (
     "launch/command.py",
     "launch/listing.py",
     "launch/plan.py",
+    "launch/devices.py",
     "launch/request.py",
     "launch/report/explain.py",
     "launch/report/terminal.py",
