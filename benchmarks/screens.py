@@ -1,6 +1,6 @@
 """The screens in the documents: each command that is shown with what it prints is run again, and its output put in.
 
-    python -m benchmarks.screens
+python -m benchmarks.screens
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from launch.devices import AUTO, Options, place_of
 from orchestrator.history import History
 from orchestrator.planner import EstimatorFunction, at_length, fitting_defaults, plan_question
 from orchestrator.plans import Choice, Plan, Target
+from orchestrator.question import STRATEGY_FIELDS, Question
 from orchestrator.rules import check_architecture, check_strategy
-from orchestrator.search import STRATEGY_FIELDS, Question
 from orchestrator.targets import check_targets
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model

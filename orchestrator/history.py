@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import click
 
@@ -62,6 +61,8 @@ class History:
         ratios = self.time_ratios(target)
         if not ratios:
             return step
+        from statistics import median  # fractions and decimals come with it, and most plans need none
+
         factor = median(ratios)
         low, high = step.low * factor, step.high * factor
         if len(ratios) >= ENOUGH_RUNS:

@@ -8,18 +8,9 @@ from typing import Any
 
 from clusters.gpu import GIB
 from orchestrator.plans import Choice
-from orchestrator.search import (
-    LARGEST_MICRO_BATCH,
-    Candidate,
-    Found,
-    Judge,
-    Place,
-    Question,
-    bytes_for,
-    host_has_room,
-    micro_batches,
-    shapes,
-)
+from orchestrator.question import Candidate, Place, Question
+from orchestrator.search import Found, Judge, bytes_for, host_has_room
+from orchestrator.space import LARGEST_MICRO_BATCH, micro_batches, shapes
 
 NAMES: dict[str, dict[Any, str]] = {
     "gradient_checkpointing": {True: "gradient checkpointing", False: "keeping all activations"},

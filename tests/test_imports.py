@@ -43,7 +43,9 @@ PLANNING = (
     "orchestrator/plans.py",
     "orchestrator/reasons.py",
     "orchestrator/rules.py",
+    "orchestrator/question.py",
     "orchestrator/search.py",
+    "orchestrator/space.py",
     "orchestrator/verdicts.py",
     "orchestrator/planner.py",
     "orchestrator/spec.py",
@@ -57,7 +59,7 @@ PLANNING = (
     "launch/report/terminal.py",
 )
 """What `qlora-plan` is made of, and the specification, which is read before torch is imported."""
-MEASURING = tuple(f"qlora_core/memory/{name}.py" for name in ("measure", "recorder", "loading", "trace"))
+MEASURING = tuple(f"qlora_core/memory/{name}.py" for name in ("autocast", "measure", "recorder", "loading", "trace"))
 """The estimators that run real code."""
 
 

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from clusters.gpu import GIB
 from launch.report.terminal import time_words
-from orchestrator.plans import SURE, Alternative, Objective, Plan
+from orchestrator.alternatives import Alternative
+from orchestrator.plans import SURE, Objective, Plan
 
 WORDS = {
     "micro_batch": "micro-batch {}",
