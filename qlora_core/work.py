@@ -121,7 +121,10 @@ def _expert_weights_of_a_token(architecture: ModelArchitecture) -> int:
 def _written(
     architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device
 ) -> tuple[Size, int, int]:
-    """Bytes of all tensors that are made, of those that are dequantized weights, and their number; two layers stand for all, and one chunk of the loss for all."""
+    """Bytes of all tensors that are made, of those that are dequantized weights, and their number.
+
+    Two layers stand for all, and one chunk of the loss for all.
+    """
     step = step_of(architecture, recipe, strategy, device)
     tape = Tape()
     marks: list[int] = []

@@ -134,8 +134,9 @@ of the trace:
 
 {table(["figure", "median", "nine of ten within", "worst", "mean, signed"], rows, "1 2 3 4")}
 The formula's interval of reserved memory holds {inside} of {len(said)}, and {grid.held_out()} where each model's is
-taken from the other models' traces; in the median it is {100 * median(widths):.0f} % wide. Fragmentation is why: if a block of 8 MiB breaks one of a
-gigabyte hangs on the order of all that came before.
+taken from the other models' traces; in the median it is {100 * median(widths):.0f} % wide. It is no narrower because
+fragmentation is not: if a block of 8 MiB breaks one of a gigabyte hangs on the order of all that came before, and a
+closed form does not follow that order.
 
 Allocated memory beyond {100 * grid.TOLERANCE:.0f} %:
 
