@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from statistics import median
-
 import pytest
 
-from benchmarks.accuracy.t4 import by_formula, error_of, t4_rows
+from benchmarks.accuracy.t4 import by_formula, by_interval, error_of, t4_rows
 from qlora_core.memory.device import MIB
 from qlora_core.memory.formula import estimate
 
@@ -47,14 +45,9 @@ def test_reserved_and_process_follow_from_the_allocators_segments(figure: str) -
 
 
 def test_the_interval_of_reserved_memory_holds_nine_rows_of_ten() -> None:
-    inside, widths = 0, []
-    for row in t4_rows():
-        low, high = estimate(row.architecture, row.recipe, row.strategy, row.device).gpu.reserved_interval
-        measured = row.measured["peak_reserved_mib"] * MIB
-        inside += low <= measured <= high
-        widths.append((high - low) / measured)
+    inside, width = by_interval()
     assert inside >= 36
-    assert median(widths) <= 0.16
+    assert width <= 16
 
 
 def test_gradients_and_optimizer_state_are_exact() -> None:

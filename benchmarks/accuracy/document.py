@@ -91,6 +91,7 @@ def _t4() -> str:
         [shown, *(f"{error:.2f}" for said in estimators.values() for error in t4.error_of(said, figure, **only))]
         for shown, figure, only in subsets
     ]
+    inside, width = t4.by_interval()
     return f"""## Forty steps on a Tesla T4
 
 Measured by the authors of fitcheck-llm: {len(models)} models, NF4 and 16 bit, sdpa and eager attention, the second step
@@ -99,6 +100,10 @@ absolute error in per cent. Process is reserved and the CUDA context, which the 
 predicts: it is no second test.
 
 {table(head, rows, "1 2 3 4")}
+The formula's interval of reserved memory, meant for nine cases of ten, holds {inside} of the {len(t4.t4_rows())} rows
+and is {width:.0f} % wide in the median, where 8 % was the goal. It is taken from the traces of the next section, which
+are spread more widely than these rows; one as narrow as these rows would allow would be fitted to them.
+
 {PLANNERS}
 ![Predicted against measured peaks on the T4](accuracy/t4.svg)
 """
