@@ -29,8 +29,6 @@ class Sizes:
         self._stays, self._times, self._layers = stays, times, layers
         self._context, self._fragmentation = device.context_bytes, fragmentation
         self._loaded = sum(stays.loaded.values())
-        """Of this rank, which with ZeRO-3 has loaded more before."""
-        self._load_peak = stays.before_sharding or self._loaded
         steady = self._loaded + sum(stays.between.values())
         candidates: dict[Phase, tuple[Candidate, ...]] = {
             "forward": times.forward,
@@ -81,7 +79,7 @@ class Sizes:
             "formula",
             GpuEstimate(
                 components=Components(**parts),
-                phases=Phases(self._load_peak, totals["forward"], totals["backward"], totals["optimizer"]),
+                phases=Phases(stays.load_peak, totals["forward"], totals["backward"], totals["optimizer"]),
                 peak_phase=peak_phase,
                 peak_moment=in_words(peak_phase, peak.where, self._layers),
                 allocated_bytes=allocated,
@@ -95,7 +93,7 @@ class Sizes:
 
     def _reserved(self, allocated: int, variables: Sequence[int], shares: Sequence[int]) -> list[int]:
         """Reserved bytes, with these thousandths of what the step allocates lost to fragmentation."""
-        least = max(allocated, self._load_peak)
+        least = max(allocated, self._stays.load_peak)
         whole, step = max(least, self._segments(variables)), allocated - self._loaded
         return [max(least, whole + step * share // 1000) for share in shares]
 

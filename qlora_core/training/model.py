@@ -47,11 +47,14 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(model: str, recipe: Recipe, strategy: Strategy, compute_dtype: Dtype, device: torch.device) -> nn.Module:
-    """The base model on `device`, every weight frozen, quantized as the recipe says.
+    """The base model, every weight frozen, quantized as the recipe says: on `device`, but on the host under ZeRO-3.
 
     Args:
         model: a folder in the Hugging Face layout.
         compute_dtype: dtype of activations, of dequantized and of unquantized weights.
+
+    Raises:
+        RequestError: the recipe's quantization cannot be divided as the strategy wants it.
 
     Only safetensors are read, and no code of the model's folder is run. Nothing is cast to float32 afterwards, unlike
     peft.prepare_model_for_kbit_training, whose float32 embedding doubles the residual stream and its checkpoints.
@@ -63,15 +66,21 @@ def load_base(model: str, recipe: Recipe, strategy: Strategy, compute_dtype: Dty
 
 
 def loading_options(recipe: Recipe, strategy: Strategy, compute_dtype: Dtype, device: torch.device) -> dict[str, Any]:
-    """What transformers' `from_pretrained` is told about the base, wherever its weights come from."""
+    """What transformers' `from_pretrained` is told about the base, wherever its weights come from. See `load_base`."""
+    divided = strategy.zero_stage == 3
+    if divided and recipe.quantization == "int8":
+        # Linear8bitLt computes with state.CB, which is all of the weight, and puts it into the parameter at each
+        # evaluation (bitsandbytes 0.50.2, nn/modules.py)
+        rule = "bitsandbytes' int8 layers keep their whole weight beside the parameter that ZeRO 3 divides"
+        raise request_error("recipe.quantization", "int8", rule, "Choose nf4, fp4, or a ZeRO stage below 3")
     dtype = TORCH_DTYPES[compute_dtype]
     return {
         "dtype": dtype,
         "quantization_config": quantization_config(recipe, dtype),
         "attn_implementation": strategy.attention,
-        # under ZeRO-3 too: transformers does not shard a quantized model while it loads (modeling_utils.py,
-        # get_init_context), so every rank holds it whole until DeepSpeed divides it; the plan counts that
-        "device_map": {"": device},
+        # transformers does not shard a quantized model while it loads (modeling_utils.py, get_init_context): under
+        # ZeRO-3 it is whole on the host first, from where engine_deepspeed.divide brings a rank's parts to its device
+        "device_map": {"": torch.device("cpu") if divided else device},
         "use_safetensors": True,
     }
 
