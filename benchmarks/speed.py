@@ -22,7 +22,7 @@ import click
 from clusters.errors import RunFailed
 from clusters.gpu import find_gpu
 from launch.command import main as run_command
-from orchestrator.planner import gpu_target
+from orchestrator.devices import gpu_target
 from qlora_core.catalogue import find_model
 from qlora_core.files import write_json
 from qlora_core.memory.formula import estimate, prepared
@@ -49,7 +49,7 @@ TRACE = """
 import json, time
 begin = time.perf_counter()
 from clusters.gpu import find_gpu
-from orchestrator.planner import gpu_target
+from orchestrator.devices import gpu_target
 from qlora_core.catalogue import find_model
 from qlora_core.memory.trace import estimate
 from qlora_core.recipe import Recipe

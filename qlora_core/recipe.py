@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
+from clusters.errors import Conflicting
 from qlora_core.checks import Bounds, Check, check_of
 from qlora_core.targets import Targets, fault
 
@@ -40,8 +41,10 @@ class Mistake(NamedTuple):
     remedy: str = ""
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be, with all its mistakes. A ValueError, so that pydantic reports it among others."""
+class RecipeError(Conflicting):
+    """A recipe that cannot be, with all its mistakes."""
+
+    mistakes: tuple[Mistake, ...]
 
     def __init__(self, mistakes: tuple[Mistake, ...]) -> None:
         self.mistakes = mistakes

@@ -123,6 +123,15 @@ def test_the_catalogue_is_what_a_yaml_parser_reads_in_it() -> None:
     assert all(GPUS[row["name"]].memory_bytes == row["memory_gib"] * GIB for row in rows)
 
 
+def test_nvlink_is_a_fabric_on_boards_and_a_bridge_between_cards() -> None:
+    """NVIDIA's datasheets name a bridge for two cards, or the HGX and DGX boards of SXM modules; Ada has neither."""
+    assert all(GPUS[name].has_nvlink_fabric for name in ("v100-16gb", "a100-40gb", "a100-80gb", "h100-80gb", "b200"))
+    for name in ("rtx-3090", "rtx-a6000", "a40", "a30", "rtx-8000", "h100-pcie-80gb", "h100-nvl-94gb"):
+        assert GPUS[name].nvlink_bytes_per_s
+        assert not GPUS[name].has_nvlink_fabric
+    assert not any(GPUS[name].nvlink_bytes_per_s or GPUS[name].nvlink_bridge for name in ("t4", "rtx-4090", "l40s"))
+
+
 def test_there_are_enough_and_they_are_ordered() -> None:
     assert len(GPUS) >= 30
     usable = [gpu.usable_bytes for gpu in list_gpus()]

@@ -12,20 +12,12 @@ from hypothesis import strategies as st
 
 from clusters.errors import RequestError
 from clusters.gpu import find_gpu
-from orchestrator.plan import Plan, Target
-from orchestrator.planner import (
-    LARGEST_MICRO_BATCH,
-    LONGEST_SEQ_LEN,
-    check_strategy,
-    compute_dtype,
-    cpu_target,
-    divisors,
-    gpu_target,
-    largest,
-    plan_request,
-    plan_run,
-)
+from orchestrator.devices import compute_dtype, cpu_target, gpu_target
+from orchestrator.planner import divisors, plan_request, plan_run
+from orchestrator.plans import Plan, Target
+from orchestrator.rules import check_strategy
 from orchestrator.spec import RunSpec
+from orchestrator.verdicts import LARGEST_MICRO_BATCH, LONGEST_SEQ_LEN, largest
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
 from qlora_core.recipe import Recipe
@@ -239,10 +231,13 @@ def test_a_model_gets_the_attention_and_the_loss_that_its_own_code_has() -> None
 
 
 def test_the_micro_batch_is_the_largest_that_fits() -> None:
-    four = needed(request(Recipe(tokens_per_step=8192), Strategy(micro_batch=4, gradient_accumulation=4)))
-    plan = run(gpu(usable=four))
+    four = request(Recipe(tokens_per_step=8192), Strategy(micro_batch=4, gradient_accumulation=4))
+    at_most = four.verdict.confidence.high_bytes  # in nineteen cases of twenty
+    plan = run(gpu(usable=at_most), strategy={"gradient_checkpointing": True, "loss": "chunked"})
     assert plan.strategy.micro_batch == 4
-    assert choices(plan)["micro_batch"] == ("4", "the largest that fits")
+    value, reason = choices(plan)["micro_batch"]
+    assert value == "4"
+    assert reason.startswith("8 would need up to")
 
 
 def test_a_micro_batch_that_is_asked_for_is_kept_or_refused_with_the_ones_that_divide() -> None:
@@ -258,24 +253,28 @@ def test_zero_is_climbed_only_as_far_as_memory_makes_it_necessary() -> None:
     wanted = Recipe(method="lora", quantization="none", tokens_per_step=16 * 512)
 
     def least(stage: ZeroStage) -> int:
-        strategy = Strategy(world_size=4, gradient_accumulation=4, zero_stage=stage)
-        return needed(plan_request(LLAMA, wanted, strategy, [gpu(workers=4)]))
+        # not paged: what finds no room would be moved in every step, and sharding be faster for that
+        strategy = Strategy(world_size=4, gradient_accumulation=4, zero_stage=stage, paged_optimizer=False)
+        return plan_request(LLAMA, wanted, strategy, [gpu(workers=4)]).verdict.confidence.high_bytes
 
     assert least(0) > least(2) > least(3)
-    recipe = wanted.to_json()
+    fixed: dict[str, Any] = {
+        "recipe": wanted.to_json(),
+        "strategy": {"gradient_checkpointing": True, "micro_batch": 1, "paged_optimizer": False},
+    }
     for stage in (0, 2, 3):
-        plan = run(gpu(workers=4, usable=least(stage)), 4, recipe=recipe)
+        plan = run(gpu(workers=4, usable=least(stage)), 4, **fixed)
         assert plan.fits
         assert plan.strategy.zero_stage == stage
         assert choices(plan)["zero_stage"][0] == str(stage)
-    hopeless = run(gpu(workers=4, usable=least(3) - 1), 4, recipe=recipe)
+    hopeless = run(gpu(workers=4, usable=GIB), 4, recipe=wanted.to_json())
     assert not hopeless.fits
     assert (hopeless.strategy.zero_stage, hopeless.strategy.micro_batch) == (3, 1)
     assert "still does not fit" in choices(hopeless)["micro_batch"][1]
 
 
 def test_one_gpu_has_nothing_to_share_out() -> None:
-    plan = run(gpu("t4", usable=GIB))
+    plan = run(gpu("t4"))
     assert plan.strategy.zero_stage == 0
     assert "one worker" in choices(plan)["zero_stage"][1]
 
@@ -284,7 +283,7 @@ def test_one_gpu_has_nothing_to_share_out() -> None:
 def test_offloading_brings_the_zero_stage_that_it_needs(offload: str, stage: int) -> None:
     plan = run(strategy={"offload": offload})
     assert plan.strategy.zero_stage == stage
-    assert "offload" in choices(plan)["zero_stage"][1]
+    assert choices(plan)["zero_stage"][0] == str(stage)
 
 
 def test_offloading_without_zero_is_refused() -> None:

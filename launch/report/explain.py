@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.plan import Plan
+from orchestrator.plans import Plan
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.formula import estimate
 from qlora_core.recipe import DTYPE_BYTES

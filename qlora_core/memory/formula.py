@@ -78,8 +78,11 @@ def segments(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
 class Prepared:
     """A recipe and a strategy whose micro-batch and sequence length are open.
 
-    At least two kinds of each are prepared apart: a micro-batch of 1 has fewer copies in eager attention, and from a
-    sliding window on there are masks.
+    Two kinds of each are prepared apart, when they are first asked for: a micro-batch of 1 needs fewer copies in eager
+    attention, and from a sliding window on there are masks.
+
+    Raises:
+        ValueError: by its methods; nothing is trained.
     """
 
     def __init__(
@@ -112,10 +115,18 @@ class Prepared:
 OPEN = frozenset({"seq_len", "tokens_per_step", "micro_batch"})
 """Fields that a `Prepared` leaves open."""
 LEARNING = frozenset(
-    (
-        *("alpha", "learning_rate", "schedule", "warmup_fraction", "weight_decay", "beta1", "beta2"),
-        *("max_grad_norm", "epochs", "steps"),
-    )
+    {
+        "alpha",
+        "learning_rate",
+        "schedule",
+        "warmup_fraction",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "max_grad_norm",
+        "epochs",
+        "steps",
+    }
 )
 """Fields of a recipe that no size depends on."""
 RECIPE_FIELDS = tuple(field.name for field in fields(Recipe) if field.name not in OPEN | LEARNING)
@@ -220,10 +231,15 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         lora=recipe.lora_dtype,
         rank=recipe.rank,
         dropout=recipe.dropout > 0,
-        autocast=recipe.autocast,
+        autocast=_casts(recipe, device),
         trained=recipe.method == "full",
         kernel=kernel_in_use(architecture, recipe, strategy, device),
     )
+
+
+def _casts(recipe: Recipe, device: Device) -> bool:
+    """Whether autocast does anything: it knows 16-bit dtypes only (torch/amp/autocast_mode.py)."""
+    return recipe.autocast and device.compute_dtype != "float32"
 
 
 def _activation(architecture: ModelArchitecture) -> Activation:
@@ -285,7 +301,7 @@ def _experts(architecture: ModelArchitecture, recipe: Recipe, device: Device) ->
         clamped=architecture.model_type == "gpt_oss",
         stored=exact.stored_dtype(recipe, device.compute_dtype),
         lora=recipe.lora_dtype,
-        narrow=device.compute_dtype if recipe.autocast else None,
+        narrow=device.compute_dtype if _casts(recipe, device) else None,
         trained=recipe.method == "full",
         cuda=device.kind == "cuda",
         grouped=device.has_grouped_products,

@@ -71,10 +71,11 @@ def grown(stretches: Stretches, variables: Sequence[int], empty: Iterable[int]) 
             if number not in placed:  # small
                 continue
             size, place = placed.pop(number)
-            if left[place] > SMALL:
-                room.remove(left[place] * PLACES + place)
-            left[place] += size
-            room.append(left[place] * PLACES + place)
+            free = left[place]
+            if free > SMALL:
+                room.remove(free * PLACES + place)
+            left[place] = free + size
+            room.append((free + size) * PLACES + place)
         room.sort()
         arrivals: dict[int, tuple[int, ...]] = {}
         for (a, b, c, d, e), numbers in come:
@@ -87,15 +88,14 @@ def grown(stretches: Stretches, variables: Sequence[int], empty: Iterable[int]) 
             needed, segment = size * PLACES, segment_for(size)
             for number in arrivals[size]:
                 if room and room[-1] >= needed:
-                    place = room.pop(bisect_left(room, needed)) % PLACES
-                    left[place] -= size
+                    free, place = divmod(room.pop(bisect_left(room, needed)) - needed, PLACES)
+                    left[place] = free
                 else:
-                    place = len(left)
+                    free, place = segment - size, len(left)
                     total += segment
-                    left.append(segment - size)
-                rest = left[place]
-                if rest > SMALL:
-                    insort(room, rest * PLACES + place)
+                    left.append(free)
+                if free > SMALL:
+                    insort(room, free * PLACES + place)
                 placed[number] = size, place
     return total
 

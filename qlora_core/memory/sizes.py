@@ -44,7 +44,7 @@ class Sizes:
         self._highest = [total for (total,) in above_others(totals)]
 
     def process_bytes(self, micro_batch: int, seq_len: int) -> int:
-        """What the whole process needs on the GPU: that of `estimate`, in a third of its time."""
+        """What the whole process needs on the GPU: the one figure of `estimate` that a search compares."""
         variables = _variables(micro_batch, seq_len)
         _, positions, tokens, scores, chunk = variables
         allocated = max([a + b * positions + c * tokens + d * scores + e * chunk for a, b, c, d, e in self._highest])
