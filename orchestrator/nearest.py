@@ -9,6 +9,7 @@ from clusters.gpu import GIB, Gpu, list_gpus
 from orchestrator.devices import any_nodes, pool_target
 from orchestrator.plans import Choice, Target
 from orchestrator.question import Candidate, of_length
+from orchestrator.rules import can_be_divided
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.strategy import Offload, ZeroStage
 
@@ -107,7 +108,7 @@ def on_more(asked: Candidate, target: Target) -> Iterator[Candidate]:
     most = target.pool.gpus if target.pool is not None and target.pool.nodes > 1 else MOST_GPUS
     world = strategy.world_size * 2
     while world <= most:
-        for stage in _stages(strategy.zero_stage):
+        for stage in _stages(asked):
             accumulation = strategy.gradient_accumulation
             tokens = recipe.seq_len * world * strategy.micro_batch * accumulation
             if recipe.sequences_per_step % (world * strategy.micro_batch) == 0:
@@ -120,9 +121,9 @@ def on_more(asked: Candidate, target: Target) -> Iterator[Candidate]:
         world *= 2
 
 
-def _stages(asked: ZeroStage) -> tuple[ZeroStage, ...]:
-    stages: tuple[ZeroStage, ...] = (2, 3)
-    return tuple(stage for stage in stages if stage >= asked)
+def _stages(asked: Candidate) -> tuple[ZeroStage, ...]:
+    stages: tuple[ZeroStage, ...] = (2, 3) if can_be_divided(asked.recipe) else (2,)
+    return tuple(stage for stage in stages if stage >= asked.strategy.zero_stage)
 
 
 def offloaded(asked: Candidate) -> Iterator[Candidate]:
@@ -130,7 +131,7 @@ def offloaded(asked: Candidate) -> Iterator[Candidate]:
     ways: tuple[tuple[ZeroStage, Offload], ...] = ((2, "optimizer"), (3, "optimizer"), (3, "all"))
     for stage, offload in ways:
         strategy = replace(asked.strategy, zero_stage=stage, offload=offload, paged_optimizer=False)
-        if strategy.zero_stage >= asked.strategy.zero_stage and offload != asked.strategy.offload:
+        if stage in _stages(asked) and offload != asked.strategy.offload:
             yield Candidate(asked.recipe, strategy)
 
 

@@ -84,8 +84,12 @@ def plan(
     given = strategy or fitting_defaults(architecture, Strategy())
     if gpus is not None:
         given = replace(given, world_size=gpus)
+    if recipe is not None and strategy is None:
+        given = replace(given, gradient_accumulation=max(1, recipe.sequences_per_step // given.world_size))
     step = recipe or Recipe(tokens_per_step=512 * given.sequences_per_step)
     check_targets(architecture, step)
+    check_architecture(architecture, given.attention, given.loss, "strategy.{}")
+    check_strategy(step, given, "strategy.{}", [])
     question = Question(
         architecture, step, given, frozenset(opened), recipe is not None and strategy is None, objective or "fastest"
     )
@@ -301,7 +305,7 @@ def plan_run(
     check_architecture(architecture, request.attention, request.loss, "strategy.{}")
     check_micro_batch(request, recipe, world_size)
     question = question_of(request, architecture, planned, world_size, target)
-    check_strategy(question.strategy, "strategy.{}", [target])
+    check_strategy(recipe, question.strategy, "strategy.{}", [target])
     from orchestrator.reasons import hopeless, reasons
     from orchestrator.search import best_of, leanest_of_all
 

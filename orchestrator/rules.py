@@ -11,12 +11,24 @@ from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 
 
-def check_strategy(strategy: Strategy, where: str, targets: Sequence[Target]) -> None:
+def can_be_divided(recipe: Recipe) -> bool:
+    """Whether ZeRO-3 can divide the base.
+
+    bitsandbytes' Linear8bitLt computes with state.CB, which is all of the weight, and puts it into the parameter at
+    each evaluation (0.50.2, nn/modules.py).
+    """
+    return recipe.quantization != "int8"
+
+
+def check_strategy(recipe: Recipe, strategy: Strategy, where: str, targets: Sequence[Target]) -> None:
     """Raise a RequestError for what neither DeepSpeed nor any of `targets` can do.
 
-    `where` is how a field is written where the person wrote it, with {} for its name.
+    `where` is how a field of the strategy is written where the person wrote it, with {} for its name.
     """
     problems = []
+    if strategy.zero_stage == 3 and not can_be_divided(recipe):
+        rule = "bitsandbytes' int8 layers keep their whole weight beside the parameter that ZeRO 3 divides"
+        problems.append(Problem(where.format("zero_stage"), "3", rule, "Quantize to nf4 or fp4, or take a lower stage"))
     if strategy.offload != "none" and strategy.zero_stage == 0:
         rule, remedy = (
             "only DeepSpeed offloads, and ZeRO stage 0 is without it",

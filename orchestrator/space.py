@@ -9,6 +9,7 @@ from dataclasses import replace
 from orchestrator.devices import pool_target
 from orchestrator.plans import Target
 from orchestrator.question import Candidate, Place, Question, of_length
+from orchestrator.rules import can_be_divided
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Attention, Loss, Offload, ZeroStage
 
@@ -118,6 +119,7 @@ def shardings(question: Question, world: int) -> list[tuple[ZeroStage, Offload]]
         (stage, offload)
         for stage, offload in SHARDINGS
         if (stage == given.zero_stage or "zero_stage" in question.open)
+        and (stage < 3 or can_be_divided(question.recipe))
         and (offload == given.offload or "offload" in question.open)
         and (world > 1 or stage in (0, given.zero_stage) or offload != "none")
     ]

@@ -198,7 +198,40 @@ def test_zero_3_divides_weights_but_not_their_constants() -> None:
     four = estimate(model("llama-65b"), recipe(), Strategy(world_size=4, zero_stage=3), A100).gpu
     assert four.components.quantization_constants == one.quantization_constants
     assert four.components.base_weights == pytest.approx(one.base_weights / 4, rel=0.01)
-    assert four.process_bytes > one.base_weights  # every rank loads the whole model before it is divided
+
+
+def test_zero_3_loads_the_whole_base_on_the_host_and_a_part_on_each_gpu() -> None:
+    # by hand: Llama-2-70B has 80 layers of 8192 x (2 x 8192 + 2 x 1024 + 3 x 28672) weights that are quantized
+    quantized = 80 * 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
+    packed = quantized / 2  # 34.2 GB
+    constants = quantized / 64 + 4 * quantized / 64 / 256  # 1.1 GB; code books are less than a megabyte
+    embeddings = 2 * 2 * 32000 * 8192  # with the output head, in bfloat16
+    # rank 64: in and out features of each layer's q and o, k and v, gate and up, down; in float32
+    adapters = 4 * 80 * 64 * (2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672))
+    device = dataclasses.replace(A100, ranks_per_host=2)
+    strategy = Strategy(world_size=2, zero_stage=3, paged_optimizer=False)
+    said = estimate(model("llama-2-70b"), recipe(), strategy, device)
+    # DeepSpeed then makes float32 masters and room for gradients of its part, and a bucket of 5 million
+    engine = adapters / 2 + adapters / 2 + 4 * 5_000_000
+    after_load = (packed + embeddings + adapters) / 2 + constants + engine
+    assert said.gpu.phases.after_load == pytest.approx(after_load, rel=0.002)
+    # the largest weight comes in 2 bytes an element, and takes 14 more while a CPU quantizes it
+    each = packed + constants + embeddings + max(adapters, 16 * 8192 * 28672)
+    assert said.host.load_peak_bytes == pytest.approx(2 * each, rel=0.002)
+    assert said.host.load_peak_bytes > 2 * 37e9
+    assert max(said.gpu.phases.after_load, said.gpu.phases.forward) < packed
+    # offloaded parts go back to the host: the largest weight passes, and constants and adapters stay
+    offloaded = estimate(model("llama-2-70b"), recipe(), dataclasses.replace(strategy, offload="all"), device)
+    stays = constants + adapters / 2
+    assert offloaded.gpu.phases.after_load == pytest.approx(stays + embeddings / 2, rel=0.002)
+    assert offloaded.host.load_peak_bytes == said.host.load_peak_bytes
+
+
+def test_on_a_cpu_zero_3_loads_the_whole_base_in_each_process() -> None:
+    cpu = Device(kind="cpu", compute_dtype="float32", ranks_per_host=2)
+    whole = estimate(model("smollm2-135m"), recipe(), Strategy(), cpu).gpu.phases.after_load
+    divided = estimate(model("smollm2-135m"), recipe(), Strategy(world_size=2, zero_stage=3), cpu).gpu
+    assert divided.phases.after_load == whole
 
 
 def test_offloaded_state_moves_to_the_host() -> None:

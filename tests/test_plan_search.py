@@ -114,6 +114,18 @@ def test_a_default_that_the_model_s_code_has_not_is_changed_and_said_and_refused
     assert "--loss" in refused.err
 
 
+def test_int8_is_refused_under_zero_3_and_never_offered_with_it(ask: Ask) -> None:
+    # Linear8bitLt computes with state.CB, which is all of the weight: there is nothing that a division would save
+    refused = ask("--model", "7b", "--gpu", "t4", "--gpus", "2", "--quant", "int8", "--zero-stage", "3")
+    assert refused.code == 2
+    assert "int8 layers keep their whole weight" in refused.err
+    chosen = ask(
+        "--model", "33b", "--gpu", "rtx-4090", "--gpus", "4", "--quant", "int8", "--objective", "fastest", "--json"
+    )
+    offered = [chosen.json["strategy"], *(each["strategy"] for each in chosen.json["alternatives"])]
+    assert all(strategy["zero_stage"] < 3 for strategy in offered)
+
+
 # --- time and price ---------------------------------------------------------------------------------------------------
 
 

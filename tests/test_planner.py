@@ -177,10 +177,10 @@ def test_host_memory_decides_where_it_is_stated() -> None:
 def test_only_deepspeed_offloads_and_only_stage_3_offloads_all(stage: ZeroStage, offload: Offload, right: bool) -> None:
     strategy = Strategy(zero_stage=stage, offload=offload)
     if right:
-        check_strategy(strategy, "strategy.{}", [gpu()])
+        check_strategy(Recipe(), strategy, "strategy.{}", [gpu()])
         return
     with pytest.raises(RequestError) as error:
-        check_strategy(strategy, "strategy.{}", [gpu()])
+        check_strategy(Recipe(), strategy, "strategy.{}", [gpu()])
     assert error.value.problems[0].where == "strategy.offload"
 
 

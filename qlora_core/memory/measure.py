@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -72,9 +72,12 @@ class CudaMeter:
         """See `Meter`."""
         self._peaks.after_load = torch.cuda.memory_allocated(self._device)
 
-    def setup(self) -> AbstractContextManager[None]:
-        """See `Meter`."""
-        return nullcontext()
+    @contextmanager
+    def setup(self) -> Iterator[None]:
+        """See `Meter`. A model that is on the host comes to the GPU in here, divided by ZeRO-3."""
+        yield
+        if not self._peaks.after_load:
+            self._peaks.after_load = torch.cuda.max_memory_allocated(self._device)
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

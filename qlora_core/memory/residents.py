@@ -12,11 +12,15 @@ from qlora_core.memory.estimate import Phase
 from qlora_core.memory.reserve import packed
 from qlora_core.memory.settled import settled
 from qlora_core.memory.sharding import Gathered, Shard, gathered_elements, stays_whole
-from qlora_core.recipe import DTYPE_BYTES, Recipe
+from qlora_core.recipe import DTYPE_BYTES, Quantization, Recipe
 from qlora_core.strategy import Strategy
 
 LOADING_THREADS = 4
 """Weights that transformers loads at a time (core_model_loading.py, GLOBAL_WORKERS)."""
+QUANTIZED_ON_HOST: dict[Quantization, int] = {"nf4": 14, "fp4": 28}
+"""Bytes an element that bitsandbytes makes beside the weight when it quantizes one on a CPU (0.50.2, quantize_4bit in
+backends/default/ops.py): for nf4 the weight and its scaled copy in float32, int32 and uint8 indices, and what is packed
+twice; for fp4 int64 indices, also twice. In resident memory, a weight of 48 million took 14.2 and 28.2."""
 
 
 class Residents(NamedTuple):
@@ -24,7 +28,8 @@ class Residents(NamedTuple):
 
     Attributes:
         loaded: after loading, adapters attached (with ZeRO-3: this rank's parts).
-        before_sharding: with ZeRO-3, all the bytes that every rank loads before they are divided; 0 otherwise.
+        load_peak: the most that is on the device before the first step. With ZeRO-3 on a GPU, this rank's parts and the
+            largest weight, whole while it is divided, or what DeepSpeed makes then; on a CPU the model before that.
         between: what exists from the first step on: optimizer state, library workspaces, buckets.
         added: what a phase adds beside activations.
         paged: optimizer state in managed memory.
@@ -34,7 +39,7 @@ class Residents(NamedTuple):
     """
 
     loaded: dict[str, int]
-    before_sharding: int
+    load_peak: int
     between: dict[str, int]
     added: dict[Phase, dict[str, int]]
     paged: int
@@ -84,21 +89,31 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         if sum(whole.values()) > step:
             # all weights are divided for the optimizer's step, and the small ones fetched again right after it
             added["optimizer"] = dict(whole)
-    undivided = sum(size * count for sizes in (*weights, lora) for size, count in sizes)
     holes: tuple[int, ...] = ()
     if shard.stage == 3 or device.kind == "cpu":
         segments = sum(loaded.values()) + sum(whole.values())
     else:
         loaded["framework"], segments, holes = settled(architecture, recipe, device)
+    load_peak, host_load = sum(loaded.values()), _host_load(architecture, device)
+    if shard.stage == 3:
+        base = sum(size * count for sizes in weights for size, count in sizes)
+        adapters = sum(size * count for size, count in lora)
+        if device.kind == "cpu":
+            load_peak = base + adapters
+        else:
+            passing = max(size for size, _ in (*weights.base, *weights.unquantized, *lora))
+            load_peak += max(passing, shard.engine_bytes)
+            # each rank loads the whole base there, and gives it adapters, before it divides it
+            host_load = device.ranks_per_host * (base + max(adapters, _on_its_way(architecture, recipe)))
     return Residents(
         loaded,
-        undivided if shard.stage == 3 else 0,
+        load_peak,
         between,
         added,
         0 if shard.offload_optimizer else state.paged,
         segments + packed([(sum(between.values()) + sum(added["backward"].values()), 1)]),
         holes,
-        _host_load(architecture, device),
+        host_load,
         device.ranks_per_host * (kept_on_host + shard.host_bytes(state.resident + state.paged)),
     )
 
@@ -213,3 +228,15 @@ def _host_load(architecture: ModelArchitecture, device: Device) -> int:
     """
     largest = max(architecture.embedding_parameters, *(linear.weight_numel for linear in architecture.linears))
     return device.ranks_per_host * LOADING_THREADS * 2 * largest
+
+
+def _on_its_way(architecture: ModelArchitecture, recipe: Recipe) -> int:
+    """Bytes of the largest 16-bit weight that is quantized on the host, and of what is made of it meanwhile.
+
+    One at a time: transformers uses no threads where it quantizes. What is not quantized stays as it came.
+    """
+    temporaries = QUANTIZED_ON_HOST.get(recipe.quantization)
+    if temporaries is None:
+        return 0
+    numels = (linear.weight_numel for linear in architecture.linears if exact.is_quantized(linear, recipe))
+    return (2 + temporaries) * max(numels, default=0)

@@ -33,8 +33,6 @@ class Sizes:
         if device.kind == "cuda":
             self._growth = Growth(times.stretches, times.kept, self._checkpointing, stays.holes)
         self._loaded = sum(stays.loaded.values())
-        """Of this rank, which with ZeRO-3 has loaded more before."""
-        self._load_peak = stays.before_sharding or self._loaded
         self._candidates: dict[Phase, tuple[Candidate, ...]] = {
             "forward": times.forward,
             "backward": times.backward,
@@ -95,7 +93,7 @@ class Sizes:
             "formula",
             GpuEstimate(
                 components=Components(**parts),
-                phases=Phases(self._load_peak, totals["forward"], totals["backward"], totals["optimizer"]),
+                phases=Phases(stays.load_peak, totals["forward"], totals["backward"], totals["optimizer"]),
                 peak_phase=peak_phase,
                 peak_moment=in_words(peak_phase, peak.where, self._layers),
                 allocated_bytes=allocated,
@@ -118,7 +116,7 @@ class Sizes:
         """Reserved bytes: the least in nine cases of ten, what is typical, the most."""
         if self._growth is None:
             return allocated, allocated, allocated
-        least = max(allocated, self._load_peak)
+        least = max(allocated, self._stays.load_peak)
         segments = max(least, self.segments(micro_batch, seq_len))
         scale = math.isqrt(allocated * max(allocated - self._loaded, 0))
         low, typical, high = CHECKPOINTED if self._checkpointing else KEPT
