@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from clusters.errors import Problem, RequestError, request_error
 from clusters.gpu import COMMON, GIB, find_gpu
@@ -17,7 +17,7 @@ from orchestrator.history import History
 from orchestrator.planner import EstimatorFunction, at_length, fitting_defaults, plan_question
 from orchestrator.plans import Choice, Plan, Target
 from orchestrator.rules import check_architecture, check_strategy
-from orchestrator.search import DEFAULT_STEP_TOKENS, STRATEGY_FIELDS, Question
+from orchestrator.search import STRATEGY_FIELDS, Question
 from orchestrator.targets import check_targets
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
@@ -88,7 +88,13 @@ class Asked:
     currency: str | None
 
 
-def plan_of(options: Options, given: Collection[str], history: History, *, alternatives: bool = False) -> Plan:
+def plan_of(
+    options: Options,
+    given: Collection[str],
+    history: History,
+    *,
+    alternatives: Literal["none", "nearest", "all"] = "none",
+) -> Plan:
     """The plan that the command line asks for; `given` are the options that were really passed.
 
     Raises:
@@ -134,10 +140,10 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
         strategy = attempt(lambda: supported(architecture, strategy, given, choices)) or strategy
     host = attempt(lambda: host_ram_of(options["host_ram"]))
     attempt(lambda: check_strategy(strategy, "--{}", place.targets if place else []))
+    data = None
     if architecture and recipe:
         attempt(lambda: check_targets(architecture, recipe, "--targets"))
-        if architecture and recipe:
-            data = attempt(lambda: data_of(options, architecture, recipe, choices))
+        data = attempt(lambda: data_of(options, architecture, recipe, choices))
     if problems or architecture is None or place is None or recipe is None or data is None:
         raise RequestError(problems)
     planned = recipe
@@ -145,12 +151,6 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
         planned = at_length(recipe, data.longest)
         reason = f"the longest example has {data.longest} of {recipe.seq_len} tokens"
         choices.append(Choice("planned length", str(data.longest), reason))
-    if (
-        options["tokens_per_step"] is None
-        and planned.tokens_per_step == DEFAULT_STEP_TOKENS
-        and "micro_batch" in open_fields
-    ):
-        pass
     searched = (frozenset(STRATEGY_FIELDS) - fixed_by(given)) | open_fields
     return Asked(
         question=Question(
@@ -221,9 +221,10 @@ def strategy_of(options: Options, world_size: int) -> Strategy:
 def accumulation_of(options: Options, world_size: int) -> int:
     """How many micro-batches make the step that was asked for; 1 where it does not come out even, which is refused."""
     size, length = options["micro_batch"], options["seq_len"]
-    if options["tokens_per_step"] is None or AUTO in (size, length):
+    tokens: int | None = options["tokens_per_step"]
+    if tokens is None or AUTO in (size, length):
         return 1
-    return max(1, options["tokens_per_step"] // (size * length * world_size))
+    return max(1, tokens // int(size * length * world_size))
 
 
 def supported(
@@ -276,22 +277,25 @@ def recipe_of(options: Options, world_size: int, open_fields: Collection[str]) -
     except RecipeError as error:
         fields = {mistake.fields[0] for mistake in error.mistakes}
         own = [each for each in error.mistakes if each.fields[0] != "tokens_per_step" or "seq_len" not in fields]
-        raise RequestError([*problems, *map(flag_problem, own)]) from None
+        made_up = options["tokens_per_step"] is None
+        raise RequestError([*problems, *(flag_problem(mistake, made_up) for mistake in own)]) from None
     fixed = size * world_size
-    if options["tokens_per_step"] and not {"micro_batch", "world_size"} & set(open_fields):
-        if recipe.sequences_per_step % fixed:
-            rule = f"a step of {recipe.sequences_per_step} sequences does not come out even in {fixed} at a time"
-            remedy = f"The nearest is {max(1, round(recipe.sequences_per_step / fixed)) * fixed * length}"
-            problems.append(Problem("--tokens-per-step", str(options["tokens_per_step"]), rule, remedy))
+    closed = not {"micro_batch", "world_size"} & set(open_fields)
+    if options["tokens_per_step"] and closed and recipe.sequences_per_step % fixed:
+        rule = f"a step of {recipe.sequences_per_step} sequences does not come out even in {fixed} at a time"
+        remedy = f"The nearest is {max(1, round(recipe.sequences_per_step / fixed)) * fixed * length}"
+        problems.append(Problem("--tokens-per-step", str(options["tokens_per_step"]), rule, remedy))
     if problems:
         raise RequestError(problems)
     return recipe
 
 
-def flag_problem(mistake: Mistake) -> Problem:
-    """A mistake in a recipe, at the option it came from."""
+def flag_problem(mistake: Mistake, made_up: bool) -> Problem:
+    """A mistake in a recipe, at the option it came from; `made_up`: the step's tokens are what other options make."""
     field = mistake.fields[0]
     flag = FLAGS.get(field, "--" + field.replace("_", "-"))
+    if field == "tokens_per_step" and made_up:
+        flag = "--seq-len x --micro-batch x --gpus"
     given = str(mistake.given) if isinstance(mistake.given, str | int | float) else ""
     return Problem(flag, given, mistake.rule, mistake.remedy or "qlora-plan --help shows what is possible")
 
@@ -373,7 +377,7 @@ def place_of(options: Options) -> Devices:
         return named_devices(names, options)
     if options["gpus"] is None and (found := this_machine(options)) is not None:
         return found
-    note = ()
+    note: tuple[Choice, ...] = ()
     if options["gpus"] is None:
         note = (Choice("gpus", "1", "this machine shows no NVIDIA GPU, so one of each common kind is looked at"),)
     return replace(named_devices(list(COMMON), options), named=None, choices=note)
@@ -490,6 +494,6 @@ def pools_of(cluster: Cluster, options: Options, world_size: int) -> Devices:
 
 def target_of(pool: Pool, cluster: Cluster, options: Options, world_size: int) -> Target:
     """A pool's GPU, called like its kind where that is unlike the others', else like the pool."""
-    target = pool_target(pool, options["compute_dtype"], world_size)
     alike = sum(other.gpu.name == pool.gpu.name for other in cluster.pools)
-    return replace(target, name=pool.gpu.name) if alike == 1 else target
+    named = replace(pool, name=pool.gpu.name) if alike == 1 else pool
+    return pool_target(named, options["compute_dtype"], world_size)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from clusters.cluster import Pool
-from clusters.gpu import Gpu
+from clusters.gpu import Gpu, list_gpus
 from orchestrator.plans import Choice, Target
 from qlora_core.memory.device import Device
 from qlora_core.recipe import Dtype
@@ -47,7 +47,7 @@ def as_dtype(value: str) -> Dtype:
 
 
 def gpu_target(gpu: Gpu, requested_dtype: str, ranks_per_host: int = 1) -> Target:
-    """A GPU of the catalogue as the target of a plan: as many nodes of it as it takes, of which nothing else is known."""
+    """A GPU of the catalogue as the target of a plan, in nodes of which nothing else is known."""
     return pool_target(any_nodes(gpu), requested_dtype, ranks_per_host)
 
 
@@ -91,13 +91,13 @@ def cpu_target(requested_dtype: str, workers: int, memory_bytes: int, has_amx: b
 
 def rates(target: Target) -> Rates:
     """What a device and its connections could do at best."""
-    pool = target.pool
-    if pool is None:
+    if target.device.kind == "cpu":
         import os  # a GPU's plan does without
 
         cores = max(1, (os.cpu_count() or 1) // target.device.ranks_per_host)
         flops, moved = CORE_FLOPS * cores, CORE_BYTES_PER_S * cores
         return Rates(flops, ON_A_CORE, ON_A_CORE, flops, moved, moved, moved, ON_A_CORE, None, NODE_GPUS)
+    pool = target.pool or like(target.device)
     gpu = pool.gpu
     known = {"float16": gpu.fp16_flops, "bfloat16": gpu.bf16_flops, "float32": gpu.fp32_flops}
     return Rates(
@@ -112,6 +112,12 @@ def rates(target: Target) -> Rates:
         network_bytes=pool.network_bytes_per_s,
         gpus_per_node=pool.gpus_per_node,
     )
+
+
+def like(device: Device) -> Pool:
+    """The catalogue's GPU nearest to one that it does not know: for the order of candidates, not for a time."""
+    older = [gpu for gpu in list_gpus() if gpu.compute_capability <= device.compute_capability]
+    return any_nodes(max(older or list_gpus(), key=lambda gpu: gpu.compute_capability))
 
 
 def slowest_links(every: Sequence[Rates]) -> Sequence[Rates]:

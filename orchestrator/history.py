@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
+
+import click
 
 from orchestrator.confidence import ENOUGH_RUNS, conformal
 from orchestrator.plans import Target
@@ -68,8 +72,14 @@ class History:
             low=low,
             high=high,
             parts=Times(*(part * factor for part in step.parts)),
+            correction=factor,
             runs=len(ratios),
         )
 
 
 NOTHING_MEASURED = History()
+
+
+def ledger_path() -> Path:
+    """Where finished runs are entered: $QLORA_LEDGER, or the user's application folder."""
+    return Path(os.environ.get("QLORA_LEDGER") or Path(click.get_app_dir("qlora-orchestrator")) / "ledger.sqlite")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from clusters.gpu import GIB, Gpu, list_gpus
 from orchestrator.devices import any_nodes, pool_target
@@ -193,8 +193,8 @@ def target_for(gpu: Gpu, target: Target, asked: Candidate) -> Target:
 
 def changes(asked: Candidate, other: Candidate, costs: str = "") -> Iterator[Choice]:
     """The fields in which `other` differs, with what that costs."""
-    for old, new in zip(asked, other, strict=True):
-        for field in new.__dataclass_fields__:
+    for old, new in ((asked.recipe, other.recipe), (asked.strategy, other.strategy)):
+        for field in (each.name for each in fields(new)):
             if getattr(old, field) != getattr(new, field):
                 value = getattr(new, field)
                 yield Choice(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from clusters.cluster import Cluster, Pool
 from clusters.errors import Problem, RequestError, request_error
@@ -112,6 +112,8 @@ def plan(
         tokens=tokens,
         currency=cluster.currency if cluster else None,
         history=history,
+        searched=frozenset(STRATEGY_FIELDS) - ({"world_size"} if gpus else set()) if strategy is None else frozenset(),
+        alternatives="all",
     )
 
 
@@ -144,12 +146,13 @@ def plan_question(
     tokens: int | None = None,
     currency: str | None = None,
     history: History = NOTHING_MEASURED,
-    searched: frozenset[str] | None = None,
+    searched: frozenset[str] = frozenset(),
+    alternatives: Literal["none", "nearest", "all"] = "none",
 ) -> Plan:
     """Answer a question: what is fixed as it is, what is open as the search finds it best.
 
-    `targets` are ordered by memory, at least one; `searched` are the fields that the search for alternatives may
-    change, none of them if it is None. See `plan_request` for the rest.
+    `targets` are ordered by memory, at least one. Alternatives to what was asked for come from a search that may change
+    the fields `searched`; "nearest": only where nothing fits. See `plan_request` for the rest.
     """
     pools = [target.pool for target in targets if target.pool is not None]
     found = search(question, pools) if question.open and pools else []
@@ -188,11 +191,11 @@ def plan_question(
     place = Place(((answer.target, answer.strategy.world_size),))
     lasts = duration(answer.verdict.step_time, tokens, place.gpus, place.price_per_hour, currency)
     answer = replace(answer, duration=lasts)
-    if searched is None:
-        return answer
-    if not answer.fits:
+    if host_usable_bytes is None:
+        answer = replace(answer, host_usable_bytes=host_of(answer.target))
+    if alternatives != "none" and not answer.fits:
         return replace(answer, alternatives=tuple(others.nearest(answer)))
-    if answer.target.pool is None:
+    if alternatives != "all" or answer.target.pool is None:
         return answer
     free = replace(question, open=searched)
     better = others.faster(search(free, [answer.target.pool]), answer)

@@ -1,4 +1,4 @@
-"""A plan as data: recipe, strategy, GPUs, estimate, verdicts, time, price, alternatives and the reason of each choice."""
+"""A plan as data: recipe, strategy, GPUs, estimate, verdicts, time, price, alternatives, the reason of each choice."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from clusters.gpu import GIB
 from orchestrator.plans import Choice
@@ -20,7 +21,7 @@ from orchestrator.search import (
     shapes,
 )
 
-NAMES = {
+NAMES: dict[str, dict[Any, str]] = {
     "gradient_checkpointing": {True: "gradient checkpointing", False: "keeping all activations"},
     "loss": {"full": "all logits at once", "chunked": "logits in chunks"},
     "attention": {"sdpa": "sdpa", "eager": "eager attention", "flash_attention_2": "flash_attention_2"},

@@ -164,14 +164,18 @@ def search(question: Question, pools: Sequence[Pool]) -> list[Found]:
 
 def ranked(objective: Objective, found: Iterable[Found]) -> list[Found]:
     """The best first; what is not sure to fit after all that is."""
-    keys = {
-        "fastest": lambda one: (one.seconds_per_token, one.place.gpus),
-        "cheapest": lambda one: (one.cost_per_token, one.seconds_per_token),
-        "fewest-gpus": lambda one: (one.place.gpus, one.seconds_per_token),
-        "longest": lambda one: (-one.recipe.seq_len, one.seconds_per_token),
-    }
-    key = keys[objective]
-    return sorted(found, key=lambda one: (not one.sure, *key(one)))
+
+    def key(one: Found) -> tuple[float, ...]:
+        pace, gpus = one.seconds_per_token, one.place.gpus
+        first = {
+            "fastest": (pace, gpus),
+            "cheapest": (one.cost_per_token, pace),
+            "fewest-gpus": (gpus, pace),
+            "longest": (-one.recipe.seq_len, pace),
+        }[objective]
+        return (not one.sure, *first)
+
+    return sorted(found, key=key)
 
 
 def undominated(found: Sequence[Found]) -> list[Found]:

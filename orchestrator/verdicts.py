@@ -90,8 +90,8 @@ def doubt(needed: Estimate, target: Target, answer: Verdict) -> str | None:
         return None
     more = "" if needed.estimator == "trace" else ": --estimator trace is more exact"
     return (
-        f"{target.name} has {target.usable_bytes / GIB:.2f} GiB usable, and the process needs {sure.low_bytes / GIB:.2f} "
-        f"to {sure.high_bytes / GIB:.2f}, by how its memory fragments{more}"
+        f"{target.name} has {target.usable_bytes / GIB:.2f} GiB usable, and the process needs "
+        f"{sure.low_bytes / GIB:.2f} to {sure.high_bytes / GIB:.2f}, by how its memory fragments{more}"
     )
 
 

@@ -153,7 +153,8 @@ class StepTime:
         seconds: as expected; `low` and `high`: if everything is achieved at the fast and at the slow end.
         parts: what the expected seconds consist of.
         tokens: of the step, over all ranks.
-        runs: measured ones that corrected it.
+        correction: the factor that measured runs put to it.
+        runs: how many these are.
     """
 
     seconds: float
@@ -161,6 +162,7 @@ class StepTime:
     high: float
     parts: Times
     tokens: int
+    correction: float = 1.0
     runs: int = 0
 
     @property

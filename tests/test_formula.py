@@ -64,7 +64,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured_second_step(folder: Path, asked: Recipe, strategy: Strategy, dtype: Any) -> Phases:
-    """The peaks of a real second step: bitsandbytes, peft and transformers, every tensor's storage followed."""
+    """The peaks of a real second step: bitsandbytes, peft and transformers, every tensor's storage followed.
+
+    Autocast, which our loop does not have, is on where transformers' Trainer has it: around model and loss.
+    """
     torch.set_num_threads(1)
     base = load_base(str(folder), asked, strategy, dtype, torch.device("cpu"))
     adapted = attach_adapters(base, asked, seed=0).train()
@@ -80,7 +83,7 @@ def measured_second_step(folder: Path, asked: Recipe, strategy: Strategy, dtype:
             for tensor in state.values()
             if isinstance(tensor, torch.Tensor)
         )
-        with meter.phase("forward"):
+        with meter.phase("forward"), torch.autocast("cpu", torch.bfloat16, enabled=asked.autocast):
             loss = loss_of(tokens, torch.ones_like(tokens), tokens)
         with meter.phase("backward"):
             loss.backward()

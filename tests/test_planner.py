@@ -258,7 +258,7 @@ def test_zero_is_climbed_only_as_far_as_memory_makes_it_necessary() -> None:
         return plan_request(LLAMA, wanted, strategy, [gpu(workers=4)]).verdict.confidence.high_bytes
 
     assert least(0) > least(2) > least(3)
-    fixed = {
+    fixed: dict[str, Any] = {
         "recipe": wanted.to_json(),
         "strategy": {"gradient_checkpointing": True, "micro_batch": 1, "paged_optimizer": False},
     }

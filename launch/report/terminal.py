@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -16,7 +16,11 @@ from rich.text import Text
 
 from launch import command
 from launch.listing import parameters
-from orchestrator.plans import Plan, Verdict
+from orchestrator.plans import Duration, Plan, Verdict
+from qlora_core.step_time import StepTime
+
+if TYPE_CHECKING:
+    from launch.sweep import Sweep
 
 GIB, MIB = 1024**3, 1024**2
 BAR_WIDTH = 24
@@ -55,11 +59,11 @@ def gib(value: int) -> str:
     return f"{value / GIB:.2f} GiB" if abs(value) >= GIB // 10 else f"{value / MIB:.2f} MiB"
 
 
-def print_plan(plan: Plan, *, explained: bool = False) -> None:
+def print_plan(plan: Plan, *, explained: bool = False, swept: Sweep | None = None) -> None:
     """Print a plan to stdout, its warnings to stderr."""
     console = Console(highlight=False, markup=False, emoji=False)  # a name in brackets is a name
     with console.capture() as captured:
-        console.print(*screen(plan), sep="\n")
+        console.print(*screen(plan, swept), sep="\n")
         if explained:
             from launch.report.explain import explain
 
@@ -77,7 +81,7 @@ def plan_screen(plan: Plan) -> RenderableType:
     return Group(*screen(plan), *(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings))
 
 
-def screen(plan: Plan) -> Iterator[RenderableType]:
+def screen(plan: Plan, swept: Sweep | None = None) -> Iterator[RenderableType]:
     """A plan: the verdict first, then what was asked, where the memory goes, and what it fits on."""
     yield verdict_line(plan)
     yield Text()
@@ -86,12 +90,24 @@ def screen(plan: Plan) -> Iterator[RenderableType]:
     yield memory_table(plan)
     yield Text("\nFits on (sizes in GiB)", style="italic")
     yield verdicts_table(plan)
+    if plan.alternatives:
+        from launch.report.alternatives import alternatives_table
+
+        title = (
+            "Other ways, the fastest first" if plan.fits else "The nearest that would fit, the cheapest for you first"
+        )
+        yield Text(f"\n{title}", style="italic")
+        yield alternatives_table(plan)
+    if swept is not None:
+        from launch.report.sweep import sweep_tables
+
+        yield from sweep_tables(swept, plan)
 
 
 def verdict_line(plan: Plan) -> Text:
     """Whether it fits, on what, with what to spare."""
     name, host = plan.architecture.name, plan.estimate.host
-    shown = next(verdict for verdict in plan.verdicts if verdict.gpu == plan.target.name)
+    shown = plan.verdict
     count = (
         f"{plan.strategy.world_size} x " if plan.strategy.world_size > 1 and plan.target.device.kind == "cuda" else ""
     )
@@ -107,8 +123,16 @@ def verdict_line(plan: Plan) -> Text:
     if plan.host_fits is False and plan.host_usable_bytes is not None:
         needed = max(host.load_peak_bytes, host.steady_bytes)
         text += f"; its host needs {gib(needed)} of memory and has {gib(plan.host_usable_bytes)}"
-    verdict = Text("FITS  ", style="bold green") if plan.fits else Text("DOES NOT FIT  ", style="bold red")
-    return verdict + Text(text, style="bold")
+    return verdict_word(plan) + Text(text, style="bold")
+
+
+def verdict_word(plan: Plan) -> Text:
+    """FITS, FITS BARELY with its chance, or DOES NOT FIT."""
+    if not plan.fits:
+        return Text("DOES NOT FIT  ", style="bold red")
+    if plan.verdict.barely:
+        return Text(f"FITS BARELY ({plan.verdict.confidence.chance:.0%})  ", style="bold yellow")
+    return Text("FITS  ", style="bold green")
 
 
 def request_table(plan: Plan) -> Table:
@@ -119,9 +143,38 @@ def request_table(plan: Plan) -> Table:
     table.add_row("trained", trained_words(plan))
     table.add_row("step", step_words(plan))
     table.add_row("strategy", strategy_words(plan))
+    if plan.fits and plan.verdict.step_time is not None:
+        table.add_row("speed", speed_words(plan.verdict.step_time))
+    if plan.fits and plan.duration is not None:
+        table.add_row("whole run", duration_words(plan.duration))
     for choice in plan.choices:
         table.add_row(choice.field.replace("_", " "), f"{choice.value}: {choice.reason}")
     return table
+
+
+def speed_words(step: StepTime) -> str:
+    """Tokens a second, between which bounds, and what corrected them."""
+    slow, expected, fast = (step.tokens / seconds for seconds in (step.high, step.seconds, step.low))
+    runs = f", as {step.runs} measured run{'s' if step.runs > 1 else ''} here corrected it" if step.runs else ""
+    return f"about {expected:,.0f} tokens/s ({slow:,.0f} to {fast:,.0f}{runs})"
+
+
+def duration_words(run: Duration) -> str:
+    """How long a run takes and what it costs, each with its bounds."""
+    bounds = f"{time_words(run.low_seconds)} to {time_words(run.high_seconds)}"
+    words = f"{run.steps:,} steps in {time_words(run.seconds)} ({bounds}), {run.gpu_hours:,.1f} GPU hours"
+    if run.price is None:
+        return words
+    return f"{words}, {run.price:,.2f} {run.currency} ({run.low_price:,.2f} to {run.high_price:,.2f})"
+
+
+def time_words(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def base_words(plan: Plan) -> str:
@@ -230,10 +283,17 @@ def verdict_cells(verdict: Verdict) -> tuple[str | Text, ...]:
     limits = (verdict.largest_micro_batch, verdict.longest_seq_len)
     return (
         verdict.gpu,
-        Text("yes", style="green") if verdict.fits else Text("no", style="red"),
+        verdict_cell(verdict),
         *(f"{size / GIB:.2f}" for size in sizes),
         *(str(limit) if limit else "-" for limit in limits),
     )
+
+
+def verdict_cell(verdict: Verdict) -> Text:
+    """Yes, no, or the chance where it is neither."""
+    if verdict.barely:
+        return Text(f"{verdict.confidence.chance:.0%}", style="yellow")
+    return Text("yes", style="green") if verdict.fits else Text("no", style="red")
 
 
 def measured_table(predicted: Mapping[str, Any], measured: Mapping[str, Any]) -> Table:

@@ -231,10 +231,15 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         lora=recipe.lora_dtype,
         rank=recipe.rank,
         dropout=recipe.dropout > 0,
-        autocast=recipe.autocast,
+        autocast=_casts(recipe, device),
         trained=recipe.method == "full",
         kernel=kernel_in_use(architecture, recipe, strategy, device),
     )
+
+
+def _casts(recipe: Recipe, device: Device) -> bool:
+    """Whether autocast does anything: it knows 16-bit dtypes only (torch/amp/autocast_mode.py)."""
+    return recipe.autocast and device.compute_dtype != "float32"
 
 
 def _activation(architecture: ModelArchitecture) -> Activation:
@@ -296,7 +301,7 @@ def _experts(architecture: ModelArchitecture, recipe: Recipe, device: Device) ->
         clamped=architecture.model_type == "gpt_oss",
         stored=exact.stored_dtype(recipe, device.compute_dtype),
         lora=recipe.lora_dtype,
-        narrow=device.compute_dtype if recipe.autocast else None,
+        narrow=device.compute_dtype if _casts(recipe, device) else None,
         trained=recipe.method == "full",
         cuda=device.kind == "cuda",
         grouped=device.has_grouped_products,

@@ -185,11 +185,15 @@ class Recording(NamedTuple):
         changes: as `Change` has them, with a place in `sizes` for the size.
         sizes: what is there whatever the rank, and what each unit of it adds.
         marks: places in the log after each layer.
+        forward_end: the place in the log at which the forward pass has ended.
+        copies: numbers of the storages that autocast keeps until then.
     """
 
     changes: tuple[tuple[int, int, Room | None, Where | None], ...]
     sizes: tuple[tuple[Size, Size], ...]
     marks: tuple[int, ...]
+    forward_end: int
+    copies: frozenset[int]
 
     def at_rank(self, rank: int) -> list[Change]:
         """The log."""
@@ -209,13 +213,16 @@ def recorded(step: Step) -> Recording:
     held = forward(tape, step, marks)
     if held[0].node is None:
         raise ValueError("nothing is trained: the recipe's targets name no linear layer of the model")
+    copies = {copy.storage.number for copy in tape.copies if copy.storage is not None}
+    tape.copies.clear()
+    forward_end = len(tape.log)
     tape.backward(held[0])
     log = list(tape.log)
     del held
     tape.leaves.clear()  # they refer to the tape: no garbage is left to the cycle collector
     places: dict[Size, int] = {}
     changes = tuple((number, places.setdefault(size, len(places)), room, where) for number, size, room, where in log)
-    return Recording(changes, tuple(map(_by_rank, places)), tuple(marks))
+    return Recording(changes, tuple(map(_by_rank, places)), tuple(marks), forward_end, frozenset(copies))
 
 
 def _by_rank(size: Size) -> tuple[Size, Size]:
@@ -253,16 +260,25 @@ def timeline(step: Step) -> Timeline:
     recording = recorded(on_tape(step))
     log, marks, end = recording.at_rank(step.layer.rank), recording.marks, len(recording.changes)
     parts = _peaks_by_part(log)
-    alive = alive_at(log, [*marks, end, *(peak.place for peaks in parts.values() for peak in peaks)])
-    at_mark = {place: by_room(alive[place]) for place in (*marks, end)}
+    places = (peak.place for peaks in parts.values() for peak in peaks)
+    alive = alive_at(log, [*marks, recording.forward_end, end, *places])
     middle = max(step.layers - 2, 0)
     kept: dict[Room, Size] = {}
+    forgotten: dict[Room, Size] = {}
     if middle:
-        before, after = (at_mark[mark] for mark in marks)
-        kept = {room: size.plus(before.get(room, NOTHING).times(-1)).times(middle) for room, size in after.items()}
+        before, after = (alive[mark] for mark in marks)
+        room_before = by_room(before)
+        kept = {
+            room: size.plus(room_before.get(room, NOTHING).times(-1)).times(middle)
+            for room, size in by_room(after).items()
+        }
+        gone_by_then = recording.copies & after.keys() - before.keys() - alive[recording.forward_end].keys()
+        of_copies = by_room({number: after[number] for number in gone_by_then})
+        forgotten = {room: size.times(-middle) for room, size in of_copies.items()}
     made = _made(step, middle)
-    peaks = [*_with_middle(parts, kept, made), *_after_flush(step, middle, parts, kept)]
-    left = _sum(at_mark[end], made)
+    kept_after = _sum(kept, forgotten)
+    peaks = [*_with_middle(parts, kept, kept_after, made), *_after_flush(step, middle, parts, kept_after)]
+    left = _sum(by_room(alive[end]), made)
     if step.reduced_after:
         added = _sum(made, {GRADIENTS: Size(fixed=step.reduced_after)})
         total = sum_of(left.values()).plus(Size(fixed=step.reduced_after))
@@ -331,11 +347,11 @@ def forward(tape: Tape, step: Step, marks: list[int]) -> tuple[Tensor, ...]:
     """The forward pass; the loss first, then what a caller of transformers holds on to beside it."""
     with tape.at("forward", "embedding"):
         fetched = tape.new(Size(fixed=step.fetched), "int8", BUFFERS)
-    hidden = decoder(tape, step, marks)
+    held = [decoder(tape, step, marks)]
     del fetched
     if step.loss == "chunked":
-        return (chunked_loss(tape, step, hidden),)
-    return full_loss(tape, step, hidden)
+        return (chunked_loss(tape, step, held[0]),)
+    return full_loss(tape, step, held)
 
 
 def decoder(tape: Tape, step: Step, marks: list[int]) -> Tensor:
@@ -392,8 +408,7 @@ def head(tape: Tape, step: Step, hidden: Tensor, rows: Size) -> Tensor:
     """The output head: [rows, H] -> [rows, V]."""
     layer = step.layer
     weight = parameter(tape, layer, step.vocab * layer.hidden, layer.stream)
-    if layer.autocast:
-        hidden = op.cast(tape, hidden, layer.compute)
+    hidden, weight = op.narrowed(tape, hidden, layer.narrow), op.narrowed(tape, weight, layer.narrow)
     return op.matmul_weight(tape, hidden, weight, rows, layer.hidden, step.vocab)
 
 
@@ -403,10 +418,15 @@ def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:
     return op.negative_log_likelihood(tape, op.log_softmax(tape, wide))
 
 
-def full_loss(tape: Tape, step: Step, hidden: Tensor) -> tuple[Tensor, ...]:
-    """Transformers' causal loss, and the logits where the caller holds the model's output."""
+def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
+    """The loss of all logits at once, and the logits where the caller holds the model's output.
+
+    In transformers' own loss the hidden states, which are `held`, live on; our loop's comes after the model has returned.
+    """
     with tape.at("forward", "loss"), tape.into("logits_and_loss"):
-        logits = head(tape, step, hidden, ROW)
+        logits = head(tape, step, held[0], ROW)
+        if not step.output_held:
+            held.clear()
         if step.logits == "scaled":
             logits = op.scale(tape, logits)
         elif step.logits == "capped":
@@ -438,15 +458,21 @@ def gradient_bytes(layer: Layer) -> int:
 
 
 def _with_middle(
-    parts: Mapping[Part, Sequence[Peak]], kept: dict[Room, Size], gradients: dict[Room, Size]
+    parts: Mapping[Part, Sequence[Peak]],
+    kept: dict[Room, Size],
+    kept_after: dict[Room, Size],
+    gradients: dict[Room, Size],
 ) -> list[Peak]:
-    """Each with the layers between the first and the last: before they run, after, or after their backward pass."""
+    """Each with the layers between the first and the last: before they run, after, or after their backward pass.
+
+    What they keep is less once the forward pass has ended, and with it autocast.
+    """
     nothing: dict[Room, Size] = {}
     peaks: list[Peak] = []
     for (phase, part), found in parts.items():
         added = nothing if phase == "forward" else gradients
         if part not in ("embedding", FIRST):
-            added = kept
+            added = kept if phase == "forward" else kept_after
         more = sum_of(added.values())
         peaks += [peak._replace(total=peak.total.plus(more), added=added) for peak in found]
     return sorted(peaks, key=lambda peak: peak.place)

@@ -167,6 +167,7 @@ class Frame:
                 # detached: its gradient leads nowhere
                 leaf = None if self.x.node is None else Node(0, (), lambda gradient: (), self.where)
                 self.program(self.x.alias(node=leaf))
+            tape.copies.clear()
         return self.kept.pop(index)
 
 
@@ -204,6 +205,8 @@ class Tape:
         self.room: Room = "activations"
         self.frame: Frame | None = None
         self.leaves: list[Tensor] = []
+        self.copies: list[Tensor] = []
+        """Autocast's cache: narrow copies of trained float32 leaves, until the outermost context ends."""
         self._order = 0
 
     def at(self, *where: str) -> Within:
@@ -300,6 +303,7 @@ class Tape:
 
             with self.at("backward", *where, "recomputed"):
                 again = program(kept.alias(node=Node(LEAF_ORDER, (), arrive, where)))
+            self.copies.clear()
             if again.node is not None:
                 self.backward_from(again.node, gradient)
             return arrived

@@ -1,0 +1,63 @@
+"""The tokens of a data set: counted by the model's own tokenizer, as a run would, or told from the size of its text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from clusters.errors import request_error
+from launch.request import Data
+from orchestrator.plans import Choice
+from qlora_core.architecture import ModelArchitecture
+from qlora_core.recipe import Recipe
+
+BYTES_PER_TOKEN = 4
+"""Of English text, about: four characters (OpenAI, "What are tokens and how to count them?"). Code and other languages
+have fewer."""
+
+
+def measured(path: Path, architecture: ModelArchitecture, recipe: Recipe, choices: list[Choice]) -> Data:
+    """The tokens that a run over the file trains on, padding counted, and its longest example.
+
+    Raises:
+        RequestError: it cannot be read as training data.
+    """
+    folder = Path(architecture.source)
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    if has_tokenizer and (counted := by_tokenizer(path, folder, recipe)) is not None:
+        return counted
+    size, examples = text_size(path)
+    tokens = -(-size // BYTES_PER_TOKEN)
+    reason = f"about {BYTES_PER_TOKEN} bytes of text for each; exactly from a model's folder with the train extra"
+    choices.append(Choice("tokens", f"{tokens:,} in {examples:,} examples", reason))
+    return Data(tokens)
+
+
+def by_tokenizer(path: Path, folder: Path, recipe: Recipe) -> Data | None:
+    """What the run's own encoding finds; None where the packages for training are not installed."""
+    try:
+        from qlora_core.quiet import quiet_libraries
+
+        quiet_libraries()
+        from qlora_core.training.dataset import encode_file
+        from qlora_core.training.model import load_tokenizer
+    except ImportError:
+        return None
+    examples, report = encode_file(path, "auto", load_tokenizer(str(folder)), recipe.seq_len)
+    return Data(len(examples) * min(report.longest, recipe.seq_len), report.longest)
+
+
+def text_size(path: Path) -> tuple[int, int]:
+    """Bytes and lines of a file."""
+    size = lines = 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    size, lines = size + len(line), lines + 1
+    except OSError as error:
+        rule = f"it cannot be read: {error.strerror or error}"
+        raise request_error("--data", path, rule, "Give a readable JSONL file") from None
+    if not lines:
+        raise request_error("--data", os.fspath(path), "it is empty", "Give one example a line")
+    return size, lines
