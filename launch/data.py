@@ -8,7 +8,6 @@ from pathlib import Path
 from clusters.errors import request_error
 from launch.request import Data
 from orchestrator.plans import Choice
-from qlora_core.architecture import ModelArchitecture
 from qlora_core.recipe import Recipe
 
 BYTES_PER_TOKEN = 4
@@ -16,15 +15,16 @@ BYTES_PER_TOKEN = 4
 have fewer."""
 
 
-def measured(path: Path, architecture: ModelArchitecture, recipe: Recipe, choices: list[Choice]) -> Data:
+def measured(path: Path, model: Path, recipe: Recipe, choices: list[Choice]) -> Data:
     """The tokens that a run over the file trains on, padding counted, and its longest example.
+
+    They are counted by the tokenizer of `model`, if that is a folder with one.
 
     Raises:
         RequestError: it cannot be read as training data.
     """
-    folder = Path(architecture.source)
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    if has_tokenizer and (counted := by_tokenizer(path, folder, recipe)) is not None:
+    has_tokenizer = any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    if has_tokenizer and (counted := by_tokenizer(path, model, recipe)) is not None:
         return counted
     size, examples = text_size(path)
     tokens = -(-size // BYTES_PER_TOKEN)

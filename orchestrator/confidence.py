@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import median
 
 from orchestrator.plans import SURE, Confidence
 from qlora_core.memory.estimate import Estimate
@@ -27,6 +26,8 @@ def confidence(needed: Estimate, context_bytes: int, usable_bytes: int, ratios: 
     low, middle, high = float(gpu.reserved_interval[0]), float(gpu.reserved_bytes), float(gpu.reserved_interval[1])
     basis = f"the {needed.estimator}'s own spread"
     if len(ratios) >= ENOUGH_RUNS:
+        from statistics import median  # fractions and decimals come with it, and most plans need none
+
         below, above = conformal(ratios)
         low, middle, high = (gpu.reserved_bytes * ratio for ratio in (below, median(ratios), above))
         basis = f"{len(ratios)} comparable runs"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import click
 
@@ -54,13 +53,16 @@ class History:
 
     def time_ratios(self, target: Target) -> list[float]:
         """Of the runs on that very device."""
-        return [run.time_ratio for run in self.runs if run.time_ratio is not None and run.gpu == target.name]
+        gpu = target.name if target.pool is None else target.pool.gpu.name
+        return [run.time_ratio for run in self.runs if run.time_ratio is not None and run.gpu == gpu]
 
     def corrected(self, step: StepTime, target: Target) -> StepTime:
         """A step's time by what such steps took: the median, and nine of ten once there are enough of them."""
         ratios = self.time_ratios(target)
         if not ratios:
             return step
+        from statistics import median  # fractions and decimals come with it, and most plans need none
+
         factor = median(ratios)
         low, high = step.low * factor, step.high * factor
         if len(ratios) >= ENOUGH_RUNS:

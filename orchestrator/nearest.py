@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from clusters.gpu import GIB, Gpu, list_gpus
 from orchestrator.devices import any_nodes, pool_target
 from orchestrator.plans import Choice, Target
-from orchestrator.search import Candidate, of_length
+from orchestrator.question import Candidate, of_length
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.strategy import Offload, ZeroStage
 

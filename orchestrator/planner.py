@@ -10,25 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from clusters.cluster import Cluster, Pool
 from clusters.errors import Problem, RequestError, request_error
 from clusters.gpu import COMMON, find_gpu
-from orchestrator.alternatives import Alternatives
 from orchestrator.devices import NODE_GPUS, any_nodes, pool_target
 from orchestrator.durations import duration
 from orchestrator.history import NOTHING_MEASURED, History
 from orchestrator.plans import Choice, Objective, Plan, Target
-from orchestrator.reasons import hopeless, reasons
+from orchestrator.question import OPEN_FIELDS, STRATEGY_FIELDS, Candidate, Place, Question, of_length
 from orchestrator.rules import check_architecture, check_strategy, warnings
-from orchestrator.search import (
-    OPEN_FIELDS,
-    STRATEGY_FIELDS,
-    Candidate,
-    Place,
-    Question,
-    best_of,
-    leanest_of_all,
-    of_length,
-    places,
-    search,
-)
 from orchestrator.targets import check_targets
 from orchestrator.verdicts import doubt, verdict
 from qlora_core.architecture import ModelArchitecture
@@ -40,6 +27,7 @@ from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 
 if TYPE_CHECKING:
+    from orchestrator.search import Found
     from orchestrator.spec import RunSpec, StrategySpec  # reads YAML, which `qlora-plan` need not import
 
 EstimatorFunction = Callable[[ModelArchitecture, Recipe, Strategy, Device], Estimate]
@@ -154,54 +142,85 @@ def plan_question(
     `targets` are ordered by memory, at least one. Alternatives to what was asked for come from a search that may change
     the fields `searched`; "nearest": only where nothing fits. See `plan_request` for the rest.
     """
-    pools = [target.pool for target in targets if target.pool is not None]
-    found = search(question, pools) if question.open and pools else []
-    others = Alternatives(question.architecture, tokens, currency, history)
+    if all(target.device.kind == "cpu" for target in targets):
+        # processes on one CPU share its cores, and nothing is paged there
+        question = replace(question, open=question.open - {"world_size", "paged_optimizer"})
+        searched -= {"world_size", "paged_optimizer"}
     common: dict[str, Any] = {"estimator": estimator, "history": history}
-    if found:
-        best = found[0]
-        answer = plan_request(
-            question.architecture,
-            best.recipe,
-            best.strategy,
-            [best.target],
-            choices=[*choices, *reasons(question, best)],
-            host_usable_bytes=host_usable_bytes or host_of(best.target),
-            **common,
-        )
-        chosen = Candidate(best.recipe, best.strategy)
-        mine = others.of("", best.place, best.target, chosen, best.needed, ())
-        beside = others.beside(found[1 : MOST_ALTERNATIVES + 1], chosen, best.seconds_per_token)
-        return replace(answer, duration=mine.duration, alternatives=tuple(beside))
-    asked_for = Candidate(question.recipe, question.strategy)
-    chosen_anyway: list[Choice] = []
-    if question.open and pools:
-        place = next(places(question, pools[-1:]), Place(((targets[-1], question.strategy.world_size),)))
-        asked_for = leanest_of_all(question, place)
-        chosen_anyway = list(hopeless(question, asked_for))
+    run: dict[str, Any] = {"tokens": tokens, "currency": currency}
+    asked_for, decided = Candidate(question.recipe, question.strategy), list(choices)
+    if question.open:
+        from orchestrator.reasons import hopeless  # the search's rooms take a while to import
+        from orchestrator.search import leanest_of_all, search
+        from orchestrator.space import places
+
+        if found := search(question, targets):
+            return chosen(question, found, decided, host_usable_bytes, common, run)
+        alone = Place(((targets[-1], question.strategy.world_size),))
+        most = max(places(question, targets[-1:]), key=lambda place: place.gpus, default=alone)
+        asked_for = leanest_of_all(question, most)
+        decided += hopeless(question, asked_for)
     answer = plan_request(
         question.architecture,
         *asked_for,
         targets,
         asked=asked,
-        choices=[*choices, *chosen_anyway],
+        choices=decided,
         host_usable_bytes=host_usable_bytes,
         **common,
     )
     place = Place(((answer.target, answer.strategy.world_size),))
-    lasts = duration(answer.verdict.step_time, tokens, place.gpus, place.price_per_hour, currency)
-    answer = replace(answer, duration=lasts)
-    if host_usable_bytes is None:
-        answer = replace(answer, host_usable_bytes=host_of(answer.target))
-    if alternatives != "none" and not answer.fits:
-        return replace(answer, alternatives=tuple(others.nearest(answer)))
-    if alternatives != "all" or answer.target.pool is None:
+    answer = replace(
+        answer,
+        duration=duration(answer.verdict.step_time, tokens, place.gpus, place.price_per_hour, currency),
+        host_usable_bytes=host_usable_bytes or host_of(answer.target),
+    )
+    if alternatives == "none" or (alternatives == "nearest" and answer.fits):
         return answer
-    free = replace(question, open=searched)
-    better = others.faster(search(free, [answer.target.pool]), answer)
+    from orchestrator.alternatives import Alternatives
+    from orchestrator.search import search
+
+    others = Alternatives(question.architecture, history=history, **run)
+    if not answer.fits:
+        return replace(answer, alternatives=tuple(others.nearest(answer)))
+    better = others.faster(search(replace(question, open=searched), [answer.target]), answer)
     step = answer.verdict.step_time
     pace = None if step is None else step.seconds / step.tokens
     return replace(answer, alternatives=tuple(others.beside(better[:MOST_ALTERNATIVES], asked_for, pace)))
+
+
+def chosen(
+    question: Question,
+    found: Sequence[Found],
+    choices: Sequence[Choice],
+    host_usable_bytes: int | None,
+    common: dict[str, Any],
+    run: dict[str, Any],
+) -> Plan:
+    """The best that a search found as the plan, and the others beside it."""
+    from orchestrator.alternatives import Alternatives
+    from orchestrator.reasons import reasons
+
+    others = Alternatives(question.architecture, history=common["history"], **run)
+    best = found[0]
+    candidate = Candidate(best.recipe, best.strategy)
+    answer = plan_request(
+        question.architecture,
+        *candidate,
+        [best.target],
+        choices=[*choices, *reasons(question, best)],
+        host_usable_bytes=host_usable_bytes or host_of(best.target),
+        **common,
+    )
+    mine = others.of("", best.place, best.target, candidate, best.needed, ())
+    return replace(
+        answer,
+        # all of the group's GPUs, which may be of two kinds, set the pace
+        verdicts=(replace(answer.verdict, step_time=mine.step_time),),
+        duration=mine.duration,
+        objective=question.objective,
+        alternatives=tuple(others.beside(found[1 : MOST_ALTERNATIVES + 1], candidate, best.seconds_per_token)),
+    )
 
 
 def host_of(target: Target) -> int | None:
@@ -283,15 +302,18 @@ def plan_run(
     check_micro_batch(request, recipe, world_size)
     question = question_of(request, architecture, planned, world_size, target)
     check_strategy(question.strategy, "strategy.{}", [target])
+    from orchestrator.reasons import hopeless, reasons
+    from orchestrator.search import best_of, leanest_of_all
+
     place = Place(((target, world_size),))
     best = best_of(question, place)
     if best is None:
-        chosen = leanest_of_all(question, place)
-        choices += hopeless(question, chosen)
+        candidate = leanest_of_all(question, place)
+        choices += hopeless(question, candidate)
     else:
-        chosen = Candidate(best.recipe, best.strategy)
+        candidate = Candidate(best.recipe, best.strategy)
         choices += reasons(question, best)
-    answer = plan_request(architecture, *chosen, [target], history=history)
+    answer = plan_request(architecture, *candidate, [target], history=history)
     if target.device.kind == "cpu" and request.paged_optimizer is not False:
         choices.append(Choice("paged_optimizer", "false", ON_CPU))
     return replace(answer, recipe=recipe, choices=(*answer.choices, *choices))

@@ -8,18 +8,9 @@ from typing import Any
 
 from clusters.gpu import GIB
 from orchestrator.plans import Choice
-from orchestrator.search import (
-    LARGEST_MICRO_BATCH,
-    Candidate,
-    Found,
-    Judge,
-    Place,
-    Question,
-    bytes_for,
-    host_has_room,
-    micro_batches,
-    shapes,
-)
+from orchestrator.question import Candidate, Place, Question
+from orchestrator.search import Found, Judge, bytes_for, host_has_room
+from orchestrator.space import LARGEST_MICRO_BATCH, micro_batches, shapes
 
 NAMES: dict[str, dict[Any, str]] = {
     "gradient_checkpointing": {True: "gradient checkpointing", False: "keeping all activations"},
@@ -91,8 +82,12 @@ def reason(question: Question, judge: Judge, chosen: Candidate, field: str, foun
 def only_one(field: str, chosen: Candidate, judge: Judge) -> str:
     """Why there was nothing to choose."""
     strategy = chosen.strategy
+    if field == "paged_optimizer" and strategy.offload != "none":
+        return "the state is on the host already"
     if field == "zero_stage" and strategy.offload != "none":
         return f"offloading needs it: {strategy.offload}"
+    if field == "offload" and strategy.paged_optimizer:
+        return "the optimizer's state is paged, so it goes to the host by itself where memory is short"
     if field in ("zero_stage", "offload") and strategy.world_size == 1:
         return "there is one worker, so there is nothing to share out"
     return f"{judge.architecture.model_type} knows no other" if field in ("attention", "loss") else "there is no other"
@@ -130,6 +125,8 @@ def micro_batch_reason(question: Question, judge: Judge, chosen: Candidate, foun
     """Why it is no larger."""
     own = chosen.strategy.micro_batch
     larger = [size for size, _ in micro_batches(question, chosen, found.place.gpus) if size > own]
+    if question.objective == "longest":
+        return "the room is for the context"
     if not larger:
         return "larger ones gain little" if own == LARGEST_MICRO_BATCH else "all sequences of a GPU's share of the step"
     share = own * chosen.strategy.gradient_accumulation

@@ -9,120 +9,26 @@ loss, paged state, micro-batch 1) is passed over at once. `tests/test_search.py`
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import NamedTuple
+from functools import cached_property
 
-from clusters.cluster import Pool
-from orchestrator.devices import pool_target, rates, slowest_links
+from orchestrator.devices import rates, slowest_links
 from orchestrator.plans import Objective, Target
-from qlora_core.architecture import ModelArchitecture
+from orchestrator.question import Candidate, Place, Question
+from orchestrator.space import at_size, candidates, places, with_optimizer
 from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.formula import estimate
 from qlora_core.recipe import Recipe
 from qlora_core.step_time import TYPICAL, load, times
-from qlora_core.strategy import Attention, Loss, Offload, Strategy, ZeroStage
+from qlora_core.strategy import Strategy
 
-STRATEGY_FIELDS = (
-    "world_size",
-    "micro_batch",
-    "gradient_checkpointing",
-    "attention",
-    "loss",
-    "paged_optimizer",
-    "zero_stage",
-    "offload",
-)
-OPEN_FIELDS = (*STRATEGY_FIELDS, "seq_len", "optimizer")
-"""What a search may choose, where it is left open."""
-LARGEST_MICRO_BATCH = 16
-"""The planner takes no larger micro-batch by itself: past it, GPUs gain nothing and memory is risked."""
-DEFAULT_STEP_TOKENS = 8192
-"""Tokens of a step where neither they nor the micro-batch are given: the default of a recipe."""
 LENGTH_STEP = 64
 """A longest length is rounded down to a multiple of this."""
-FEW_NODES = 8
-"""Of so many nodes every number is tried, of more every power of two and all."""
 ALIKE = 1.02
 """Times that differ by no more than this the model cannot tell apart."""
-SHARDINGS: tuple[tuple[ZeroStage, Offload], ...] = (
-    (0, "none"),
-    (1, "none"),
-    (2, "none"),
-    (2, "optimizer"),
-    (3, "none"),
-    (3, "optimizer"),
-    (3, "all"),
-)
-"""What DeepSpeed can do, the simplest first: it decides between candidates of the same speed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked, and what of it may be chosen.
-
-    Attributes:
-        architecture: the model.
-        recipe, strategy: what is fixed, and what the open fields are without a search.
-        open: the fields that may be chosen, of OPEN_FIELDS.
-        whole_step: tokens_per_step is fixed; else a step is as large as it comes, about DEFAULT_STEP_TOKENS.
-        objective: what is best.
-    """
-
-    architecture: ModelArchitecture
-    recipe: Recipe
-    strategy: Strategy
-    open: frozenset[str]
-    whole_step: bool
-    objective: Objective = "fastest"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """GPUs of one pool, or of several in one data-parallel group."""
-
-    parts: tuple[tuple[Target, int], ...]
-
-    @property
-    def gpus(self) -> int:
-        """All of them."""
-        return sum(count for _, count in self.parts)
-
-    @property
-    def nodes(self) -> int:
-        """Those that hold them."""
-        return sum(nodes_for(target, count) for target, count in self.parts)
-
-    @property
-    def price_per_hour(self) -> float | None:
-        """Of its nodes, which are rented whole; None where one has no price."""
-        total = 0.0
-        for target, count in self.parts:
-            if target.pool is None or target.pool.price_per_hour is None:
-                return None
-            total += target.pool.price_per_hour * nodes_for(target, count)
-        return total
-
-    @property
-    def name(self) -> str:
-        """In words: "8 x a100-80gb + 4 x l40s"."""
-        return " + ".join(f"{count} x {target.name}" for target, count in self.parts)
-
-
-def nodes_for(target: Target, count: int) -> int:
-    """Nodes that hold so many of a device."""
-    return 1 if target.pool is None else -(-count // target.pool.gpus_per_node)
-
-
-class Candidate(NamedTuple):
-    """One way to run at a place."""
-
-    recipe: Recipe
-    strategy: Strategy
 
 
 @dataclass(frozen=True)
@@ -156,9 +62,9 @@ class Found:
         return self.seconds_per_token * (self.place.gpus if price is None else price)
 
 
-def search(question: Question, pools: Sequence[Pool]) -> list[Found]:
+def search(question: Question, devices: Sequence[Target]) -> list[Found]:
     """The best candidate of each place, the best place first; what another beats in every respect is left out."""
-    found = [best for place in places(question, pools) if (best := best_of(question, place)) is not None]
+    found = [best for place in places(question, devices) if (best := best_of(question, place)) is not None]
     return ranked(question.objective, undominated(found))
 
 
@@ -171,7 +77,7 @@ def ranked(objective: Objective, found: Iterable[Found]) -> list[Found]:
             "fastest": (pace, gpus),
             "cheapest": (one.cost_per_token, pace),
             "fewest-gpus": (gpus, pace),
-            "longest": (-one.recipe.seq_len, pace),
+            "longest": (-one.recipe.seq_len, gpus, pace),
         }[objective]
         return (not one.sure, *first)
 
@@ -189,132 +95,6 @@ def undominated(found: Sequence[Found]) -> list[Found]:
         if not any(all(a <= b for a, b in zip(other, merit, strict=True)) for other, _ in kept):
             kept.append((merit, one))
     return [one for _, one in kept]
-
-
-# --- places -----------------------------------------------------------------------------------------------------------
-
-
-def places(question: Question, pools: Sequence[Pool]) -> Iterator[Place]:
-    """The groups of GPUs that may be taken: of one pool, and of two unlike ones together."""
-    dtype = question.recipe.compute_dtype
-    for pool in pools:
-        for count in counts(question, pool.gpus, pool.gpus_per_node):
-            yield Place(((pool_target(pool, dtype, count), count),))
-    if "world_size" in question.open and question.objective == "fastest":
-        for both in itertools.combinations(pools, 2):
-            if divides(question, sum(pool.gpus for pool in both)):
-                yield Place(tuple((pool_target(pool, dtype, pool.gpus), pool.gpus) for pool in both))
-
-
-def counts(question: Question, gpus: int, gpus_per_node: int) -> list[int]:
-    """Numbers of GPUs to try of one pool, those of a step's sequences that come out even."""
-    if "world_size" not in question.open:
-        wanted = question.strategy.world_size
-        return [wanted] if wanted <= gpus else []
-    nodes = gpus // gpus_per_node
-    inside = {1 << power for power in range(gpus_per_node.bit_length()) if 1 << power <= gpus_per_node}
-    several = set(range(1, nodes + 1)) if nodes <= FEW_NODES else {1 << n for n in range(nodes.bit_length())}
-    sizes = inside | {gpus_per_node * number for number in several | {nodes} if number}
-    fitting = {size for size in sizes if divides(question, size)}
-    if question.whole_step:
-        sequences = question.recipe.sequences_per_step
-        fitting.add(max(size for size in range(1, min(gpus, sequences) + 1) if sequences % size == 0))
-    return sorted(fitting)
-
-
-def divides(question: Question, world: int) -> bool:
-    """Whether a step's sequences come out even on so many GPUs."""
-    return not question.whole_step or question.recipe.sequences_per_step % world == 0
-
-
-# --- the candidates of a place ----------------------------------------------------------------------------------------
-
-
-def candidates(question: Question, place: Place) -> Iterator[Candidate]:
-    """All of them, the simplest of equals first; for the longest context at the micro-batch 1 and the length asked."""
-    for shape in shapes(question, place.gpus):
-        for size, accumulation in micro_batches(question, shape, place.gpus):
-            yield at_size(shape, place.gpus, size, accumulation)
-
-
-def shapes(question: Question, world: int) -> Iterator[Candidate]:
-    """The recipes and strategies that the open fields allow, but for micro-batch and length."""
-    architecture, given, open_ = question.architecture, question.strategy, question.open
-    attentions: list[Attention] = [given.attention]
-    if "attention" in open_:
-        attentions = ["sdpa", "eager"] if architecture.has_sdpa else ["eager"]
-    losses: list[Loss] = [given.loss]
-    if "loss" in open_:
-        losses = ["chunked", "full"] if architecture.plain_logits else ["full"]
-    optimizers = ["adamw", "adamw_8bit"] if "optimizer" in open_ else [question.recipe.optimizer]
-    paging = [True, False] if "paged_optimizer" in open_ else [given.paged_optimizer]
-    checkpointing = [True, False] if "gradient_checkpointing" in open_ else [given.gradient_checkpointing]
-    for (stage, offload), optimizer, keep, attention, loss, paged in itertools.product(
-        shardings(question, world), optimizers, checkpointing, attentions, losses, paging
-    ):
-        if offload != "none" and "paged_optimizer" in open_ and paged:
-            continue  # the state is on the host already
-        yield Candidate(
-            question.recipe if optimizer == question.recipe.optimizer else with_optimizer(question.recipe, optimizer),
-            replace(
-                given,
-                world_size=world,
-                gradient_checkpointing=keep,
-                attention=attention,
-                loss=loss,
-                paged_optimizer=paged,
-                zero_stage=stage,
-                offload=offload,
-            ),
-        )
-
-
-def with_optimizer(recipe: Recipe, optimizer: str) -> Recipe:
-    """`recipe` with another optimizer."""
-    return replace(recipe, optimizer="adamw_8bit" if optimizer == "adamw_8bit" else "adamw")
-
-
-def shardings(question: Question, world: int) -> list[tuple[ZeroStage, Offload]]:
-    """The ZeRO stages and offloads to try: of one GPU nothing is divided, so a stage only serves to offload."""
-    given = question.strategy
-    return [
-        (stage, offload)
-        for stage, offload in SHARDINGS
-        if (stage == given.zero_stage or "zero_stage" in question.open)
-        and (offload == given.offload or "offload" in question.open)
-        and (world > 1 or stage in (0, given.zero_stage) or offload != "none")
-    ]
-
-
-def micro_batches(question: Question, shape: Candidate, world: int) -> list[tuple[int, int]]:
-    """Micro-batches to try, each with the gradient accumulation that makes the step whole; the largest first."""
-    given = shape.strategy
-    if "micro_batch" not in question.open or question.objective == "longest":
-        size = 1 if "micro_batch" in question.open else given.micro_batch
-        if not question.whole_step:
-            return [(size, given.gradient_accumulation)]
-        share = question.recipe.sequences_per_step // world
-        return [(size, share // size)] if share % size == 0 else []
-    if question.whole_step:
-        share = question.recipe.sequences_per_step // world
-    else:
-        share = 1 << max(0, (DEFAULT_STEP_TOKENS // (question.recipe.seq_len * world) - 1).bit_length())
-    return [(size, share // size) for size in range(min(share, LARGEST_MICRO_BATCH), 0, -1) if share % size == 0]
-
-
-def at_size(shape: Candidate, world: int, size: int, accumulation: int, seq_len: int | None = None) -> Candidate:
-    """A shape with its micro-batch and accumulation, and perhaps another length."""
-    length = seq_len or shape.recipe.seq_len
-    return Candidate(
-        of_length(shape.recipe, length, length * world * size * accumulation),
-        replace(shape.strategy, micro_batch=size, gradient_accumulation=accumulation),
-    )
-
-
-@lru_cache(maxsize=1024)
-def of_length(recipe: Recipe, seq_len: int, tokens_per_step: int) -> Recipe:
-    """`recipe` with another length and step; made once, for its fields are checked anew each time."""
-    return replace(recipe, seq_len=seq_len, tokens_per_step=tokens_per_step)
 
 
 # --- the best of a place ----------------------------------------------------------------------------------------------
@@ -471,7 +251,10 @@ def without_size(candidate: Candidate) -> Candidate:
 
 
 def longest(question: Question, place: Place, judge: Judge, sure: bool) -> Candidate | None:
-    """The longest context up to the model's positions, in whole LENGTH_STEPs; the fastest of those alike."""
+    """The longest context up to the model's positions, in whole LENGTH_STEPs; the fastest of those as long.
+
+    As in `fastest`, the simplest of those that are as fast.
+    """
     positions = question.architecture.max_position_embeddings
     lengths = [*range(LENGTH_STEP, positions, LENGTH_STEP), positions]
     best: Candidate | None = None
@@ -489,6 +272,6 @@ def longest(question: Question, place: Place, judge: Judge, sure: bool) -> Candi
             continue
         longer = bisect_left(lengths, True, lo=found, key=too_long)
         candidate = at(lengths[longer - 1])
-        if best is None or longer > found or judge.seconds(candidate) < judge.seconds(best):
+        if best is None or longer > found or judge.seconds(candidate) * ALIKE < judge.seconds(best):
             best, found = candidate, longer
     return best

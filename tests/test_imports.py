@@ -43,7 +43,9 @@ PLANNING = (
     "orchestrator/plans.py",
     "orchestrator/reasons.py",
     "orchestrator/rules.py",
+    "orchestrator/question.py",
     "orchestrator/search.py",
+    "orchestrator/space.py",
     "orchestrator/verdicts.py",
     "orchestrator/planner.py",
     "orchestrator/spec.py",
@@ -51,12 +53,13 @@ PLANNING = (
     "launch/command.py",
     "launch/listing.py",
     "launch/plan.py",
+    "launch/devices.py",
     "launch/request.py",
     "launch/report/explain.py",
     "launch/report/terminal.py",
 )
 """What `qlora-plan` is made of, and the specification, which is read before torch is imported."""
-MEASURING = tuple(f"qlora_core/memory/{name}.py" for name in ("measure", "recorder", "loading", "trace"))
+MEASURING = tuple(f"qlora_core/memory/{name}.py" for name in ("autocast", "measure", "recorder", "loading", "trace"))
 """The estimators that run real code."""
 
 

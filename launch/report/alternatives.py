@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.table import Table
-from rich.text import Text
 
 from clusters.gpu import GIB
-from orchestrator.plans import Alternative, Plan
+from launch.report.terminal import time_words
+from orchestrator.alternatives import Alternative
+from orchestrator.plans import SURE, Objective, Plan
 
 WORDS = {
     "micro_batch": "micro-batch {}",
@@ -38,32 +41,52 @@ FLAGS = {
 }
 
 
+ORDER: dict[Objective, str] = {
+    "fastest": "the fastest",
+    "cheapest": "the cheapest",
+    "fewest-gpus": "those with the fewest GPUs",
+    "longest": "those with the longest context",
+}
+Cell = Callable[[Alternative], str]
+
+
+def title_of(plan: Plan) -> str:
+    """What the table shows, and in which order."""
+    if not plan.fits:
+        return "The nearest that would fit, the cheapest for you first"
+    return f"Other ways, {ORDER[plan.objective or 'fastest']} first"
+
+
 def alternatives_table(plan: Plan) -> Table:
-    """One line for each: what it is, its memory, speed, price."""
+    """One line for each: what it is, its memory, speed, time and price."""
+    columns: dict[str, Cell] = {
+        "needed\nGiB": lambda one: f"{one.process_bytes / GIB:.2f}",
+        "to spare\nGiB": lambda one: f"{(one.usable_bytes - one.process_bytes) / GIB:.2f}",
+        "\ntokens/s": lambda one: "-" if one.step_time is None else f"{one.step_time.tokens_per_second:,.0f}",
+    }
+    if any(one.duration is not None for one in plan.alternatives):
+        columns["\nwhole run"] = lambda one: "-" if one.duration is None else time_words(one.duration.seconds)
+    if any(one.price_per_hour is not None for one in plan.alternatives):
+        columns["\nprice"] = price
     table = Table(box=None, padding=(0, 2, 0, 0))
-    priced = any(one.price_per_hour is not None for one in plan.alternatives)
-    titles = ["", "what changes", "needed\nGiB", "to spare\nGiB", "\ntokens/s", *(["\nper hour"] if priced else [])]
-    for title in titles:
-        right = title not in ("", "what changes")
-        table.add_column(title, justify="right" if right else "left", header_style="dim", no_wrap=right)
+    for title in ("", "what changes"):
+        table.add_column(title, header_style="dim")
+    for title in columns:
+        table.add_column(title, justify="right", header_style="dim", no_wrap=True)
     for one in plan.alternatives:
-        table.add_row(*cells(one, priced))
+        sure = "" if one.confidence.chance >= SURE else f" ({one.confidence.chance:.0%} sure)"
+        what = (f"{one.title}: " if one.title else "") + changes_words(one) + sure
+        table.add_row(one.place, what, *(cell(one) for cell in columns.values()))
     return table
 
 
-def cells(one: Alternative, priced: bool) -> list[str | Text]:
-    """One line."""
-    speed = "-" if one.step_time is None else f"{one.step_time.tokens_per_second:,.0f}"
-    sure = "" if one.confidence.chance >= 0.95 else f" ({one.confidence.chance:.0%} sure)"
-    price = [] if not priced else ["-" if one.price_per_hour is None else f"{one.price_per_hour:,.2f} {one.currency}"]
-    return [
-        one.place,
-        (f"{one.title}: " if one.title else "") + changes_words(one) + sure,
-        f"{one.process_bytes / GIB:.2f}",
-        f"{(one.usable_bytes - one.process_bytes) / GIB:.2f}",
-        speed,
-        *price,
-    ]
+def price(one: Alternative) -> str:
+    """Of the whole run, or of an hour where its tokens are not known."""
+    if one.price_per_hour is None:
+        return "-"
+    if one.duration is None or one.duration.price is None:
+        return f"{one.price_per_hour:,.2f} {one.currency}/h"
+    return f"{one.duration.price:,.2f} {one.currency}"
 
 
 def changes_words(one: Alternative) -> str:

@@ -91,12 +91,9 @@ def screen(plan: Plan, swept: Sweep | None = None) -> Iterator[RenderableType]:
     yield Text("\nFits on (sizes in GiB)", style="italic")
     yield verdicts_table(plan)
     if plan.alternatives:
-        from launch.report.alternatives import alternatives_table
+        from launch.report.alternatives import alternatives_table, title_of
 
-        title = (
-            "Other ways, the fastest first" if plan.fits else "The nearest that would fit, the cheapest for you first"
-        )
-        yield Text(f"\n{title}", style="italic")
+        yield Text(f"\n{title_of(plan)}", style="italic")
         yield alternatives_table(plan)
     if swept is not None:
         from launch.report.sweep import sweep_tables
@@ -270,7 +267,8 @@ def remark(text: str) -> Text:
 def verdicts_table(plan: Plan) -> Table:
     """One line per device."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "", "\nusable", "\nneeded", "\nto spare", "largest\nmicro-batch", "longest\nsequence"):
+    limits = ("largest\nmicro-batch", "longest\nsequence")
+    for title in ("", "", "\nusable", "\nneeded", "\nto spare", *limits, "\ntokens/s"):
         table.add_column(title, justify="right" if title else "left", no_wrap=True, header_style="dim")
     for verdict in plan.verdicts:
         table.add_row(*verdict_cells(verdict))
@@ -286,6 +284,7 @@ def verdict_cells(verdict: Verdict) -> tuple[str | Text, ...]:
         verdict_cell(verdict),
         *(f"{size / GIB:.2f}" for size in sizes),
         *(str(limit) if limit else "-" for limit in limits),
+        f"{verdict.step_time.tokens_per_second:,.0f}" if verdict.fits and verdict.step_time else "-",
     )
 
 

@@ -157,6 +157,10 @@ class CachingAllocator:
         }
         return other
 
+    def holes(self) -> tuple[int, ...]:
+        """What is free in segments of large blocks, the smallest first."""
+        return tuple(size for size, *_ in self._free[False])
+
     def _cached(self, size: int, small: bool) -> Block | None:
         """The best free block, taken out of its pool."""
         free, limit = self._free[small], self.settings.max_split_bytes

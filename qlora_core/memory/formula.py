@@ -19,7 +19,6 @@ from qlora_core.memory.decoder import Activation, Layer, Projection
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.experts import Experts, Scores
-from qlora_core.memory.reserve import fragmentation
 from qlora_core.memory.residents import fetched_ahead, residents, shard_of
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.sizes import Sizes
@@ -70,7 +69,7 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
 
 
 def segments(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> int:
-    """Bytes of all segments, before `fragmentation`."""
+    """Bytes of all segments, before fragmentation."""
     sizes = prepared(architecture, recipe, strategy, device)
     return sizes.at(strategy.micro_batch, recipe.seq_len).segments(strategy.micro_batch, recipe.seq_len)
 
@@ -108,8 +107,9 @@ class Prepared:
         recipe = Recipe(**self._recipe, seq_len=length, tokens_per_step=length)
         strategy = Strategy(**self._strategy, micro_batch=1 if single else 2)
         asked = self._architecture, recipe, strategy, self._device
-        shares = None if self._device.kind == "cpu" else fragmentation(kernel_in_use(*asked), strategy)
-        return Sizes(residents(*asked), timeline(step_of(*asked)), self._device, shares, self._architecture.num_layers)
+        return Sizes(
+            residents(*asked), timeline(step_of(*asked)), self._device, strategy, self._architecture.num_layers
+        )
 
 
 OPEN = frozenset({"seq_len", "tokens_per_step", "micro_batch"})
@@ -154,6 +154,10 @@ def _prepared(
 def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Step:
     """What the timeline of a step depends on, out of all that is given."""
     layer = _layer_of(architecture, recipe, strategy, device)
+    # while they are checkpointed, all layers keep the same
+    unlike = None
+    if layer.kernel == "masked" and not strategy.gradient_checkpointing:
+        unlike = layer._replace(kernel=kernel_of(architecture, recipe, strategy, device))
     shard = shard_of(architecture, recipe, strategy, device)
     stage, several = strategy.zero_stage, strategy.gradient_accumulation > 1
     in_layers = shard.trainable
@@ -165,6 +169,8 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
     return Step(
         layer=layer,
         layers=architecture.num_layers,
+        unlike=unlike,
+        unlike_layers=architecture.num_layers - architecture.sliding_layers if unlike is not None else 0,
         masks=2 if 0 < architecture.sliding_layers < architecture.num_layers else 1,
         vocab=architecture.vocab_size,
         tied=architecture.tied_embeddings,
@@ -266,7 +272,8 @@ def kernel_in_use(
     """The kernel of the layers that need the most: those with a mask, where there are any.
 
     flash_attention_2 knows windows without a mask. Where layers without a window hold all scores, one of those needs
-    more than one with a mask; but where all layers' activations are kept, the many with a mask decide.
+    more than one with a mask; but where all layers' activations are kept, the many with a mask decide, and what the
+    others keep is counted beside theirs (`step_of`).
     """
     kernel = kernel_of(architecture, recipe, strategy, device)
     if strategy.attention != "sdpa" or kernel == "flash_cpu" or not is_masked(architecture, recipe.seq_len):

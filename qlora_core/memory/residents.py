@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
-from qlora_core.memory.allocator import ROUNDING, segment_for
+from qlora_core.memory.allocator import ROUNDING
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Phase
 from qlora_core.memory.reserve import packed
@@ -29,7 +29,7 @@ class Residents(NamedTuple):
         added: what a phase adds beside activations.
         paged: optimizer state in managed memory.
         segments: reserved memory in which all this lies.
-        free_segments: segments that loading leaves behind empty.
+        holes: what loading leaves free in them.
         host_load, host_steady: bytes of all ranks of a host.
     """
 
@@ -39,7 +39,7 @@ class Residents(NamedTuple):
     added: dict[Phase, dict[str, int]]
     paged: int
     segments: int
-    free_segments: tuple[int, ...]
+    holes: tuple[int, ...]
     host_load: int
     host_steady: int
 
@@ -85,12 +85,11 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
             # all weights are divided for the optimizer's step, and the small ones fetched again right after it
             added["optimizer"] = dict(whole)
     undivided = sum(size * count for sizes in (*weights, lora) for size, count in sizes)
-    left_free = _left_by_loading(architecture, recipe, device)
+    holes: tuple[int, ...] = ()
     if shard.stage == 3 or device.kind == "cpu":
         segments = sum(loaded.values()) + sum(whole.values())
     else:
-        loaded["framework"], segments = settled(architecture, recipe, device)
-        segments -= sum(left_free)
+        loaded["framework"], segments, holes = settled(architecture, recipe, device)
     return Residents(
         loaded,
         undivided if shard.stage == 3 else 0,
@@ -98,7 +97,7 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         added,
         0 if shard.offload_optimizer else state.paged,
         segments + packed([(sum(between.values()) + sum(added["backward"].values()), 1)]),
-        left_free,
+        holes,
         _host_load(architecture, device),
         device.ranks_per_host * (kept_on_host + shard.host_bytes(state.resident + state.paged)),
     )
@@ -123,16 +122,6 @@ def _add_accumulated(added: dict[Phase, dict[str, int]], shard: Shard, strategy:
         elif shard.stage == 0 and shard.world > 1:
             # DDP adds them up outside its buckets until the last micro-batch (no_sync after zero_grad(set_to_none))
             added[phase]["gradients"] = shard.trainable
-
-
-def _left_by_loading(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> tuple[int, ...]:
-    """Segments that are empty after loading: of 16-bit weights quantized or cast to float32 on the device."""
-    if device.emptied_after_load or recipe.quantization == "none":
-        return ()
-    numels = [max(linear.weight_numel for linear in architecture.linears)]
-    if recipe.upcast == "peft":
-        numels += [architecture.embedding_parameters, architecture.head_parameters]
-    return tuple(sorted(segment_for(2 * numel) for numel in numels if numel))
 
 
 def _loaded(

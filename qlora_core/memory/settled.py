@@ -6,6 +6,7 @@ the rest to go on alike.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,10 +27,12 @@ class Settled(NamedTuple):
     Attributes:
         slack: allocated beyond what was asked for, rounding to 512 bytes included.
         reserved: all segments.
+        holes: what is free in segments of large blocks.
     """
 
     slack: int
     reserved: int
+    holes: tuple[int, ...]
 
 
 class Loading(NamedTuple):
@@ -96,7 +99,12 @@ def _settled(architecture: ModelArchitecture, loading: Loading, adapters: tuple[
         _with_adapters(_base(architecture, loading, count), adapters * count) for count in (HALF, PLAYED_LAYERS)
     )
     beyond = layers - PLAYED_LAYERS
-    return Settled(*(last + (last - first) * beyond // HALF for first, last in zip(some, more, strict=True)))
+    slack, reserved = (last + (last - first) * beyond // HALF for first, last in zip(some[:2], more[:2], strict=True))
+    # sizes that come up again and again; another one has grown, or shrunk, with the number of layers
+    before = Counter(some.holes)
+    again = (Counter(more.holes) - before).items()
+    holes = more.holes + tuple(size for size, count in again if before[size] for _ in range(count * beyond // HALF))
+    return Settled(slack, reserved, holes)
 
 
 def _with_adapters(base: Loaded, adapters: tuple[int, ...]) -> Settled:
@@ -104,7 +112,7 @@ def _with_adapters(base: Loaded, adapters: tuple[int, ...]) -> Settled:
     memory = base.memory.fork()
     for size in adapters:
         memory.allocate(size)
-    return Settled(memory.allocated - base.requested - sum(adapters), memory.reserved)
+    return Settled(memory.allocated - base.requested - sum(adapters), memory.reserved, memory.holes())
 
 
 @lru_cache(maxsize=64)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, HostEstimate, Phase, Phases
-from qlora_core.memory.reserve import Fragmentation, grown
+from qlora_core.memory.reserve import CHECKPOINTED, KEPT, Growth, slack
 from qlora_core.memory.residents import Residents
 from qlora_core.memory.step import FIRST, LAST, Candidate, Timeline, above_others, highest
 from qlora_core.memory.tape import Total, Where, value
-from qlora_core.strategy import LOSS_CHUNK_TOKENS
+from qlora_core.strategy import LOSS_CHUNK_TOKENS, Strategy
 
 
 class Sizes:
@@ -19,64 +21,76 @@ class Sizes:
     Args:
         stays: what neither of them changes.
         times: the step as polynomials in both.
-        fragmentation: of reserved memory; None where it is the allocated, on a CPU.
+        strategy: of any micro-batch.
         layers: of the model, for the words of a moment.
     """
 
-    def __init__(
-        self, stays: Residents, times: Timeline, device: Device, fragmentation: Fragmentation | None, layers: int
-    ) -> None:
-        self._stays, self._times, self._layers = stays, times, layers
-        self._context, self._fragmentation = device.context_bytes, fragmentation
+    def __init__(self, stays: Residents, times: Timeline, device: Device, strategy: Strategy, layers: int) -> None:
+        self._stays, self._layers, self._context = stays, layers, device.context_bytes
+        self._checkpointing, self._chunked = strategy.gradient_checkpointing, strategy.loss == "chunked"
+        self._growth: Growth | None = None
+        """None on a CPU, where the reserved is the allocated."""
+        if device.kind == "cuda":
+            self._growth = Growth(times.stretches, times.kept, self._checkpointing, stays.holes)
         self._loaded = sum(stays.loaded.values())
         """Of this rank, which with ZeRO-3 has loaded more before."""
         self._load_peak = stays.before_sharding or self._loaded
-        steady = self._loaded + sum(stays.between.values())
-        candidates: dict[Phase, tuple[Candidate, ...]] = {
+        self._candidates: dict[Phase, tuple[Candidate, ...]] = {
             "forward": times.forward,
             "backward": times.backward,
             "optimizer": (times.after_backward,),
         }
-        self._phases = {phase: (steady + sum(stays.added[phase].values()), of) for phase, of in candidates.items()}
-        totals: Iterator[tuple[Total]] = (
-            ((resident + a, b, c, d, e),)
-            for resident, of in self._phases.values()
-            for a, b, c, d, e in (candidate.total for candidate in of)
-        )
-        self._highest = [total for (total,) in above_others(totals)]
+        self._parts = {phase: _sum(stays.loaded, stays.between, stays.added[phase]) for phase in self._candidates}
+        """By phase, what neither of them changes."""
+        self._resident = {phase: sum(parts.values()) for phase, parts in self._parts.items()}
+        (self._optimizer,) = self._totals("optimizer")
+        in_passes = (*self._totals("forward"), *self._totals("backward"))
+        self._in_passes = [total for (total,) in above_others((total,) for total in in_passes)]
+
+    def _totals(self, phase: Phase) -> Iterator[Total]:
+        """Of its candidates, with what stays."""
+        for a, b, c, d, e in (candidate.total for candidate in self._candidates[phase]):
+            yield self._resident[phase] + a, b, c, d, e
 
     def process_bytes(self, micro_batch: int, seq_len: int) -> int:
         """What the whole process needs on the GPU: the one figure of `estimate` that a search compares."""
         variables = _variables(micro_batch, seq_len)
         _, positions, tokens, scores, chunk = variables
-        allocated = max([a + b * positions + c * tokens + d * scores + e * chunk for a, b, c, d, e in self._highest])
-        if self._fragmentation is None:
-            return allocated + self._context
-        return self._reserved(allocated, variables, (self._fragmentation.typical,))[0] + self._context
+        most = max([a + b * positions + c * tokens + d * scores + e * chunk for a, b, c, d, e in self._in_passes])
+        a, b, c, d, e = self._optimizer
+        allocated = max(most + self._slack(variables), a + b * positions + c * tokens + d * scores + e * chunk)
+        return self._reserved(allocated, micro_batch, seq_len)[1] + self._context
 
     def segments(self, micro_batch: int, seq_len: int) -> int:
-        """Bytes of all segments, before fragmentation."""
-        return self._segments(_variables(micro_batch, seq_len))
+        """Bytes of all segments, before fragmentation; 0 on a CPU.
+
+        Gradients, and what the optimizer makes on the way, find room where activations were.
+        """
+        if self._growth is None:
+            return 0
+        labels = micro_batch * (seq_len - 1)  # no sample's first token is one
+        last_chunk = labels % LOSS_CHUNK_TOKENS if self._chunked and labels > LOSS_CHUNK_TOKENS else 0
+        return self._stays.segments + self._growth.at(_variables(micro_batch, seq_len), last_chunk)
 
     def estimate(self, micro_batch: int, seq_len: int) -> Estimate:
         """All that `formula.estimate` says."""
         stays, variables = self._stays, _variables(micro_batch, seq_len)
+        too_large = self._slack(variables)
         totals: dict[Phase, int] = {}
         moments: dict[Phase, Candidate] = {}
-        for phase, (resident, candidates) in self._phases.items():
+        for phase, candidates in self._candidates.items():
             moments[phase] = highest(candidates, variables)
-            totals[phase] = resident + value(moments[phase].total, variables)
+            totals[phase] = self._resident[phase] + value(moments[phase].total, variables)
+            if phase != "optimizer":
+                totals[phase] += too_large
         peak_phase = max(totals, key=totals.__getitem__)
         peak, allocated = moments[peak_phase], totals[peak_phase]
-        parts = dict(stays.loaded)
-        varying = {room: value(size, variables) for room, size in peak.rooms.items()}
-        for more in (stays.between, stays.added[peak_phase], varying):
-            for component, size in more.items():
-                parts[component] = parts.get(component, 0) + size
-        if self._fragmentation is None:
-            low = reserved = high = allocated
-        else:
-            low, reserved, high = self._reserved(allocated, variables, self._fragmentation)
+        parts = self._parts[peak_phase].copy()
+        for room, size in peak.rooms.items():
+            parts[room] = parts.get(room, 0) + value(size, variables)
+        if peak_phase != "optimizer":
+            parts["framework"] += too_large
+        low, reserved, high = self._reserved(allocated, micro_batch, seq_len)
         return Estimate(
             "formula",
             GpuEstimate(
@@ -93,21 +107,38 @@ class Sizes:
             HostEstimate(stays.host_load, stays.host_steady),
         )
 
-    def _reserved(self, allocated: int, variables: Sequence[int], shares: Sequence[int]) -> list[int]:
-        """Reserved bytes, with these thousandths of what the step allocates lost to fragmentation."""
-        least = max(allocated, self._load_peak)
-        whole, step = max(least, self._segments(variables)), allocated - self._loaded
-        return [max(least, whole + step * share // 1000) for share in shares]
+    def _slack(self, variables: Sequence[int]) -> int:
+        """What blocks of the activations that all layers keep are too large.
 
-    def _segments(self, variables: Sequence[int]) -> int:
-        """Of what stays, and of what comes and goes if no segment is in pieces.
-
-        Gradients, and what the optimizer makes on the way, find room where activations were.
+        Checkpoints come into room that was used before; what all layers keep, into segments of its own.
         """
-        stays, times = self._stays, self._times
-        return stays.segments + value(times.middle, variables) + grown(times.stretches, variables, stays.free_segments)
+        return 0 if self._growth is None or self._checkpointing else slack(self._growth.kept(variables))
+
+    def _reserved(self, allocated: int, micro_batch: int, seq_len: int) -> tuple[int, int, int]:
+        """Reserved bytes: the least in nine cases of ten, what is typical, the most."""
+        if self._growth is None:
+            return allocated, allocated, allocated
+        least = max(allocated, self._load_peak)
+        segments = max(least, self.segments(micro_batch, seq_len))
+        scale = math.isqrt(allocated * max(allocated - self._loaded, 0))
+        low, typical, high = CHECKPOINTED if self._checkpointing else KEPT
+        return (
+            max(least, segments + scale * low // 1000),
+            segments + scale * typical // 1000,
+            segments + scale * high // 1000,
+        )
 
 
+def _sum(*of: dict[str, int]) -> dict[str, int]:
+    """All together, part by part."""
+    total: dict[str, int] = {}
+    for parts in of:
+        for part, size in parts.items():
+            total[part] = total.get(part, 0) + size
+    return total
+
+
+@lru_cache(maxsize=1024)
 def in_words(phase: Phase, where: Where, layers: int) -> str:
     """A moment in words, such as "backward of layer 80, while its down_proj is recomputed"."""
     if phase == "optimizer":

@@ -3,12 +3,13 @@
 All layers are alike, so what layer i adds to what is alive is known from two of them: r bytes per layer that the
 forward pass leaves, and g bytes of gradients that the backward pass leaves. The live memory while layer i works is
 linear in i; its maximum lies at the first or at the last layer. The other n - 2 layers are put in between in closed
-form.
+form; where some of them attend without a sliding window and keep something else, those count as what one of them keeps.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from operator import itemgetter
@@ -50,6 +51,8 @@ Part = tuple[str, str]
 ANY_RANK = 1 << 128
 """The adapters' rank while the tape runs: so far above every coefficient that what a size owes to it can be told."""
 Logits = Literal["plain", "scaled", "capped"]
+Kept = tuple[Room, Size]
+"""A storage that a layer keeps: what it is counted in, and its bytes."""
 CHUNK_ROW = Size(per_chunk_token=1)
 """One element per token of a chunk of the loss."""
 
@@ -60,6 +63,8 @@ class Step(NamedTuple):
     Attributes:
         layer: one decoder layer.
         layers: how many there are.
+        unlike: a layer that keeps something else for the backward pass; None where all are alike.
+        unlike_layers: how many of those there are among the others.
         masks: kinds of eager attention masks: of layers with a sliding window, of those without.
         vocab: V.
         tied: the output head is the token embedding.
@@ -81,6 +86,8 @@ class Step(NamedTuple):
 
     layer: Layer
     layers: int
+    unlike: Layer | None
+    unlike_layers: int
     masks: int
     vocab: int
     tied: bool
@@ -125,44 +132,9 @@ class Scene(NamedTuple):
     alive: dict[int, Size]
 
 
-class Turn(NamedTuple):
-    """What has gone since the scene before, by number, and what has come: by size the numbers, the last first."""
-
-    gone: tuple[int, ...]
-    come: tuple[tuple[Size, tuple[int, ...]], ...]
-
-
-class Stretches:
-    """The candidate peaks of layers, loss, loss backward and last layer backward: what the allocator has to fit."""
-
-    def __init__(self, scenes: tuple[tuple[Scene, ...], ...]) -> None:
-        self._scenes = scenes
-        self._turns: dict[tuple[int, int], Turn] = {}
-        """Those that were asked for, by the identities of two scenes, which live as long as this does."""
-
-    def turns(self, variables: Sequence[int]) -> Iterator[Turn]:
-        """From nothing to the highest scene of the first stretch, and on to those of the others."""
-        before = NO_SCENE
-        for scenes in self._scenes:
-            after = highest(scenes, variables)
-            key = id(before), id(after)
-            if key not in self._turns:
-                self._turns[key] = _turn(before.alive, after.alive)
-            yield self._turns[key]
-            before = after
-
-
-NO_SCENE = Scene(NOTHING, {})
-
-
-def _turn(before: dict[int, Size], after: dict[int, Size]) -> Turn:
-    come: dict[Size, list[int]] = {}
-    for number in sorted(after.keys() - before.keys(), reverse=True):
-        come.setdefault(after[number], []).append(number)
-    return Turn(tuple(before.keys() - after.keys()), tuple((size, tuple(numbers)) for size, numbers in come.items()))
-
-
 Moving = TypeVar("Moving", Candidate, Scene)
+Stretches = tuple[tuple[Scene, ...], ...]
+"""The candidate peaks of layers, loss, loss backward and last layer backward: what the allocator has to fit."""
 Headed = TypeVar("Headed", Peak, tuple[Total, Where, int], tuple[Total])
 _total = itemgetter(0)
 
@@ -174,8 +146,8 @@ class Timeline(NamedTuple):
     backward: tuple[Candidate, ...]
     after_backward: Candidate
     stretches: Stretches
-    middle: Size
-    """What the layers in between keep meanwhile."""
+    kept: tuple[tuple[Size, int], ...]
+    """What the layers in between keep meanwhile and may be large: the bytes of a storage, and how many are alike."""
 
 
 class Recording(NamedTuple):
@@ -241,6 +213,8 @@ def on_tape(step: Step) -> Step:
     return step._replace(
         layer=layer._replace(rank=ANY_RANK, experts=experts),
         layers=min(step.layers, 2),
+        unlike=None,
+        unlike_layers=0,
         gradients=step.gradients if step.gradients == "kept" else "taken",
         layer_gradients=0,
         layers_to_flush=0,
@@ -263,15 +237,14 @@ def timeline(step: Step) -> Timeline:
     places = (peak.place for peaks in parts.values() for peak in peaks)
     alive = alive_at(log, [*marks, recording.forward_end, end, *places])
     middle = max(step.layers - 2, 0)
+    in_between = Counter[Kept]()
     kept: dict[Room, Size] = {}
     forgotten: dict[Room, Size] = {}
     if middle:
         before, after = (alive[mark] for mark in marks)
-        room_before = by_room(before)
-        kept = {
-            room: size.plus(room_before.get(room, NOTHING).times(-1)).times(middle)
-            for room, size in by_room(after).items()
-        }
+        in_between = _kept_in_between(step, middle, before, after)
+        for (room, size), count in in_between.items():
+            kept[room] = kept.get(room, NOTHING).plus(size.times(count))
         gone_by_then = recording.copies & after.keys() - before.keys() - alive[recording.forward_end].keys()
         of_copies = by_room({number: after[number] for number in gone_by_then})
         forgotten = {room: size.times(-middle) for room, size in of_copies.items()}
@@ -292,8 +265,27 @@ def timeline(step: Step) -> Timeline:
         backward=_candidates(alive, (peak for peak in peaks if peak.where[0] == "backward")),
         after_backward=Candidate(("backward", FIRST), rest, sum_of(rest.values())),
         stretches=_stretches(parts, alive),
-        middle=sum_of(kept.values()),
+        kept=tuple((size, count) for (_, size), count in in_between.items() if _may_be_large(size)),
     )
+
+
+def _kept_in_between(step: Step, middle: int, before: Alive, after: Alive) -> Counter[Kept]:
+    """What the layers in between keep; what is alive `before` and `after` the last one runs forward is given."""
+    unlike = min(step.unlike_layers, middle) if step.unlike is not None else 0
+    kept = _kept(before, after, middle - unlike)
+    if step.unlike is not None:
+        recording = recorded(on_tape(step._replace(layer=step.unlike)))
+        alive = alive_at(recording.at_rank(step.unlike.rank), recording.marks)
+        first, last = (alive[mark] for mark in recording.marks)
+        kept.update(_kept(first, last, unlike))
+    return kept
+
+
+def _kept(before: Alive, after: Alive, layers: int) -> Counter[Kept]:
+    """What so many layers keep, of which one adds to what is alive what `after` has more than `before`."""
+    more = Counter(after.values())
+    more.subtract(before.values())
+    return Counter({kept: layers * count for kept, count in more.items() if count})
 
 
 def _peaks_by_part(log: Iterable[Change]) -> dict[Part, tuple[Peak, ...]]:
@@ -421,8 +413,8 @@ def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:
 def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
     """The loss of all logits at once, and the logits where the caller holds the model's output.
 
-    In transformers' own loss the hidden states, which are `held`, live on; our loop's comes after the model returned.
-    """
+            In transformers' own loss the hidden states, which are `held`, live on; ours comes after the model has returned.
+        """
     with tape.at("forward", "loss"), tape.into("logits_and_loss"):
         logits = head(tape, step, held[0], ROW)
         if not step.output_held:
@@ -511,7 +503,11 @@ def above_others(candidates: Iterable[Headed]) -> list[Headed]:
 
 def _large(alive: Alive) -> dict[int, Size]:
     """Without what is small at every size of the input: it lies in small segments."""
-    return {number: size for number, (_, size) in alive.items() if any(size[1:]) or size.fixed > MIB}
+    return {number: size for number, (_, size) in alive.items() if _may_be_large(size)}
+
+
+def _may_be_large(size: Size) -> bool:
+    return any(size[1:]) or size.fixed > MIB
 
 
 def highest(candidates: Sequence[Moving], variables: Sequence[int]) -> Moving:
@@ -529,14 +525,12 @@ def highest(candidates: Sequence[Moving], variables: Sequence[int]) -> Moving:
 def _stretches(parts: Mapping[Part, Sequence[Peak]], alive: Mapping[int, Alive]) -> Stretches:
     """The candidate peaks of four stretches of a step, in their order."""
     stretches = (("forward", (FIRST, LAST)), ("forward", LOSS), ("backward", LOSS), ("backward", (LAST,)))
-    return Stretches(
+    return tuple(
         tuple(
-            tuple(
-                Scene(peak.total, _large(alive[peak.place]))
-                for peak in above_others(
-                    sorted((peak for name in names for peak in parts.get((phase, name), ())), key=lambda p: p.place)
-                )
+            Scene(peak.total, _large(alive[peak.place]))
+            for peak in above_others(
+                sorted((peak for name in names for peak in parts.get((phase, name), ())), key=lambda p: p.place)
             )
-            for phase, names in stretches
         )
+        for phase, names in stretches
     )
