@@ -19,7 +19,7 @@ from qlora_core.memory.device import Device
 from qlora_core.memory.tape import value
 from qlora_core.recipe import DTYPE_BYTES, Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.work import Work, work
+from qlora_core.work import MOVED_PER_SUM, Work, work
 
 Pace = Literal[0, 1, 2]
 SLOW, TYPICAL, FAST = 0, 1, 2
@@ -221,9 +221,7 @@ def step_time(
 
 def load(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Load:
     """What depends neither on the length nor on the micro-batch (but for whether that is one), prepared once."""
-    alike = replace(
-        strategy, micro_batch=min(strategy.micro_batch, 2), gradient_accumulation=1, world_size=strategy.world_size
-    )
+    alike = replace(strategy, micro_batch=min(strategy.micro_batch, 2), gradient_accumulation=1)
     return _load(architecture, recipe, alike, device)
 
 
@@ -250,15 +248,14 @@ def _load(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, d
         fetched=2 * divided // world if strategy.offload == "all" else 0,
         to_host=part * (item + 4) if offloaded else 0,
         on_host=part * device.ranks_per_host if offloaded else 0,
-        summed_bytes=numel * item * SUMMED,
+        summed_bytes=numel * item * MOVED_PER_SUM,
         optimizer_bytes=part * ((0 if offloaded else _optimizer_bytes(recipe, fused, item)) + CLIPPED * item),
         optimizer_kernels=sum(count for _, count in tensors) if fused and not stage else 12,
     )
 
 
-SUMMED, CLIPPED = 3, 3
-"""How often an element of a gradient is moved where it is added to another, and where it is clipped (its norm reads
-it, the scaling reads and writes it)."""
+CLIPPED = 3
+"""How often clipping moves an element of a gradient: its norm reads it, the scaling reads and writes it."""
 FOREACH = 20
 """How often torch's foreach AdamW moves an element, operator by operator, all in the dtype of the trained weight
 (torch/optim/adamw.py, _multi_tensor_adamw: decay 2, lerp 3, mul 2, addcmul 3, sqrt 2, div 2, add 2, addcdiv 4)."""

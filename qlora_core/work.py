@@ -31,6 +31,8 @@ FUSED: frozenset[AttentionKernel] = frozenset({"flash", "efficient", "masked", "
 SKIPPING: frozenset[AttentionKernel] = FUSED - {"masked"}
 READ_PER_WRITTEN = 2
 """Bytes moved for each one that is written: a kernel reads about what it writes."""
+MOVED_PER_SUM = 3
+"""The same, of a gradient that is added to another in place: two are read, one is written."""
 
 
 class Work(NamedTuple):
@@ -94,7 +96,7 @@ def _work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, d
         attention=scores * (1 + again + backward) / (CAUSAL if kernel in SKIPPING else 1),
         wide_attention=kernel == "math" or (stream == "float32" and not recipe.autocast),
         fused=kernel in FUSED,
-        moved=made.written.plus(outputs.times(-1)).times(READ_PER_WRITTEN).plus(made.summed.times(3)),
+        moved=made.written.plus(outputs.times(-1)).times(READ_PER_WRITTEN).plus(made.summed.times(MOVED_PER_SUM)),
         dequantized=made.dequantized,
         kernels=made.kernels,
     )

@@ -413,8 +413,8 @@ def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:
 def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
     """The loss of all logits at once, and the logits where the caller holds the model's output.
 
-            In transformers' own loss the hidden states, which are `held`, live on; ours comes after the model has returned.
-        """
+    In transformers' own loss the hidden states, which are `held`, live on; ours comes after the model has returned.
+    """
     with tape.at("forward", "loss"), tape.into("logits_and_loss"):
         logits = head(tape, step, held[0], ROW)
         if not step.output_held:
