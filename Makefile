@@ -57,7 +57,7 @@ speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a pe
 screens: $(INSTALLED) ## run the commands that README.md and docs/planning.md show, and put in what they print
 	$(BIN)/python -m benchmarks.screens
 
-accuracy: $(INSTALLED) ## write docs/accuracy.md and its plots: predicted beside measured (GRID=1: trace the grid too)
+accuracy: $(INSTALLED) ## write docs/accuracy.md, docs/step-time.md and plots: predicted beside measured (GRID=1: trace the grid too)
 	$(BIN)/python -m benchmarks.accuracy --trace $(if $(GRID),--grid)
 
 format: $(INSTALLED) ## sort the imports and format the code

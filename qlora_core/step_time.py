@@ -19,7 +19,7 @@ from qlora_core.memory.device import Device
 from qlora_core.memory.tape import value
 from qlora_core.recipe import DTYPE_BYTES, Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.work import Work, work
+from qlora_core.work import MOVED_PER_SUM, Work, work
 
 Pace = Literal[0, 1, 2]
 SLOW, TYPICAL, FAST = 0, 1, 2
@@ -86,8 +86,6 @@ HOST_ADAM = Range(0.5e9, 1.1e9, 4e9)
 """Elements that DeepSpeed's CPU Adam updates a second on one host: at least 1e9 (DeepSpeed issue 7474)."""
 OVERLAP = Range(0.0, 0.5, 1.0)
 """Part of an exchange that is hidden behind computing: from none to all, for want of a measurement."""
-READ_PER_WRITTEN = 2
-"""Bytes moved for each one that is written: a kernel reads about what it writes."""
 READ_PER_DEQUANTIZED = 1.28
 """For each byte of a dequantized 16-bit weight: half a byte of the packed one and 0.06 of its constants for two."""
 
@@ -182,6 +180,7 @@ class Load(NamedTuple):
         fetched: bytes that come from the host with every micro-batch.
         to_host: bytes that a step moves to and from the host.
         on_host: elements that the host's processor updates, for all ranks of a node.
+        summed_bytes: bytes that adding a micro-batch's gradients to those before it moves.
         optimizer_bytes: bytes that the optimizer's kernels move.
         optimizer_kernels: how many of them there are.
     """
@@ -193,6 +192,7 @@ class Load(NamedTuple):
     fetched: int
     to_host: int
     on_host: int
+    summed_bytes: int
     optimizer_bytes: int
     optimizer_kernels: int
 
@@ -221,9 +221,7 @@ def step_time(
 
 def load(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Load:
     """What depends neither on the length nor on the micro-batch (but for whether that is one), prepared once."""
-    alike = replace(
-        strategy, micro_batch=min(strategy.micro_batch, 2), gradient_accumulation=1, world_size=strategy.world_size
-    )
+    alike = replace(strategy, micro_batch=min(strategy.micro_batch, 2), gradient_accumulation=1)
     return _load(architecture, recipe, alike, device)
 
 
@@ -240,25 +238,37 @@ def _load(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, d
     several = world > 1
     offloaded = strategy.offload != "none"
     fused = recipe.optimizer == "adamw_8bit" or strategy.paged_optimizer
-    of_element = (16 if recipe.optimizer == "adamw_8bit" else 28) if fused else FOREACH_BYTES
+    trained = DTYPE_BYTES[exact.trainable_dtype(recipe, device.compute_dtype)]
+    adapters = 0 if recipe.method == "full" else numel * trained
     return Load(
         work=work(architecture, recipe, strategy, device),
         reduced_each=numel * item if several and stage >= 2 else 0,
         reduced=_once(numel * item, stage) if several else 0,
-        gathered=2 * (divided + numel * item) if several and stage == 3 else 0,
+        gathered=2 * (divided + adapters) if several and stage == 3 else 0,
         fetched=2 * divided // world if strategy.offload == "all" else 0,
         to_host=part * (item + 4) if offloaded else 0,
         on_host=part * device.ranks_per_host if offloaded else 0,
-        optimizer_bytes=part * ((0 if offloaded else of_element) + CLIPPING_BYTES),
+        summed_bytes=numel * item * MOVED_PER_SUM,
+        optimizer_bytes=part * ((0 if offloaded else _optimizer_bytes(recipe, fused, item)) + CLIPPED * item),
         optimizer_kernels=sum(count for _, count in tensors) if fused and not stage else 12,
     )
 
 
-FOREACH_BYTES = 80
-"""What torch's foreach AdamW moves for a float32 element, operator by operator (torch/optim/adamw.py,
-_multi_tensor_adamw: decay 8, lerp 12, mul 8, addcmul 12, sqrt 8, div 8, add 8, addcdiv 16)."""
-CLIPPING_BYTES = 12
-"""Of a float32 element: its norm reads it, the scaling reads and writes it."""
+CLIPPED = 3
+"""How often clipping moves an element of a gradient: its norm reads it, the scaling reads and writes it."""
+FOREACH = 20
+"""How often torch's foreach AdamW moves an element, operator by operator, all in the dtype of the trained weight
+(torch/optim/adamw.py, _multi_tensor_adamw: decay 2, lerp 3, mul 2, addcmul 3, sqrt 2, div 2, add 2, addcdiv 4)."""
+
+
+def _optimizer_bytes(recipe: Recipe, fused: bool, item: int) -> int:
+    """Bytes that AdamW's kernels move for an element of `item` bytes.
+
+    bitsandbytes' read weight and gradient, write the weight, and read and write two moments of one byte or of four.
+    """
+    if not fused:
+        return FOREACH * item
+    return 3 * item + 4 * (1 if recipe.optimizer == "adamw_8bit" else 4)
 
 
 def _once(size: int, stage: int) -> int:
@@ -274,18 +284,20 @@ def times(asked: Load, strategy: Strategy, seq_len: int, rates: Rates, pace: int
     tensor_cores = rates.flops * rates.products[pace]
     wide = rates.wide_flops * WIDE_PRODUCTS[pace]
     moving = rates.memory_bytes * MEMORY[pace]
-    products = done.products * tokens / tensor_cores
+    variables = (1, seq_len, tokens, tokens * seq_len, 0)
+    products = max(done.products * tokens / tensor_cores, value(done.product_bytes, variables) / moving)
     adapters = done.wide_products * tokens / wide
     attention = done.attention * tokens * seq_len
     if done.wide_attention:
         attention /= wide
     else:
         attention /= rates.flops * rates.attention[pace] if done.fused else tensor_cores
-    memory = READ_PER_WRITTEN * value(done.written, (1, seq_len, tokens, tokens * seq_len, 0)) / moving
+    memory = value(done.moved, variables) / moving
     dequantizing = READ_PER_DEQUANTIZED * done.dequantized / (rates.memory_bytes * DEQUANTIZING[pace])
     running = products + adapters + attention + memory + dequantizing
     starting = max(done.kernels / STARTED_PER_SECOND[pace] - running, 0.0)
-    computing = micro_batches * (running + starting)
+    summing = (micro_batches - 1) * asked.summed_bytes / moving
+    computing = micro_batches * (running + starting) + summing
 
     exchange = ring_seconds(strategy.world_size, rates, pace) * (
         micro_batches * (asked.reduced_each + asked.gathered) + asked.reduced
@@ -302,7 +314,7 @@ def times(asked: Load, strategy: Strategy, seq_len: int, rates: Rates, pace: int
         micro_batches * products,
         micro_batches * adapters,
         micro_batches * attention,
-        micro_batches * memory,
+        micro_batches * memory + summing,
         micro_batches * dequantizing,
         micro_batches * starting,
         exchange,

@@ -1,8 +1,9 @@
-"""What one micro-batch computes and moves: floating-point operations by kind, bytes written, kernels started.
+"""What one micro-batch computes and moves: floating-point operations by kind, bytes moved, kernels started.
 
 Products are counted from the model's shapes. Everything else is read off the tape (`memory/tape.py`), which makes each
 tensor that transformers, peft and bitsandbytes make: its bytes are what a kernel writes, and there is about one kernel
-for each. A frozen weight has no gradient, so the backward pass of a linear layer is one product and not two.
+for each, and one for each sum of gradients. A frozen weight has no gradient, so the backward pass of a linear layer is
+one product and not two.
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, is_masked
 from qlora_core.memory.device import Device
 from qlora_core.memory.formula import ENDLESS, kernel_in_use, step_of
-from qlora_core.memory.step import LAST, forward
-from qlora_core.memory.tape import NOTHING, Size, Tape
-from qlora_core.recipe import Recipe
+from qlora_core.memory.step import LAST, Step, forward
+from qlora_core.memory.tape import ITEMSIZE, NOTHING, Node, Size, Tape, Tensor, Where
+from qlora_core.recipe import DTYPE_BYTES, Dtype, Recipe
 from qlora_core.strategy import Strategy
 
 CAUSAL = 2
-"""Kernels that never hold the scores skip those above the diagonal: half of them."""
+"""Kernels that know that attention is causal skip the scores above the diagonal: half of them."""
 FUSED_BACKWARD = 2.5
 """Backward products of fused attention for each forward one: five for two, the scores are made again (Dao 2023,
 "FlashAttention-2", section 4.1)."""
-FUSED: frozenset[AttentionKernel] = frozenset({"flash", "efficient", "flash_cpu"})
+FUSED: frozenset[AttentionKernel] = frozenset({"flash", "efficient", "masked", "flash_cpu"})
+SKIPPING: frozenset[AttentionKernel] = FUSED - {"masked"}
+READ_PER_WRITTEN = 2
+"""Bytes moved for each one that is written: a kernel reads about what it writes."""
+MOVED_PER_SUM = 3
+"""The same, of a gradient that is added to another in place: two are read, one is written."""
 
 
 class Work(NamedTuple):
@@ -34,21 +40,23 @@ class Work(NamedTuple):
 
     Attributes:
         products: operations of matrix products in the compute dtype, per token.
+        product_bytes: bytes that the products of the base model and its head read and write meanwhile.
         wide_products: those in float32, for which there are no tensor cores unless TF32 is allowed, per token.
         attention: operations of attention's products, per token and position (B*S*S).
         wide_attention: whether attention computes in float32.
         fused: whether attention is one kernel that never holds the scores.
-        written: bytes that kernels write, dequantization apart: coefficients of 1, S, B*S, B*S*S.
+        moved: bytes that all other kernels read and write, dequantization apart.
         dequantized: bytes of the dequantized weights that are written.
         kernels: how many are started.
     """
 
     products: float
+    product_bytes: Size
     wide_products: float
     attention: float
     wide_attention: bool
     fused: bool
-    written: Size
+    moved: Size
     dequantized: int
     kernels: int
 
@@ -72,43 +80,85 @@ def work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, de
 @lru_cache(maxsize=256)
 def _work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Work:
     kernel = kernel_in_use(architecture, recipe, strategy, device)
-    again = 1 if strategy.gradient_checkpointing else 0
-    products, wide = _products(architecture, recipe, strategy, device, again)
+    again = int(strategy.gradient_checkpointing)
     scores = 4 * architecture.num_heads * architecture.head_dim * architecture.num_layers
     backward = FUSED_BACKWARD if kernel in FUSED else 2.0
-    attention = scores * (1 + again + backward) / (CAUSAL if kernel in FUSED else 1)
-    written, dequantized, kernels = _written(architecture, recipe, strategy, device)
+    step = step_of(architecture, recipe, strategy, device)
+    passes = _passes(step, strategy)
+    products, wide = _products(architecture, recipe, device, passes)
+    outputs, weights = _of_products(architecture, recipe, device, passes)
+    made = _made(step)
     stream = exact.stored_dtype(recipe, device.compute_dtype)
-    wide_attention = kernel == "math" or (stream == "float32" and not recipe.autocast)
-    return Work(products, wide, attention, wide_attention, kernel in FUSED, written, dequantized, kernels)
+    return Work(
+        products=products,
+        product_bytes=outputs.times(READ_PER_WRITTEN).plus(weights),
+        wide_products=wide,
+        attention=scores * (1 + again + backward) / (CAUSAL if kernel in SKIPPING else 1),
+        wide_attention=kernel == "math" or (stream == "float32" and not recipe.autocast),
+        fused=kernel in FUSED,
+        moved=made.written.plus(outputs.times(-1)).times(READ_PER_WRITTEN).plus(made.summed.times(MOVED_PER_SUM)),
+        dequantized=made.dequantized,
+        kernels=made.kernels,
+    )
 
 
-def _products(
-    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device, again: int
-) -> tuple[float, float]:
+# --- matrix products --------------------------------------------------------------------------------------------------
+
+
+class _Passes(NamedTuple):
+    """How often weights are multiplied with.
+
+    Attributes:
+        forward, last: of a linear layer, and of the last one of a decoder layer: once, and once more in recomputation.
+        head: of the output head; the chunks of a chunked loss are recomputed, too.
+        adapters: of an adapter in all: forward, both gradients, recomputation.
+        trained: 1 where weights of the base have a gradient, too.
+    """
+
+    forward: int
+    last: int
+    head: int
+    adapters: int
+    trained: int
+
+
+def _passes(step: Step, strategy: Strategy) -> _Passes:
+    """Recomputation stops at the last tensor that was saved: where nothing behind the last linear layer saves any, and
+    that layer has no adapter, its own product is not made again.
+    """
+    again, layer = int(strategy.gradient_checkpointing), step.layer
+    saved_behind = layer.norms == 4 or layer.dropped_residual or layer.experts is not None
+    return _Passes(
+        forward=1 + again,
+        last=1 + again if saved_behind or layer.feed_forward[-1].adapter else 1,
+        head=1 + (strategy.loss == "chunked"),
+        adapters=3 + again,
+        trained=int(layer.trained),
+    )
+
+
+def _products(architecture: ModelArchitecture, recipe: Recipe, device: Device, passes: _Passes) -> tuple[float, float]:
     """Operations of a token in the compute dtype and in float32: 2 for each weight and pass."""
-    trained = recipe.method == "full"
-    passes = 2 + again + trained  # forward, input's gradient, recomputation, weight's gradient
-    linear = architecture.linear_parameters + _expert_weights_of_a_token(architecture) * architecture.num_layers
-    head = architecture.vocab_size * architecture.hidden_size
-    head_passes = 2 + (strategy.loss == "chunked") + trained  # chunks are checkpointed
+    layers, last = architecture.num_layers, architecture.linears[-1].weight_numel
+    linear = architecture.linear_parameters + _expert_weights_of_a_token(architecture) * layers
+    multiplied = linear * (passes.forward + 1 + passes.trained) - layers * last * (passes.forward - passes.last)
+    head = architecture.vocab_size * architecture.hidden_size * (passes.head + 1 + passes.trained)
     adapters = 0
-    if not trained:
-        numel = sum(size * count for size, count in exact.trainable_tensors(architecture, recipe))
-        adapters = numel if not architecture.experts else min(numel, linear)
-    stream = exact.stored_dtype(recipe, device.compute_dtype)
-    wide = narrow = 0.0
-    base_is_wide = recipe.quantization == "none" and stream == "float32" and not recipe.autocast
-    for numel, times, is_wide in (
-        (linear, passes, base_is_wide),
-        (head, head_passes, stream == "float32" and not recipe.autocast),
-        (adapters, 3 + again, recipe.lora_dtype == "float32" and not recipe.autocast),
+    if not passes.trained:
+        adapters = sum(size * count for size, count in exact.trainable_tensors(architecture, recipe))
+        adapters = min(adapters, linear) if architecture.experts else adapters
+    base, unquantized = _product_dtypes(recipe, device)
+    wide = narrow = 0
+    for numel, is_wide in (
+        (multiplied, base == "float32"),
+        (head, unquantized == "float32"),
+        (adapters * passes.adapters, recipe.lora_dtype == "float32" and not recipe.autocast),
     ):
         if is_wide:
-            wide += 2 * numel * times
+            wide += 2 * numel
         else:
-            narrow += 2 * numel * times
-    return (0.0, wide + narrow) if device.compute_dtype == "float32" else (narrow, wide)
+            narrow += 2 * numel
+    return (0, wide + narrow) if device.compute_dtype == "float32" else (narrow, wide)
 
 
 def _expert_weights_of_a_token(architecture: ModelArchitecture) -> int:
@@ -118,28 +168,90 @@ def _expert_weights_of_a_token(architecture: ModelArchitecture) -> int:
     return architecture.expert_parameters * architecture.experts_per_token // architecture.experts
 
 
-def _written(
-    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device
-) -> tuple[Size, int, int]:
-    """Bytes of all tensors that are made, of those that are dequantized weights, and their number.
+def _product_dtypes(recipe: Recipe, device: Device) -> tuple[Dtype, Dtype]:
+    """In which the linear layers of the base multiply, and in which the output head does."""
+    compute = device.compute_dtype
+    unquantized = compute if recipe.autocast else exact.stored_dtype(recipe, compute)
+    return (unquantized if recipe.quantization == "none" else compute), unquantized
 
-    Two layers stand for all, and one chunk of the loss for all.
+
+def _of_products(architecture: ModelArchitecture, recipe: Recipe, device: Device, passes: _Passes) -> tuple[Size, Size]:
+    """Bytes that the products of linear layers and head write, and those of the weights that they read.
+
+    An adapter's are not among them: with a few dozen features on one side, they move more than they compute.
     """
-    step = step_of(architecture, recipe, strategy, device)
-    tape = Tape()
-    marks: list[int] = []
-    tape.backward(forward(tape, step, marks)[0])
+    base, unquantized = (DTYPE_BYTES[dtype] for dtype in _product_dtypes(recipe, device))
+    layers = architecture.num_layers
+    per_token = weights = trained = 0
+    for linear in architecture.linears:
+        forward = passes.last if linear is architecture.linears[-1] else passes.forward
+        per_token += base * layers * linear.count * (linear.out_features * forward + linear.in_features)
+        weights += base * layers * linear.count * linear.weight_numel * (forward + 1)
+        trained += base * layers * linear.count * linear.weight_numel * passes.trained
+    head = architecture.vocab_size * architecture.hidden_size * unquantized
+    per_token += unquantized * (architecture.vocab_size * passes.head + architecture.hidden_size)
+    weights += head * (passes.head + 1)
+    return Size(fixed=trained + head * passes.trained, per_token=per_token), Size(fixed=weights)
+
+
+# --- all else ---------------------------------------------------------------------------------------------------------
+
+
+class _Made(NamedTuple):
+    """What a step's kernels write, out of the tape's log.
+
+    Attributes:
+        written: bytes of all tensors, those of dequantized weights apart.
+        summed: bytes of the gradients that are added to others in place.
+        dequantized: bytes of dequantized weights.
+        kernels: number of all these.
+    """
+
+    written: Size
+    summed: Size
+    dequantized: int
+    kernels: int
+
+
+class _SummingTape(Tape):
+    """A tape that also keeps what is added in place, which allocates nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.summed: list[tuple[Size, Where]] = []
+
+    def _add(self, buffers: dict[Node, Tensor], edge: Node, gradient: Tensor) -> None:
+        place, several = len(self.log), edge in buffers
+        super()._add(buffers, edge, gradient)
+        if several and len(self.log) == place:
+            total = buffers[edge]
+            self.summed.append((total.numel.times(ITEMSIZE[total.dtype]), self.where))
+
+
+def _made(step: Step) -> _Made:
+    """Two layers stand for all, and one chunk of the loss for all chunks."""
+    tape = _SummingTape()
+    tape.backward(forward(tape, step, [])[0])
     tape.leaves.clear()
-    total, dequantized, kernels = NOTHING, 0, 0
+
+    def times(where: Where) -> int:
+        return step.layers - 1 if where[1] == LAST else 1  # the first layer has nothing to give a gradient to
+
+    written, summed, dequantized, kernels = NOTHING, NOTHING, 0, 0
     for _, size, room, where in tape.log:
         if where is None:
             continue
-        # of all layers but the first; that one has nothing to give a gradient to
-        times = step.layers - 1 if where[1] == LAST else 1
-        kernels += times
+        kernels += times(where)
         if room == "dequantization_workspace":
-            dequantized += times * size.fixed
+            dequantized += times(where) * size.fixed
         else:
-            total = total.plus(size.times(times))
-    fixed, position, token, score, chunk = total
-    return Size(fixed, position, token + chunk, score), dequantized, kernels
+            written = written.plus(size.times(times(where)))
+    for size, where in tape.summed:
+        kernels += times(where)
+        summed = summed.plus(size.times(times(where)))
+    return _Made(_all_chunks(written), _all_chunks(summed), dequantized, kernels)
+
+
+def _all_chunks(size: Size) -> Size:
+    """`size` with all tokens in place of one chunk's."""
+    return size._replace(per_token=size.per_token + size.per_chunk_token, per_chunk_token=0)
