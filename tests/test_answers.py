@@ -314,6 +314,8 @@ def test_405b_on_8_x_80_gb_is_divided_and_the_host_has_to_load_it_eight_times() 
     whole = plan("llama-3.1-405b", recipe=step, strategy=Strategy(world_size=8), gpu="a100-80gb")
     assert model.packed > 2 * find_gpu("a100-80gb").usable_bytes
     assert not whole.fits
+    first = whole.alternatives[0]
+    assert (first.title, first.gpus, first.strategy.zero_stage) == ("a higher ZeRO stage", 8, 3)
     divided = Strategy(world_size=8, zero_stage=3, paged_optimizer=False)
     # an NVIDIA DGX A100 640GB has 2 TB (its datasheet), an AWS p4de.24xlarge 1152 GiB (its instance types)
     answer = plan("llama-3.1-405b", recipe=step, strategy=divided, cluster=of_nodes("a100-80gb", 8, host_gib=2048))
