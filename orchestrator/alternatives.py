@@ -124,13 +124,11 @@ class Alternatives:
         def needs(candidate: Candidate, target: Target) -> Estimate:
             return estimate(self.architecture, *candidate, target.device)
 
-        def fits(candidate: Candidate, target: Target) -> bool:
+        def fits(candidate: Candidate, target: Target, sure: bool) -> bool:
             needed = needs(candidate, target)
             ram = plan.host_usable_bytes
             room = ram is None or max(needed.host.load_peak_bytes, needed.host.steady_bytes) <= ram
-            return (
-                room and bytes_for(needed, target, sure=False) <= target.usable_bytes and host_has_room(needed, target)
-            )
+            return room and bytes_for(needed, target, sure) <= target.usable_bytes and host_has_room(needed, target)
 
         for one in nearest(self.architecture, Candidate(plan.recipe, plan.strategy), plan.target, fits):
             place = Place(((one.target, one.candidate.strategy.world_size),))
