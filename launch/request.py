@@ -134,9 +134,9 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
     if architecture:
         strategy = attempt(lambda: supported(architecture, strategy, given, choices)) or strategy
     host = attempt(lambda: host_ram_of(options["host_ram"]))
+    # a recipe with mistakes of its own says nothing of the strategy
+    attempt(lambda: check_strategy(recipe or Recipe(), strategy, "--{}", place.targets if place else []))
     data = None
-    if recipe:
-        attempt(lambda: check_strategy(recipe, strategy, "--{}", place.targets if place else []))
     if architecture and recipe:
         attempt(lambda: check_targets(architecture, recipe, "--targets"))
         data = attempt(lambda: data_of(options, recipe, choices))
