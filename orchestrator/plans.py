@@ -249,4 +249,6 @@ def time_json(step: StepTime | None) -> dict[str, Any] | None:
         "tokens": step.tokens,
         "tokens_per_second": step.tokens_per_second,
         "parts": step.parts._asdict(),
+        "correction": step.correction,
+        "runs": step.runs,
     }
