@@ -55,7 +55,7 @@ def test_runs_that_were_slower_on_that_gpu_make_the_next_plan_slower(ask: Ask, p
     assert (step["runs"], step["correction"]) == (3, pytest.approx(1.5))
     assert step["seconds"] == pytest.approx(1.5 * before["verdicts"][0]["step_time"]["seconds"])
     assert after["duration"]["seconds"] == pytest.approx(1.5 * before["duration"]["seconds"])
-    assert "3 measured runs here corrected it" in ask(*ASKED[:-1]).out
+    assert "3 measured runs" in ask(*ASKED[:-1]).out
 
 
 def test_runs_on_another_gpu_say_nothing_of_this_one_s_speed(ask: Ask, path: Path) -> None:
