@@ -16,14 +16,13 @@ from rich.text import Text
 
 from launch import command
 from launch.listing import parameters
-from launch.report.words import gib, time_words
+from launch.report.words import GIB, MIB, gib, time_words
 from orchestrator.plans import Duration, Plan, Verdict
 from qlora_core.step_time import StepTime
 
 if TYPE_CHECKING:
     from launch.sweep import Sweep
 
-GIB, MIB = 1024**3, 1024**2
 BAR_WIDTH = 24
 
 COMPONENT_TITLES = {
