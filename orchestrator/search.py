@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -55,12 +55,6 @@ class Found:
         """Of the whole group."""
         return self.seconds / (self.strategy.sequences_per_step * self.recipe.seq_len)
 
-    @property
-    def cost_per_token(self) -> float:
-        """In the cluster's currency; in GPU seconds where there are no prices."""
-        price = self.place.price_per_hour
-        return self.seconds_per_token * (self.place.gpus if price is None else price)
-
 
 def search(question: Question, devices: Sequence[Target]) -> list[Found]:
     """The best candidate of each place, the best place first; what another beats in every respect is left out."""
@@ -68,33 +62,46 @@ def search(question: Question, devices: Sequence[Target]) -> list[Found]:
     return ranked(question.objective, undominated(found))
 
 
-def ranked(objective: Objective, found: Iterable[Found]) -> list[Found]:
+def ranked(objective: Objective, found: Sequence[Found]) -> list[Found]:
     """The best first; what is not sure to fit after all that is."""
 
-    def key(one: Found) -> tuple[float, ...]:
+    def key(priced: tuple[Found, float]) -> tuple[float, ...]:
+        one, cost = priced
         pace, gpus = one.seconds_per_token, one.place.gpus
         first = {
             "fastest": (pace, gpus),
-            "cheapest": (one.cost_per_token, pace),
+            "cheapest": (cost, pace),
             "fewest-gpus": (gpus, pace),
             "longest": (-one.recipe.seq_len, gpus, pace),
         }[objective]
         return (not one.sure, *first)
 
-    return sorted(found, key=key)
+    return [one for one, _ in sorted(zip(found, costs(found), strict=True), key=key)]
 
 
 def undominated(found: Sequence[Found]) -> list[Found]:
     """Without those that another beats or equals in speed, cost, number of GPUs, length and sureness."""
-
-    def merits(one: Found) -> tuple[float, ...]:
-        return (one.seconds_per_token, one.cost_per_token, one.place.gpus, -one.recipe.seq_len, not one.sure)
-
+    merits = [
+        (one.seconds_per_token, cost, one.place.gpus, -one.recipe.seq_len, not one.sure)
+        for one, cost in zip(found, costs(found), strict=True)
+    ]
     kept: list[tuple[tuple[float, ...], Found]] = []
-    for merit, one in sorted(((merits(one), one) for one in found), key=lambda pair: pair[0]):
+    for merit, one in sorted(zip(merits, found, strict=True), key=lambda pair: pair[0]):
         if not any(all(a <= b for a, b in zip(other, merit, strict=True)) for other, _ in kept):
             kept.append((merit, one))
     return [one for _, one in kept]
+
+
+def costs(found: Sequence[Found]) -> list[float]:
+    """What a token costs on each, by the prices of the places; in GPU seconds where none has a price.
+
+    A place without a price is dearer than all that have one: how much it costs nobody knows.
+    """
+    prices = [one.place.price_per_hour for one in found]
+    if all(price is None for price in prices):
+        return [one.seconds_per_token * one.place.gpus for one in found]
+    known = [math.inf if price is None else price for price in prices]
+    return [one.seconds_per_token * price for one, price in zip(found, known, strict=True)]
 
 
 # --- the best of a place ----------------------------------------------------------------------------------------------
@@ -253,11 +260,12 @@ def without_size(candidate: Candidate) -> Candidate:
 def longest(question: Question, place: Place, judge: Judge, sure: bool) -> Candidate | None:
     """The longest context up to the model's positions, in whole LENGTH_STEPs; the fastest of those as long.
 
-    As in `fastest`, the simplest of those that are as fast.
+    As in `fastest`, the simplest of those that are as fast. Memory falls a little where a length is a whole number of
+    the loss's chunks; that a longer one would fit again beyond lengths that do not is not counted on.
     """
     positions = question.architecture.max_position_embeddings
     lengths = [*range(LENGTH_STEP, positions, LENGTH_STEP), positions]
-    best: Candidate | None = None
+    as_long: list[Candidate] = []
     found = 0  # so many of the lengths fit
     for shape in candidates(question, place):
         strategy = shape.strategy
@@ -271,7 +279,8 @@ def longest(question: Question, place: Place, judge: Judge, sure: bool) -> Candi
         if too_long(lengths[max(found - 1, 0)]):
             continue
         longer = bisect_left(lengths, True, lo=found, key=too_long)
-        candidate = at(lengths[longer - 1])
-        if best is None or longer > found or judge.seconds(candidate) * ALIKE < judge.seconds(best):
-            best, found = candidate, longer
-    return best
+        if longer > found:
+            as_long, found = [], longer
+        as_long.append(at(lengths[longer - 1]))
+    times = [judge.seconds(each, judge.paged_out(each)) for each in as_long]
+    return next((each for each, time in zip(as_long, times, strict=True) if time <= min(times) * ALIKE), None)

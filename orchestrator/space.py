@@ -115,6 +115,8 @@ def with_optimizer(recipe: Recipe, optimizer: str) -> Recipe:
 def shardings(question: Question, world: int) -> list[tuple[ZeroStage, Offload]]:
     """The ZeRO stages and offloads to try: of one GPU nothing is divided, so a stage only serves to offload."""
     given = question.strategy
+    if not {"zero_stage", "offload"} & question.open:
+        return [(given.zero_stage, given.offload)]
     return [
         (stage, offload)
         for stage, offload in SHARDINGS
