@@ -21,6 +21,7 @@ from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Phases
 from qlora_core.memory.formula import LEARNING, estimate, prepared, step_of
 from qlora_core.memory.measure import StorageMeter
+from qlora_core.memory.settled import settled
 from qlora_core.memory.step import on_tape, recorded
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
@@ -359,3 +360,10 @@ def test_more_never_needs_less(
 def test_a_recipe_whose_targets_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing is trained"):
         estimate(model("gpt2"), recipe(targets=("q_proj",)), Strategy(), A100)
+
+
+def test_an_int8_base_lies_in_segments_of_a_byte_a_weight() -> None:
+    # 32 layers of 4096 x (4 x 4096 + 3 x 11008) weights: 6.48 GB, where two to a byte would be 3.24
+    weights = 32 * 4096 * (4 * 4096 + 3 * 11008)
+    loaded = settled(model("llama-7b"), recipe(quantization="int8", double_quantization=False), A100)
+    assert loaded.reserved > weights
