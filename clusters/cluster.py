@@ -30,6 +30,7 @@ class Pool:
         network_bytes_per_s: of one node, one direction; None where it is not stated.
         price_per_hour: of one node, in the cluster's currency; None where it is not stated.
         spot: the nodes may be taken away at any time.
+        exists: somebody has these nodes; else any number of any nodes with this GPU are meant.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Pool:
     network_bytes_per_s: int | None
     price_per_hour: float | None
     spot: bool
+    exists: bool = True
 
     @property
     def gpus(self) -> int:

@@ -65,6 +65,7 @@ def any_nodes(gpu: Gpu, gpus: int = NODE_GPUS) -> Pool:
         network_bytes_per_s=None,
         price_per_hour=None,
         spot=False,
+        exists=False,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 from clusters.gpu import GIB, Gpu, list_gpus
@@ -13,7 +13,8 @@ from orchestrator.rules import can_be_divided
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.strategy import Offload, ZeroStage
 
-Fits = Callable[[Candidate, Target], bool]
+Fits = Callable[[Candidate, Target, bool], bool]
+"""Whether a candidate fits a target: for sure, or only more likely than not."""
 MOST_GPUS = 64
 
 
@@ -34,30 +35,45 @@ class Nearby:
 
 @dataclass(frozen=True, slots=True)
 class Sacrifice:
-    """Something that can be given up, from the mildest form to the strongest."""
+    """Something that can be given up.
+
+    Attributes:
+        variants: from the mildest form to the strongest.
+        harmless: the run learns the same, only more slowly or for more money.
+    """
 
     title: str
     costs: str
     variants: tuple[Candidate, ...]
+    harmless: bool = True
 
 
 def nearest(architecture: ModelArchitecture, asked: Candidate, target: Target, usable: Fits) -> Iterator[Nearby]:
     """Each single change that makes `asked` fit on GPUs of `target`'s kind; the needed combination where none does.
 
-    `usable` says whether a candidate fits a target.
+    Harmless ones first, and their combination before the run is made to learn something else.
     """
-    alone = 0
-    for sacrifice in sacrifices(architecture, asked, target):
-        for variant in sacrifice.variants:
-            place = on(target, variant)
-            if usable(variant, place):
-                alone += 1
-                yield Nearby(sacrifice.title, variant, place, tuple(changes(asked, variant, sacrifice.costs)))
-                break
-    if not alone and (both := combined(architecture, asked, target, usable)):
-        yield both
+    found: list[Nearby] = []
+    every = list(sacrifices(architecture, asked, target))
+    for harmless in (True, False):
+        for sacrifice in (each for each in every if each.harmless == harmless):
+            if (variant := mildest(sacrifice.variants, target, usable)) is not None:
+                costs = tuple(changes(asked, variant, sacrifice.costs))
+                found.append(Nearby(sacrifice.title, variant, on(target, variant), costs))
+        if not found and (both := combined(architecture, asked, target, usable, harmless_only=harmless)):
+            found.append(both)
+    yield from found
     if (larger := larger_gpu(asked, target, usable)) is not None:
         yield larger
+
+
+def mildest(variants: Sequence[Candidate], target: Target, usable: Fits) -> Candidate | None:
+    """The first that is sure to fit, else the first that is likely to; None without."""
+    for sure in (True, False):
+        for variant in variants:
+            if usable(variant, on(target, variant), sure):
+                return variant
+    return None
 
 
 def sacrifices(architecture: ModelArchitecture, asked: Candidate, target: Target) -> Iterator[Sacrifice]:
@@ -87,25 +103,29 @@ def sacrifices(architecture: ModelArchitecture, asked: Candidate, target: Target
         kept = Candidate(recipe, replace(strategy, gradient_checkpointing=True))
         yield Sacrifice("gradient checkpointing", "about a third more computing", (kept,))
     if cuda:
+        if strategy.world_size > 1:
+            higher = tuple(Candidate(recipe, replace(strategy, zero_stage=stage)) for stage in _higher_stages(asked))
+            yield Sacrifice("a higher ZeRO stage", "traffic between the GPUs in each step", higher)
         yield Sacrifice("more GPUs", "their price", tuple(on_more(asked, target)))
         yield Sacrifice("offloading", "traffic over PCIe in each step, and host memory", tuple(offloaded(asked)))
     if recipe.optimizer == "adamw":
         narrow = Candidate(replace(recipe, optimizer="adamw_8bit"), strategy)
-        yield Sacrifice("8-bit optimizer state", "moments of lower precision", (narrow,))
+        yield Sacrifice("8-bit optimizer state", "moments of lower precision", (narrow,), harmless=False)
     if recipe.method == "lora":
         quantized = replace(recipe, method="qlora", quantization="nf4", double_quantization=True)
-        yield Sacrifice("a 4-bit base (QLoRA)", "time for dequantization", (Candidate(quantized, strategy),))
-    yield Sacrifice("shorter sequences", "context", tuple(shorter(asked)))
+        costs = "time for dequantization, and the base's precision"
+        yield Sacrifice("a 4-bit base (QLoRA)", costs, (Candidate(quantized, strategy),), harmless=False)
+    yield Sacrifice("shorter sequences", "context", tuple(shorter(asked)), harmless=False)
     if recipe.method != "full":
         ranks = [rank for rank in (128, 64, 32, 16, 8, 4) if rank < recipe.rank]
         thinner = tuple(Candidate(replace(recipe, rank=rank), strategy) for rank in ranks)
-        yield Sacrifice("a smaller rank", "capacity of the adapters", thinner)
+        yield Sacrifice("a smaller rank", "capacity of the adapters", thinner, harmless=False)
 
 
 def on_more(asked: Candidate, target: Target) -> Iterator[Candidate]:
     """Twice as many GPUs and so on, with the ZeRO stage that divides the least of what has to be divided."""
     recipe, strategy = asked
-    most = target.pool.gpus if target.pool is not None and target.pool.nodes > 1 else MOST_GPUS
+    most = target.pool.gpus if target.pool is not None and target.pool.exists else MOST_GPUS
     world = strategy.world_size * 2
     while world <= most:
         for stage in _stages(asked):
@@ -126,6 +146,10 @@ def _stages(asked: Candidate) -> tuple[ZeroStage, ...]:
     return tuple(stage for stage in stages if stage >= asked.strategy.zero_stage)
 
 
+def _higher_stages(asked: Candidate) -> tuple[ZeroStage, ...]:
+    return tuple(stage for stage in _stages(asked) if stage > asked.strategy.zero_stage)
+
+
 def offloaded(asked: Candidate) -> Iterator[Candidate]:
     """The optimizer's state on the host, then the base too."""
     ways: tuple[tuple[ZeroStage, Offload], ...] = ((2, "optimizer"), (3, "optimizer"), (3, "all"))
@@ -136,40 +160,39 @@ def offloaded(asked: Candidate) -> Iterator[Candidate]:
 
 
 def shorter(asked: Candidate) -> Iterator[Candidate]:
-    """Shorter sequences, as many of them: seven eighths, six eighths and so on, in whole 64s."""
+    """Shorter sequences, as many of them: in 64 steps at most, of whole 64s."""
     recipe, strategy = asked
-    seen = {recipe.seq_len}
-    for eighth in range(7, 0, -1):
-        length = max(recipe.seq_len * eighth // 8 // 64 * 64, 64)
-        if length < recipe.seq_len and length not in seen:
-            seen.add(length)
-            yield Candidate(of_length(recipe, length, length * recipe.sequences_per_step), strategy)
+    step = 64 * -(-recipe.seq_len // 64**2)
+    for length in range((recipe.seq_len - 1) // step * step, 0, -step):
+        yield Candidate(of_length(recipe, length, length * recipe.sequences_per_step), strategy)
 
 
 def on(target: Target, candidate: Candidate) -> Target:
-    """`target` for as many GPUs as `candidate` takes: more nodes like it, where it has too few."""
+    """`target` for as many GPUs as `candidate` takes."""
     pool, world = target.pool, candidate.strategy.world_size
     if pool is None:
         return target
     if world > pool.gpus:
-        pool = replace(pool, nodes=-(-world // pool.gpus_per_node))
+        pool = any_nodes(pool.gpu, world)
     device = replace(target.device, ranks_per_host=min(world, pool.gpus_per_node))
     return replace(target, pool=pool, device=device)
 
 
-def combined(architecture: ModelArchitecture, asked: Candidate, target: Target, usable: Fits) -> Nearby | None:
+def combined(
+    architecture: ModelArchitecture, asked: Candidate, target: Target, usable: Fits, *, harmless_only: bool
+) -> Nearby | None:
     """The changes of all kinds together, each as strong as it can be, up to the first that makes it fit."""
     now, given_up, costs = asked, [], []
-    for title in [each.title for each in sacrifices(architecture, asked, target)]:
+    every = sacrifices(architecture, asked, target)
+    for title in [each.title for each in every if each.harmless or not harmless_only]:
         sacrifice = next((each for each in sacrifices(architecture, now, target) if each.title == title), None)
         if sacrifice is None or not sacrifice.variants:
             continue
         given_up.append(title)
         costs.append(sacrifice.costs)
-        for variant in sacrifice.variants:
-            if usable(variant, on(target, variant)):
-                found = tuple(changes(asked, variant, "; ".join(costs)))
-                return Nearby(", ".join(given_up), variant, on(target, variant), found)
+        if (variant := mildest(sacrifice.variants, target, usable)) is not None:
+            found = tuple(changes(asked, variant, "; ".join(costs)))
+            return Nearby(", ".join(given_up), variant, on(target, variant), found)
         now = sacrifice.variants[-1]
     return None
 
@@ -180,7 +203,7 @@ def larger_gpu(asked: Candidate, target: Target, usable: Fits) -> Nearby | None:
         return None
     for gpu in list_gpus():
         place = target_for(gpu, target, asked)
-        if gpu.usable_bytes > target.usable_bytes and usable(asked, place):
+        if gpu.usable_bytes > target.usable_bytes and usable(asked, place, True):
             change = Choice("gpu", gpu.name, f"another GPU; {gpu.usable_bytes / GIB:.1f} GiB usable")
             return Nearby("a larger GPU", asked, place, (change,))
     return None

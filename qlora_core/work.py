@@ -1,13 +1,14 @@
 """What one micro-batch computes and moves: floating-point operations by kind, bytes moved, kernels started.
 
-Products are counted from the model's shapes. Everything else is read off the tape (`memory/tape.py`), which makes each
-tensor that transformers, peft and bitsandbytes make: its bytes are what a kernel writes, and there is about one kernel
-for each, and one for each sum of gradients. A frozen weight has no gradient, so the backward pass of a linear layer is
-one product and not two.
+Products are counted from the model's shapes. Everything else is read off the recording that memory is read off, too
+(`memory/step.py`): the tape makes each tensor that transformers, peft and bitsandbytes make. Its bytes are what a
+kernel writes, and there is about one kernel for each, and one for each sum of gradients. A frozen weight has no
+gradient, so the backward pass of a linear layer is one product and not two.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,8 +18,8 @@ from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, is_masked
 from qlora_core.memory.device import Device
 from qlora_core.memory.formula import ENDLESS, kernel_in_use, step_of
-from qlora_core.memory.step import LAST, Step, forward
-from qlora_core.memory.tape import ITEMSIZE, NOTHING, Node, Size, Tape, Tensor, Where
+from qlora_core.memory.step import LAST, Step, on_tape, recorded
+from qlora_core.memory.tape import Size, Where, sum_of
 from qlora_core.recipe import DTYPE_BYTES, Dtype, Recipe
 from qlora_core.strategy import Strategy
 
@@ -198,7 +199,7 @@ def _of_products(architecture: ModelArchitecture, recipe: Recipe, device: Device
 
 
 class _Made(NamedTuple):
-    """What a step's kernels write, out of the tape's log.
+    """What a step's kernels write, out of the tape's recording.
 
     Attributes:
         written: bytes of all tensors, those of dequantized weights apart.
@@ -213,43 +214,30 @@ class _Made(NamedTuple):
     kernels: int
 
 
-class _SummingTape(Tape):
-    """A tape that also keeps what is added in place, which allocates nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.summed: list[tuple[Size, Where]] = []
-
-    def _add(self, buffers: dict[Node, Tensor], edge: Node, gradient: Tensor) -> None:
-        place, several = len(self.log), edge in buffers
-        super()._add(buffers, edge, gradient)
-        if several and len(self.log) == place:
-            total = buffers[edge]
-            self.summed.append((total.numel.times(ITEMSIZE[total.dtype]), self.where))
-
-
 def _made(step: Step) -> _Made:
     """Two layers stand for all, and one chunk of the loss for all chunks."""
-    tape = _SummingTape()
-    tape.backward(forward(tape, step, [])[0])
-    tape.leaves.clear()
+    recording = recorded(on_tape(step))
+    sizes = recording.sizes_at_rank(step.layer.rank)
 
     def times(where: Where) -> int:
         return step.layers - 1 if where[1] == LAST else 1  # the first layer has nothing to give a gradient to
 
-    written, summed, dequantized, kernels = NOTHING, NOTHING, 0, 0
-    for _, size, room, where in tape.log:
-        if where is None:
-            continue
-        kernels += times(where)
-        if room == "dequantization_workspace":
-            dequantized += times(where) * size.fixed
-        else:
-            written = written.plus(size.times(times(where)))
-    for size, where in tape.summed:
-        kernels += times(where)
-        summed = summed.plus(size.times(times(where)))
-    return _Made(_all_chunks(written), _all_chunks(summed), dequantized, kernels)
+    written, summed, dequantized = Counter[int](), Counter[int](), Counter[int]()  # how often there is each size
+    for _, place, room, where in recording.changes:
+        if where is not None:
+            (dequantized if room == "dequantization_workspace" else written)[place] += times(where)
+    for place, where in recording.summed:
+        summed[place] += times(where)
+
+    def total(counts: Counter[int]) -> Size:
+        return _all_chunks(sum_of(sizes[place].times(count) for place, count in counts.items()))
+
+    return _Made(
+        written=total(written),
+        summed=total(summed),
+        dequantized=total(dequantized).fixed,
+        kernels=written.total() + summed.total() + dequantized.total(),
+    )
 
 
 def _all_chunks(size: Size) -> Size:

@@ -179,6 +179,18 @@ def test_why_65b_is_tight_on_48_gb_at_batch_4() -> None:
     assert ours.allocated_bytes + ours.paged_bytes < 48 * 1000**3
 
 
+@pytest.mark.parametrize(("name", "accumulation", "reserved_gib"), [("llama-7b", 1, 7.9), ("llama-65b", 4, 47.4)])
+def test_what_is_reserved_for_a_4_bit_base_that_comes_in_float32(
+    name: str, accumulation: int, reserved_gib: float
+) -> None:
+    # by the trace, which takes 10 and 85 s. While loading, transformers asks at once for half a byte of each weight
+    # that is going to be quantized, whatever it comes in (quantized_element_size)
+    wide = Device(kind="cuda", compute_dtype="float32", compute_capability=(8, 6))
+    strategy = Strategy(micro_batch=4, gradient_accumulation=accumulation, attention="eager", loss="full")
+    said = estimate(model(name), recipe(), strategy, wide).gpu
+    assert said.reserved_bytes == pytest.approx(reserved_gib * 1024**3, rel=0.1)
+
+
 def test_the_peak_is_named() -> None:
     deep = estimate(model("llama-65b"), recipe(), Strategy(), A100).gpu
     assert deep.peak_moment == "backward of layer 1, while its down_proj is recomputed"

@@ -132,7 +132,8 @@ def _base(architecture: ModelArchitecture, loading: Loading, layers: int) -> Loa
         for linear in sorted(architecture.linears, key=lambda each: (each.part == "attention", each.name))
         for _ in range(linear.count)
     ]
-    of_layer = sum(weight.numel * item // (4 if weight.constants else 1) for weight in weights)
+    # transformers asks for half a byte of each quantized element, whatever it comes in (quantized_element_size)
+    of_layer = sum(weight.numel // 2 if weight.constants else weight.numel * item for weight in weights)
     requested = 0
     if loading.warmed_up:
         memory.release(memory.allocate(max(sum(plain) + layers * of_layer, 1)))

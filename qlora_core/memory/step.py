@@ -155,6 +155,7 @@ class Recording(NamedTuple):
 
     Attributes:
         changes: as `Change` has them, with a place in `sizes` for the size.
+        summed: what is added to in place, with a place in `sizes`, and where.
         sizes: what is there whatever the rank, and what each unit of it adds.
         marks: places in the log after each layer.
         forward_end: the place in the log at which the forward pass has ended.
@@ -162,6 +163,7 @@ class Recording(NamedTuple):
     """
 
     changes: tuple[tuple[int, int, Room | None, Where | None], ...]
+    summed: tuple[tuple[int, Where], ...]
     sizes: tuple[tuple[Size, Size], ...]
     marks: tuple[int, ...]
     forward_end: int
@@ -169,8 +171,12 @@ class Recording(NamedTuple):
 
     def at_rank(self, rank: int) -> list[Change]:
         """The log."""
-        sizes = [fixed.plus(more.times(rank)) for fixed, more in self.sizes]
+        sizes = self.sizes_at_rank(rank)
         return [(number, sizes[place], room, where) for number, place, room, where in self.changes]
+
+    def sizes_at_rank(self, rank: int) -> list[Size]:
+        """What the places in `sizes` stand for."""
+        return [fixed.plus(more.times(rank)) for fixed, more in self.sizes]
 
 
 @lru_cache(maxsize=64)
@@ -194,7 +200,8 @@ def recorded(step: Step) -> Recording:
     tape.leaves.clear()  # they refer to the tape: no garbage is left to the cycle collector
     places: dict[Size, int] = {}
     changes = tuple((number, places.setdefault(size, len(places)), room, where) for number, size, room, where in log)
-    return Recording(changes, tuple(map(_by_rank, places)), tuple(marks), forward_end, frozenset(copies))
+    summed = tuple((places.setdefault(size, len(places)), where) for size, where in tape.summed)
+    return Recording(changes, summed, tuple(map(_by_rank, places)), tuple(marks), forward_end, frozenset(copies))
 
 
 def _by_rank(size: Size) -> tuple[Size, Size]:

@@ -201,6 +201,8 @@ class Tape:
         self.keeps_gradients = keeps_gradients
         self.bucket = bucket
         self.log: list[Change] = []
+        self.summed: list[tuple[Size, Where]] = []
+        """What is added to in place, which allocates nothing and is in no log: its bytes, and where."""
         self.where: Where = ("forward",)
         self.room: Room = "activations"
         self.frame: Frame | None = None
@@ -361,6 +363,8 @@ class Tape:
         total = buffers[edge]
         if total.storage is not None and total.storage.holders > 1:
             buffers[edge] = self.new(total.numel, total.dtype)
+        else:
+            self.summed.append((total.numel.times(ITEMSIZE[total.dtype]), self.where))
 
 
 def totals(log: Iterable[Change]) -> Iterator[tuple[int, Where, Total]]:
