@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from clusters.gpu import find_gpu, list_gpus
-from orchestrator.alternatives import Alternative
 from orchestrator.devices import cpu_target, gpu_target
 from orchestrator.planner import plan_question
-from orchestrator.plans import Plan, Target
+from orchestrator.plans import Alternative, Plan, Target
 from orchestrator.question import Question
 from qlora_core.catalogue import find_model
 from qlora_core.memory.estimate import Estimate
