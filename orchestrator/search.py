@@ -197,7 +197,9 @@ def fastest(question: Question, place: Place, judge: Judge, sure: bool) -> Candi
     while queue and queue[0][0] <= limit:
         seconds, order, paid, candidate = heapq.heappop(queue)
         size, shape = candidate.strategy.micro_batch, without_size(candidate)
-        if (best is not None and order > best[0]) or size >= failed.get(shape, size + 1) or not lean.fits(candidate):
+        if best is not None and order > best[0]:
+            continue
+        if not paid and (size >= failed.get(shape, size + 1) or not lean.fits(candidate)):
             continue
         if not judge.fits(candidate, sure):
             failed[shape] = size

@@ -158,7 +158,7 @@ def test_a_few_runs_move_a_time_by_their_median() -> None:
     # one straggler among three: 1.2, 1.3 and 9 times what was predicted
     moved = History((run(9.0), run(1.2), run(1.3))).corrected(STEP, L4)
     assert moved.seconds == pytest.approx(13.0)
-    assert (moved.low, moved.high) == (pytest.approx(8 * 1.3), pytest.approx(14 * 1.3))
+    assert (moved.low, moved.high) == pytest.approx((8 * 1.3, 14 * 1.3))
     assert sum(moved.parts) == pytest.approx(13.0)
     assert (moved.correction, moved.runs, moved.tokens) == (1.3, 3, 8192)
 
@@ -167,7 +167,7 @@ def test_enough_runs_make_the_interval_of_a_time() -> None:
     # of 19 runs the least took 1.1 and the most 1.28 of what was predicted, and the median 1.19
     moved = History(tuple(run(1.1 + number / 100) for number in range(19))).corrected(STEP, L4)
     assert moved.seconds == pytest.approx(11.9)
-    assert (moved.low, moved.high) == (pytest.approx(11.0), pytest.approx(12.8))
+    assert (moved.low, moved.high) == pytest.approx((11.0, 12.8))
 
 
 def test_a_pool_s_runs_are_those_on_its_kind_of_gpu() -> None:

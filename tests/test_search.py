@@ -164,8 +164,12 @@ SPACES: dict[str, tuple[dict[str, Any], tuple[Pool, ...]]] = {
         (pool("rtx-3070", 2, usable=6.5),),
     ),
     "little room for the state, which pages": (
-        {"model": "tinyllama-1.1b", "recipe": {"rank": 256}, "sequences": 4},
-        (pool("rtx-3070", 1, usable=2.9),),
+        {"model": "tinyllama-1.1b", "opened": BUT_ATTENTION, "recipe": {"rank": 256}, "sequences": 4},
+        (pool("rtx-3080-ti", 1, usable=3.5),),
+    ),
+    "little room for the state, which must not be offloaded": (
+        {"model": "tinyllama-1.1b", "opened": BUT_ATTENTION - {"offload"}, "recipe": {"rank": 256}, "sequences": 4},
+        (pool("rtx-3080-ti", 1, usable=3.5),),
     ),
     "hosts of little memory": (
         {"model": "llama-7b", "opened": BUT_ATTENTION | {"optimizer"}, "recipe": {"rank": 256}, "sequences": 2},
