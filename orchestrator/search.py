@@ -18,7 +18,7 @@ from functools import cached_property
 from orchestrator.devices import rates, slowest_links
 from orchestrator.plans import Objective, Target
 from orchestrator.question import Candidate, Place, Question
-from orchestrator.space import at_size, candidates, places, with_optimizer
+from orchestrator.space import at_size, candidates, of_shape, places, shapes, with_optimizer
 from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.formula import estimate
 from qlora_core.recipe import Recipe
@@ -184,31 +184,47 @@ def best_of(question: Question, place: Place) -> Found | None:
 
 def fastest(question: Question, place: Place, judge: Judge, sure: bool) -> Candidate | None:
     """The fastest that fits; of those that are as fast, as far as the model can tell, the simplest."""
-    # the same tokens per step in all candidates of a place
-    queue = [
-        (judge.seconds(candidate), order, False, candidate)
-        for order, candidate in enumerate(candidates(question, place))
-    ]
-    heapq.heapify(queue)
     lean = Leanest(question, judge, sure)
-    failed: dict[Candidate, int] = {}
+    every = [Shape(shape) for shape in shapes(question, place.gpus)]
+    # the same tokens per step in all candidates of a place
+    queue: list[tuple[float, int, bool, Candidate, Shape]] = []
+    for shape in every:
+        for candidate in of_shape(question, shape.candidate, place.gpus):
+            queue.append((judge.seconds(candidate), len(queue), False, candidate, shape))
+    heapq.heapify(queue)
     best: tuple[int, Candidate] | None = None
     limit = math.inf
     while queue and queue[0][0] <= limit:
-        seconds, order, paid, candidate = heapq.heappop(queue)
-        size, shape = candidate.strategy.micro_batch, without_size(candidate)
+        seconds, order, paid, candidate, shape = heapq.heappop(queue)
         if best is not None and order > best[0]:
             continue
-        if not paid and (size >= failed.get(shape, size + 1) or not lean.fits(candidate)):
+        if shape.lean_fits is None:
+            shape.lean_fits = lean.fits(candidate)
+        if not paid and (candidate.strategy.micro_batch >= shape.too_large or not shape.lean_fits):
             continue
         if not judge.fits(candidate, sure):
-            failed[shape] = size
+            shape.too_large = candidate.strategy.micro_batch
         elif not paid and (paged_out := judge.paged_out(candidate) if candidate.strategy.paged_optimizer else 0):
             # paging what has no room beside the rest takes time of its own
-            heapq.heappush(queue, (judge.seconds(candidate, paged_out), order, True, candidate))
+            heapq.heappush(queue, (judge.seconds(candidate, paged_out), order, True, candidate, shape))
         else:
             best, limit = (order, candidate), min(limit, seconds * ALIKE)
     return best[1] if best else None
+
+
+@dataclass(slots=True, eq=False)
+class Shape:
+    """What is known of candidates that differ in the micro-batch alone.
+
+    Attributes:
+        candidate: one of them.
+        too_large: the smallest micro-batch that was found not to fit.
+        lean_fits: whether they fit in their leanest form; None before that was asked.
+    """
+
+    candidate: Candidate
+    too_large: float = math.inf
+    lean_fits: bool | None = None
 
 
 class Leanest:
@@ -252,11 +268,6 @@ def leanest_of_all(question: Question, place: Place) -> Candidate:
         return needed.gpu.process_bytes - target.usable_bytes
 
     return min(lean, key=missing)
-
-
-def without_size(candidate: Candidate) -> Candidate:
-    """A candidate but for its micro-batch."""
-    return Candidate(candidate.recipe, replace(candidate.strategy, micro_batch=1, gradient_accumulation=1))
 
 
 def longest(question: Question, place: Place, judge: Judge, sure: bool) -> Candidate | None:
