@@ -39,11 +39,14 @@ def measured(path: Path, model: Path, recipe: Recipe, choices: list[Choice]) -> 
     has_tokenizer = any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     if has_tokenizer and (counted := by_tokenizer(path, model, recipe)) is not None:
         return counted
-    size, examples = text_size(path)
-    tokens = -(-size // BYTES_PER_TOKEN)
-    reason = f"about {BYTES_PER_TOKEN} bytes of text for each; exactly from a model's folder with the train extra"
-    choices.append(Choice("tokens", f"{tokens:,} in {examples:,} examples", reason))
-    return Data(tokens)
+    examples, longest = lines_of(path)
+    length = min(-(-longest // BYTES_PER_TOKEN), recipe.seq_len)
+    reason = (
+        f"all padded to the longest of {examples:,} examples, at about {BYTES_PER_TOKEN} bytes of text a token; "
+        "exactly from a model's folder with the train extra"
+    )
+    choices.append(Choice("tokens", f"{examples * length:,}", reason))
+    return Data(examples * length)
 
 
 def by_tokenizer(path: Path, folder: Path, recipe: Recipe) -> Data | None:
@@ -60,17 +63,17 @@ def by_tokenizer(path: Path, folder: Path, recipe: Recipe) -> Data | None:
     return Data(len(examples) * min(report.longest, recipe.seq_len), report.longest)
 
 
-def text_size(path: Path) -> tuple[int, int]:
-    """Bytes and lines of a file."""
-    size = lines = 0
+def lines_of(path: Path) -> tuple[int, int]:
+    """Lines of a file that are not empty, and bytes of the longest."""
+    lines = longest = 0
     try:
         with path.open("rb") as file:
             for line in file:
-                if line.strip():
-                    size, lines = size + len(line), lines + 1
+                if text := line.strip():
+                    lines, longest = lines + 1, max(longest, len(text))
     except OSError as error:
         rule = f"it cannot be read: {error.strerror or error}"
         raise request_error("--data", path, rule, "Give a readable JSONL file") from None
     if not lines:
         raise request_error("--data", os.fspath(path), "it is empty", "Give one example a line")
-    return size, lines
+    return lines, longest

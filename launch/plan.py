@@ -34,6 +34,10 @@ def plan(context: click.Context, /, **options: Any) -> int:
         return 0
     if options["model"] is None:
         raise click.UsageError("Missing option --model; --list-models shows what is known by name.")
+    if options["report"]:
+        from launch.report.plan_report import check_report
+
+        check_report(options["report"])
     given, history = passed(context), measured()
     wants_all = options["as_json"] or options["explain"] or options["cluster"] or options["report"]
     answer = plan_of(options, given, history, alternatives="all" if wants_all else "nearest")

@@ -121,6 +121,7 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
     choices = list(place.choices) if place else []
     if architecture:
         strategy = attempt(lambda: supported(architecture, strategy, given, choices)) or strategy
+    attempt(lambda: check_length(options, given))
     host = attempt(lambda: host_ram_of(options["host_ram"]))
     # a recipe with mistakes of its own says nothing of the strategy
     attempt(lambda: check_strategy(recipe or Recipe(), strategy, "--{}", place.targets if place else []))
@@ -146,7 +147,7 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
             objective=options["objective"] or "fastest",
         ),
         recipe=recipe,
-        targets=place.targets,
+        targets=place.targets if host is None else tuple(with_host(target, host) for target in place.targets),
         named=place.named,
         choices=tuple(choices),
         warnings=place.warnings,
@@ -173,6 +174,17 @@ def open_of(options: Options, given: Collection[str]) -> frozenset[str]:
         if options["objective"] == "longest" and "seq_len" not in given:
             opened.add("seq_len")
     return frozenset(opened)
+
+
+def check_length(options: Options, given: Collection[str]) -> None:
+    """Raise a RequestError for a length that nobody chooses, or that leaves nothing to choose."""
+    longest = options["objective"] == "longest"
+    if options["seq_len"] == AUTO and not longest:
+        raise request_error("--seq-len", AUTO, "only --objective longest chooses it", "Add that, or give a number")
+    if "seq_len" in given and longest:
+        raise request_error(
+            "--seq-len", options["seq_len"], "--objective longest looks for it", "Leave one of them out"
+        )
 
 
 def fixed_by(given: Collection[str]) -> frozenset[str]:
@@ -303,6 +315,11 @@ def estimator_named(name: str) -> EstimatorFunction:
         raise request_error("--estimator", "trace", rule, remedy) from error
     settings = AllocatorSettings.parse(os.environ.get("PYTORCH_ALLOC_CONF", ""))
     return partial(trace.estimate, settings=settings)
+
+
+def with_host(target: Target, host_bytes: int) -> Target:
+    """`target` in nodes with so much memory."""
+    return target if target.pool is None else replace(target, pool=replace(target.pool, host_ram_bytes=host_bytes))
 
 
 def host_ram_of(gib: float | None) -> int | None:

@@ -43,7 +43,10 @@ def write_run(plan: Plan, options: Mapping[str, Any]) -> None:
 
 def header(plan: Plan, options: Mapping[str, Any]) -> str:
     """What a reader of the file should know."""
-    lines = [f"# Written by qlora-plan for {plan.strategy.world_size} x {plan.target.name}; plan {plan.digest}."]
+    where = plan.group or f"{plan.strategy.world_size} x {plan.target.name}"
+    lines = [f"# Written by qlora-plan for {where}; plan {plan.digest}."]
+    if not plan.fits:
+        lines.append("# It does not fit there.")
     if options["data"] is None:
         lines.append("# data.path: put in your own.")
     return "\n".join(lines) + "\n"

@@ -173,7 +173,7 @@ def on(target: Target, candidate: Candidate) -> Target:
     if pool is None:
         return target
     if world > pool.gpus:
-        pool = any_nodes(pool.gpu, world)
+        pool = replace(any_nodes(pool.gpu, world), host_ram_bytes=pool.host_ram_bytes)
     device = replace(target.device, ranks_per_host=min(world, pool.gpus_per_node))
     return replace(target, pool=pool, device=device)
 

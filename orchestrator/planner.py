@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from clusters.cluster import Cluster, Pool
+from clusters.cluster import Pool
 from clusters.errors import Problem, RequestError, request_error
-from clusters.gpu import COMMON, find_gpu
-from orchestrator.devices import NODE_GPUS, any_nodes, pool_target
+from orchestrator.devices import pool_target
 from orchestrator.durations import duration
 from orchestrator.history import NOTHING_MEASURED, History
-from orchestrator.plans import Choice, Objective, Plan, Target
-from orchestrator.question import OPEN_FIELDS, STRATEGY_FIELDS, Candidate, Place, Question, of_length
+from orchestrator.plans import Choice, Plan, Target
+from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, of_length
 from orchestrator.rules import check_architecture, check_strategy, warnings
-from orchestrator.targets import check_targets
 from orchestrator.verdicts import doubt, verdict
 from qlora_core.architecture import ModelArchitecture
-from qlora_core.catalogue import find_model
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.formula import estimate
@@ -34,79 +31,6 @@ EstimatorFunction = Callable[[ModelArchitecture, Recipe, Strategy, Device], Esti
 """What the formula and the trace both are."""
 ON_CPU = "paging needs CUDA; on a CPU the state is ordinary memory"
 MOST_ALTERNATIVES = 5
-
-
-# --- from Python ------------------------------------------------------------------------------------------------------
-
-
-def plan(
-    model: str | ModelArchitecture,
-    *,
-    recipe: Recipe | None = None,
-    strategy: Strategy | None = None,
-    gpu: str | None = None,
-    gpus: int | None = None,
-    cluster: Cluster | None = None,
-    objective: Objective | None = None,
-    open_fields: Collection[str] = (),
-    tokens: int | None = None,
-    history: History = NOTHING_MEASURED,
-) -> Plan:
-    """Whether a fine-tune fits, on what, how long it takes, and the other ways to run it. Prints and plots nothing.
-
-    Without `gpu` and `cluster` the common GPUs are compared. With an `objective`, all fields of the strategy that are
-    not given are the planner's to choose, and `gpus` is too if it is not given; `open_fields` opens single ones.
-
-    Args:
-        model: a name of the catalogue, a folder, a Hub id, or shapes.
-        recipe: what the mathematics fixes; 512 tokens a sequence, rank 64 and so on where it is not given.
-        strategy: how it is met; the defaults of `qlora-plan` where it is not given.
-        gpu: the catalogue's name of a GPU.
-        gpus: how many.
-        cluster: pools of nodes to plan for (`clusters.cluster.load_cluster`).
-        objective: what the search looks for.
-        open_fields: names of OPEN_FIELDS that may be chosen.
-        tokens: that the whole run trains on, for its time and price.
-        history: measured runs that correct the plan (`orchestrator.ledger.read_history`).
-
-    Raises:
-        RequestError: with everything that is wrong with the request.
-    """
-    architecture = find_model(model) if isinstance(model, str) else model
-    unknown = [Problem("open_fields", name, "no such field", ", ".join(OPEN_FIELDS)) for name in open_fields]
-    if wrong := [problem for problem in unknown if problem.given not in OPEN_FIELDS]:
-        raise RequestError(wrong)
-    opened = set(open_fields)
-    if objective is not None and strategy is None:
-        opened |= set(STRATEGY_FIELDS) - ({"world_size"} if gpus else set())
-    if objective == "longest":
-        opened.add("seq_len")
-    given = strategy or fitting_defaults(architecture, Strategy())
-    if gpus is not None:
-        given = replace(given, world_size=gpus)
-    if recipe is not None and strategy is None:
-        given = replace(given, gradient_accumulation=max(1, recipe.sequences_per_step // given.world_size))
-    step = recipe or Recipe(tokens_per_step=512 * given.sequences_per_step)
-    check_targets(architecture, step)
-    check_architecture(architecture, given.attention, given.loss, "strategy.{}")
-    check_strategy(step, given, "strategy.{}", [])
-    question = Question(
-        architecture, step, given, frozenset(opened), recipe is not None and strategy is None, objective or "fastest"
-    )
-    if cluster is not None:
-        pools = list(cluster.pools)
-    else:
-        number = given.world_size if "world_size" not in opened else NODE_GPUS
-        pools = [any_nodes(find_gpu(name), number) for name in ([gpu] if gpu else COMMON)]
-    return plan_question(
-        question,
-        targets_of(pools, step.compute_dtype, given.world_size),
-        tokens=tokens,
-        currency=cluster.currency if cluster else None,
-        history=history,
-        searched=frozenset(STRATEGY_FIELDS) - ({"world_size"} if gpus else set()) if strategy is None else frozenset(),
-        alternatives="all",
-    )
 
 
 def targets_of(pools: Sequence[Pool], requested_dtype: str, workers: int) -> list[Target]:
@@ -189,7 +113,9 @@ def plan_question(
     others = Alternatives(question.architecture, history=history, **run)
     if not answer.fits:
         return replace(answer, alternatives=tuple(others.nearest(answer)))
-    better = others.faster(search(replace(question, open=searched), [answer.target]), answer)
+    # on all that somebody has; of kinds that are only looked at, on the one shown
+    devices = [target for target in targets if target.pool is not None and target.pool.exists] or [answer.target]
+    better = others.faster(search(replace(question, open=searched), devices), answer)
     step = answer.verdict.step_time
     pace = None if step is None else step.seconds / step.tokens
     return replace(answer, alternatives=tuple(others.beside(better[:MOST_ALTERNATIVES], asked_for, pace)))
@@ -224,7 +150,8 @@ def chosen(
     answer = plan_request(
         question.architecture,
         *candidate,
-        [best.target],
+        sorted((target for target, _ in best.place.parts), key=lambda target: target.usable_bytes),
+        asked=best.target.name,
         choices=[*choices, *reasons(question, best)],
         host_usable_bytes=host_usable_bytes or host_of(best.target),
         **common,
@@ -233,7 +160,8 @@ def chosen(
     return replace(
         answer,
         # all of the group's GPUs, which may be of two kinds, set the pace
-        verdicts=(replace(answer.verdict, step_time=mine.step_time),),
+        verdicts=tuple(replace(verdict, step_time=mine.step_time) for verdict in answer.verdicts),
+        group=best.place.name if len(best.place.parts) > 1 else None,
         duration=mine.duration,
         objective=question.objective,
         alternatives=tuple(others.beside(found[1 : MOST_ALTERNATIVES + 1], candidate, best.seconds_per_token)),

@@ -197,7 +197,8 @@ class Plan:
         choices: what was decided for the person, with reasons.
         warnings: what the person should know, such as a sequence longer than the model's positions.
         host_usable_bytes: memory of a host, where it was stated; None leaves the host undecided.
-        duration: of the whole run on `target`; None where nobody said how many tokens it has.
+        group: all GPUs in words, where unlike kinds work together: `target` is the fullest of them; None otherwise.
+        duration: of the whole run; None where nobody said how many tokens it has.
         objective: what was looked for, where something was; None where the request is answered as it was made.
         alternatives: other ways to run, the best first; where nothing fits, the nearest that would.
     """
@@ -211,6 +212,7 @@ class Plan:
     choices: tuple[Choice, ...]
     warnings: tuple[str, ...] = ()
     host_usable_bytes: int | None = None
+    group: str | None = None
     duration: Duration | None = None
     objective: Objective | None = None
     alternatives: tuple[Alternative, ...] = ()
@@ -280,6 +282,7 @@ class Plan:
             },
             "verdicts": [verdict_json(verdict) for verdict in self.verdicts],
             "duration": None if self.duration is None else dataclasses.asdict(self.duration),
+            "group": self.group,
             "objective": self.objective,
             "alternatives": [alternative.to_json() for alternative in self.alternatives],
             "choices": [dataclasses.asdict(choice) for choice in self.choices],

@@ -67,6 +67,9 @@ def warnings(
             f"seq-len {recipe.seq_len} is longer than the {architecture.max_position_embeddings} positions that "
             f"{architecture.name} was trained for; its position embedding would have to be stretched"
         )
+    for pool in (target.pool for target in targets if target.pool is not None):
+        if pool.network_bytes_per_s is None and strategy.world_size > pool.gpus_per_node:
+            yield f"the network between nodes of {pool.name} is not stated: its speed is that of 10 Gbit/s"
     without = [target.name for target in targets if not target.device.flash_attention]
     if strategy.attention == "flash_attention_2" and without:
         yield f"flash_attention_2 needs an Ampere GPU or newer, so it does not run on {', '.join(without)}"

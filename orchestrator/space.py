@@ -43,7 +43,7 @@ def places(question: Question, devices: Sequence[Target]) -> Iterator[Place]:
         for count in counts(question, pool.gpus, pool.gpus_per_node):
             yield Place(((pool_target(pool, dtype, count), count),))
     if "world_size" in question.open and question.objective == "fastest":
-        for both in itertools.combinations(pools, 2):
+        for both in itertools.combinations((pool for pool in pools if pool.exists), 2):
             if divides(question, sum(pool.gpus for pool in both)):
                 yield Place(tuple((pool_target(pool, dtype, pool.gpus), pool.gpus) for pool in both))
 

@@ -47,6 +47,7 @@ PLANNING = (
     "orchestrator/search.py",
     "orchestrator/space.py",
     "orchestrator/verdicts.py",
+    "orchestrator/facade.py",
     "orchestrator/planner.py",
     "orchestrator/spec.py",
     "orchestrator/targets.py",

@@ -85,7 +85,7 @@ def test_the_longest_context_fits_and_ends_at_the_model_s_positions(ask: Ask) ->
     narrow = ("--model", "65b", "--gpu", "a100-40gb", "--gpus", "1", "--objective", "longest", "--offload", "none")
     short = ask(*narrow, "--json").json["recipe"]["seq_len"]
     assert 0 < short < 512
-    assert ask(*narrow, "--seq-len", str(short)).code == 0
+    assert ask("--model", "65b", "--gpu", "a100-40gb", "--seq-len", str(short)).code == 0
     assert ask("--model", "65b", "--gpu", "a100-40gb").code == 1, "at 512, the default"
 
 
@@ -195,6 +195,70 @@ def test_without_a_gpu_named_a_fake_nvidia_smi_s_gpus_are_planned_for(
     assert [verdict["gpu"] for verdict in answer["verdicts"]] == ["rtx-4090"]
     assert answer["verdicts"][0]["usable_bytes"] == 23500 * 1024**2, "what is free on the fuller one"
     assert any("this machine" in choice["reason"] for choice in answer["choices"])
+
+
+def test_unlike_pools_in_one_group_are_called_what_they_are(ask: Ask) -> None:
+    pools = str(ROOT / "clusters" / "examples" / "two-pools.yaml")
+    asked = ("--model", "llama-3.1-8b", "--cluster", pools, "--objective", "fastest")
+    answer = ask(*asked, "--json").json
+    assert " + " in answer["group"]
+    assert len(answer["verdicts"]) == 2
+    assert answer["group"] in ask(*asked).out.splitlines()[0]
+    assert any("wait for" in choice["reason"] for choice in answer["choices"])
+
+
+def test_kinds_that_are_only_compared_are_not_put_together(ask: Ask) -> None:
+    asked = (
+        "--model",
+        "7b",
+        "--compare",
+        "rtx-3090,rtx-4090",
+        "--objective",
+        "fastest",
+        "--tokens-per-step",
+        "1048576",
+    )
+    answer = ask(*asked, "--json").json
+    assert answer["group"] is None
+    assert answer["strategy"]["world_size"] <= 8
+
+
+def test_a_stated_host_memory_limits_what_is_chosen(ask: Ask) -> None:
+    # each rank loads through the host: 8 take eight times what one takes
+    asked = ("--model", "llama-3.1-8b", "--gpu", "rtx-4090", "--objective", "fastest", "--json")
+    assert ask(*asked).json["strategy"]["world_size"] == 8
+    tight = ask(*asked, "--host-ram", "10")
+    assert tight.code == 0
+    assert tight.json["strategy"]["world_size"] <= 2
+
+
+def test_other_ways_on_a_cluster_look_at_all_its_pools(ask: Ask, team: str) -> None:
+    answer = ask("--model", "7b", "--cluster", team, "--json").json
+    assert {"a100-80gb"} <= {each["gpu"] for each in answer["alternatives"]}
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--seq-len", "auto"), "only --objective longest"),
+        (("--objective", "longest", "--seq-len", "64"), "looks for it"),
+    ],
+)
+def test_a_length_is_chosen_for_the_longest_context_only(ask: Ask, extra: tuple[str, ...], words: str) -> None:
+    refused = ask("--model", "7b", "--gpu", "t4", *extra)
+    assert refused.code == 2
+    assert words in refused.err
+
+
+def test_a_network_that_nobody_stated_is_told(ask: Ask) -> None:
+    assert "10 Gbit/s" in ask("--model", "7b", "--gpu", "h100-80gb", "--gpus", "16").err
+    assert "10 Gbit/s" not in ask("--model", "7b", "--gpu", "h100-80gb", "--gpus", "8").err
+
+
+def test_a_wrong_report_is_refused_before_a_run_is_written(ask: Ask, tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    assert ask("--model", "7b", "--gpu", "t4", "--write", str(run), "--report", str(tmp_path / "x.pdf")).code == 2
+    assert not run.exists()
 
 
 # --- sweeps and reports -----------------------------------------------------------------------------------------------

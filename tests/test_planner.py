@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from clusters.errors import RequestError
 from clusters.gpu import find_gpu
+from orchestrator import plan
 from orchestrator.devices import compute_dtype, cpu_target, gpu_target
 from orchestrator.planner import divisors, plan_request, plan_run
 from orchestrator.plans import SURE, Plan, Target
@@ -419,3 +420,19 @@ def test_a_verdict_s_limits_are_true(recipe: Recipe, strategy: Strategy, usable:
     assert micro_batch == LARGEST_MICRO_BATCH or not fits_with(micro_batch + 1, recipe.seq_len)
     assert length == 0 or fits_with(strategy.micro_batch, length)
     assert length == LONGEST_SEQ_LEN or not fits_with(strategy.micro_batch, length + 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        ({"objective": "best"}, ["objective"]),
+        ({"gpus": 0, "tokens": -4}, ["gpus", "tokens"]),
+        ({"objective": "fastest", "strategy": Strategy()}, ["strategy"]),
+        ({"recipe": Recipe(tokens_per_step=8192), "strategy": Strategy(micro_batch=5)}, ["strategy"]),
+        ({"open_fields": ["rank"]}, ["open_fields"]),
+    ],
+)
+def test_contradictory_arguments_are_refused_all_at_once(arguments: dict[str, Any], where: list[str]) -> None:
+    with pytest.raises(RequestError) as error:
+        plan("7b", **arguments)
+    assert [problem.where for problem in error.value.problems] == where

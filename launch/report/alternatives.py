@@ -15,7 +15,7 @@ WORDS = {
     "seq_len": "{} tokens long",
     "rank": "rank {}",
     "world_size": "",
-    "tokens_per_step": "",
+    "tokens_per_step": "{} tokens a step",
     "gradient_accumulation": "",
     "zero_stage": "ZeRO {}",
     "loss": "{} loss",

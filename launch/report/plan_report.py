@@ -17,15 +17,20 @@ FLAG = "--report"
 WIDTH = 120
 
 
+def check_report(file: str) -> None:
+    """Raise a RequestError for an ending that names no form of a report."""
+    if Path(file).suffix.lower() not in (".html", ".md"):
+        raise request_error(FLAG, file, "its ending names no form of a report", "Write FILE.html or FILE.md")
+
+
 def write_plan_report(file: str, plan: Plan, swept: Sweep | None) -> None:
     """Write `plan` to `file`, in the form that its ending names; a page of that name is replaced.
 
     Raises:
         RequestError: another ending, or it cannot be written.
     """
+    check_report(file)
     path = Path(file)
-    if path.suffix.lower() not in (".html", ".md"):
-        raise request_error(FLAG, file, "its ending names no form of a report", "Write FILE.html or FILE.md")
     console = Console(record=True, width=WIDTH, file=io.StringIO(), highlight=False, markup=False, emoji=False)
     console.print(*screen(plan, swept), sep="\n")
     for warning in plan.warnings:

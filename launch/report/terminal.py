@@ -83,7 +83,7 @@ def screen(plan: Plan, swept: Sweep | None = None) -> Iterator[RenderableType]:
     yield request_table(plan)
     yield Text(f"\nAt the peak, {plan.estimate.gpu.peak_moment}", style="italic")
     yield memory_table(plan)
-    yield Text("\nFits on (sizes in GiB)", style="italic")
+    yield Text("\nFits on (sizes in GiB; what is largest and longest fits as likely as not)", style="italic")
     yield verdicts_table(plan)
     if plan.alternatives:
         from launch.report.alternatives import alternatives_table, title_of
@@ -103,14 +103,14 @@ def verdict_line(plan: Plan) -> Text:
     count = (
         f"{plan.strategy.world_size} x " if plan.strategy.world_size > 1 and plan.target.device.kind == "cuda" else ""
     )
-    others = [verdict.gpu for verdict in plan.verdicts if verdict.fits and verdict is not shown]
+    others = [] if plan.group else [one.gpu for one in plan.verdicts if one.fits and one is not shown]
     if shown.fits:
-        text = f"{name} on {count}{shown.gpu}, {gib(shown.headroom_bytes)} to spare"
+        text = f"{name} on {plan.group or count + shown.gpu}, {gib(shown.headroom_bytes)} to spare"
     else:
         text = f"{name} on {count}{shown.gpu}, {gib(-shown.headroom_bytes)} short{' on each' if count else ''}"
     if others:
         text += f"; it fits on {count}{others[0]}" if not shown.fits else f"; and on {len(others)} of the others"
-    elif len(plan.verdicts) > 1:
+    elif len(plan.verdicts) > 1 and not plan.group:
         text += "; no other shown fits" if shown.fits else f", and on none of the {len(plan.verdicts)} shown"
     if plan.host_fits is False and plan.host_usable_bytes is not None:
         needed = max(host.load_peak_bytes, host.steady_bytes)
