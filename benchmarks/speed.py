@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from benchmarks import search
 from clusters.errors import RunFailed
 from clusters.gpu import find_gpu
 from launch.command import main as run_command
@@ -110,6 +111,7 @@ def command(rounds: int, debug: bool) -> int:
         "rounds": rounds,
         "cold_start": cold_start_rows(times),
         "estimate": {name: in_us(call_times(ask)) for name, ask in questions().items()},
+        "search": search.results(),
         "trace": trace_times(),
     }
     RESULTS.parent.mkdir(exist_ok=True)
@@ -309,6 +311,7 @@ def goals(results: Mapping[str, Any]) -> Iterator[Goal]:
     yield Goal(f"cold start of {PLAN}, of fitcheck's", 0.5, ratio / peers)
     for name, us in results["estimate"].items():
         yield Goal(f"one estimate, {name}, µs", 100, us["median"])
+    yield from (Goal(*goal) for goal in search.goals(results["search"]))
     yield Goal("65B traced, s", 10, results["trace"].get("estimate_s"))
 
 
@@ -345,6 +348,7 @@ def tables(results: Mapping[str, Any]) -> str:
             f"| {name} | {us['median']:.0f} | {us['low']:.0f} to {us['high']:.0f} |"
             for name, us in results["estimate"].items()
         ),
+        *search.table(results["search"]),
         "",
         f"65B traced: {trace['missing']}."
         if "missing" in trace

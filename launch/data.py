@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.errors import request_error
-from launch.request import Data
 from orchestrator.plans import Choice
 from qlora_core.recipe import Recipe
 
 BYTES_PER_TOKEN = 4
 """Of English text, about: four characters (OpenAI, "What are tokens and how to count them?"). Code and other languages
 have fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The data of a run.
+
+    Attributes:
+        tokens: that it trains on, padding counted.
+        longest: of the longest example; None where that is not known.
+    """
+
+    tokens: int | None = None
+    longest: int | None = None
 
 
 def measured(path: Path, model: Path, recipe: Recipe, choices: list[Choice]) -> Data:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from clusters.errors import Problem, RequestError, request_error
 from clusters.gpu import GIB
+from launch.data import Data, measured
 from launch.devices import AUTO, Options, place_of
 from orchestrator.history import History
 from orchestrator.planner import EstimatorFunction, at_length, fitting_defaults, plan_question
@@ -41,19 +42,6 @@ OPTION_OF = {
     "paged_optimizer": "optimizer",
 }
 """The options that are not called like the strategy's field."""
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """The data of a run.
-
-    Attributes:
-        tokens: that it trains on, padding counted.
-        longest: of the longest example; None where that is not known.
-    """
-
-    tokens: int | None = None
-    longest: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +326,4 @@ def data_of(options: Options, recipe: Recipe, choices: list[Choice]) -> Data:
         raise request_error("--data", path, "--tokens says how much there is already", "Pass one of the two")
     if path is None:
         return Data(tokens)
-    from launch.data import measured
-
     return measured(Path(path), Path(options["model"]).expanduser(), recipe, choices)

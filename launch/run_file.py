@@ -11,6 +11,7 @@ from typing import Any
 
 from clusters.errors import request_error
 from orchestrator.plans import Plan
+from orchestrator.question import STRATEGY_FIELDS
 from qlora_core.files import replace_atomically
 from qlora_core.recipe import Recipe
 
@@ -18,17 +19,6 @@ FLAG = "--write"
 NO_DATA = "train.jsonl"
 """What stands for the data where none was named."""
 HUB_COMMIT = re.compile(r"/([^/]+/[^/]+)/blob/([0-9a-f]{40})/")
-STRATEGY = (
-    "world_size",
-    "micro_batch",
-    "gradient_checkpointing",
-    "attention",
-    "loss",
-    "paged_optimizer",
-    "zero_stage",
-    "offload",
-)
-"""A specification's fields; accumulation follows from the tokens of a step."""
 
 
 def write_run(plan: Plan, options: Mapping[str, Any]) -> None:
@@ -76,7 +66,8 @@ def run_of(plan: Plan, options: Mapping[str, Any], folder: Path) -> dict[str, An
         "model": model_of(plan, options["model"], folder),
         "data": {"path": data},
         "recipe": {**fields, **({"targets": list(targets)} if isinstance(targets, tuple) else {})},
-        "strategy": {field: getattr(plan.strategy, field) for field in STRATEGY},
+        # accumulation follows from the tokens of a step
+        "strategy": {field: getattr(plan.strategy, field) for field in STRATEGY_FIELDS},
         "output": f"runs/{name}-{recipe.method}",
     }
 

@@ -103,6 +103,9 @@ def sacrifices(architecture: ModelArchitecture, asked: Candidate, target: Target
         kept = Candidate(recipe, replace(strategy, gradient_checkpointing=True))
         yield Sacrifice("gradient checkpointing", "about a third more computing", (kept,))
     if cuda:
+        if strategy.world_size > 1:
+            higher = tuple(Candidate(recipe, replace(strategy, zero_stage=stage)) for stage in _higher_stages(asked))
+            yield Sacrifice("a higher ZeRO stage", "traffic between the GPUs in each step", higher)
         yield Sacrifice("more GPUs", "their price", tuple(on_more(asked, target)))
         yield Sacrifice("offloading", "traffic over PCIe in each step, and host memory", tuple(offloaded(asked)))
     if recipe.optimizer == "adamw":
@@ -141,6 +144,10 @@ def on_more(asked: Candidate, target: Target) -> Iterator[Candidate]:
 def _stages(asked: Candidate) -> tuple[ZeroStage, ...]:
     stages: tuple[ZeroStage, ...] = (2, 3) if can_be_divided(asked.recipe) else (2,)
     return tuple(stage for stage in stages if stage >= asked.strategy.zero_stage)
+
+
+def _higher_stages(asked: Candidate) -> tuple[ZeroStage, ...]:
+    return tuple(stage for stage in _stages(asked) if stage > asked.strategy.zero_stage)
 
 
 def offloaded(asked: Candidate) -> Iterator[Candidate]:

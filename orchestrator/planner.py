@@ -150,18 +150,20 @@ def plan_question(
         # processes on one CPU share its cores, and nothing is paged there
         question = replace(question, open=question.open - {"world_size", "paged_optimizer"})
         searched -= {"world_size", "paged_optimizer"}
+    check_even(question)
     common: dict[str, Any] = {"estimator": estimator, "history": history}
     run: dict[str, Any] = {"tokens": tokens, "currency": currency}
     asked_for, decided = Candidate(question.recipe, question.strategy), list(choices)
     if question.open:
         from orchestrator.reasons import hopeless  # the search's rooms take a while to import
         from orchestrator.search import leanest_of_all, search
-        from orchestrator.space import places
+        from orchestrator.space import candidates, places
 
         if found := search(question, targets):
             return chosen(question, found, decided, host_usable_bytes, common, run)
         alone = Place(((targets[-1], question.strategy.world_size),))
-        most = max(places(question, targets[-1:]), key=lambda place: place.gpus, default=alone)
+        even = (place for place in places(question, targets[-1:]) if any(candidates(question, place)))
+        most = max(even, key=lambda place: place.gpus, default=alone)
         asked_for = leanest_of_all(question, most)
         decided += hopeless(question, asked_for)
     answer = plan_request(
@@ -191,6 +193,17 @@ def plan_question(
     step = answer.verdict.step_time
     pace = None if step is None else step.seconds / step.tokens
     return replace(answer, alternatives=tuple(others.beside(better[:MOST_ALTERNATIVES], asked_for, pace)))
+
+
+def check_even(question: Question) -> None:
+    """Raise a RequestError for a step that is none of whole micro-batches on the GPUs, as far as these are fixed."""
+    sequences, strategy = question.recipe.sequences_per_step, question.strategy
+    fixed = 1 if "micro_batch" in question.open else strategy.micro_batch
+    fixed *= 1 if "world_size" in question.open else strategy.world_size
+    if question.whole_step and sequences % fixed:
+        rule = f"a step of {sequences} sequences does not come out even in {fixed} at a time"
+        remedy = f"The nearest is {max(1, round(sequences / fixed)) * fixed * question.recipe.seq_len}"
+        raise request_error("tokens_per_step", question.recipe.tokens_per_step, rule, remedy)
 
 
 def chosen(

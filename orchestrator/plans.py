@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from clusters.cluster import Pool
 from qlora_core.architecture import ModelArchitecture
@@ -14,9 +14,6 @@ from qlora_core.memory.estimate import Estimate
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.step_time import StepTime
 from qlora_core.strategy import Strategy
-
-if TYPE_CHECKING:
-    from orchestrator.alternatives import Alternative
 
 SCHEMA_VERSION = 1
 SURE = 0.95
@@ -125,6 +122,69 @@ class Duration:
     low_price: float | None = None
     high_price: float | None = None
     currency: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another way to run, found by the search.
+
+    Attributes:
+        title: what sets it apart, in a few words.
+        place: the GPUs, in words: "8 x a100-80gb".
+        gpu: the kind whose memory decides.
+        gpus, nodes: how many.
+        recipe, strategy: complete.
+        usable_bytes, process_bytes: of the fullest GPU.
+        confidence: how sure it is to fit.
+        step_time: of an optimizer step; None where nothing is known of the rates.
+        duration: of the whole run; None where nobody said how many tokens it has.
+        price_per_hour: of all its nodes; None without prices.
+        currency: of the price.
+        changes: what is not as in the request, with reasons.
+    """
+
+    title: str
+    place: str
+    gpu: str
+    gpus: int
+    nodes: int
+    recipe: Recipe
+    strategy: Strategy
+    usable_bytes: int
+    process_bytes: int
+    confidence: Confidence
+    step_time: StepTime | None
+    duration: Duration | None
+    price_per_hour: float | None
+    currency: str | None
+    changes: tuple[Choice, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether its process finds room, as expected."""
+        return self.process_bytes <= self.usable_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields as JSON has them."""
+        return {
+            "title": self.title,
+            "place": self.place,
+            "gpu": self.gpu,
+            "gpus": self.gpus,
+            "nodes": self.nodes,
+            "recipe": self.recipe.to_json(),
+            "strategy": dataclasses.asdict(self.strategy),
+            "usable_bytes": self.usable_bytes,
+            "process_bytes": self.process_bytes,
+            "headroom_bytes": self.usable_bytes - self.process_bytes,
+            "fits": self.fits,
+            "confidence": dataclasses.asdict(self.confidence),
+            "step_time": time_json(self.step_time),
+            "duration": None if self.duration is None else dataclasses.asdict(self.duration),
+            "price_per_hour": self.price_per_hour,
+            "currency": self.currency,
+            "changes": [dataclasses.asdict(change) for change in self.changes],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,4 +309,6 @@ def time_json(step: StepTime | None) -> dict[str, Any] | None:
         "tokens": step.tokens,
         "tokens_per_second": step.tokens_per_second,
         "parts": step.parts._asdict(),
+        "correction": step.correction,
+        "runs": step.runs,
     }

@@ -9,7 +9,7 @@ from typing import Any
 from clusters.gpu import GIB
 from orchestrator.plans import Choice
 from orchestrator.question import Candidate, Place, Question
-from orchestrator.search import Found, Judge, bytes_for, host_has_room
+from orchestrator.search import ALIKE, Found, Judge, bytes_for, host_has_room
 from orchestrator.space import LARGEST_MICRO_BATCH, micro_batches, shapes
 
 NAMES: dict[str, dict[Any, str]] = {
@@ -165,4 +165,6 @@ def waiting(question: Question, found: Found) -> str:
     slowest = max(alone, key=lambda name: alone[name])
     quickest = min(alone, key=lambda name: alone[name])
     idle = 1 - alone[quickest] / alone[slowest]
+    if idle < ALIKE - 1:
+        return ""
     return f"; all wait for {slowest} in every step, so {quickest} stand idle {idle:.0%} of the time"

@@ -11,14 +11,14 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from orchestrator.devices import rates, slowest_links
 from orchestrator.plans import Objective, Target
 from orchestrator.question import Candidate, Place, Question
-from orchestrator.space import at_size, candidates, places, with_optimizer
+from orchestrator.space import at_size, candidates, of_shape, places, shapes, with_optimizer
 from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.formula import estimate
 from qlora_core.recipe import Recipe
@@ -55,12 +55,6 @@ class Found:
         """Of the whole group."""
         return self.seconds / (self.strategy.sequences_per_step * self.recipe.seq_len)
 
-    @property
-    def cost_per_token(self) -> float:
-        """In the cluster's currency; in GPU seconds where there are no prices."""
-        price = self.place.price_per_hour
-        return self.seconds_per_token * (self.place.gpus if price is None else price)
-
 
 def search(question: Question, devices: Sequence[Target]) -> list[Found]:
     """The best candidate of each place, the best place first; what another beats in every respect is left out."""
@@ -68,33 +62,46 @@ def search(question: Question, devices: Sequence[Target]) -> list[Found]:
     return ranked(question.objective, undominated(found))
 
 
-def ranked(objective: Objective, found: Iterable[Found]) -> list[Found]:
+def ranked(objective: Objective, found: Sequence[Found]) -> list[Found]:
     """The best first; what is not sure to fit after all that is."""
 
-    def key(one: Found) -> tuple[float, ...]:
+    def key(priced: tuple[Found, float]) -> tuple[float, ...]:
+        one, cost = priced
         pace, gpus = one.seconds_per_token, one.place.gpus
         first = {
             "fastest": (pace, gpus),
-            "cheapest": (one.cost_per_token, pace),
+            "cheapest": (cost, pace),
             "fewest-gpus": (gpus, pace),
             "longest": (-one.recipe.seq_len, gpus, pace),
         }[objective]
         return (not one.sure, *first)
 
-    return sorted(found, key=key)
+    return [one for one, _ in sorted(zip(found, costs(found), strict=True), key=key)]
 
 
 def undominated(found: Sequence[Found]) -> list[Found]:
     """Without those that another beats or equals in speed, cost, number of GPUs, length and sureness."""
-
-    def merits(one: Found) -> tuple[float, ...]:
-        return (one.seconds_per_token, one.cost_per_token, one.place.gpus, -one.recipe.seq_len, not one.sure)
-
+    merits = [
+        (one.seconds_per_token, cost, one.place.gpus, -one.recipe.seq_len, not one.sure)
+        for one, cost in zip(found, costs(found), strict=True)
+    ]
     kept: list[tuple[tuple[float, ...], Found]] = []
-    for merit, one in sorted(((merits(one), one) for one in found), key=lambda pair: pair[0]):
+    for merit, one in sorted(zip(merits, found, strict=True), key=lambda pair: pair[0]):
         if not any(all(a <= b for a, b in zip(other, merit, strict=True)) for other, _ in kept):
             kept.append((merit, one))
     return [one for _, one in kept]
+
+
+def costs(found: Sequence[Found]) -> list[float]:
+    """What a token costs on each, by the prices of the places; in GPU seconds where none has a price.
+
+    A place without a price is dearer than all that have one: how much it costs nobody knows.
+    """
+    prices = [one.place.price_per_hour for one in found]
+    if all(price is None for price in prices):
+        return [one.seconds_per_token * one.place.gpus for one in found]
+    known = [math.inf if price is None else price for price in prices]
+    return [one.seconds_per_token * price for one, price in zip(found, known, strict=True)]
 
 
 # --- the best of a place ----------------------------------------------------------------------------------------------
@@ -177,29 +184,47 @@ def best_of(question: Question, place: Place) -> Found | None:
 
 def fastest(question: Question, place: Place, judge: Judge, sure: bool) -> Candidate | None:
     """The fastest that fits; of those that are as fast, as far as the model can tell, the simplest."""
-    # the same tokens per step in all candidates of a place
-    queue = [
-        (judge.seconds(candidate), order, False, candidate)
-        for order, candidate in enumerate(candidates(question, place))
-    ]
-    heapq.heapify(queue)
     lean = Leanest(question, judge, sure)
-    failed: dict[Candidate, int] = {}
+    every = [Shape(shape) for shape in shapes(question, place.gpus)]
+    # the same tokens per step in all candidates of a place
+    queue: list[tuple[float, int, bool, Candidate, Shape]] = []
+    for shape in every:
+        for candidate in of_shape(question, shape.candidate, place.gpus):
+            queue.append((judge.seconds(candidate), len(queue), False, candidate, shape))
+    heapq.heapify(queue)
     best: tuple[int, Candidate] | None = None
     limit = math.inf
     while queue and queue[0][0] <= limit:
-        seconds, order, paid, candidate = heapq.heappop(queue)
-        size, shape = candidate.strategy.micro_batch, without_size(candidate)
-        if (best is not None and order > best[0]) or size >= failed.get(shape, size + 1) or not lean.fits(candidate):
+        seconds, order, paid, candidate, shape = heapq.heappop(queue)
+        if best is not None and order > best[0]:
+            continue
+        if shape.lean_fits is None:
+            shape.lean_fits = lean.fits(candidate)
+        if not paid and (candidate.strategy.micro_batch >= shape.too_large or not shape.lean_fits):
             continue
         if not judge.fits(candidate, sure):
-            failed[shape] = size
+            shape.too_large = candidate.strategy.micro_batch
         elif not paid and (paged_out := judge.paged_out(candidate) if candidate.strategy.paged_optimizer else 0):
             # paging what has no room beside the rest takes time of its own
-            heapq.heappush(queue, (judge.seconds(candidate, paged_out), order, True, candidate))
+            heapq.heappush(queue, (judge.seconds(candidate, paged_out), order, True, candidate, shape))
         else:
             best, limit = (order, candidate), min(limit, seconds * ALIKE)
     return best[1] if best else None
+
+
+@dataclass(slots=True, eq=False)
+class Shape:
+    """What is known of candidates that differ in the micro-batch alone.
+
+    Attributes:
+        candidate: one of them.
+        too_large: the smallest micro-batch that was found not to fit.
+        lean_fits: whether they fit in their leanest form; None before that was asked.
+    """
+
+    candidate: Candidate
+    too_large: float = math.inf
+    lean_fits: bool | None = None
 
 
 class Leanest:
@@ -245,19 +270,15 @@ def leanest_of_all(question: Question, place: Place) -> Candidate:
     return min(lean, key=missing)
 
 
-def without_size(candidate: Candidate) -> Candidate:
-    """A candidate but for its micro-batch."""
-    return Candidate(candidate.recipe, replace(candidate.strategy, micro_batch=1, gradient_accumulation=1))
-
-
 def longest(question: Question, place: Place, judge: Judge, sure: bool) -> Candidate | None:
     """The longest context up to the model's positions, in whole LENGTH_STEPs; the fastest of those as long.
 
-    As in `fastest`, the simplest of those that are as fast.
+    As in `fastest`, the simplest of those that are as fast. Memory falls a little where a length is a whole number of
+    the loss's chunks; that a longer one would fit again beyond lengths that do not is not counted on.
     """
     positions = question.architecture.max_position_embeddings
     lengths = [*range(LENGTH_STEP, positions, LENGTH_STEP), positions]
-    best: Candidate | None = None
+    as_long: list[Candidate] = []
     found = 0  # so many of the lengths fit
     for shape in candidates(question, place):
         strategy = shape.strategy
@@ -271,7 +292,8 @@ def longest(question: Question, place: Place, judge: Judge, sure: bool) -> Candi
         if too_long(lengths[max(found - 1, 0)]):
             continue
         longer = bisect_left(lengths, True, lo=found, key=too_long)
-        candidate = at(lengths[longer - 1])
-        if best is None or longer > found or judge.seconds(candidate) * ALIKE < judge.seconds(best):
-            best, found = candidate, longer
-    return best
+        if longer > found:
+            as_long, found = [], longer
+        as_long.append(at(lengths[longer - 1]))
+    times = [judge.seconds(each, judge.paged_out(each)) for each in as_long]
+    return next((each for each, time in zip(as_long, times, strict=True) if time <= min(times) * ALIKE), None)

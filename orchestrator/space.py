@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from orchestrator.devices import pool_target
 from orchestrator.plans import Target
@@ -71,8 +72,13 @@ def divides(question: Question, world: int) -> bool:
 def candidates(question: Question, place: Place) -> Iterator[Candidate]:
     """All of them, the simplest of equals first; for the longest context at the micro-batch 1 and the length asked."""
     for shape in shapes(question, place.gpus):
-        for size, accumulation in micro_batches(question, shape, place.gpus):
-            yield at_size(shape, place.gpus, size, accumulation)
+        yield from of_shape(question, shape, place.gpus)
+
+
+def of_shape(question: Question, shape: Candidate, world: int) -> Iterator[Candidate]:
+    """Those of one shape: they differ in the micro-batch alone, the largest first."""
+    for size, accumulation in micro_batches(question, shape, world):
+        yield at_size(shape, world, size, accumulation)
 
 
 def shapes(question: Question, world: int) -> Iterator[Candidate]:
@@ -107,14 +113,17 @@ def shapes(question: Question, world: int) -> Iterator[Candidate]:
         )
 
 
+@lru_cache(maxsize=256)
 def with_optimizer(recipe: Recipe, optimizer: str) -> Recipe:
-    """`recipe` with another optimizer."""
+    """`recipe` with another optimizer; made once, for its fields are checked anew each time."""
     return replace(recipe, optimizer="adamw_8bit" if optimizer == "adamw_8bit" else "adamw")
 
 
 def shardings(question: Question, world: int) -> list[tuple[ZeroStage, Offload]]:
     """The ZeRO stages and offloads to try: of one GPU nothing is divided, so a stage only serves to offload."""
     given = question.strategy
+    if not {"zero_stage", "offload"} & question.open:
+        return [(given.zero_stage, given.offload)]
     return [
         (stage, offload)
         for stage, offload in SHARDINGS

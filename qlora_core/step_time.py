@@ -9,16 +9,17 @@ rate is a range with its source (`PRODUCTS` and those after it): a step's time i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
 
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.device import Device
 from qlora_core.memory.tape import value
 from qlora_core.recipe import DTYPE_BYTES, Recipe
-from qlora_core.strategy import Strategy
+from qlora_core.strategy import Offload, Strategy
 from qlora_core.work import MOVED_PER_SUM, Work, work
 
 Pace = Literal[0, 1, 2]
@@ -169,11 +170,10 @@ class StepTime:
         return self.tokens / self.seconds
 
 
-class Load(NamedTuple):
-    """What a step asks of a rank and its connections, whatever the micro-batch and the sequence length.
+class StateLoad(NamedTuple):
+    """What the trainable state, and how all is divided, ask of a rank and its connections.
 
     Attributes:
-        work: of one micro-batch.
         reduced_each: bytes of gradients that each rank puts into a ring with every micro-batch.
         reduced: bytes of gradients and trained weights that it puts into rings once a step.
         gathered: bytes of weights that ZeRO-3 gathers with every micro-batch.
@@ -185,7 +185,6 @@ class Load(NamedTuple):
         optimizer_kernels: how many of them there are.
     """
 
-    work: Work
     reduced_each: int
     reduced: int
     gathered: int
@@ -195,6 +194,18 @@ class Load(NamedTuple):
     summed_bytes: int
     optimizer_bytes: int
     optimizer_kernels: int
+
+
+class Load(NamedTuple):
+    """What a step asks of a rank and its connections, whatever the micro-batch and the sequence length.
+
+    Attributes:
+        work: of one micro-batch.
+        state: all else.
+    """
+
+    work: Work
+    state: StateLoad
 
 
 def step_time(
@@ -221,13 +232,33 @@ def step_time(
 
 def load(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Load:
     """What depends neither on the length nor on the micro-batch (but for whether that is one), prepared once."""
-    alike = replace(strategy, micro_batch=min(strategy.micro_batch, 2), gradient_accumulation=1)
-    return _load(architecture, recipe, alike, device)
+    return _load(architecture, recipe, _of_load(strategy), min(strategy.micro_batch, 2), device)
+
+
+_of_load = attrgetter(
+    "gradient_checkpointing", "attention", "loss", "world_size", "zero_stage", "offload", "paged_optimizer"
+)
 
 
 @lru_cache(maxsize=1024)
-def _load(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Load:
-    stage, world = strategy.zero_stage, strategy.world_size
+def _load(
+    architecture: ModelArchitecture, recipe: Recipe, strategy: tuple[Any, ...], micro_batch: int, device: Device
+) -> Load:
+    checkpointing, attention, loss, *spread = strategy
+    alike = Strategy(micro_batch=micro_batch, gradient_checkpointing=checkpointing, attention=attention, loss=loss)
+    return Load(work(architecture, recipe, alike, device), _state_load(architecture, recipe, device, *spread))
+
+
+@lru_cache(maxsize=1024)
+def _state_load(
+    architecture: ModelArchitecture,
+    recipe: Recipe,
+    device: Device,
+    world: int,
+    stage: int,
+    offload: Offload,
+    paged_optimizer: bool,
+) -> StateLoad:
     tensors = exact.trainable_tensors(architecture, recipe)
     numel = sum(size * count for size, count in tensors)
     # DeepSpeed is used without a 16-bit section: its gradients are float32 (memory/sharding.py)
@@ -236,16 +267,15 @@ def _load(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, d
     weights = exact.weights(architecture, recipe, device.compute_dtype)
     divided = sum(size * count for size, count in (*weights.base, *weights.unquantized)) if stage == 3 else 0
     several = world > 1
-    offloaded = strategy.offload != "none"
-    fused = recipe.optimizer == "adamw_8bit" or strategy.paged_optimizer
+    offloaded = offload != "none"
+    fused = recipe.optimizer == "adamw_8bit" or paged_optimizer
     trained = DTYPE_BYTES[exact.trainable_dtype(recipe, device.compute_dtype)]
     adapters = 0 if recipe.method == "full" else numel * trained
-    return Load(
-        work=work(architecture, recipe, strategy, device),
+    return StateLoad(
         reduced_each=numel * item if several and stage >= 2 else 0,
         reduced=_once(numel * item, stage) if several else 0,
         gathered=2 * (divided + adapters) if several and stage == 3 else 0,
-        fetched=2 * divided // world if strategy.offload == "all" else 0,
+        fetched=2 * divided // world if offload == "all" else 0,
         to_host=part * (item + 4) if offloaded else 0,
         on_host=part * device.ranks_per_host if offloaded else 0,
         summed_bytes=numel * item * MOVED_PER_SUM,
@@ -280,7 +310,7 @@ def times(asked: Load, strategy: Strategy, seq_len: int, rates: Rates, pace: int
     """Seconds of one optimizer step at one end of what is achieved, or typically."""
     micro_batches = strategy.gradient_accumulation
     tokens = strategy.micro_batch * seq_len
-    done = asked.work
+    done, state = asked
     tensor_cores = rates.flops * rates.products[pace]
     wide = rates.wide_flops * WIDE_PRODUCTS[pace]
     moving = rates.memory_bytes * MEMORY[pace]
@@ -296,20 +326,20 @@ def times(asked: Load, strategy: Strategy, seq_len: int, rates: Rates, pace: int
     dequantizing = READ_PER_DEQUANTIZED * done.dequantized / (rates.memory_bytes * DEQUANTIZING[pace])
     running = products + adapters + attention + memory + dequantizing
     starting = max(done.kernels / STARTED_PER_SECOND[pace] - running, 0.0)
-    summing = (micro_batches - 1) * asked.summed_bytes / moving
+    summing = (micro_batches - 1) * state.summed_bytes / moving
     computing = micro_batches * (running + starting) + summing
 
     exchange = ring_seconds(strategy.world_size, rates, pace) * (
-        micro_batches * (asked.reduced_each + asked.gathered) + asked.reduced
+        micro_batches * (state.reduced_each + state.gathered) + state.reduced
     )
     exchange -= OVERLAP[pace] * min(exchange, computing)
 
     pcie = rates.pcie_bytes * PCIE[pace]
-    fetched = micro_batches * asked.fetched / pcie
+    fetched = micro_batches * state.fetched / pcie
     fetched -= OVERLAP[pace] * min(fetched, computing)
-    host = fetched + asked.to_host / pcie + asked.on_host / HOST_ADAM[pace]
+    host = fetched + state.to_host / pcie + state.on_host / HOST_ADAM[pace]
     host += 2 * paged_out / (rates.pcie_bytes * MANAGED[pace])
-    optimizer = max(asked.optimizer_bytes / moving, asked.optimizer_kernels / STARTED_PER_SECOND[pace])
+    optimizer = max(state.optimizer_bytes / moving, state.optimizer_kernels / STARTED_PER_SECOND[pace])
     return Times(
         micro_batches * products,
         micro_batches * adapters,

@@ -64,18 +64,29 @@ class Work(NamedTuple):
 
 def work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Work:
     """The work of a micro-batch of `recipe`, run as `strategy` says on `device`; the same for all lengths and sizes."""
-    length = ENDLESS if is_masked(architecture, recipe.seq_len) else 1
     return _work(
         architecture,
-        replace(recipe, seq_len=length, tokens_per_step=length, optimizer="adamw"),
+        _of_any_step(recipe, ENDLESS if is_masked(architecture, recipe.seq_len) else 1),
         Strategy(
             micro_batch=min(strategy.micro_batch, 2),
             gradient_checkpointing=strategy.gradient_checkpointing,
             attention=strategy.attention,
             loss=strategy.loss,
         ),
-        replace(device, context_bytes=0, ranks_per_host=1),
+        _anywhere(device),
     )
+
+
+@lru_cache(maxsize=256)
+def _of_any_step(recipe: Recipe, length: int) -> Recipe:
+    """`recipe` without what its work does not depend on; made once, for its fields are checked anew each time."""
+    return replace(recipe, seq_len=length, tokens_per_step=length, optimizer="adamw")
+
+
+@lru_cache(maxsize=256)
+def _anywhere(device: Device) -> Device:
+    """`device` without what its work does not depend on."""
+    return replace(device, context_bytes=0, ranks_per_host=1)
 
 
 @lru_cache(maxsize=256)

@@ -54,9 +54,11 @@ PLANNING = (
     "launch/listing.py",
     "launch/plan.py",
     "launch/devices.py",
+    "launch/data.py",
     "launch/request.py",
     "launch/report/explain.py",
     "launch/report/terminal.py",
+    "launch/report/words.py",
 )
 """What `qlora-plan` is made of, and the specification, which is read before torch is imported."""
 MEASURING = tuple(f"qlora_core/memory/{name}.py" for name in ("autocast", "measure", "recorder", "loading", "trace"))

@@ -22,6 +22,7 @@ from qlora_core.step_time import (
     Load,
     Range,
     Rates,
+    StateLoad,
     StepTime,
     Times,
     by_capability,
@@ -63,6 +64,10 @@ def loaded(model: str = "llama-2-7b", **changes: Any) -> Load:
     return load(find_model(model), *asked(**changes), A100)
 
 
+def state_of(model: str = "llama-2-7b", **changes: Any) -> StateLoad:
+    return loaded(model, **changes).state
+
+
 def timed(model: str = "llama-2-7b", rates: Rates = RATES, paged_out: int = 0, **changes: Any) -> StepTime:
     return step_time(find_model(model), *asked(**changes), A100, rates, paged_out)
 
@@ -82,24 +87,24 @@ def test_between_nodes_the_slower_of_links_and_network_counts() -> None:
 
 
 def test_ddp_reduces_float32_gradients_once_a_step_in_two_passes_of_a_ring() -> None:
-    said = loaded(world_size=4)
+    said = state_of(world_size=4)
     assert (said.reduced_each, said.reduced, said.gathered) == (0, 2 * 4 * ADAPTERS, 0)
-    assert loaded(world_size=1).reduced == 0
+    assert state_of(world_size=1).reduced == 0
 
 
 def test_zero_2_reduces_with_every_micro_batch_and_gathers_once() -> None:
-    said = loaded(world_size=4, zero_stage=2)
+    said = state_of(world_size=4, zero_stage=2)
     assert (said.reduced_each, said.reduced, said.gathered) == (4 * ADAPTERS, 4 * ADAPTERS, 0)
 
 
 def test_zero_3_gathers_all_weights_forward_and_backward() -> None:
-    said = loaded(world_size=4, zero_stage=3)
+    said = state_of(world_size=4, zero_stage=3)
     assert (said.reduced_each, said.reduced) == (4 * ADAPTERS, 0)
     assert said.gathered == 2 * (2 * PARAMETERS + 4 * ADAPTERS)
 
 
 def test_zero_3_gathers_weights_that_are_all_trained_no_more_often() -> None:
-    assert loaded(method="full", world_size=4, zero_stage=3).gathered == 2 * 2 * PARAMETERS
+    assert state_of(method="full", world_size=4, zero_stage=3).gathered == 2 * 2 * PARAMETERS
 
 
 def test_computing_hides_an_exchange_by_half_typically_and_not_at_all_at_worst() -> None:
@@ -124,14 +129,14 @@ def test_what_is_paged_out_comes_in_and_goes_out_again() -> None:
 
 
 def test_an_offloaded_optimizer_sends_gradients_and_gets_weights_in_float32() -> None:
-    said = loaded(world_size=2, zero_stage=2, offload="optimizer")
+    said = state_of(world_size=2, zero_stage=2, offload="optimizer")
     assert said.to_host == ADAPTERS // 2 * (4 + 4)
     assert said.on_host == ADAPTERS // 2
     assert said.fetched == 0
 
 
 def test_offloaded_weights_are_fetched_by_each_rank_forward_and_backward() -> None:
-    said = loaded(world_size=2, zero_stage=3, offload="all")
+    said = state_of(world_size=2, zero_stage=3, offload="all")
     assert said.fetched == 2 * 2 * PARAMETERS // 2
 
 
@@ -150,13 +155,13 @@ def test_offloaded_weights_are_fetched_by_each_rank_forward_and_backward() -> No
     ],
 )
 def test_adamw_moves_what_its_kernels_read_and_write(changes: dict[str, Any], elements: int, expected: int) -> None:
-    assert loaded(**changes).optimizer_bytes == elements * expected
+    assert state_of(**changes).optimizer_bytes == elements * expected
 
 
 def test_adamw_on_a_b200_takes_what_was_measured() -> None:
     # ml-engineering's table for Llama 3.1 8B and Llama 3.2 1B: 637.3 - 590.7 ms and 58.8 - 48.8 ms, without clipping
     for model, measured in (("llama-3.1-8b", 0.0466), ("llama-3.2-1b", 0.0100)):
-        said = loaded(model, method="full").optimizer_bytes * 20 / 23 / (7.7e12 * MEMORY.typical)
+        said = state_of(model, method="full").optimizer_bytes * 20 / 23 / (7.7e12 * MEMORY.typical)
         assert said == pytest.approx(measured, rel=0.25)
 
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from rich.table import Table
 
 from clusters.gpu import GIB
-from launch.report.terminal import time_words
-from orchestrator.alternatives import Alternative
-from orchestrator.plans import SURE, Objective, Plan
+from launch.report.words import time_words
+from orchestrator.plans import SURE, Alternative, Objective, Plan
 
 WORDS = {
     "micro_batch": "micro-batch {}",

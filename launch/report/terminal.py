@@ -16,13 +16,13 @@ from rich.text import Text
 
 from launch import command
 from launch.listing import parameters
+from launch.report.words import GIB, MIB, gib, time_words
 from orchestrator.plans import Duration, Plan, Verdict
 from qlora_core.step_time import StepTime
 
 if TYPE_CHECKING:
     from launch.sweep import Sweep
 
-GIB, MIB = 1024**3, 1024**2
 BAR_WIDTH = 24
 
 COMPONENT_TITLES = {
@@ -52,11 +52,6 @@ class Bar:
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(0, round(self.share * BAR_WIDTH))
-
-
-def gib(value: int) -> str:
-    """Bytes as GiB; as MiB below a tenth of one."""
-    return f"{value / GIB:.2f} GiB" if abs(value) >= GIB // 10 else f"{value / MIB:.2f} MiB"
 
 
 def print_plan(plan: Plan, *, explained: bool = False, swept: Sweep | None = None) -> None:
@@ -163,15 +158,6 @@ def duration_words(run: Duration) -> str:
     if run.price is None:
         return words
     return f"{words}, {run.price:,.2f} {run.currency} ({run.low_price:,.2f} to {run.high_price:,.2f})"
-
-
-def time_words(seconds: float) -> str:
-    """A time as people say it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def base_words(plan: Plan) -> str:

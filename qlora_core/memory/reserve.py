@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from qlora_core.memory.allocator import LARGE_SEGMENT, OWN_SEGMENT, SMALL, SMALL_SEGMENT, segment_for
@@ -94,8 +95,6 @@ class Growth:
         self._stretches, self._kept, self._checkpointing = stretches, kept, checkpointing
         self._left = [free * PLACES + place for place, free in enumerate(holes)]
         self._room = sorted(room for room in self._left if room > SMALL_ROOM)
-        self._scripts: dict[tuple[int, ...], Script] = {}
-        """Those that were asked for, by the identities of their scenes, which live as long as this does."""
 
     def kept(self, variables: Sequence[int]) -> list[tuple[int, int]]:
         """What the layers in between keep, where the polynomials' variables have these values."""
@@ -107,7 +106,8 @@ class Growth:
         The last chunk of the loss has `last_chunk` tokens if it is smaller than others; 0 otherwise.
         """
         _, positions, tokens, scores, chunk = variables
-        script = self._script([highest(scenes, variables) for scenes in self._stretches], last_chunk > 0)
+        scenes = tuple([highest(scenes, variables) for scenes in self._stretches])
+        script = _script(scenes, self._checkpointing, last_chunk > 0)
         sizes = [a + b * positions + c * tokens + d * scores + e * chunk for a, b, c, d, e in script.sizes]
         less = chunk - last_chunk
         sizes += [sizes[place] - less * of_token for place, of_token in script.of_last_chunk]
@@ -117,12 +117,6 @@ class Growth:
             segments.keep(size, count)
         segments.play(script.after, sizes)
         return segments.taken
-
-    def _script(self, scenes: Sequence[Scene], with_last_chunk: bool) -> Script:
-        key = (*map(id, scenes), with_last_chunk)
-        if key not in self._scripts:
-            self._scripts[key] = _script(scenes, self._checkpointing, with_last_chunk)
-        return self._scripts[key]
 
 
 class Segments:
@@ -194,7 +188,8 @@ class Segments:
         self.taken += packed([(size, count)])
 
 
-def _script(scenes: Sequence[Scene], checkpointing: bool, with_last_chunk: bool) -> Script:
+@lru_cache(maxsize=256)
+def _script(scenes: tuple[Scene, ...], checkpointing: bool, with_last_chunk: bool) -> Script:
     layers, loss, loss_backward, last_layer = (scene.alive for scene in scenes)
     tensors: dict[int, int] = {}
     places: dict[Size, int] = {}

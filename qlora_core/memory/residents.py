@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from qlora_core.architecture import ModelArchitecture
@@ -56,7 +57,7 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     tensors = exact.trainable_tensors(architecture, recipe)
     itemsize = DTYPE_BYTES[exact.trainable_dtype(recipe, device.compute_dtype)]
     shard = shard_of(architecture, recipe, strategy, device)
-    state_tensors = tensors if not shard.stage else [(shard.part_numel, 1)]
+    state_tensors = tensors if not shard.stage else ((shard.part_numel, 1),)
     paged = strategy.paged_optimizer and device.kind == "cuda"
     state = exact.optimizer_state(state_tensors, recipe, 4 if shard.stage else itemsize, paged)
     # with method full the trained weights are the base's own
@@ -210,7 +211,9 @@ def _gathered(architecture: ModelArchitecture, recipe: Recipe, device: Device) -
     return Gathered(*(total * share // max(elements, 1) for share in at_once))
 
 
-def _step_buffers(tensors: list[tuple[int, int]], recipe: Recipe, paged: bool, itemsize: int, device: Device) -> int:
+def _step_buffers(
+    tensors: Sequence[tuple[int, int]], recipe: Recipe, paged: bool, itemsize: int, device: Device
+) -> int:
     """What torch's AdamW makes on the way (torch/optim/adamw.py); bitsandbytes' kernels make nothing.
 
     On CUDA all tensors' square roots at once (foreach); on a CPU one tensor's square root and its corrected copy.

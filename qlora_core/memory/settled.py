@@ -10,7 +10,7 @@ from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
-from qlora_core.architecture import ModelArchitecture
+from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.allocator import CachingAllocator
 from qlora_core.memory.device import Device
@@ -115,6 +115,15 @@ def _with_adapters(base: Loaded, adapters: tuple[int, ...]) -> Settled:
     return Settled(memory.allocated - base.requested - sum(adapters), memory.reserved, memory.holes())
 
 
+def constants_of(linear: Linear, loading: Loading) -> tuple[int, ...]:
+    """Bytes of each tensor beside a quantized weight; none where it is not quantized."""
+    if loading.quantization == "none" or not linear.quantized:
+        return ()
+    if loading.quantization == "int8":
+        return (4 * linear.out_features,)
+    return exact.constant_tensors(linear.weight_numel, loading.block_size, loading.double_quantization)
+
+
 @lru_cache(maxsize=64)
 def _base(architecture: ModelArchitecture, loading: Loading, layers: int) -> Loaded:
     """The base model, as if it had so many layers."""
@@ -125,14 +134,14 @@ def _base(architecture: ModelArchitecture, loading: Loading, layers: int) -> Loa
         Weight(
             linear.weight_numel,
             linear.out_features * item if linear.bias else 0,
-            exact.constant_tensors(linear.weight_numel, loading.block_size, loading.double_quantization)
-            if linear.quantized and loading.quantization != "none"
-            else (),
+            constants_of(linear, loading),
         )
         for linear in sorted(architecture.linears, key=lambda each: (each.part == "attention", each.name))
         for _ in range(linear.count)
     ]
-    of_layer = sum(weight.numel * item // (4 if weight.constants else 1) for weight in weights)
+    per_byte = 1 if loading.quantization == "int8" else 2
+    # transformers asks for that of each quantized element, whatever it comes in (quantized_element_size)
+    of_layer = sum(weight.numel // per_byte if weight.constants else weight.numel * item for weight in weights)
     requested = 0
     if loading.warmed_up:
         memory.release(memory.allocate(max(sum(plain) + layers * of_layer, 1)))
@@ -155,7 +164,7 @@ def _base(architecture: ModelArchitecture, loading: Loading, layers: int) -> Loa
                 keep(numel * item)
                 continue
             value = memory.allocate(numel * item)
-            keep(-(-numel // 2))
+            keep(-(-numel // per_byte))
             if loading.double_quantization:
                 blocks = 4 * exact.absmax_count(numel, loading.block_size)
                 absmax, shifted = memory.allocate(blocks), memory.allocate(blocks)

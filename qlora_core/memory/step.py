@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Literal, NamedTuple, TypeVar
@@ -125,8 +126,12 @@ class Candidate(NamedTuple):
     total: Size
 
 
-class Scene(NamedTuple):
-    """A moment as the caching allocator sees it: storages by number, the two layers' and the loss's."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Scene:
+    """A moment as the caching allocator sees it: storages by number, the two layers' and the loss's.
+
+    It is made once for all steps with the same tape, and equals none but itself.
+    """
 
     total: Size
     alive: dict[int, Size]
@@ -231,6 +236,31 @@ def on_tape(step: Step) -> Step:
     )
 
 
+class Moments(NamedTuple):
+    """What steps with the same tape and rank share.
+
+    Attributes:
+        parts: the candidate peaks of each part of a step, as two layers make them.
+        alive: what was alive at those, after each layer, and at the ends of both passes.
+    """
+
+    recording: Recording
+    parts: dict[Part, tuple[Peak, ...]]
+    alive: dict[int, Alive]
+    stretches: Stretches
+
+
+@lru_cache(maxsize=64)
+def _moments(step: Step, rank: int) -> Moments:
+    """Those of a step `on_tape`."""
+    recording = recorded(step)
+    log = recording.at_rank(rank)
+    parts = _peaks_by_part(log)
+    places = (peak.place for peaks in parts.values() for peak in peaks)
+    alive = alive_at(log, [*recording.marks, recording.forward_end, len(log), *places])
+    return Moments(recording, parts, alive, _stretches(parts, alive))
+
+
 @lru_cache(maxsize=512)
 def timeline(step: Step) -> Timeline:
     """The candidate peaks of a step; none of those kept is below another for every size.
@@ -238,11 +268,8 @@ def timeline(step: Step) -> Timeline:
     Raises:
         ValueError: nothing is trained.
     """
-    recording = recorded(on_tape(step))
-    log, marks, end = recording.at_rank(step.layer.rank), recording.marks, len(recording.changes)
-    parts = _peaks_by_part(log)
-    places = (peak.place for peaks in parts.values() for peak in peaks)
-    alive = alive_at(log, [*marks, recording.forward_end, end, *places])
+    recording, parts, alive, stretches = _moments(on_tape(step), step.layer.rank)
+    marks, end = recording.marks, len(recording.changes)
     middle = max(step.layers - 2, 0)
     in_between = Counter[Kept]()
     kept: dict[Room, Size] = {}
@@ -271,7 +298,7 @@ def timeline(step: Step) -> Timeline:
         forward=_candidates(alive, (peak for peak in peaks if peak.where[0] == "forward")),
         backward=_candidates(alive, (peak for peak in peaks if peak.where[0] == "backward")),
         after_backward=Candidate(("backward", FIRST), rest, sum_of(rest.values())),
-        stretches=_stretches(parts, alive),
+        stretches=stretches,
         kept=tuple((size, count) for (_, size), count in in_between.items() if _may_be_large(size)),
     )
 
