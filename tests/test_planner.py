@@ -185,6 +185,33 @@ def test_only_deepspeed_offloads_and_only_stage_3_offloads_all(stage: ZeroStage,
     assert error.value.problems[0].where == "strategy.offload"
 
 
+@pytest.mark.parametrize("asked", [{"zero_stage": 3}, {"offload": "all"}, {"zero_stage": 3, "offload": "all"}])
+def test_int8_under_zero_3_is_refused_with_one_error(asked: dict[str, Any]) -> None:
+    # only stage 3 offloads the base; bitsandbytes computes with the whole of an int8 weight (Linear8bitLt, state.CB)
+    with pytest.raises(RequestError) as error:
+        run(gpu(workers=2), 2, recipe={"quantization": "int8"}, strategy=asked)
+    (problem,) = error.value.problems
+    assert (problem.where, problem.given) == ("strategy.zero_stage", "3")
+    assert "int8" in problem.rule
+    assert "nf4" in problem.remedy
+
+
+def test_zero_3_is_chosen_where_only_it_fits_but_never_for_int8() -> None:
+    # a 4-bit base of 65 billion is about 33 GB, and lies whole on no GPU of 24 GB
+    quantized = {
+        quantization: run(
+            gpu("rtx-4090", workers=4),
+            4,
+            model=find_model("llama-65b"),
+            recipe={"quantization": quantization, "double_quantization": quantization == "nf4"},
+        )
+        for quantization in ("nf4", "int8")
+    }
+    assert (quantized["nf4"].fits, quantized["nf4"].strategy.zero_stage) == (True, 3)
+    assert not quantized["int8"].fits
+    assert quantized["int8"].strategy.zero_stage < 3
+
+
 # --- a run is planned -------------------------------------------------------------------------------------------------
 
 

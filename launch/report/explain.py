@@ -323,7 +323,7 @@ def host_lines(plan: Plan) -> Iterator[str]:
     """The host's memory."""
     host, ranks = plan.estimate.host, plan.target.device.ranks_per_host
     whose = "its rank" if ranks == 1 else f"its {ranks} ranks"
-    how = ": under ZeRO 3 each quantizes the whole base there first" if divided_on_host(plan) else ""
+    how = ": under ZeRO 3 each has the whole base there first" if divided_on_host(plan) else ""
     yield f"While loading, {size_text(host.load_peak_bytes)} for {whose}{how}."
     yield f"While training, {size_text(host.steady_bytes)}{'.' if host.steady_bytes else ': nothing is offloaded.'}"
     if plan.estimate.gpu.paged_bytes:

@@ -67,16 +67,19 @@ class CudaMeter:
         self._device = device
         self._peaks = _Peaks()
         self._reserved = 0
+        self._on_host = False
 
     def loaded(self, model: nn.Module) -> None:
         """See `Meter`."""
         self._peaks.after_load = torch.cuda.memory_allocated(self._device)
+        self._on_host = next(model.parameters()).device.type == "cpu"
 
     @contextmanager
     def setup(self) -> Iterator[None]:
         """See `Meter`. A model that is on the host comes to the GPU in here, divided by ZeRO-3."""
+        torch.cuda.reset_peak_memory_stats(self._device)
         yield
-        if not self._peaks.after_load:
+        if self._on_host:
             self._peaks.after_load = torch.cuda.max_memory_allocated(self._device)
 
     @contextmanager

@@ -30,7 +30,8 @@ class Residents(NamedTuple):
     Attributes:
         loaded: after loading, adapters attached (with ZeRO-3: this rank's parts).
         load_peak: the most that is on the device before the first step. With ZeRO-3 on a GPU, this rank's parts and the
-            largest weight, whole while it is divided, or what DeepSpeed makes then; on a CPU the model before that.
+            largest weight, whole while it is divided, or constants and what DeepSpeed makes next; on a CPU the model
+            before that.
         between: what exists from the first step on: optimizer state, library workspaces, buckets.
         added: what a phase adds beside activations.
         paged: optimizer state in managed memory.
@@ -103,7 +104,8 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
             load_peak = base + adapters
         else:
             passing = max(size for size, _ in (*weights.base, *weights.unquantized, *lora))
-            load_peak += max(passing, shard.engine_bytes)
+            # constants come when all parameters are divided (engine_deepspeed.divide), and then what DeepSpeed makes
+            load_peak += max(passing - loaded["quantization_constants"], shard.engine_bytes)
             # each rank loads the whole base there, and gives it adapters, before it divides it
             host_load = device.ranks_per_host * (base + max(adapters, _on_its_way(architecture, recipe)))
     return Residents(
