@@ -20,7 +20,7 @@ from orchestrator.plans import Objective, Target
 from orchestrator.question import Candidate, Place, Question
 from orchestrator.space import at_size, candidates, of_shape, places, shapes, with_optimizer
 from qlora_core.memory.estimate import Estimate
-from qlora_core.memory.formula import estimate
+from qlora_core.memory.formula import estimate, prepared
 from qlora_core.recipe import Recipe
 from qlora_core.step_time import TYPICAL, load, times
 from qlora_core.strategy import Strategy
@@ -125,7 +125,12 @@ class Judge:
 
     def fits(self, candidate: Candidate, sure: bool) -> bool:
         """Whether it fits each GPU and, where it is stated, the hosts' memory."""
+        recipe, strategy = candidate
         for target in self.targets:
+            # most that do not fit are told by their tensors alone, before the allocator is asked
+            sizes = prepared(self.architecture, recipe, strategy, target.device)
+            if sizes.least_bytes(strategy.micro_batch, recipe.seq_len) > target.usable_bytes:
+                return False
             needed = self.needed(candidate)[0] if len(self.targets) == 1 else self._on(candidate, target)
             if bytes_for(needed, target, sure) > target.usable_bytes or not host_has_room(needed, target):
                 return False
@@ -295,5 +300,5 @@ def longest(question: Question, place: Place, judge: Judge, sure: bool) -> Candi
         if longer > found:
             as_long, found = [], longer
         as_long.append(at(lengths[longer - 1]))
-    times = [judge.seconds(each, judge.paged_out(each)) for each in as_long]
-    return next((each for each, time in zip(as_long, times, strict=True) if time <= min(times) * ALIKE), None)
+    paces = [judge.seconds(each, judge.paged_out(each)) for each in as_long]
+    return next((each for each, pace in zip(as_long, paces, strict=True) if pace <= min(paces) * ALIKE), None)

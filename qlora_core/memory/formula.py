@@ -95,6 +95,10 @@ class Prepared:
         """What the whole process needs on the GPU, as `estimate` says it, but nothing else of that."""
         return self.at(micro_batch, seq_len).process_bytes(micro_batch, seq_len)
 
+    def least_bytes(self, micro_batch: int, seq_len: int) -> int:
+        """What it needs at least, however well its tensors are placed."""
+        return self.at(micro_batch, seq_len).least_bytes(micro_batch, seq_len)
+
     def at(self, micro_batch: int, seq_len: int) -> Sizes:
         """The sizes that hold for these, among others."""
         kind = self._single_is_special and micro_batch == 1, is_masked(self._architecture, seq_len)

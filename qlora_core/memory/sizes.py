@@ -52,12 +52,19 @@ class Sizes:
 
     def process_bytes(self, micro_batch: int, seq_len: int) -> int:
         """What the whole process needs on the GPU: the one figure of `estimate` that a search compares."""
+        allocated = self._allocated(micro_batch, seq_len)
+        return self._reserved(allocated, micro_batch, seq_len)[1] + self._context
+
+    def least_bytes(self, micro_batch: int, seq_len: int) -> int:
+        """What the whole process needs at least: its tensors and the context."""
+        return self._allocated(micro_batch, seq_len) + self._context
+
+    def _allocated(self, micro_batch: int, seq_len: int) -> int:
         variables = _variables(micro_batch, seq_len)
         _, positions, tokens, scores, chunk = variables
         most = max([a + b * positions + c * tokens + d * scores + e * chunk for a, b, c, d, e in self._in_passes])
         a, b, c, d, e = self._optimizer
-        allocated = max(most + self._slack(variables), a + b * positions + c * tokens + d * scores + e * chunk)
-        return self._reserved(allocated, micro_batch, seq_len)[1] + self._context
+        return max(most + self._slack(variables), a + b * positions + c * tokens + d * scores + e * chunk)
 
     def segments(self, micro_batch: int, seq_len: int) -> int:
         """Bytes of all segments, before fragmentation; 0 on a CPU.
