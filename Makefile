@@ -16,7 +16,7 @@ WHEELS ?= $(wildcard wheels)
 # DeepSpeed compiles its optimizer for the CPU on first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint coverage grids fast gpu speed accuracy format clean
+.PHONY: help demo test lint coverage grids fast gpu speed screens accuracy format clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -54,7 +54,10 @@ endif
 speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a peer (docs/speed.md)
 	$(BIN)/python -m benchmarks.speed
 
-accuracy: $(INSTALLED) ## write docs/accuracy.md and its plots: predicted beside measured (GRID=1: trace the grid too)
+screens: $(INSTALLED) ## run the commands that README.md and docs/planning.md show, and put in what they print
+	$(BIN)/python -m benchmarks.screens
+
+accuracy: $(INSTALLED) ## write docs/accuracy.md, docs/step-time.md and plots: predicted beside measured (GRID=1: trace the grid too)
 	$(BIN)/python -m benchmarks.accuracy --trace $(if $(GRID),--grid)
 
 format: $(INSTALLED) ## sort the imports and format the code

@@ -19,13 +19,14 @@ from typing import Any
 
 import click
 
+from benchmarks import search
 from clusters.errors import RunFailed
 from clusters.gpu import find_gpu
 from launch.command import main as run_command
-from orchestrator.planner import gpu_target
+from orchestrator.devices import gpu_target
 from qlora_core.catalogue import find_model
 from qlora_core.files import write_json
-from qlora_core.memory.formula import estimate
+from qlora_core.memory.formula import estimate, prepared
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 
@@ -49,7 +50,7 @@ TRACE = """
 import json, time
 begin = time.perf_counter()
 from clusters.gpu import find_gpu
-from orchestrator.planner import gpu_target
+from orchestrator.devices import gpu_target
 from qlora_core.catalogue import find_model
 from qlora_core.memory.trace import estimate
 from qlora_core.recipe import Recipe
@@ -110,6 +111,7 @@ def command(rounds: int, debug: bool) -> int:
         "rounds": rounds,
         "cold_start": cold_start_rows(times),
         "estimate": {name: in_us(call_times(ask)) for name, ask in questions().items()},
+        "search": search.results(),
         "trace": trace_times(),
     }
     RESULTS.parent.mkdir(exist_ok=True)
@@ -189,7 +191,7 @@ def questions() -> dict[str, Callable[[int], object]]:
     """What is asked of the formula, by how much of it is new; each takes a number that makes it new."""
     architecture = find_model("65b")
     device = gpu_target(find_gpu("a100-40gb"), "auto").device
-    strategy = Strategy()
+    strategy, recipe = Strategy(), Recipe(tokens_per_step=512)
 
     def same(_: int) -> object:
         return estimate(architecture, Recipe(tokens_per_step=512), strategy, device)
@@ -200,6 +202,9 @@ def questions() -> dict[str, Callable[[int], object]]:
     def micro_batch(number: int) -> object:
         return estimate(architecture, Recipe(tokens_per_step=512), Strategy(micro_batch=3 + number), device)
 
+    def process_bytes(number: int) -> object:
+        return prepared(architecture, recipe, strategy, device).process_bytes(3 + number, 512)
+
     def rank(number: int) -> object:
         return estimate(architecture, Recipe(rank=65 + number, tokens_per_step=512), strategy, device)
 
@@ -207,6 +212,7 @@ def questions() -> dict[str, Callable[[int], object]]:
         "the same again": same,
         "another sequence length": length,
         "another micro-batch": micro_batch,
+        "another micro-batch, its process bytes alone": process_bytes,
         "another structure (rank)": rank,
     }
 
@@ -305,6 +311,7 @@ def goals(results: Mapping[str, Any]) -> Iterator[Goal]:
     yield Goal(f"cold start of {PLAN}, of fitcheck's", 0.5, ratio / peers)
     for name, us in results["estimate"].items():
         yield Goal(f"one estimate, {name}, µs", 100, us["median"])
+    yield from (Goal(*goal) for goal in search.goals(results["search"]))
     yield Goal("65B traced, s", 10, results["trace"].get("estimate_s"))
 
 
@@ -341,6 +348,7 @@ def tables(results: Mapping[str, Any]) -> str:
             f"| {name} | {us['median']:.0f} | {us['low']:.0f} to {us['high']:.0f} |"
             for name, us in results["estimate"].items()
         ),
+        *search.table(results["search"]),
         "",
         f"65B traced: {trace['missing']}."
         if "missing" in trace

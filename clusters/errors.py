@@ -7,7 +7,7 @@ that escapes is a defect of ours.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,20 @@ class RequestError(Exception):
     def __reduce__(self) -> tuple[type[RequestError], tuple[tuple[Problem, ...]]]:
         return type(self), (self.problems,)
 
+    def at(self, where: str) -> RequestError:
+        """The same mistakes, told of the field or flag by which the value came."""
+        return RequestError([replace(problem, where=where) for problem in self.problems])
+
+
+class Conflicting(ValueError):
+    """Fields of one section that do not go together. A ValueError, so that pydantic reports it among others.
+
+    Attributes:
+        mistakes: for each its fields, the value of the first, the rule it broke and what to do.
+    """
+
+    mistakes: tuple[tuple[tuple[str, ...], object, str, str], ...]
+
 
 class RunFailed(Exception):
     """A run that was right as a request, and failed. Exit code 1.
@@ -67,6 +81,12 @@ class RunFailed(Exception):
 def request_error(where: str, given: object, rule: str, remedy: str) -> RequestError:
     """A `RequestError` with a single problem."""
     return RequestError([Problem(where, str(given), rule, remedy)])
+
+
+def not_installed(where: str, given: object, packages: Iterable[str]) -> RequestError:
+    """The error of a request that needs packages of the extra `train`."""
+    rule = f"it needs packages that are not installed: {', '.join(packages)}"
+    return request_error(where, given, rule, 'Install them: pip install "qlora-orchestrator[train]"')
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3, cutoff: float = 0.0) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ COMMON = ("t4", "rtx-4090", "a100-40gb", "l40s", "rtx-a6000", "a100-80gb", "h100
 """What a plan shows when no GPU is asked for, by memory."""
 
 _FILE = Path(__file__).parent / "gpus.yaml"
+_COMMENT = re.compile("^#.*", re.MULTILINE)
+"""Emptied and not taken out, so that an error names the right line."""
 _USABLE = 0.975
 _USABLE_WITH_INLINE_ECC = 0.91
 """The part of the memory that CUDA gives, for cards without an observation; the head of gpus.yaml says why."""
@@ -40,8 +44,10 @@ class Gpu:
         usable_bytes: the total of torch.cuda.mem_get_info, contexts of processes included.
         usable_seen: that total was seen in a public message; else a rule made it.
         bandwidth_bytes_per_s: of its memory.
+        fp32_flops: of CUDA cores, a second: what float32 products take while TF32 is not allowed.
         fp16_flops, bf16_flops: dense, accumulating in float32, a second; None where the hardware has no such rate.
         nvlink_bytes_per_s: both directions together; 0 without.
+        nvlink_bridge: that NVLink couples two cards, and only where a bridge was put on them.
         pcie_generation: 3, 4 or 5.
         pcie_bytes_per_s: one direction.
         context_bytes: a CUDA context, as nvidia-smi shows it before the first tensor.
@@ -57,14 +63,21 @@ class Gpu:
     usable_bytes: int
     usable_seen: bool
     bandwidth_bytes_per_s: int
+    fp32_flops: int
     fp16_flops: int
     bf16_flops: int | None
     nvlink_bytes_per_s: int
+    nvlink_bridge: bool
     pcie_generation: int
     pcie_bytes_per_s: int
     context_bytes: int
     context_measured: bool
     source: str
+
+    @property
+    def has_nvlink_fabric(self) -> bool:
+        """Whether all GPUs of a board reach each other over NVLink; a bridge reaches one card only."""
+        return self.nvlink_bytes_per_s > 0 and not self.nvlink_bridge
 
     @property
     def supports_bfloat16(self) -> bool:
@@ -97,10 +110,7 @@ def find_gpu(name: str) -> Gpu:
 @functools.cache
 def list_gpus() -> tuple[Gpu, ...]:
     """All known GPUs, the smallest usable memory first."""
-    import yaml  # here, so that what needs no GPU does not pay for the import
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    document = yaml.load(_FILE.read_bytes(), Loader=loader)  # noqa: S506  (both loaders are safe ones)
+    document = json.loads(_COMMENT.sub("", _FILE.read_text(encoding="utf-8")))
     contexts = document["context_mib"]
     return tuple(
         sorted((_gpu(row, contexts) for row in document["gpus"]), key=lambda gpu: (gpu.usable_bytes, gpu.name))
@@ -122,9 +132,11 @@ def _gpu(row: Mapping[str, Any], contexts: Mapping[str, float]) -> Gpu:
         usable_bytes=math.floor(row.get("usable_gib", row["memory_gib"] * rule) * GIB),
         usable_seen="usable_gib" in row,
         bandwidth_bytes_per_s=round(row["bandwidth_gb_per_s"] * GB),
+        fp32_flops=round(row["fp32_tflops"] * 1e12),
         fp16_flops=round(row["fp16_tflops"] * 1e12),
         bf16_flops=None if bf16 is None else round(bf16 * 1e12),
         nvlink_bytes_per_s=round(row.get("nvlink_gb_per_s", 0) * GB),
+        nvlink_bridge=row.get("nvlink_bridge", False),
         pcie_generation=generation,
         pcie_bytes_per_s=round(_PCIE_LANE_BYTES_PER_S[generation] * lanes),
         context_bytes=round(contexts.get(row["architecture"], contexts["default"]) * MIB),

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from clusters.errors import RequestError, RunFailed, request_error
+from clusters.errors import RequestError, RunFailed, not_installed
 
 INTERRUPTED = 130
 TRAIN_MODULES = ("torch", "ray", "deepspeed", "bitsandbytes", "transformers", "peft")
@@ -73,9 +73,4 @@ def require_train_extra(what: str) -> None:
     """Raise a RequestError where the packages for training are not installed."""
     missing = [name for name in TRAIN_MODULES if importlib.util.find_spec(name) is None]
     if missing:
-        raise request_error(
-            what,
-            "",
-            f"it needs packages that are not installed: {', '.join(missing)}",
-            'Install them: pip install "qlora-orchestrator[train]"',
-        )
+        raise not_installed(what, "", missing)

@@ -9,6 +9,7 @@ import click
 
 from clusters.gpu import GIB, Gpu, list_gpus
 from qlora_core.catalogue import ListedModel, list_models
+from qlora_core.memory.device import Device
 
 SCHEMA_VERSION = 1
 
@@ -68,8 +69,26 @@ def gpu_row(gpu: Gpu) -> dict[str, Any]:
         "memory_bytes": gpu.memory_bytes,
         "usable_bytes": gpu.usable_bytes,
         "context_bytes": gpu.context_bytes,
+        "bandwidth_bytes_per_s": gpu.bandwidth_bytes_per_s,
+        "fp16_flops": gpu.fp16_flops,
+        "bf16_flops": gpu.bf16_flops,
+        "nvlink_bytes_per_s": gpu.nvlink_bytes_per_s,
+        "pcie_bytes_per_s": gpu.pcie_bytes_per_s,
+        "dtypes": ["float32", "float16", *(["bfloat16"] if gpu.supports_bfloat16 else [])],
+        "attention_kernels": attention_kernels(gpu),
         "source": gpu.source,
     }
+
+
+def attention_kernels(gpu: Gpu) -> list[str]:
+    """PyTorch's kernels of scaled_dot_product_attention that run on it, and the package flash-attn."""
+    device = Device("cuda", "float16", compute_capability=gpu.compute_capability)
+    return [
+        "math",
+        "efficient",  # from compute capability 5.0 on (PyTorch 2.13, ATen/native/transformers/cuda/sdp_utils.cpp)
+        *(["flash"] if device.flash_attention else []),
+        *(["flash_attention_2"] if gpu.supports_flash_attention else []),
+    ]
 
 
 def parameters(count: int) -> str:

@@ -11,7 +11,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from launch.report.terminal import gib, measured_table, plan_screen
+from launch.report.terminal import measured_table, plan_screen
+from launch.report.words import gib
 from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord
 

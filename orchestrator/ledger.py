@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
-import click
-
+from orchestrator.history import NOTHING_MEASURED, History, MeasuredRun, ledger_path
 from orchestrator.record import RunRecord
 
 SCHEMA_VERSION = 1
+LATEST_RUNS = 500
+"""More of the past says little about the next run."""
 TABLE = """
 CREATE TABLE IF NOT EXISTS runs (
     id TEXT PRIMARY KEY,
@@ -29,11 +30,6 @@ CREATE TABLE IF NOT EXISTS runs (
     record TEXT NOT NULL
 )
 """
-
-
-def ledger_path() -> Path:
-    """Where the ledger lies: $QLORA_LEDGER, or the user's application folder."""
-    return Path(os.environ.get("QLORA_LEDGER") or Path(click.get_app_dir("qlora-orchestrator")) / "ledger.sqlite")
 
 
 @contextmanager
@@ -71,3 +67,51 @@ def enter(record: RunRecord, folder: Path, path: Path | None = None) -> None:
     )
     with open_ledger(path or ledger_path()) as connection:
         connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+
+def known_history(tell: Callable[[str], None]) -> History:
+    """What earlier runs measured; nothing, and a remark, where the ledger cannot be read."""
+    path = ledger_path()
+    if not path.exists():
+        return NOTHING_MEASURED
+    try:
+        return read_history(path)
+    except OSError as error:
+        tell(f"The ledger {path} was not read: {error}. The plan is not corrected by it.")
+        return NOTHING_MEASURED
+
+
+def read_history(path: Path) -> History:
+    """The latest complete runs of a ledger, as far as they measured what was predicted.
+
+    Raises:
+        OSError: it is no ledger that this version reads.
+    """
+    try:
+        with open_ledger(path) as connection:
+            rows = connection.execute(
+                "SELECT record FROM runs WHERE status = 'complete' ORDER BY started DESC LIMIT ?", (LATEST_RUNS,)
+            ).fetchall()
+        return History(tuple(measured_run(json.loads(record)) for (record,) in rows))
+    except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
+        raise OSError(f"it is no ledger that this version reads ({error})") from error
+
+
+def measured_run(record: dict[str, Any]) -> MeasuredRun:
+    """A run's record as later plans compare themselves with it."""
+    plan, predicted, measured = record["plan"], record["predicted"], record["measured"] or {}
+    # on a CPU nothing is reserved: its tensors are what is predicted and measured
+    memory = "reserved_bytes" if record["machine"].get("kind") == "cuda" else "allocated_bytes"
+    return MeasuredRun(
+        device=record["machine"].get("kind", ""),
+        gpu=plan["estimate"]["gpu"]["name"],
+        method=plan["recipe"]["method"],
+        sharded=plan["strategy"]["zero_stage"] > 0,
+        memory_ratio=ratio(measured.get(memory), predicted.get(memory)),
+        time_ratio=ratio(measured.get("step_seconds"), predicted.get("step_seconds")),
+    )
+
+
+def ratio(measured: float | None, predicted: float | None) -> float | None:
+    """Measured over predicted, where there are both."""
+    return measured / predicted if measured and predicted else None

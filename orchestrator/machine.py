@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import psutil
 import torch
 
-from orchestrator.plan import Target
-from orchestrator.planner import as_dtype, compute_dtype, cpu_target
+from clusters.errors import RequestError
+from clusters.gpu import find_gpu
+from orchestrator.devices import any_nodes, as_dtype, compute_dtype, cpu_target, pool_target
+from orchestrator.plans import Target
 from qlora_core.memory.device import Device
 
 WORKER_CONTEXT_BYTES = 512 * 1024**2
@@ -60,12 +62,17 @@ def target_of(machine: Machine, requested_dtype: str, workers: int) -> Target:
     """The target of a plan for `workers` on this machine; on a CPU they share its memory."""
     if machine.kind == "cpu":
         return cpu_target(requested_dtype, workers, machine.memory_bytes, machine.has_amx)
-    choice = compute_dtype(requested_dtype, "cuda", machine.compute_capability)
-    device = Device(
-        kind="cuda",
-        compute_dtype=as_dtype(choice.value),
-        context_bytes=WORKER_CONTEXT_BYTES,
-        compute_capability=machine.compute_capability,
-        ranks_per_host=workers,
-    )
-    return Target(machine.name, device, machine.memory_bytes, choice)
+    try:
+        pool = any_nodes(find_gpu(machine.name), machine.devices)
+    except RequestError:  # its memory is known all the same, and nothing else of it
+        choice = compute_dtype(requested_dtype, "cuda", machine.compute_capability)
+        device = Device(
+            kind="cuda",
+            compute_dtype=as_dtype(choice.value),
+            context_bytes=WORKER_CONTEXT_BYTES,
+            compute_capability=machine.compute_capability,
+            ranks_per_host=workers,
+        )
+        return Target(machine.name, device, machine.memory_bytes, choice)
+    known = pool_target(replace(pool, usable_bytes=machine.memory_bytes), requested_dtype, workers)
+    return replace(known, device=replace(known.device, context_bytes=WORKER_CONTEXT_BYTES))

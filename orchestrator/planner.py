@@ -1,138 +1,176 @@
-"""The planner: what a request needs, where it fits, and what to choose where the person left it open."""
+"""The planner: answers a request as it was made, and chooses what it leaves open."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from clusters.errors import Problem, RequestError
-from clusters.gpu import GIB, Gpu
-from orchestrator.plan import Choice, Plan, Target, Verdict
+from clusters.cluster import Pool
+from clusters.errors import Problem, RequestError, request_error
+from orchestrator.devices import pool_target
+from orchestrator.durations import duration
+from orchestrator.history import NOTHING_MEASURED, History
+from orchestrator.plans import Choice, Plan, Target
+from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, of_length
+from orchestrator.rules import check_architecture, check_strategy, warnings
+from orchestrator.verdicts import doubt, verdict
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.formula import estimate
-from qlora_core.recipe import Dtype, Recipe
-from qlora_core.strategy import Strategy, ZeroStage
+from qlora_core.recipe import Recipe
+from qlora_core.strategy import Strategy
+
+if TYPE_CHECKING:
+    from orchestrator.search import Found
+    from orchestrator.spec import RunSpec, StrategySpec  # reads YAML, which `qlora-plan` need not import
 
 EstimatorFunction = Callable[[ModelArchitecture, Recipe, Strategy, Device], Estimate]
 """What the formula and the trace both are."""
-
-if TYPE_CHECKING:
-    from orchestrator.spec import RunSpec, StrategySpec  # reads YAML, which `qlora-plan` need not import
-
-LARGEST_MICRO_BATCH = 4096
-LONGEST_SEQ_LEN = 2**22
 ON_CPU = "paging needs CUDA; on a CPU the state is ordinary memory"
-AUTO_MICRO_BATCH = 16
-"""The planner takes no larger micro-batch by itself: past it, GPUs gain nothing and memory is risked."""
+MOST_ALTERNATIVES = 5
 
 
-def compute_dtype(requested: str, kind: str, capability: tuple[int, int], has_amx: bool = False) -> Choice:
-    """The dtype of activations and dequantized weights, with its reason."""
-    if requested != "auto":
-        reason = "asked for"
-        if requested == "bfloat16" and kind == "cuda" and capability < (8, 0):
-            reason = f"asked for, though compute capability {capability[0]}.{capability[1]} only emulates it"
-        return Choice("compute_dtype", requested, reason)
-    if kind == "cpu":
-        if has_amx:
-            return Choice("compute_dtype", "bfloat16", "this CPU has AMX tiles for bfloat16")
-        return Choice(
-            "compute_dtype", "float32", "a CPU without AMX computes about 1.5 times faster in it than in bfloat16"
-        )
-    if capability >= (8, 0):
-        return Choice("compute_dtype", "bfloat16", "the GPU has bfloat16 (Ampere and later)")
-    return Choice("compute_dtype", "float16", "the GPU is older than Ampere and has no bfloat16")
+def targets_of(pools: Sequence[Pool], requested_dtype: str, workers: int) -> list[Target]:
+    """The pools' GPUs as targets of a plan, the smallest memory first."""
+    every = (pool_target(pool, requested_dtype, workers) for pool in pools)
+    return sorted(every, key=lambda target: target.usable_bytes)
 
 
-def gpu_target(gpu: Gpu, requested_dtype: str, ranks_per_host: int = 1) -> Target:
-    """A GPU of the catalogue as the target of a plan."""
-    choice = compute_dtype(requested_dtype, "cuda", gpu.compute_capability)
-    device = Device(
-        kind="cuda",
-        compute_dtype=as_dtype(choice.value),
-        context_bytes=gpu.context_bytes,
-        compute_capability=gpu.compute_capability,
-        ranks_per_host=ranks_per_host,
-    )
-    return Target(gpu.name, device, gpu.usable_bytes, choice)
-
-
-def cpu_target(requested_dtype: str, workers: int, memory_bytes: int, has_amx: bool = False) -> Target:
-    """A host's CPU as the target of a plan: `workers` processes share its free memory."""
-    choice = compute_dtype(requested_dtype, "cpu", (0, 0), has_amx)
-    device = Device(kind="cpu", compute_dtype=as_dtype(choice.value), ranks_per_host=workers)
-    return Target("cpu", device, memory_bytes // workers, choice)
-
-
-def as_dtype(value: str) -> Dtype:
-    """`value` as one of the dtypes that a recipe knows."""
-    known: dict[str, Dtype] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
-    return known[value]
-
-
-def verdict(
-    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, target: Target, needed: Estimate
-) -> Verdict:
-    """Whether it fits on `target`, with the largest micro-batch and the longest sequence that would."""
-    gpu = needed.gpu
-
-    def with_micro_batch(value: int) -> int:
-        asked = dataclasses.replace(strategy, micro_batch=value)
-        return estimate(architecture, recipe, asked, target.device).gpu.process_bytes
-
-    def with_seq_len(value: int) -> int:
-        return estimate(architecture, at_length(recipe, value), strategy, target.device).gpu.process_bytes
-
-    def limit(size: Callable[[int], int], asked: int, most: int) -> int:
-        return largest(size, target.usable_bytes, most, start=(asked, gpu.process_bytes))
-
-    headroom = target.usable_bytes - gpu.process_bytes
-    return Verdict(
-        gpu=target.name,
-        usable_bytes=target.usable_bytes,
-        allocated_bytes=gpu.allocated_bytes,
-        reserved_bytes=gpu.reserved_bytes,
-        process_bytes=gpu.process_bytes,
-        fits=headroom >= 0,
-        headroom_bytes=headroom,
-        largest_micro_batch=limit(with_micro_batch, strategy.micro_batch, LARGEST_MICRO_BATCH),
-        longest_seq_len=limit(with_seq_len, recipe.seq_len, LONGEST_SEQ_LEN),
+def fitting_defaults(architecture: ModelArchitecture, strategy: Strategy) -> Strategy:
+    """`strategy` with the attention and the loss that the model's own code has."""
+    return replace(
+        strategy,
+        attention=strategy.attention if architecture.has_sdpa or strategy.attention != "sdpa" else "eager",
+        loss=strategy.loss if architecture.plain_logits else "full",
     )
 
 
-def largest(size: Callable[[int], int], usable: int, limit: int, start: tuple[int, int]) -> int:
-    """The largest integer up to `limit` (or `start`'s) whose `size` is at most `usable`; 0 if not even 1's is.
+# --- a request --------------------------------------------------------------------------------------------------------
 
-    Sizes never fall and grow almost linearly, so that a line through two of them leads there in a few evaluations
-    where halving takes twenty; after each that does not halve the range, the range is halved. `start` is a value and
-    its size, which is known.
+
+def plan_question(
+    question: Question,
+    targets: Sequence[Target],
+    *,
+    asked: str | None = None,
+    choices: Sequence[Choice] = (),
+    host_usable_bytes: int | None = None,
+    estimator: EstimatorFunction = estimate,
+    tokens: int | None = None,
+    currency: str | None = None,
+    history: History = NOTHING_MEASURED,
+    searched: frozenset[str] = frozenset(),
+    alternatives: Literal["none", "nearest", "all"] = "none",
+) -> Plan:
+    """Answer a question: what is fixed as it is, what is open as the search finds it best.
+
+    `targets` are ordered by memory, at least one. Alternatives to what was asked for come from a search that may change
+    the fields `searched`; "nearest": only where nothing fits. See `plan_request` for the rest.
     """
-    low, high = (0, 0), (max(limit, start[0]) + 1, 0)  # what fits and what does not, each with its size; 0: unknown
-    probe = start
-    while True:
-        before = high[0] - low[0]
-        if probe[1] <= usable:
-            low = probe
-        else:
-            high = probe
-        gap = high[0] - low[0]
-        if gap <= 1:
-            return low[0]
-        if low[0] == 0:
-            value = 1
-        elif low[0] == 1 and not high[1]:
-            value = 2
-        elif high[1] and gap > before // 2:
-            value = low[0] + gap // 2
-        else:
-            (x, size_x), (y, size_y) = (low, high) if high[1] else ((1, size(1)), low)
-            steps = (usable - low[1]) * (y - x) // (size_y - size_x) if size_y > size_x else gap
-            value = min(low[0] + max(steps, 1), high[0] - 1)
-        probe = value, size(value)
+    if all(target.device.kind == "cpu" for target in targets):
+        # processes on one CPU share its cores, and nothing is paged there
+        question = replace(question, open=question.open - {"world_size", "paged_optimizer"})
+        searched -= {"world_size", "paged_optimizer"}
+    check_even(question)
+    common: dict[str, Any] = {"estimator": estimator, "history": history}
+    run: dict[str, Any] = {"tokens": tokens, "currency": currency}
+    asked_for, decided = Candidate(question.recipe, question.strategy), list(choices)
+    if question.open:
+        from orchestrator.reasons import hopeless  # the search's rooms take a while to import
+        from orchestrator.search import leanest_of_all, search
+        from orchestrator.space import candidates, places
+
+        if found := search(question, targets):
+            return chosen(question, found, decided, host_usable_bytes, common, run)
+        alone = Place(((targets[-1], question.strategy.world_size),))
+        even = (place for place in places(question, targets[-1:]) if any(candidates(question, place)))
+        most = max(even, key=lambda place: place.gpus, default=alone)
+        asked_for = leanest_of_all(question, most)
+        decided += hopeless(question, asked_for)
+    answer = plan_request(
+        question.architecture,
+        *asked_for,
+        targets,
+        asked=asked,
+        choices=decided,
+        host_usable_bytes=host_usable_bytes,
+        **common,
+    )
+    place = Place(((answer.target, answer.strategy.world_size),))
+    answer = replace(
+        answer,
+        duration=duration(answer.verdict.step_time, tokens, place.gpus, place.price_per_hour, currency),
+        host_usable_bytes=host_usable_bytes or host_of(answer.target),
+    )
+    if alternatives == "none" or (alternatives == "nearest" and answer.fits):
+        return answer
+    from orchestrator.alternatives import Alternatives
+    from orchestrator.search import search
+
+    others = Alternatives(question.architecture, history=history, **run)
+    if not answer.fits:
+        return replace(answer, alternatives=tuple(others.nearest(answer)))
+    # on all that somebody has; of kinds that are only looked at, on the one shown
+    devices = [target for target in targets if target.pool is not None and target.pool.exists] or [answer.target]
+    better = others.faster(search(replace(question, open=searched), devices), answer)
+    step = answer.verdict.step_time
+    pace = None if step is None else step.seconds / step.tokens
+    return replace(answer, alternatives=tuple(others.beside(better[:MOST_ALTERNATIVES], asked_for, pace)))
+
+
+def check_even(question: Question) -> None:
+    """Raise a RequestError for a step that is none of whole micro-batches on the GPUs, as far as these are fixed."""
+    sequences, strategy = question.recipe.sequences_per_step, question.strategy
+    fixed = 1 if "micro_batch" in question.open else strategy.micro_batch
+    fixed *= 1 if "world_size" in question.open else strategy.world_size
+    if question.whole_step and sequences % fixed:
+        rule = f"a step of {sequences} sequences does not come out even in {fixed} at a time"
+        remedy = f"The nearest is {max(1, round(sequences / fixed)) * fixed * question.recipe.seq_len}"
+        raise request_error("tokens_per_step", question.recipe.tokens_per_step, rule, remedy)
+
+
+def chosen(
+    question: Question,
+    found: Sequence[Found],
+    choices: Sequence[Choice],
+    host_usable_bytes: int | None,
+    common: dict[str, Any],
+    run: dict[str, Any],
+) -> Plan:
+    """The best that a search found as the plan, and the others beside it."""
+    from orchestrator.alternatives import Alternatives
+    from orchestrator.reasons import reasons
+
+    others = Alternatives(question.architecture, history=common["history"], **run)
+    best = found[0]
+    candidate = Candidate(best.recipe, best.strategy)
+    answer = plan_request(
+        question.architecture,
+        *candidate,
+        sorted((target for target, _ in best.place.parts), key=lambda target: target.usable_bytes),
+        asked=best.target.name,
+        choices=[*choices, *reasons(question, best)],
+        host_usable_bytes=host_usable_bytes or host_of(best.target),
+        **common,
+    )
+    mine = others.of("", best.place, best.target, candidate, best.needed, ())
+    return replace(
+        answer,
+        # all of the group's GPUs, which may be of two kinds, set the pace
+        verdicts=tuple(replace(verdict, step_time=mine.step_time) for verdict in answer.verdicts),
+        group=best.place.name if len(best.place.parts) > 1 else None,
+        duration=mine.duration,
+        objective=question.objective,
+        alternatives=tuple(others.beside(found[1 : MOST_ALTERNATIVES + 1], candidate, best.seconds_per_token)),
+    )
+
+
+def host_of(target: Target) -> int | None:
+    """Memory of a node of the target, where it is stated."""
+    return None if target.pool is None else target.pool.host_ram_bytes
 
 
 def plan_request(
@@ -145,6 +183,7 @@ def plan_request(
     choices: Sequence[Choice] = (),
     host_usable_bytes: int | None = None,
     estimator: EstimatorFunction = estimate,
+    history: History = NOTHING_MEASURED,
 ) -> Plan:
     """Answer a request exactly as it was made, for each of `targets` (ordered by memory, at least one).
 
@@ -153,15 +192,16 @@ def plan_request(
     """
     estimates = [estimator(architecture, recipe, strategy, target.device) for target in targets]
     verdicts = tuple(
-        verdict(architecture, recipe, strategy, target, needed)
+        verdict(architecture, recipe, strategy, target, needed, history)
         for target, needed in zip(targets, estimates, strict=True)
     )
     wanted = (index for index, answer in enumerate(verdicts) if (answer.gpu == asked if asked else answer.fits))
     shown = next(wanted, len(targets) - 1)
     decided = [targets[shown].dtype_choice, *choices]
     if strategy.paged_optimizer and targets[shown].device.kind == "cpu":
-        strategy = dataclasses.replace(strategy, paged_optimizer=False)
+        strategy = replace(strategy, paged_optimizer=False)
         decided.append(Choice("paged_optimizer", "false", ON_CPU))
+    unsure = doubt(estimates[shown], targets[shown], verdicts[shown])
     return Plan(
         architecture=architecture,
         recipe=recipe,
@@ -170,42 +210,24 @@ def plan_request(
         estimate=estimates[shown],
         verdicts=verdicts,
         choices=tuple(decided),
-        warnings=(
-            *warnings(architecture, recipe, strategy, targets),
-            *open_verdict(estimates[shown], targets[shown]),
-        ),
+        warnings=(*warnings(architecture, recipe, strategy, targets), *([unsure] if unsure else [])),
         host_usable_bytes=host_usable_bytes,
     )
 
 
-def open_verdict(needed: Estimate, target: Target) -> Iterator[str]:
-    """Whether fragmentation may decide the verdict."""
-    low, high = (bound + target.device.context_bytes for bound in needed.gpu.reserved_interval)
-    if low <= target.usable_bytes < high:
-        yield (
-            f"{target.name} has {target.usable_bytes / GIB:.2f} GiB usable, and the process needs {low / GIB:.2f} to "
-            f"{high / GIB:.2f}, by how its memory fragments: --estimator trace is more exact"
-        )
-
-
-def warnings(
-    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, targets: Sequence[Target]
-) -> Iterator[str]:
-    """What can be computed, but hardly run."""
-    if recipe.seq_len > architecture.max_position_embeddings:
-        yield (
-            f"seq-len {recipe.seq_len} is longer than the {architecture.max_position_embeddings} positions that "
-            f"{architecture.name} was trained for; its position embedding would have to be stretched"
-        )
-    without = [target.name for target in targets if not target.device.flash_attention]
-    if strategy.attention == "flash_attention_2" and without:
-        yield f"flash_attention_2 needs an Ampere GPU or newer, so it does not run on {', '.join(without)}"
+# --- a run ------------------------------------------------------------------------------------------------------------
 
 
 def plan_run(
-    spec: RunSpec, architecture: ModelArchitecture, target: Target, devices: int, *, longest: int | None = None
+    spec: RunSpec,
+    architecture: ModelArchitecture,
+    target: Target,
+    devices: int,
+    *,
+    longest: int | None = None,
+    history: History = NOTHING_MEASURED,
 ) -> Plan:
-    """The plan of a run: what the specification fixed stays, the rest is chosen.
+    """The plan of a run: what the specification fixed stays, the rest is chosen for speed.
 
     There are `devices` of the kind `target`. `longest` is the tokens of the longest example, where the data is known;
     memory is planned for it.
@@ -213,59 +235,64 @@ def plan_run(
     Raises:
         RequestError: the fixed parts contradict each other.
     """
-    recipe = spec.recipe
+    recipe, request = spec.recipe, spec.strategy_request
     choices: list[Choice] = []
     if longest is not None and longest < recipe.seq_len:
         choices.append(
             Choice("planned length", str(longest), f"the longest example has {longest} of {recipe.seq_len} tokens")
         )
     planned = recipe if longest is None else at_length(recipe, min(longest, recipe.seq_len))
-    request = spec.strategy_request
     world_size = choose_world_size(request, recipe, devices, target, choices)
-    check_architecture(architecture, request)
-    strategies = candidates(architecture, request, recipe, world_size, target)
-    check_strategy(strategies[0], "strategy.{}", [target])
-    fitting = (
-        strategy
-        for strategy in strategies
-        if estimate(architecture, planned, strategy, target.device).gpu.process_bytes <= target.usable_bytes
-    )
-    best = plan_request(architecture, planned, next(fitting, strategies[-1]), [target])
-    choices += strategy_choices(request, best)
-    return dataclasses.replace(best, recipe=recipe, choices=(*best.choices, *choices))
+    check_architecture(architecture, request.attention, request.loss, "strategy.{}")
+    check_micro_batch(request, recipe, world_size)
+    question = question_of(request, architecture, planned, world_size, target)
+    check_strategy(recipe, question.strategy, "strategy.{}", [target])
+    from orchestrator.reasons import hopeless, reasons
+    from orchestrator.search import best_of, leanest_of_all
+
+    place = Place(((target, world_size),))
+    best = best_of(question, place)
+    if best is None:
+        candidate = leanest_of_all(question, place)
+        choices += hopeless(question, candidate)
+    else:
+        candidate = Candidate(best.recipe, best.strategy)
+        choices += reasons(question, best)
+    answer = plan_request(architecture, *candidate, [target], history=history)
+    if target.device.kind == "cpu" and request.paged_optimizer is not False:
+        choices.append(Choice("paged_optimizer", "false", ON_CPU))
+    return replace(answer, recipe=recipe, choices=(*answer.choices, *choices))
 
 
-def check_strategy(strategy: Strategy, where: str, targets: Sequence[Target]) -> None:
-    """Raise a RequestError for what neither DeepSpeed nor any of `targets` can do.
-
-    `where` is how a field is written where the person wrote it, with {} for its name.
-    """
-    problems = []
-    if strategy.offload != "none" and strategy.zero_stage == 0:
-        rule, remedy = (
-            "only DeepSpeed offloads, and ZeRO stage 0 is without it",
-            "Choose ZeRO stage 2 or 3, or no offload",
-        )
-        problems.append(Problem(where.format("offload"), strategy.offload, rule, remedy))
-    if strategy.offload == "all" and strategy.zero_stage in (1, 2):
-        rule, remedy = "only ZeRO stage 3 offloads the base model", "Choose ZeRO stage 3, or offload the optimizer"
-        problems.append(Problem(where.format("offload"), "all", rule, remedy))
-    no_gpu = bool(targets) and all(target.device.kind == "cpu" for target in targets)
-    if strategy.attention == "flash_attention_2" and no_gpu:
-        problems.append(Problem(where.format("attention"), "flash_attention_2", "it needs a CUDA GPU", "Use sdpa"))
-    if problems:
-        raise RequestError(problems)
+def question_of(
+    request: StrategySpec, architecture: ModelArchitecture, recipe: Recipe, world_size: int, target: Target
+) -> Question:
+    """A specification's strategy as a question: what is auto is open."""
+    defaults = fitting_defaults(architecture, Strategy(world_size=world_size))
+    given: dict[str, Any] = {
+        field: getattr(defaults, field) if getattr(request, field) == "auto" else getattr(request, field)
+        for field in STRATEGY_FIELDS
+    }
+    open_fields = {field for field in STRATEGY_FIELDS if getattr(request, field) == "auto"} - {"world_size"}
+    if target.device.kind == "cpu":
+        given["paged_optimizer"] = False
+        open_fields -= {"paged_optimizer"}
+    if request.offload == "auto":
+        open_fields -= {"offload"}  # a run offloads only where it was asked to: the host's memory is not known
+    elif request.offload != "none" and request.zero_stage == "auto":
+        given["zero_stage"] = 3 if request.offload == "all" else 2
+    return Question(architecture, recipe, Strategy(**given), frozenset(open_fields), whole_step=True)
 
 
 def at_length(recipe: Recipe, seq_len: int) -> Recipe:
     """`recipe` with sequences of another length, and as many of them in a step."""
-    return dataclasses.replace(recipe, seq_len=seq_len, tokens_per_step=seq_len * recipe.sequences_per_step)
+    return of_length(recipe, seq_len, seq_len * recipe.sequences_per_step)
 
 
 def choose_world_size(
     request: StrategySpec, recipe: Recipe, devices: int, target: Target, choices: list[Choice]
 ) -> int:
-    """The number of workers: as asked, or all GPUs that divide the step evenly; one process on a CPU."""
+    """The number of workers: as asked, or the most GPUs that divide the step evenly; one process on a CPU."""
     sequences = recipe.sequences_per_step
     if request.world_size != "auto":
         world_size, where = request.world_size, "strategy.world_size"
@@ -290,95 +317,15 @@ def choose_world_size(
     return world_size
 
 
-def check_architecture(architecture: ModelArchitecture, request: StrategySpec) -> None:
-    """Raise a RequestError for a strategy that the model's own code cannot follow."""
-    problems = []
-    if request.attention == "sdpa" and not architecture.has_sdpa:
-        rule = f"transformers has no such attention for {architecture.model_type}"
-        problems.append(Problem("strategy.attention", "sdpa", rule, "Use eager"))
-    if request.loss == "chunked" and not architecture.plain_logits:
-        rule = f"{architecture.model_type} changes its logits before the loss, which chunks would leave out"
-        problems.append(Problem("strategy.loss", "chunked", rule, "Use full"))
-    if problems:
-        raise RequestError(problems)
-
-
-def candidates(
-    architecture: ModelArchitecture, request: StrategySpec, recipe: Recipe, world_size: int, target: Target
-) -> list[Strategy]:
-    """Strategies that meet the request, the preferred first: less communication, then larger micro-batches.
-
-    Raises:
-        RequestError: a fixed micro-batch that does not divide a rank's share of the step.
-    """
+def check_micro_batch(request: StrategySpec, recipe: Recipe, world_size: int) -> None:
+    """Raise a RequestError for a fixed micro-batch that does not divide a rank's share of the step."""
     share = recipe.sequences_per_step // world_size
-    if request.micro_batch == "auto":
-        sizes = [size for size in reversed(divisors(share)) if size <= AUTO_MICRO_BATCH]
-    elif share % request.micro_batch == 0:
-        sizes = [request.micro_batch]
-    else:
-        workers = "one worker" if world_size == 1 else f"each of {world_size} workers"
-        rule = f"it must divide the {share} sequences of a step on {workers}"
-        remedy = f"Use {nearest_divisors(share, request.micro_batch)}, or change recipe.tokens_per_step"
-        raise RequestError([Problem("strategy.micro_batch", str(request.micro_batch), rule, remedy)])
-    return [
-        Strategy(
-            world_size=world_size,
-            micro_batch=size,
-            gradient_accumulation=share // size,
-            gradient_checkpointing=request.gradient_checkpointing is not False,
-            attention=("sdpa" if architecture.has_sdpa else "eager")
-            if request.attention == "auto"
-            else request.attention,
-            loss=("chunked" if architecture.plain_logits else "full") if request.loss == "auto" else request.loss,
-            paged_optimizer=target.device.kind == "cuda" and request.paged_optimizer is not False,
-            zero_stage=stage,
-            offload="none" if request.offload == "auto" else request.offload,
-        )
-        for stage in zero_stages(request, world_size)
-        for size in sizes
-    ]
-
-
-def zero_stages(request: StrategySpec, world_size: int) -> list[ZeroStage]:
-    """The ZeRO stages to try, plain torch first: each stage saves memory and costs communication."""
-    if request.zero_stage != "auto":
-        return [request.zero_stage]
-    if request.offload == "all":
-        return [3]
-    if request.offload == "optimizer":
-        return [2, 3]
-    return [0, 2, 3] if world_size > 1 else [0]
-
-
-def strategy_choices(request: StrategySpec, plan: Plan) -> Iterator[Choice]:
-    """Why the open parts of a strategy became what they are; also what was asked for and could not be."""
-    strategy = plan.strategy
-    if request.micro_batch == "auto":
-        reason = "the largest that fits" if plan.fits else "the smallest, and it still does not fit"
-        if plan.fits and strategy.micro_batch == AUTO_MICRO_BATCH:
-            reason = "larger ones gain nothing"
-        yield Choice("micro_batch", str(strategy.micro_batch), reason)
-    if request.zero_stage == "auto":
-        reasons = {
-            0: "everything fits on each GPU, so nothing is sharded",
-            2: "gradients and optimizer state do not fit whole on each GPU",
-            3: "the base model does not fit whole on each GPU",
-        }
-        if strategy.offload != "none":
-            reasons |= {2: "it offloads the optimizer", 3: f"it offloads what was asked for: {strategy.offload}"}
-        if strategy.world_size == 1:
-            reasons[0] = "there is one worker, so there is nothing to share out"
-        yield Choice("zero_stage", str(strategy.zero_stage), reasons[strategy.zero_stage])
-    if request.attention == "auto" and not plan.architecture.has_sdpa:
-        yield Choice("attention", "eager", f"transformers has no sdpa for {plan.architecture.model_type}")
-    if request.loss == "auto" and not plan.architecture.plain_logits:
-        yield Choice("loss", "full", f"{plan.architecture.model_type} changes its logits before the loss")
-    if plan.target.device.kind == "cpu":
-        if request.paged_optimizer is not False:
-            yield Choice("paged_optimizer", "false", ON_CPU)
-    elif request.paged_optimizer == "auto":
-        yield Choice("paged_optimizer", "true", "survives spikes of memory")
+    if request.micro_batch == "auto" or share % request.micro_batch == 0:
+        return
+    workers = "one worker" if world_size == 1 else f"each of {world_size} workers"
+    rule = f"it must divide the {share} sequences of a step on {workers}"
+    remedy = f"Use {nearest_divisors(share, request.micro_batch)}, or change recipe.tokens_per_step"
+    raise request_error("strategy.micro_batch", request.micro_batch, rule, remedy)
 
 
 def divisors(number: int) -> list[int]:

@@ -10,9 +10,10 @@ from typing import Any
 from clusters.errors import Problem, RequestError, request_error
 from orchestrator.base import Base, find_base
 from orchestrator.identity import identity
+from orchestrator.ledger import known_history
 from orchestrator.machine import Machine, describe, target_of
-from orchestrator.plan import Plan
 from orchestrator.planner import plan_run
+from orchestrator.plans import Plan
 from orchestrator.spec import RunSpec
 from orchestrator.targets import check_targets
 from qlora_core.recipe import Recipe
@@ -68,7 +69,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
             "its gradients underflow without loss scaling, which is not built yet",
             "Set recipe.compute_dtype to float32, or use a GPU with bfloat16",
         )
-    plan = plan_run(spec, base.architecture, target, machine.devices, longest=data.longest)
+    plan = plan_run(spec, base.architecture, target, machine.devices, longest=data.longest, history=known_history(tell))
     return Prepared(
         spec=spec,
         base=base,

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +15,8 @@ from typing import Any
 import psutil
 import ray
 from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Ray's stub of its extension leaves it out
 
 from clusters.errors import RequestError, RunFailed, request_error
 
@@ -67,6 +70,7 @@ def ray_session(address: str | None, workers: int) -> Iterator[None]:
 def connect(address: str, options: dict[str, Any]) -> None:
     """Join the Ray at `address` with the token that its user has set up."""
     check_reachable(address)
+    check_token(address)
     try:
         ray.init(address=address, **options)
     except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
@@ -82,9 +86,34 @@ def check_reachable(address: str) -> None:
         raise no_ray(address, error) from None
 
 
+def check_token(address: str) -> None:
+    """Raise a RequestError where the Ray at `address` refuses the token: ray.init tries for 20 s, then says nothing."""
+    try:
+        ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one a GcsClient ends the process
+        with quiet_stderr():
+            GcsClient(address=address)
+    except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
+        raise no_ray(address, error) from None
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Keep back what Ray's C++ prints past Python's streams, such as a warning of its own beside each error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def no_ray(address: str, error: Exception) -> RequestError:
     """The error of a Ray that cannot be joined."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = reason.partition(". Ensure that the token")[0].removesuffix(".")  # Ray's advice, which is longer than ours
     return request_error(
         "cluster.address",
         address,

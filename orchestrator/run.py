@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
@@ -14,6 +16,7 @@ from safetensors import SafetensorError
 
 from clusters.errors import RequestError, RunFailed, request_error
 from orchestrator import ledger
+from orchestrator.history import ledger_path
 from orchestrator.identity import check_same
 from orchestrator.prepare import Prepared
 from orchestrator.ray_runtime import check_reachable
@@ -141,7 +144,7 @@ def run_to_end(prepared: Prepared, record: RunRecord, resume: Path | None, outpu
 def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> RunRecord:
     """The run's record for a new attempt, and its folder with the encoded data."""
     plan = prepared.plan
-    gpu = plan.estimate.gpu
+    gpu, step = plan.estimate.gpu, plan.verdict.step_time
     try:
         save_examples(prepared.train, output / "data" / "train.safetensors")
         save_examples(prepared.held_out, output / "data" / "eval.safetensors")
@@ -155,6 +158,8 @@ def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> R
             "peak_phase": gpu.peak_phase,
             "peak_moment": gpu.peak_moment,
             "phases": dataclasses.asdict(gpu.phases),
+            # as the model says it, before any correction, which later runs would else correct again
+            "step_seconds": None if step is None else step.seconds / step.correction,
         },
         "data": dataclasses.asdict(prepared.data),
         "machine": {"kind": prepared.machine.kind, "name": prepared.machine.name},
@@ -179,7 +184,7 @@ def save(record: RunRecord, output: Path, display: Display) -> None:
         ledger.enter(record, output)
     except (OSError, sqlite3.Error) as error:
         # The ledger serves later plans; this run does not depend on it.
-        display.note(f"The ledger {ledger.ledger_path()} was not updated: {error}.")
+        display.note(f"The ledger {ledger_path()} was not updated: {error}.")
 
 
 def latest(checkpoints: Path) -> Path | None:
@@ -242,6 +247,8 @@ def finish(record: RunRecord, end: Mapping[str, Any], prepared: Prepared, output
     """Put what the workers measured and learned into the record, and export the adapter of a finished run."""
     close_attempt(record, "complete" if end["finished"] else "interrupted", end["step"], None)
     record.measured = merged_measurement(end, record.measured)
+    if record.measured is not None:
+        record.measured["step_seconds"] = step_seconds(output / "events.jsonl")
     record.results = end["context"]
     checkpoint = latest(output / "checkpoints")
     if not end["finished"] or checkpoint is None:
@@ -269,6 +276,14 @@ def finish(record: RunRecord, end: Mapping[str, Any], prepared: Prepared, output
             "Put that right and start the same run again: the last checkpoint holds it.",
         ) from error
     record.adapter = str(folder)
+
+
+def step_seconds(events: Path) -> float | None:
+    """The median time of a step, the first of the run left out, which warms up; None where no other was made."""
+    seconds = [
+        event["seconds"] for event in map(json.loads, events.read_text().splitlines()) if event["event"] == "step"
+    ]
+    return median(seconds[1:]) if len(seconds) > 1 else None
 
 
 def merged_measurement(end: Mapping[str, Any], before: dict[str, Any] | None) -> dict[str, Any] | None:

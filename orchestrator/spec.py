@@ -6,22 +6,20 @@ import ast
 import inspect
 import itertools
 import os
-import re
 import textwrap
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from clusters.errors import Problem, RequestError, request_error
-from orchestrator.mistakes import mistakes, shown
+from clusters.errors import Problem, RequestError
+from clusters.mistakes import mistakes, shown
+from clusters.yaml_file import PlainName, parse_yaml, read_yaml
 from qlora_core.recipe import Count, Recipe
 from qlora_core.strategy import Attention, Loss, Offload, ZeroStage
 
 Auto = Literal["auto"]
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 START = "Start from examples/demo.yaml"
 
 
@@ -90,7 +88,7 @@ class CheckpointSpec(_Section):
 class RunSpec(_Section):
     """One fine-tune, from its YAML file."""
 
-    name: str
+    name: PlainName
     """Names the run; starting the same name again resumes it."""
     model: PathText
     """A folder with a model in the Hugging Face layout, relative to the specification's folder; else a name of the
@@ -110,15 +108,6 @@ class RunSpec(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seeds the adapters, the split and the order of the data."""
 
-    @field_validator("name")
-    @classmethod
-    def _plain_name(cls, value: str) -> str:
-        if not NAME.fullmatch(value):
-            raise ValueError(
-                "it may hold letters, digits, dots, hyphens and underscores, and starts with a letter or digit"
-            )
-        return value
-
     @property
     def strategy_request(self) -> StrategySpec:
         """The strategy section, all `auto` where there is none."""
@@ -135,70 +124,11 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     Raises:
         RequestError: with every mistake of the file and of the overrides.
     """
-    fields = read_yaml(path)
+    fields = read_yaml(path, "run specification", START)
     problems = apply_overrides(fields, overrides) + mistakes(RunSpec, fields)
     if problems:
         raise RequestError(problems)
     return resolve_paths(RunSpec.model_validate(fields), path.parent)
-
-
-class Loader(yaml.SafeLoader):
-    """YAML, except that a field must not be given twice: the last would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """See PyYAML."""
-        given: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in given:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
-                given.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def parse_yaml(text: str) -> Any:
-    """The value in a YAML text.
-
-    Raises:
-        ValueError: it is not YAML; says where and why.
-    """
-    try:
-        return yaml.load(text, Loader=Loader)  # noqa: S506  (a safe one)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be parsed"
-        raise ValueError(f"it is not YAML{place}: {reason}") from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except (ValueError, LookupError, AttributeError, ArithmeticError, TypeError) as error:
-        # what int(), date() and the like say about a scalar that looked like one
-        raise ValueError(f"it holds a value that cannot be read ({error}); quotes make it text") from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
-    where = "run specification"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise request_error(where, path, "there is no such file", "Give the path of a YAML file") from None
-    except IsADirectoryError:
-        raise request_error(where, path, "it is a folder", "Give the path of a YAML file in it") from None
-    except UnicodeDecodeError:
-        raise request_error(where, path, "it is not text in UTF-8", "Give the path of a YAML file") from None
-    except OSError as error:
-        rule = f"it cannot be read: {error.strerror or error}"
-        raise request_error(where, path, rule, "Give a readable YAML file") from None
-    try:
-        fields = parse_yaml(text)
-    except ValueError as error:
-        raise request_error(where, path, str(error), "Correct the file") from None
-    if fields is None:
-        raise request_error(where, path, "it is empty", START)
-    if not isinstance(fields, dict):
-        raise request_error(where, path, f"it holds no mapping of fields, but {shown(fields)}", START)
-    return fields
 
 
 def apply_overrides(fields: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:

@@ -116,8 +116,9 @@ def work(config: Mapping[str, Any]) -> None:
     rank = context.get_world_rank()
     if order.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        # Several workers on one machine must share its cores, or they fight for them.
-        torch.set_num_threads(max(1, usable_cores() // context.get_local_world_size()))
+    # Several workers on one machine must share its cores, or they fight for them. Ray gives each one thread
+    # (OMP_NUM_THREADS, by its CPUs), too few also beside a GPU: ZeRO-3 quantizes, and offloading steps, on the host.
+    torch.set_num_threads(max(1, usable_cores() // context.get_local_world_size()))
     quiet_libraries()
     if order.rendezvous is not None:
         join(order, order.rendezvous, rank)

@@ -103,6 +103,10 @@ class ModelArchitecture:
     norms_per_layer: int = 2
     config: Mapping[str, object] = field(default_factory=dict, repr=False, compare=False)
 
+    def __hash__(self) -> int:
+        """Of what tells models apart: a search asks for it all the time."""
+        return hash((self.name, self.hidden_size, self.num_layers, self.vocab_size))
+
     @property
     def has_sdpa(self) -> bool:
         """Whether transformers computes its attention with torch's scaled_dot_product_attention."""

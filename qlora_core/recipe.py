@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
+from clusters.errors import Conflicting
 from qlora_core.checks import Bounds, Check, check_of
 from qlora_core.targets import Targets, fault
 
@@ -40,8 +41,10 @@ class Mistake(NamedTuple):
     remedy: str = ""
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be, with all its mistakes. A ValueError, so that pydantic reports it among others."""
+class RecipeError(Conflicting):
+    """A recipe that cannot be, with all its mistakes."""
+
+    mistakes: tuple[Mistake, ...]
 
     def __init__(self, mistakes: tuple[Mistake, ...]) -> None:
         self.mistakes = mistakes
@@ -118,8 +121,10 @@ class Recipe:
             RecipeError: values that are none of their field's, and values that do not go together.
         """
         mistakes = []
-        for name, check in _checks():
+        for name, check, default in _checks():
             value = getattr(self, name)
+            if value is default:
+                continue
             if rule := check(value):
                 mistakes.append(Mistake((name,), value, rule))
             elif type(value) is int and name in _float_fields():
@@ -152,14 +157,14 @@ class Recipe:
         """What does not go together among the fields that are right."""
         wrong = {mistake.fields[0] for mistake in mistakes}
         try:
-            Recipe(**{name: getattr(self, name) for name, _ in _checks() if name not in wrong})
+            Recipe(**{name: getattr(self, name) for name, *_ in _checks() if name not in wrong})
         except RecipeError as error:
             return [conflict for conflict in error.mistakes if wrong.isdisjoint(conflict.fields)]
         return []
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as JSON has them: a list where there is a tuple."""
-        fields = {name: getattr(self, name) for name, _ in _checks()}
+        fields = {name: getattr(self, name) for name, *_ in _checks()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @property
@@ -178,9 +183,9 @@ class Recipe:
 
 
 @functools.cache
-def _checks() -> tuple[tuple[str, Check], ...]:
-    """The check of each field."""
-    return tuple((field.name, check_of(field.type)) for field in dataclasses.fields(Recipe))
+def _checks() -> tuple[tuple[str, Check, object], ...]:
+    """The check of each field, and its default, which passes it."""
+    return tuple((field.name, check_of(field.type), field.default) for field in dataclasses.fields(Recipe))
 
 
 @functools.cache

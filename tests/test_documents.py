@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,19 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import screens
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
-def test_the_plan_in_the_readme_is_the_plan_that_is_printed() -> None:
-    command = [str(Path(sys.executable).with_name("qlora-plan")), "--model", "65b", "--gpus", "1"]
-    environment = {**os.environ, "COLUMNS": "100"}
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    shown = re.search(
-        r"```console\n\$ qlora-plan --model 65b --gpus 1\n(.*?)```", (ROOT / "README.md").read_text(), re.S
-    )
-    assert shown is not None
-    assert shown[1].split() == printed.split()
+SCREENS = [(document.name, *screen) for document in screens.DOCUMENTS for screen in screens.shown(document)]
+
+
+@pytest.mark.parametrize(("document", "command", "shown"), SCREENS)
+def test_what_a_document_shows_is_what_the_command_prints(document: str, command: str, shown: str) -> None:
+    assert shown == screens.printed(command), f"make screens writes {document} anew"
+
+
+def test_five_real_questions_are_shown() -> None:
+    assert sum(document == "planning.md" for document, _, _ in SCREENS) >= 5
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

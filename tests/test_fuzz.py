@@ -250,6 +250,17 @@ def test_layers_without_a_window_need_their_scores_beside_those_with_one() -> No
     assert here >= there
 
 
+def test_of_layers_that_keep_their_activations_those_without_a_window_keep_all_scores() -> None:
+    gemma = find_model("gemma-3-1b")
+    t4 = Device(kind="cuda", compute_dtype="float16", compute_capability=(7, 5))
+    recipe, strategy = Recipe(seq_len=4096, tokens_per_step=4096), Strategy(gradient_checkpointing=False)
+    fewer = dataclasses.replace(gemma, sliding_layers=gemma.sliding_layers - 1)
+    few, more = (estimate(each, recipe, strategy, t4).gpu.allocated_bytes for each in (gemma, fewer))
+    # float32 scores of every head, in place of a mask in 16 bits, and keys and values of all heads
+    scores = 4 * gemma.num_heads * 4096**2
+    assert more - few == pytest.approx(scores - 2 * 4096**2, rel=0.1)
+
+
 # --- command lines ----------------------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, list[str]] = {

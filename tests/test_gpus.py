@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clusters.errors import RequestError
 from clusters.gpu import COMMON, GIB, MIB, Gpu, find_gpu, list_gpus
 
+ROOT = Path(__file__).parents[1]
 GPUS = {gpu.name: gpu for gpu in list_gpus()}
 
 
@@ -110,6 +113,23 @@ def test_pcie_rates_are_those_of_the_specification() -> None:
     assert find_gpu("a100-80gb").pcie_bytes_per_s / 1e9 == pytest.approx(31.5, abs=0.01)
     assert find_gpu("h100").pcie_bytes_per_s / 1e9 == pytest.approx(63.0, abs=0.02)
     assert find_gpu("rtx-4060-ti-16gb").pcie_bytes_per_s == find_gpu("t4").pcie_bytes_per_s
+
+
+def test_the_catalogue_is_what_a_yaml_parser_reads_in_it() -> None:
+    rows = yaml.safe_load((ROOT / "clusters" / "gpus.yaml").read_text())["gpus"]
+    assert {row["name"]: tuple(row.get("aliases", ())) for row in rows} == {
+        gpu.name: gpu.aliases for gpu in GPUS.values()
+    }
+    assert all(GPUS[row["name"]].memory_bytes == row["memory_gib"] * GIB for row in rows)
+
+
+def test_nvlink_is_a_fabric_on_boards_and_a_bridge_between_cards() -> None:
+    """NVIDIA's datasheets name a bridge for two cards, or the HGX and DGX boards of SXM modules; Ada has neither."""
+    assert all(GPUS[name].has_nvlink_fabric for name in ("v100-16gb", "a100-40gb", "a100-80gb", "h100-80gb", "b200"))
+    for name in ("rtx-3090", "rtx-a6000", "a40", "a30", "rtx-8000", "h100-pcie-80gb", "h100-nvl-94gb"):
+        assert GPUS[name].nvlink_bytes_per_s
+        assert not GPUS[name].has_nvlink_fabric
+    assert not any(GPUS[name].nvlink_bytes_per_s or GPUS[name].nvlink_bridge for name in ("t4", "rtx-4090", "l40s"))
 
 
 def test_there_are_enough_and_they_are_ordered() -> None:

@@ -30,19 +30,39 @@ PLANNING = (
     "qlora_core/strategy.py",
     "qlora_core/targets.py",
     "qlora_core/memory",
-    "orchestrator/mistakes.py",
-    "orchestrator/plan.py",
+    "qlora_core/step_time.py",
+    "qlora_core/work.py",
+    "orchestrator/__init__.py",
+    "orchestrator/alternatives.py",
+    "orchestrator/confidence.py",
+    "orchestrator/devices.py",
+    "orchestrator/discovery.py",
+    "orchestrator/durations.py",
+    "orchestrator/history.py",
+    "orchestrator/nearest.py",
+    "orchestrator/plans.py",
+    "orchestrator/reasons.py",
+    "orchestrator/rules.py",
+    "orchestrator/question.py",
+    "orchestrator/search.py",
+    "orchestrator/space.py",
+    "orchestrator/verdicts.py",
+    "orchestrator/facade.py",
     "orchestrator/planner.py",
     "orchestrator/spec.py",
     "orchestrator/targets.py",
     "launch/command.py",
     "launch/listing.py",
     "launch/plan.py",
+    "launch/devices.py",
+    "launch/data.py",
+    "launch/request.py",
     "launch/report/explain.py",
     "launch/report/terminal.py",
+    "launch/report/words.py",
 )
 """What `qlora-plan` is made of, and the specification, which is read before torch is imported."""
-MEASURING = tuple(f"qlora_core/memory/{name}.py" for name in ("measure", "recorder", "loading", "trace"))
+MEASURING = tuple(f"qlora_core/memory/{name}.py" for name in ("autocast", "measure", "recorder", "loading", "trace"))
 """The estimators that run real code."""
 
 
@@ -121,6 +141,10 @@ def test_importing_the_command_loads_neither_torch_nor_ray_nor_a_yaml_parser() -
     assert not modules_after("import launch.plan") & (
         HEAVY | HUB | {"pydantic", "yaml", "rich", "psutil", "hypothesis"}
     )
+
+
+def test_what_finds_a_cluster_loads_its_readers_only_where_it_reads() -> None:
+    assert not modules_after("import orchestrator.discovery") & (HEAVY | HUB | {"pydantic", "yaml", "rich", "psutil"})
 
 
 def test_a_plan_as_json_loads_neither_torch_nor_ray_nor_rich() -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from qlora_core import nf4
 from qlora_core.memory import bytes as exact
-from qlora_core.recipe import Recipe
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "nf4.md"
 
@@ -216,9 +215,8 @@ def test_the_cpu_kernel_stores_the_nearest_level_but_for_its_grid(weight: Tensor
 @pytest.mark.parametrize("numel", [1, 63, 64, 65, 16384, 16385, 300 * 257])
 def test_it_stores_the_bytes_that_the_memory_model_counts(numel: int, block: Literal[64, 256], double: bool) -> None:
     quantized = nf4.quantize(torch.ones(numel), double=double, block=block)
-    recipe = Recipe(double_quantization=double, block_size=block)
     assert quantized.packed_P.nbytes == -(-numel // 2)
-    assert tuple(each.nbytes for each in quantized.constant_tensors) == exact.constant_tensors(numel, recipe)
+    assert tuple(each.nbytes for each in quantized.constant_tensors) == exact.constant_tensors(numel, block, double)
 
 
 # --- the document -----------------------------------------------------------------------------------------------------

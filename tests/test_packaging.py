@@ -115,9 +115,9 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     assert {name for name in top_level if not name.endswith(".dist-info")} == PACKAGES
 
 
-def test_the_wheel_holds_every_module_and_both_catalogues(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_and_catalogue_and_example(wheel: Path) -> None:
     sources = {path for package in PACKAGES for path in (ROOT / package).glob("**/*.py")}
-    catalogues = {ROOT / "clusters" / "gpus.yaml", *(ROOT / "qlora_core" / "models").glob("*.json")}
+    catalogues = {*(ROOT / "clusters").glob("**/*.yaml"), *(ROOT / "qlora_core" / "models").glob("*.json")}
     assert len(catalogues) > 50
     assert {path.relative_to(ROOT).as_posix() for path in sources | catalogues} <= wheel_names(wheel)
 

@@ -76,7 +76,9 @@ def test_the_json_has_every_key_of_the_contract(ask: Ask) -> None:
     assert answer["model"]["name"] == "llama-7b"
     assert answer["model"]["parameters"] == 6_738_415_616  # model.num_parameters() of Llama 7B
     assert answer["estimator"] == "formula"
-    assert answer["alternatives"] == []
+    assert all(
+        {"title", "strategy", "process_bytes", "fits", "changes"} <= set(each) for each in answer["alternatives"]
+    )
     assert set(answer["estimate"]) == {"gpu", "host"}
     gpu = answer["estimate"]["gpu"]
     assert gpu["name"] == "a100-40gb"
@@ -96,6 +98,8 @@ def test_the_json_has_every_key_of_the_contract(ask: Ask) -> None:
         "headroom_bytes",
         "largest_micro_batch",
         "longest_seq_len",
+        "confidence",
+        "step_time",
     }
 
 
@@ -397,13 +401,26 @@ def test_no_warning_without_a_reason(ask: Ask) -> None:
         ("--model 7b extra", ["extra"]),
         ("--gpu t4", ["--model"]),
         ("--model 7b --gpus 2 --zero-stage 3 --estimator trace", ["--estimator", "ZeRO stage 3", "formula"]),
-        ("--model 7b --cluster c.yaml", ["--cluster", "not built"]),
-        ("--model 7b --data d.jsonl", ["--data", "not built"]),
-        ("--model 7b --tokens 100", ["--tokens", "not built"]),
-        ("--model 7b --objective fastest", ["--objective", "not built"]),
-        ("--model 7b --sweep seq-len=512,1024", ["--sweep", "not built"]),
-        ("--model 7b --write run.yaml", ["--write", "not built"]),
-        ("--model 7b --report plan.html", ["--report", "not built"]),
+        ("--model 7b --cluster c.yaml", ["--cluster", "c.yaml", "no such file"]),
+        ("--model 7b --cluster c.yaml --gpu t4", ["--gpu", "--cluster says"]),
+        ("--model 7b --data d.jsonl", ["--data", "d.jsonl", "No such file"]),
+        ("--model 7b --data d.jsonl --tokens 5", ["--data", "one of the two"]),
+        ("--model 7b --tokens many", ["--tokens", "many"]),
+        ("--model 7b --tokens 0", ["--tokens", "0"]),
+        ("--model 7b --objective best", ["--objective", "best", "cheapest"]),
+        ("--model 7b --micro-batch several", ["--micro-batch", "several", "auto"]),
+        ("--model 7b --zero-stage 4", ["--zero-stage", "4", "auto"]),
+        ("--model 7b --tokens-per-step 1000", ["--tokens-per-step", "1024"]),
+        ("--model 7b --micro-batch 3 --tokens-per-step 8192", ["--tokens-per-step", "7680"]),
+        ("--model 7b --sweep seq-len", ["--sweep", "seq-len=VALUE"]),
+        ("--model 7b --sweep lenght=512", ["--sweep", "lenght", "Did you mean"]),
+        ("--model 7b --sweep seq-len=512,long", ["--sweep", "long", "--seq-len"]),
+        ("--model 7b --sweep rank=4 --sweep rank=8", ["--sweep", "two unlike"]),
+        ("--model 7b --sweep model=7b,13b", ["--sweep", "model"]),
+        ("--model 7b --sweep zero-stage=0,1 --offload all", ["--offload"]),
+        ("--model 7b --write /proc/run.yaml", ["--write", "/proc/run.yaml", "cannot be written"]),
+        ("--model 7b --report plan.pdf", ["--report", "plan.pdf", ".html"]),
+        ("--model 7b --report /proc/plan.html", ["--report", "cannot be written"]),
     ],
 )
 @pytest.mark.parametrize("as_json", [False, True])
@@ -454,6 +471,22 @@ def test_the_gpus_are_listed_by_their_memory(ask: Ask) -> None:
     usable = [gpu["usable_bytes"] for gpu in gpus]
     assert usable == sorted(usable)
     assert {"t4", "rtx-3090", "a100-40gb", "h200"} <= {gpu["name"] for gpu in gpus}
+
+
+def test_the_list_of_gpus_says_what_each_can_do(ask: Ask) -> None:
+    gpus = {gpu["name"]: gpu for gpu in ask("--list-gpus", "--json").json["gpus"]}
+    t4, a100 = gpus["t4"], gpus["a100-80gb"]
+    # NVIDIA's datasheets: T4, March 2019; A100, June 2021. PCIe 3.0 and 4.0 x16 carry 15.75 and 31.5 GB/s.
+    assert (t4["bandwidth_bytes_per_s"], t4["fp16_flops"], t4["bf16_flops"]) == (320e9, 65e12, None)
+    assert (a100["bandwidth_bytes_per_s"], a100["fp16_flops"], a100["bf16_flops"]) == (2039e9, 312e12, 312e12)
+    assert (t4["nvlink_bytes_per_s"], a100["nvlink_bytes_per_s"]) == (0, 600e9)
+    assert t4["pcie_bytes_per_s"] == pytest.approx(15.75e9, rel=1e-3)
+    assert a100["pcie_bytes_per_s"] == pytest.approx(31.5e9, rel=1e-3)
+    assert t4["dtypes"] == ["float32", "float16"]
+    assert a100["dtypes"] == ["float32", "float16", "bfloat16"]
+    # PyTorch's sdp_utils.cpp and the README of flash-attn: flash attention wants compute capability 8.0.
+    assert t4["attention_kernels"] == ["math", "efficient"]
+    assert a100["attention_kernels"] == ["math", "efficient", "flash", "flash_attention_2"]
 
 
 def test_every_model_of_the_list_can_be_planned_by_the_name_it_is_listed_under(ask: Ask) -> None:

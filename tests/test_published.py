@@ -99,6 +99,7 @@ def test_a_row_becomes_a_request_with_the_adapters_it_had(row_id: str, trainable
 
 def test_shapes_that_were_not_seen_have_the_stated_number_of_parameters() -> None:
     stated = {"Ministral-8B": 8.02e9, "Olmo-3-7B": 7.3e9, "Seed-OSS-36B": 36.15e9, "Apertus-8B": 8.05e9}
+    stated |= {"qwen-1.8b": 1.84e9, "qwen-7b": 7.72e9, "qwen-14b": 14.17e9, "qwen-72b": 72.29e9}
     for model in UNSEEN:
         architecture = architecture_named(model)
         assert architecture is not None

@@ -53,6 +53,14 @@ def test_a_value_that_is_none_of_its_field_s_is_one_mistake(field: str, value: A
     assert mistakes(**{field: value}) == {field: rule}
 
 
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_default_is_right(field: str) -> None:
+    """So that a recipe need not check it each time."""
+    annotation, default = FIELDS[field]
+    assert check_of(annotation)(default) == ""
+    assert type(getattr(Recipe(), field)) is type(default)
+
+
 def test_all_mistakes_are_told_at_once_with_what_does_not_go_together_among_the_rest() -> None:
     found = mistakes(rank=0, alpha="high", method="lora", seq_len=100)
     assert set(found) == {"rank", "alpha", "quantization", "tokens_per_step"}

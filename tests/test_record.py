@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from clusters.errors import RequestError
-from orchestrator import ledger
+from orchestrator import history, ledger
 from orchestrator.identity import check_same, model_fingerprint
 from orchestrator.record import Attempt, RunRecord, load_record, save_record
 
@@ -63,7 +63,7 @@ def test_a_ledger_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
 
 def test_its_place_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QLORA_LEDGER", str(tmp_path / "x.sqlite"))
-    assert ledger.ledger_path() == tmp_path / "x.sqlite"
+    assert history.ledger_path() == tmp_path / "x.sqlite"
 
 
 def test_a_resume_shows_every_difference_at_once(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clusters.errors import Problem, RequestError
-from orchestrator.mistakes import fields_of, mistakes
+from clusters.mistakes import fields_of, mistakes
 from orchestrator.spec import (
     CheckpointSpec,
     ClusterSpec,

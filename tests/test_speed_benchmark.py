@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import speed
+from benchmarks import search, speed
 from clusters.errors import RunFailed
+from orchestrator.question import OPEN_FIELDS
 
 TIMES = {
     speed.BARE: [0.1, 0.2, 0.4],
@@ -36,6 +37,7 @@ def results(**changes: Any) -> dict[str, Any]:
         "rounds": 3,
         "cold_start": speed.cold_start_rows(TIMES),
         "estimate": {"the same again": us, "another structure (rank)": {**us, "median": 7000.0}},
+        "search": [],
         "trace": {"missing": "not built"},
         **changes,
     }
@@ -82,12 +84,34 @@ def test_the_tables_say_what_is_reached_and_what_is_not() -> None:
         "cold start of qlora-plan, of fitcheck's": "reached",  # 2.0 of 5.0
         "one estimate, the same again, µs": "reached",
         "one estimate, another structure (rank), µs": "**missed**",
+        "a search over 20,000 candidates or more, s of one core": "not measured",
+        "a search over 1,024 GPUs in 5 pools, s of one core": "not measured",
         "65B traced, s": "not measured",
     }
     text = speed.tables(results())
     assert "| 100 | 7,000 | **missed** |" in text
     assert "65B traced: not built." in text
     assert "8.0 s" in speed.tables(results(trace={"import_s": 5.0, "estimate_s": 8.0}))
+
+
+def test_a_searchs_goals_are_held_against_the_smallest_space_that_is_large_enough_and_the_whole_cluster() -> None:
+    sizes = {"1 pool": (5_000, 0.5), "3 pools": (20_000, 1.9), "4 pools": (30_000, 2.5)}
+    rows = [
+        {"name": name, "places": 9, "candidates": candidates, "seconds": seconds, "peak_bytes": 16 * 1024**2}
+        for name, (candidates, seconds) in {**sizes, search.SPACES[-1].name: (40_000, 5.5)}.items()
+    ]
+    assert [measured for *_, measured in search.goals(rows)] == [1.9, 5.5]
+    text = speed.tables(results(search=rows))
+    assert "| 2 | 1.90 | reached |" in text
+    assert "| 5 | 5.50 | **missed** |" in text
+    assert "| 3 pools | 9 | 20,000 | 1.90 | 95 | 16 |" in text
+
+
+def test_the_largest_space_is_what_its_goal_says() -> None:
+    question, devices = search.question_of(search.SPACES[-1])
+    assert sum(device.pool.gpus for device in devices if device.pool is not None) == 1024
+    assert len(devices) == 5
+    assert question.open == set(OPEN_FIELDS) - {"seq_len"}
 
 
 def test_the_document_shows_the_results_that_are_written_down() -> None:

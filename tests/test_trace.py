@@ -24,26 +24,39 @@ from qlora_core.memory.replay import Allocated, Marked, Released, loaded_by_thre
 from qlora_core.strategy import Strategy
 
 __all__ = ["tiny_folder"]
+T4 = Device(kind="cuda", compute_dtype="float16", compute_capability=(7, 5))
 A100 = Device(kind="cuda", compute_dtype="bfloat16", compute_capability=(8, 0))
-CPU = Device(kind="cpu", compute_dtype="float32")
+
+
+UNDER_AUTOCAST = recipe(rank=16, seq_len=32, autocast=True)
 
 
 @pytest.mark.parametrize(
-    ("asked", "strategy"),
+    ("asked", "strategy", "dtype"),
     [
-        (recipe(rank=16, seq_len=128), Strategy(micro_batch=2)),
-        (recipe(rank=16, seq_len=128), Strategy(micro_batch=2, attention="eager", gradient_checkpointing=False)),
-        (recipe(rank=8, seq_len=256), Strategy(micro_batch=2, loss="full")),
-        (recipe(rank=16, seq_len=128, method="lora", quantization="none"), Strategy()),
+        (UNDER_AUTOCAST, Strategy(), "bfloat16"),
+        (UNDER_AUTOCAST, Strategy(attention="eager", gradient_checkpointing=False, loss="full"), "bfloat16"),
+        (recipe(rank=16, seq_len=128), Strategy(micro_batch=2), "float32"),
+        (
+            recipe(rank=16, seq_len=128),
+            Strategy(micro_batch=2, attention="eager", gradient_checkpointing=False),
+            "float32",
+        ),
+        (recipe(rank=8, seq_len=256), Strategy(micro_batch=2, loss="full"), "float32"),
+        (recipe(rank=16, seq_len=128, method="lora", quantization="none"), Strategy(), "float32"),
     ],
 )
-def test_a_real_step_on_this_cpu_needs_what_the_trace_says(tiny_folder: Path, asked: Any, strategy: Strategy) -> None:
+def test_a_real_step_on_this_cpu_needs_what_the_trace_says(
+    tiny_folder: Path, asked: Any, strategy: Strategy, dtype: Any
+) -> None:
     strategy = dataclasses.replace(strategy, paged_optimizer=False)
-    real = measured_second_step(tiny_folder, asked, strategy, "float32")
+    real = measured_second_step(tiny_folder, asked, strategy, dtype)
     architecture = architecture_from_config(TINY.to_dict(), name="tiny", source="tiny")
-    said = trace.estimate(architecture, asked, strategy, CPU).gpu.phases
+    request = architecture, asked, strategy, Device(kind="cpu", compute_dtype=dtype)
+    said, by_formula = trace.estimate(*request).gpu.phases, formula.estimate(*request).gpu.phases
     for phase in ("after_load", "forward", "backward"):
         assert getattr(said, phase) == pytest.approx(getattr(real, phase), rel=0.01), phase
+        assert getattr(by_formula, phase) == pytest.approx(getattr(real, phase), rel=0.02), phase
 
 
 # --- forty real steps on a T4; the whole table is docs/accuracy.md's --------------------------------------------------
@@ -89,7 +102,7 @@ def test_it_says_so_still(index: int) -> None:
 
 # --- the two estimators hold each other -------------------------------------------------------------------------------
 
-SAMPLE = tuple(range(0, len(combinations()), 51))
+SAMPLE = tuple(range(0, len(combinations()), 78))
 """One of every fifty or so, each of another model."""
 
 
@@ -105,20 +118,40 @@ def test_the_formula_says_what_the_trace_says(number: int) -> None:
     asked: Combination = combinations()[number]
     request = asked.architecture, asked.recipe, asked.strategy, asked.device
     by_trace, by_formula = figures(trace.estimate(*request).gpu), figures(formula.estimate(*request).gpu)
-    # a Gemma 3 that keeps its activations in float32: its few layers without a window keep all scores, and the formula
-    # takes all layers for those with one
-    assert by_formula["allocated"] == pytest.approx(
-        by_trace["allocated"], rel=0.05 if "gemma-3" in str(asked) else 0.025
-    )
+    assert by_formula["allocated"] == pytest.approx(by_trace["allocated"], rel=grid.TOLERANCE)
 
 
-@pytest.mark.parametrize("kernel", [*reserve.FRAGMENTATION, None])
-def test_the_constants_of_fragmentation_are_those_of_the_traced_grid(kernel: Any) -> None:
-    assert (reserve.FRAGMENTATION[kernel] if kernel else reserve.KEPT) == grid.fragmentation(kernel)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "changes", "strategy", "device"),
+    [
+        ("smollm2-135m", {}, Strategy(micro_batch=4, loss="full"), A100),
+        # a residual stream in float32, all products in 16 bits
+        ("llama-3.2-1b", {"upcast": "peft"}, Strategy(), A100),
+        # LayerNorm, whose result autocast makes float32, and a power that it computes in float32
+        ("pythia-1.4b", {"rank": 8}, Strategy(micro_batch=2, gradient_checkpointing=False), A100),
+        ("phi-2", {}, Strategy(micro_batch=2, gradient_checkpointing=False, loss="full"), T4),
+    ],
+)
+def test_the_formula_says_what_the_trace_says_under_autocast(
+    model: str, changes: dict[str, Any], strategy: Strategy, device: Device
+) -> None:
+    request = find_model(model), recipe(autocast=True, **changes), strategy, device
+    by_trace, by_formula = trace.estimate(*request).gpu, formula.estimate(*request).gpu
+    assert by_formula.allocated_bytes == pytest.approx(by_trace.allocated_bytes, rel=0.01)
 
 
-def test_nearly_all_of_the_traced_grid_is_within_two_per_cent() -> None:
-    # written by `make accuracy GRID=1`; those beyond are named in docs/accuracy.md
+def test_the_constants_of_fragmentation_are_those_of_the_traced_grid() -> None:
+    assert grid.fragmentation(checkpointing=True) == reserve.CHECKPOINTED
+    assert grid.fragmentation(checkpointing=False) == reserve.KEPT
+
+
+def test_the_interval_of_reserved_memory_holds_for_models_that_gave_it_nothing() -> None:
+    assert grid.held_out() >= 0.87 * len(combinations())
+
+
+def test_all_of_the_traced_grid_is_within_two_per_cent() -> None:
+    # written by `make accuracy GRID=1`
     errors = sorted(
         abs(
             figures(formula.estimate(each.architecture, each.recipe, each.strategy, each.device).gpu)["allocated"]
@@ -128,8 +161,7 @@ def test_nearly_all_of_the_traced_grid_is_within_two_per_cent() -> None:
         for each, row in zip(combinations(), grid.results() or [], strict=True)
     )
     assert errors[len(errors) // 2] <= 0.003
-    assert errors[-5] <= 0.02
-    assert errors[-1] <= 0.05
+    assert errors[-1] <= grid.TOLERANCE
 
 
 def test_components_add_up_and_are_those_of_the_formula() -> None:
@@ -172,7 +204,6 @@ def test_pytorch_is_as_before_afterwards() -> None:
     [
         ("smollm2-135m", {}, Strategy(world_size=2, zero_stage=2), "ZeRO stage 2"),
         ("smollm2-135m", {"quantization": "int8", "double_quantization": False}, Strategy(), "int8"),
-        ("smollm2-135m", {"autocast": True}, Strategy(), "autocast"),
     ],
 )
 def test_what_it_cannot_follow_is_refused_with_the_reason(

@@ -13,7 +13,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from ray_heads import ray_head
 
 from qlora_core.training.checkpoint import complete
 
@@ -313,35 +313,10 @@ def test_another_number_of_workers_cannot_resume_yet_and_says_so(new_run: Callab
 
 
 @pytest.fixture
-def running_ray(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def running_ray() -> Iterator[tuple[str, dict[str, str]]]:
     """A Ray that somebody else started, with token authentication: its address, and what its users set."""
-    token = tmp_path / "token"
-    token.write_text(uuid.uuid4().hex * 2)
-    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    head = subprocess.Popen(
-        [COMMAND.with_name("ray"), "start", "--head", f"--port={port}", "--num-cpus=3", "--include-dashboard=false",
-         "--disable-usage-stats", "--block"],
-        env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            break
-        except OSError:
-            time.sleep(0.5)
-    time.sleep(5)  # the port is open before the node has joined
-    yield f"127.0.0.1:{port}", environment
-    family = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
-    for process in family:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    head.wait()
+    with ray_head("--num-cpus=3") as head:
+        yield head
 
 
 def test_a_ray_that_is_running_is_used_and_left_running(
@@ -353,6 +328,7 @@ def test_a_ray_that_is_running_is_used_and_left_running(
     code, output = run.finish(cluster)
     assert code == 2, output  # no token
     assert "cluster.address: no Ray could be joined there" in output
+    assert "InvalidAuthToken" in output
     run.environment.update(token)
     code, output = run.finish(cluster)
     assert code == 0, output

@@ -91,6 +91,7 @@ def _t4() -> str:
         [shown, *(f"{error:.2f}" for said in estimators.values() for error in t4.error_of(said, figure, **only))]
         for shown, figure, only in subsets
     ]
+    inside, width = t4.by_interval()
     return f"""## Forty steps on a Tesla T4
 
 Measured by the authors of fitcheck-llm: {len(models)} models, NF4 and 16 bit, sdpa and eager attention, the second step
@@ -99,6 +100,10 @@ absolute error in per cent. Process is reserved and the CUDA context, which the 
 predicts: it is no second test.
 
 {table(head, rows, "1 2 3 4")}
+The formula's interval of reserved memory, meant for nine cases of ten, holds {inside} of the {len(t4.t4_rows())} rows
+and is {width:.0f} % wide in the median, where 8 % was the goal. It is taken from the traces of the next section, which
+are spread more widely than these rows; one as narrow as these rows would allow would be fitted to them.
+
 {PLANNERS}
 ![Predicted against measured peaks on the T4](accuracy/t4.svg)
 """
@@ -118,10 +123,9 @@ def _grid() -> str:
         sizes = sorted(map(abs, errors))
         cells = (median(sizes), sizes[len(sizes) * 9 // 10], max(errors, key=abs), fmean(errors))
         rows.append([figure.replace("_", " "), *(f"{cell:.2f}" for cell in cells)])
-    inside = sum(
-        low <= row["reserved"] <= high
-        for (low, high), row in zip(map(_interval, grid.combinations()), traced, strict=True)
-    )
+    intervals = [_interval(combination) for combination in grid.combinations()]
+    inside = sum(low <= row["reserved"] <= high for (low, high), row in zip(intervals, traced, strict=True))
+    widths = [(high - low) / row["reserved"] for (low, high), row in zip(intervals, traced, strict=True)]
     far = [
         [f"`{row['combination']}`", f"{100 * (ours['allocated'] / row['allocated'] - 1):+.1f}"]
         for ours, row in zip(said, traced, strict=True)
@@ -134,8 +138,10 @@ with and without checkpointing, both attentions, both losses, all optimizers, an
 of the trace:
 
 {table(["figure", "median", "nine of ten within", "worst", "mean, signed"], rows, "1 2 3 4")}
-The formula's interval of reserved memory holds {inside} of {len(said)}. Fragmentation is why it is wide: if a block
-of 8 MiB breaks one of a gigabyte hangs on the order of all that came before.
+The formula's interval of reserved memory holds {inside} of {len(said)}, and {grid.held_out()} where each model's is
+taken from the other models' traces; in the median it is {100 * median(widths):.0f} % wide. It is no narrower because
+fragmentation is not: if a block of 8 MiB breaks one of a gigabyte hangs on the order of all that came before, and a
+closed form does not follow that order.
 
 Allocated memory beyond {100 * grid.TOLERANCE:.0f} %:
 

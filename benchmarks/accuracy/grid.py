@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +18,6 @@ from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
 from qlora_core.files import write_json
 from qlora_core.memory import formula
-from qlora_core.memory.attention import AttentionKernel
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import GpuEstimate
 from qlora_core.memory.reserve import Fragmentation
@@ -161,19 +161,43 @@ def results() -> list[dict[str, Any]] | None:
     return rows if [row["combination"] for row in rows] == names else None
 
 
-def fragmentation(kernel: AttentionKernel | None) -> Fragmentation:
+def fragmentation(checkpointing: bool) -> Fragmentation:
     """By how much reserved memory exceeds, in the traces, what the formula finds before it reckons with fragmentation.
 
-    Of the combinations with gradient checkpointing and `kernel`, or of all those without: in thousandths of what a step
-    allocates, to the nearest ten, the median and what nine of ten lie between.
+    Of the combinations with gradient checkpointing, or of those without: to the nearest five thousandths, the median
+    and what nine of ten lie between.
     """
+    low, *_, high = quantiles(shares := _shares(checkpointing), n=20, method="inclusive")
+    return Fragmentation(*(round(200 * share) * 5 for share in (low, median(shares), high)))
+
+
+def held_out() -> int:
+    """How many combinations' reserved memory lies in the interval that those of the other models give."""
+    inside = 0
+    for checkpointing in (True, False):
+        for model in MODELS:
+            low, *_, high = quantiles(_shares(checkpointing, without=model), n=20, method="inclusive")
+            inside += sum(low <= share <= high for share in _shares(checkpointing, only=model))
+    return inside
+
+
+def _shares(checkpointing: bool, only: str = "", without: str = "") -> list[float]:
+    """Of each combination, what `fragmentation` counts."""
+    return [
+        share
+        for model, checkpointed, share in _all_shares()
+        if checkpointed == checkpointing and model != without and only in ("", model)
+    ]
+
+
+@cache
+def _all_shares() -> tuple[tuple[str, bool, float], ...]:
     shares = []
     for combination, row in zip(combinations(), results() or [], strict=True):
         asked = combination.architecture, combination.recipe, combination.strategy, combination.device
-        of = formula.kernel_in_use(*asked) if combination.strategy.gradient_checkpointing else None
-        if of == kernel:
-            gpu = formula.estimate(*asked).gpu
-            least = max(gpu.allocated_bytes, formula.segments(*asked))
-            shares.append((row["reserved"] - least) / (gpu.allocated_bytes - gpu.phases.after_load))
-    low, high = quantiles(shares, n=20, method="inclusive")[::18]
-    return Fragmentation(*(round(100 * share) * 10 for share in (low, median(shares), high)))
+        gpu = formula.estimate(*asked).gpu
+        least = max(gpu.allocated_bytes, formula.segments(*asked))
+        scale = math.sqrt(gpu.allocated_bytes * (gpu.allocated_bytes - gpu.phases.after_load))
+        share = (row["reserved"] - least) / scale
+        shares.append((combination.model, combination.strategy.gradient_checkpointing, share))
+    return tuple(shares)

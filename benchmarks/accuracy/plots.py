@@ -1,4 +1,4 @@
-"""The plots of docs/accuracy.md: SVG that is the same on every run, and readable without colour vision."""
+"""The plots of docs/accuracy.md and docs/step-time.md: SVG that is the same on every run, readable without colours."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks.accuracy.published import TOLERANCE, scored
 from benchmarks.accuracy.t4 import FIGURES, by_formula, t4_rows
+from benchmarks.accuracy.throughput import timed
 from qlora_core.memory.device import MIB
 
 MARKS = (("o", "#0072B2"), ("s", "#D55E00"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#000000"), ("P", "#56B4E9"))
@@ -45,6 +46,17 @@ def draw_all(folder: Path) -> None:
         _scatter(_t4_series(), "Tesla T4: forty training steps", "GiB", None, folder / "t4.svg")
         _scatter(_published_series(), "Published figures", "GB", TOLERANCE, folder / "published.svg")
         _histogram([one.error for one in scored()], folder / "published_errors.svg")
+
+
+def draw_times(folder: Path) -> None:
+    """Write the plot of docs/step-time.md into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shown: dict[str, list[tuple[float, float]]] = {}
+    for one in timed():
+        shown.setdefault(one.stack.name, []).append((one.measured, one.predicted.seconds))
+    series = [Series(name, [x for x, _ in pairs], [y for _, y in pairs]) for name, pairs in shown.items()]
+    with mpl.rc_context(cast("Any", SETTINGS)):
+        _scatter(series, "Seconds of an optimizer step", "s", None, folder / "published.svg")
 
 
 def _t4_series() -> list[Series]:

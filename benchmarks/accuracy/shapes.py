@@ -6,6 +6,7 @@ the parameter count its row states to 0.2 %.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -78,6 +79,26 @@ UNSEEN: dict[str, dict[str, Any]] = {
         "hidden_act": "relu2",
         **_COMMON,
     },
+    # the first Qwen's decoder is Qwen2's, but for one layer that makes query, key and value
+    **{
+        f"qwen-{size}": {
+            "model_type": "qwen2",
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": feed_forward,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "hidden_act": "silu",
+            **_COMMON,
+        }
+        for size, vocab, hidden, feed_forward, layers, heads in (
+            ("1.8b", 151936, 2048, 5504, 24, 16),
+            ("7b", 151936, 4096, 11008, 32, 32),
+            ("14b", 152064, 5120, 13696, 40, 40),
+            ("72b", 152064, 8192, 24576, 80, 64),
+        )
+    },
 }
 """Config fields by Hub id: from transformers' configuration classes where those state them (Seed-OSS, Olmo 3, Apertus)
 and otherwise recalled, and accepted because the parameter count agrees."""
@@ -87,8 +108,17 @@ and otherwise recalled, and accepted because the parameter count agrees."""
 def architecture_named(model: str) -> ModelArchitecture | None:
     """The architecture of the model a row names; None where it names none that is known."""
     if model in UNSEEN:
-        return architecture_from_config(UNSEEN[model], name=model, source="not seen quoted")
+        unseen = architecture_from_config(UNSEEN[model], name=model, source="not seen quoted")
+        return _with_fused_attention(unseen) if model.startswith("qwen-") else unseen
     try:
         return find_model(SAME_SHAPE.get(model, model))
     except RequestError:
         return None
+
+
+def _with_fused_attention(architecture: ModelArchitecture) -> ModelArchitecture:
+    """`architecture` with one linear layer for query, key and value."""
+    query, key, value, *others = architecture.linears
+    out = query.out_features + key.out_features + value.out_features
+    path = query.path.replace(query.name, "c_attn")
+    return replace(architecture, linears=(replace(query, name="c_attn", out_features=out, path=path), *others))

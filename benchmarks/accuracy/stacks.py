@@ -173,7 +173,7 @@ STACKS = (
     ),
     Stack(
         name="peft's method comparison",
-        prefixes=("peft-mmqa-",),
+        prefixes=("peft-mmqa-", "peft-lora-", "peft-full-"),
         lora_dtype="float32",
         dropout=0.0,
         double_quantization=True,
@@ -256,6 +256,72 @@ STACKS = (
             "TRL of May 2023 prepares the model with peft, which casts what is not quantized to float32 "
             "(trl/trainer/sft_trainer.py at v0.4.2)",
             "peft's defaults: rank 8, no dropout, q_proj and v_proj of Llama (LoraConfig)",
+        ),
+    ),
+    Stack(
+        name="fsdp_qlora",
+        prefixes=("answerai-",),
+        lora_dtype="bfloat16",
+        dropout=0.1,
+        double_quantization=True,
+        upcast="never",
+        autocast=False,
+        loss="full",
+        output_held=True,
+        paged_when_quantized=False,
+        accumulation=1,
+        quantizes="replaced",
+        own_models=False,
+        divides_while_loading=False,
+        assumptions=(
+            "everything in bfloat16, without autocast (precision bf16); dropout 0.1 of the adapters; transformers' "
+            "models and loss; bitsandbytes' Linear4bit with its default of double quantization (train.py at 05ed9f2)",
+            "its DDP is FSDP that divides nothing (ShardingStrategy.NO_SHARD): an all-reduce a step",
+        ),
+    ),
+    Stack(
+        name="Qwen",
+        prefixes=("qwen-",),
+        lora_dtype="bfloat16",
+        dropout=0.05,
+        double_quantization=True,
+        upcast="never",
+        autocast=True,
+        loss="full",
+        output_held=False,
+        paged_when_quantized=False,
+        accumulation=8,
+        quantizes="replaced",
+        own_models=False,
+        divides_while_loading=True,
+        assumptions=(
+            "transformers' Trainer with bf16 and gradient checkpointing, dropout 0.05 of the adapters (finetune.py and "
+            "finetune/*.sh at 2df8e8a)",
+            "Qwen loads in bfloat16, and peft before 0.8, which its README asks for, gives adapters their base's dtype "
+            "(tuners/lora/layer.py at v0.7.0)",
+            "full fine-tuning is finetune/finetune_ds.sh, DeepSpeed with ZeRO-3, on one GPU too",
+            "the first Qwen's shapes, with its query, key and value in one layer; its own fused norms and rotary "
+            "embedding, used where flash-attn has them, are not counted",
+        ),
+    ),
+    Stack(
+        name="ml-engineering",
+        prefixes=("mlengineering-",),
+        lora_dtype="bfloat16",
+        dropout=0.0,
+        double_quantization=True,
+        upcast="never",
+        autocast=False,
+        loss="full",
+        output_held=False,
+        paged_when_quantized=False,
+        accumulation=1,
+        quantizes="replaced",
+        own_models=False,
+        divides_while_loading=False,
+        assumptions=(
+            "weights, gradients and torch's AdamW in bfloat16, gradients not clipped (training/performance/benchmarks/"
+            "torch-compile-bench.py at 744d01e)",
         ),
     ),
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from qlora_core.architecture import ModelArchitecture
@@ -102,6 +102,17 @@ def error_of(estimated: Iterable[Mapping[str, int]], figure: str, **only: str) -
         if all(getattr(row, fact) == value for fact, value in only.items())
     ]
     return Error(fmean(sizes), max(sizes))
+
+
+def by_interval() -> tuple[int, float]:
+    """How many rows' reserved memory lies in the formula's interval, and its width in the median in per cent of it."""
+    inside, widths = 0, []
+    for row in t4_rows():
+        low, high = formula.estimate(row.architecture, row.recipe, row.strategy, row.device).gpu.reserved_interval
+        measured = row.measured["peak_reserved_mib"] * MIB
+        inside += low <= measured <= high
+        widths.append(100 * (high - low) / measured)
+    return inside, median(widths)
 
 
 def _figures(row: T4Row, estimator: Estimator) -> dict[str, int]:

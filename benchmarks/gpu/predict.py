@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.gpu.matrix import Case
 from clusters.errors import RequestError
 from clusters.gpu import find_gpu
-from orchestrator.planner import as_dtype, compute_dtype
+from orchestrator.devices import as_dtype, compute_dtype
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.formula import estimate as formula

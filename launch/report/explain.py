@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.plan import Plan
+from orchestrator.plans import Plan
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.formula import estimate
 from qlora_core.recipe import DTYPE_BYTES
@@ -314,11 +314,17 @@ def device_lines(plan: Plan) -> Iterator[str]:
         yield f"By how memory fragments, {size_text(low)} to {size_text(high)} may be reserved."
 
 
+def divided_on_host(plan: Plan) -> bool:
+    """Whether the base is whole on the host before a GPU has its part."""
+    return plan.strategy.zero_stage == 3 and plan.target.device.kind == "cuda"
+
+
 def host_lines(plan: Plan) -> Iterator[str]:
     """The host's memory."""
     host, ranks = plan.estimate.host, plan.target.device.ranks_per_host
     whose = "its rank" if ranks == 1 else f"its {ranks} ranks"
-    yield f"While loading, {size_text(host.load_peak_bytes)} for {whose}."
+    how = ": under ZeRO 3 each has the whole base there first" if divided_on_host(plan) else ""
+    yield f"While loading, {size_text(host.load_peak_bytes)} for {whose}{how}."
     yield f"While training, {size_text(host.steady_bytes)}{'.' if host.steady_bytes else ': nothing is offloaded.'}"
     if plan.estimate.gpu.paged_bytes:
         yield "What is paged moves there only when a GPU is full."

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.report.terminal import gib, memory_rows
+from launch.report.terminal import memory_rows
+from launch.report.words import gib
 from orchestrator.record import RunRecord
 
 FILE_NAME = "report.md"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -16,9 +16,13 @@ from rich.text import Text
 
 from launch import command
 from launch.listing import parameters
-from orchestrator.plan import Plan, Verdict
+from launch.report.words import GIB, MIB, gib, time_words
+from orchestrator.plans import Duration, Plan, Verdict
+from qlora_core.step_time import StepTime
 
-GIB, MIB = 1024**3, 1024**2
+if TYPE_CHECKING:
+    from launch.sweep import Sweep
+
 BAR_WIDTH = 24
 
 COMPONENT_TITLES = {
@@ -50,16 +54,11 @@ class Bar:
         return Measurement(0, round(self.share * BAR_WIDTH))
 
 
-def gib(value: int) -> str:
-    """Bytes as GiB; as MiB below a tenth of one."""
-    return f"{value / GIB:.2f} GiB" if abs(value) >= GIB // 10 else f"{value / MIB:.2f} MiB"
-
-
-def print_plan(plan: Plan, *, explained: bool = False) -> None:
+def print_plan(plan: Plan, *, explained: bool = False, swept: Sweep | None = None) -> None:
     """Print a plan to stdout, its warnings to stderr."""
     console = Console(highlight=False, markup=False, emoji=False)  # a name in brackets is a name
     with console.capture() as captured:
-        console.print(*screen(plan), sep="\n")
+        console.print(*screen(plan, swept), sep="\n")
         if explained:
             from launch.report.explain import explain
 
@@ -77,38 +76,55 @@ def plan_screen(plan: Plan) -> RenderableType:
     return Group(*screen(plan), *(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings))
 
 
-def screen(plan: Plan) -> Iterator[RenderableType]:
+def screen(plan: Plan, swept: Sweep | None = None) -> Iterator[RenderableType]:
     """A plan: the verdict first, then what was asked, where the memory goes, and what it fits on."""
     yield verdict_line(plan)
     yield Text()
     yield request_table(plan)
     yield Text(f"\nAt the peak, {plan.estimate.gpu.peak_moment}", style="italic")
     yield memory_table(plan)
-    yield Text("\nFits on (sizes in GiB)", style="italic")
+    yield Text("\nFits on (sizes in GiB; what is largest and longest fits as likely as not)", style="italic")
     yield verdicts_table(plan)
+    if plan.alternatives:
+        from launch.report.alternatives import alternatives_table, title_of
+
+        yield Text(f"\n{title_of(plan)}", style="italic")
+        yield alternatives_table(plan)
+    if swept is not None:
+        from launch.report.sweep import sweep_tables
+
+        yield from sweep_tables(swept, plan)
 
 
 def verdict_line(plan: Plan) -> Text:
     """Whether it fits, on what, with what to spare."""
     name, host = plan.architecture.name, plan.estimate.host
-    shown = next(verdict for verdict in plan.verdicts if verdict.gpu == plan.target.name)
+    shown = plan.verdict
     count = (
         f"{plan.strategy.world_size} x " if plan.strategy.world_size > 1 and plan.target.device.kind == "cuda" else ""
     )
-    others = [verdict.gpu for verdict in plan.verdicts if verdict.fits and verdict is not shown]
+    others = [] if plan.group else [one.gpu for one in plan.verdicts if one.fits and one is not shown]
     if shown.fits:
-        text = f"{name} on {count}{shown.gpu}, {gib(shown.headroom_bytes)} to spare"
+        text = f"{name} on {plan.group or count + shown.gpu}, {gib(shown.headroom_bytes)} to spare"
     else:
         text = f"{name} on {count}{shown.gpu}, {gib(-shown.headroom_bytes)} short{' on each' if count else ''}"
     if others:
         text += f"; it fits on {count}{others[0]}" if not shown.fits else f"; and on {len(others)} of the others"
-    elif len(plan.verdicts) > 1:
+    elif len(plan.verdicts) > 1 and not plan.group:
         text += "; no other shown fits" if shown.fits else f", and on none of the {len(plan.verdicts)} shown"
     if plan.host_fits is False and plan.host_usable_bytes is not None:
         needed = max(host.load_peak_bytes, host.steady_bytes)
         text += f"; its host needs {gib(needed)} of memory and has {gib(plan.host_usable_bytes)}"
-    verdict = Text("FITS  ", style="bold green") if plan.fits else Text("DOES NOT FIT  ", style="bold red")
-    return verdict + Text(text, style="bold")
+    return verdict_word(plan) + Text(text, style="bold")
+
+
+def verdict_word(plan: Plan) -> Text:
+    """FITS, FITS BARELY with its chance, or DOES NOT FIT."""
+    if not plan.fits:
+        return Text("DOES NOT FIT  ", style="bold red")
+    if plan.verdict.barely:
+        return Text(f"FITS BARELY ({plan.verdict.confidence.chance:.0%})  ", style="bold yellow")
+    return Text("FITS  ", style="bold green")
 
 
 def request_table(plan: Plan) -> Table:
@@ -119,9 +135,29 @@ def request_table(plan: Plan) -> Table:
     table.add_row("trained", trained_words(plan))
     table.add_row("step", step_words(plan))
     table.add_row("strategy", strategy_words(plan))
+    if plan.fits and plan.verdict.step_time is not None:
+        table.add_row("speed", speed_words(plan.verdict.step_time))
+    if plan.fits and plan.duration is not None:
+        table.add_row("whole run", duration_words(plan.duration))
     for choice in plan.choices:
         table.add_row(choice.field.replace("_", " "), f"{choice.value}: {choice.reason}")
     return table
+
+
+def speed_words(step: StepTime) -> str:
+    """Tokens a second, between which bounds, and what corrected them."""
+    slow, expected, fast = (step.tokens / seconds for seconds in (step.high, step.seconds, step.low))
+    runs = f", as {step.runs} measured run{'s' if step.runs > 1 else ''} here corrected it" if step.runs else ""
+    return f"about {expected:,.0f} tokens/s ({slow:,.0f} to {fast:,.0f}{runs})"
+
+
+def duration_words(run: Duration) -> str:
+    """How long a run takes and what it costs, each with its bounds."""
+    bounds = f"{time_words(run.low_seconds)} to {time_words(run.high_seconds)}"
+    words = f"{run.steps:,} steps in {time_words(run.seconds)} ({bounds}), {run.gpu_hours:,.1f} GPU hours"
+    if run.price is None:
+        return words
+    return f"{words}, {run.price:,.2f} {run.currency} ({run.low_price:,.2f} to {run.high_price:,.2f})"
 
 
 def base_words(plan: Plan) -> str:
@@ -217,7 +253,8 @@ def remark(text: str) -> Text:
 def verdicts_table(plan: Plan) -> Table:
     """One line per device."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "", "\nusable", "\nneeded", "\nto spare", "largest\nmicro-batch", "longest\nsequence"):
+    limits = ("largest\nmicro-batch", "longest\nsequence")
+    for title in ("", "", "\nusable", "\nneeded", "\nto spare", *limits, "\ntokens/s"):
         table.add_column(title, justify="right" if title else "left", no_wrap=True, header_style="dim")
     for verdict in plan.verdicts:
         table.add_row(*verdict_cells(verdict))
@@ -230,10 +267,18 @@ def verdict_cells(verdict: Verdict) -> tuple[str | Text, ...]:
     limits = (verdict.largest_micro_batch, verdict.longest_seq_len)
     return (
         verdict.gpu,
-        Text("yes", style="green") if verdict.fits else Text("no", style="red"),
+        verdict_cell(verdict),
         *(f"{size / GIB:.2f}" for size in sizes),
         *(str(limit) if limit else "-" for limit in limits),
+        f"{verdict.step_time.tokens_per_second:,.0f}" if verdict.fits and verdict.step_time else "-",
     )
+
+
+def verdict_cell(verdict: Verdict) -> Text:
+    """Yes, no, or the chance where it is neither."""
+    if verdict.barely:
+        return Text(f"{verdict.confidence.chance:.0%}", style="yellow")
+    return Text("yes", style="green") if verdict.fits else Text("no", style="red")
 
 
 def measured_table(predicted: Mapping[str, Any], measured: Mapping[str, Any]) -> Table:

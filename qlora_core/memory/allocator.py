@@ -82,6 +82,10 @@ class Block:
         return self.size, self.segment, self.offset
 
 
+Free = tuple[int, int, int, Block]
+"""A free block behind its key: no two keys are alike, so that comparing two of these never gets to the blocks."""
+
+
 class CachingAllocator:
     """One device's allocator, with memory without limit.
 
@@ -93,7 +97,7 @@ class CachingAllocator:
     def __init__(self, settings: AllocatorSettings | None = None) -> None:
         self.settings = settings or AllocatorSettings()
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
-        self._free: dict[bool, list[tuple[tuple[int, int, int], Block]]] = {True: [], False: []}
+        self._free: dict[bool, list[Free]] = {True: [], False: []}
         self._segments = 0
         self._arenas: dict[bool, list[Block]] = {True: [], False: []}
         """Of expandable segments: address ranges without memory, by address."""
@@ -112,7 +116,8 @@ class CachingAllocator:
             self._split(block, size)
         block.free = False
         self.allocated += block.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
         return block
 
     def release(self, block: Block) -> None:
@@ -124,7 +129,7 @@ class CachingAllocator:
     def empty_cache(self) -> None:
         """torch.cuda.empty_cache(): free segments go back to the driver, and an expandable one's free pages."""
         for small, kept in self._free.items():
-            blocks = [block for _, block in kept]
+            blocks = [entry[3] for entry in kept]
             kept.clear()
             for block in blocks:
                 if self.settings.expandable_segments:
@@ -132,20 +137,42 @@ class CachingAllocator:
                 elif block.previous is None and block.next is None:
                     self.reserved -= block.size
                 else:
-                    insort(self._free[small], (block.key, block), key=_first)
+                    insort(self._free[small], (*block.key, block))
+
+    def fork(self) -> CachingAllocator:
+        """Another one in this state, for requests only: what this one handed out is given back to this one.
+
+        Raises:
+            ValueError: segments are expandable, and grow at what lies before them.
+        """
+        if self.settings.expandable_segments:
+            raise ValueError("an allocator with expandable segments cannot be forked")
+        other = CachingAllocator(self.settings)
+        other.allocated, other.reserved = self.allocated, self.reserved
+        other.peak_allocated, other.peak_reserved = self.peak_allocated, self.peak_reserved
+        other._segments = self._segments
+        other._free = {
+            small: [(size, segment, offset, Block(size, segment, offset, small)) for size, segment, offset, _ in free]
+            for small, free in self._free.items()
+        }
+        return other
+
+    def holes(self) -> tuple[int, ...]:
+        """What is free in segments of large blocks, the smallest first."""
+        return tuple(size for size, *_ in self._free[False])
 
     def _cached(self, size: int, small: bool) -> Block | None:
         """The best free block, taken out of its pool."""
         free, limit = self._free[small], self.settings.max_split_bytes
-        index = bisect_left(free, (size, -ENDLESS, -1), key=_first)
+        index = bisect_left(free, (size, -ENDLESS))
         if self.settings.expandable_segments:
             # a block at the growing end counts as large as it could become, and so comes last
-            growing = [place for place in range(index, len(free)) if _grows(free[place][1])]
-            inner = next((place for place in range(index, len(free)) if not _grows(free[place][1])), None)
+            growing = [place for place in range(index, len(free)) if _grows(free[place][3])]
+            inner = next((place for place in range(index, len(free)) if not _grows(free[place][3])), None)
             index = inner if inner is not None else (growing[0] if growing else len(free))
         if index == len(free):
             return None
-        block = free[index][1]
+        block = free[index][3]
         if limit is not None and (
             (size < limit <= block.size) or (size >= limit and block.size >= size + LARGE_SEGMENT)
         ):
@@ -190,7 +217,7 @@ class CachingAllocator:
         start = -(-block.offset // page) * page
         end = (block.offset + block.size) // page * page
         if end <= start:
-            insort(self._free[block.small], (block.key, block), key=_first)
+            insort(self._free[block.small], (*block.key, block))
             return
         hole = Block(end - start, block.segment, start, block.small, mapped=False)
         tail = block.offset + block.size - end
@@ -199,9 +226,9 @@ class CachingAllocator:
         if tail:
             rest = Block(tail, block.segment, end, block.small)
             _insert_after(hole, rest)
-            insort(self._free[block.small], (rest.key, rest), key=_first)
+            insort(self._free[block.small], (*rest.key, rest))
         if block.size:
-            insort(self._free[block.small], (block.key, block), key=_first)
+            insort(self._free[block.small], (*block.key, block))
         else:
             _unlink(block)
         self.reserved -= end - start
@@ -231,14 +258,15 @@ class CachingAllocator:
         for other in (block.previous, block.next):
             if other is None or not other.free or not other.mapped:
                 continue
-            self._free[other.small].pop(bisect_left(self._free[other.small], other.key, key=_first))
+            free = self._free[other.small]
+            free.pop(bisect_left(free, other.key))
             block.offset = min(block.offset, other.offset)
             block.size += other.size
             _unlink(other)
         return block
 
     def _keep(self, block: Block) -> None:
-        insort(self._free[block.small], (block.key, block), key=_first)
+        insort(self._free[block.small], (*block.key, block))
 
     def _reserve(self, size: int) -> None:
         self.reserved += size
@@ -248,10 +276,6 @@ class CachingAllocator:
 def segment_for(size: int) -> int:
     """The segment the allocator asks the driver for to serve a request of `size` bytes above 1 MiB."""
     return LARGE_SEGMENT if size < OWN_SEGMENT else -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
-
-
-def _first(entry: tuple[tuple[int, int, int], Block]) -> tuple[int, int, int]:
-    return entry[0]
 
 
 def _grows(block: Block) -> bool:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import operators as op
 from qlora_core.memory.device import Device
-from qlora_core.memory.tape import Gradients, Size, Tape, Tensor
+from qlora_core.memory.tape import DType, Gradients, Size, Tape, Tensor
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 
@@ -19,10 +19,10 @@ AttentionKernel = Literal["eager", "flash", "efficient", "masked", "math", "flas
 """masked: the memory-efficient one with a mask that is not just causal."""
 
 
-def is_masked(architecture: ModelArchitecture, recipe: Recipe) -> bool:
+def is_masked(architecture: ModelArchitecture, seq_len: int) -> bool:
     """Whether a sliding window needs a mask of its own at this length (transformers' masking_utils.py)."""
     window = architecture.sliding_window
-    return window is not None and architecture.sliding_layers > 0 and recipe.seq_len >= window
+    return window is not None and architecture.sliding_layers > 0 and seq_len >= window
 
 
 def kernel_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> AttentionKernel:
@@ -70,13 +70,27 @@ SCORE = Size(per_score=1)
 
 
 def attend(
-    tape: Tape, kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, shape: Heads
+    tape: Tape,
+    kernel: AttentionKernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shape: Heads,
+    mask: DType,
+    narrow: DType | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """[T, h*D], [T, k*D], [T, k*D] -> [T, h*D] and, from eager attention, the weights [B, h, S, S]."""
+    """[T, h*D], [T, k*D], [T, k*D] -> [T, h*D] and, from eager attention, the weights [B, h, S, S].
+
+    Args:
+        mask: the dtype of what is added to eager scores.
+        narrow: autocast's dtype; None without.
+    """
+    if kernel != "eager":
+        query, key, value = (op.narrowed(tape, x, narrow) for x in (query, key, value))
     if kernel in ("eager", "efficient", "masked"):
         key, value = repeated(tape, key, shape), repeated(tape, value, shape)
     if kernel == "eager":
-        return eager(tape, query, key, value, shape)
+        return eager(tape, query, key, value, shape, mask, narrow)
     if kernel == "math":
         return math(tape, query, key, value, shape), None
     attended = fused(tape, kernel, query, key, value, shape)
@@ -130,21 +144,30 @@ def fused(tape: Tape, kernel: AttentionKernel, query: Tensor, key: Tensor, value
     )
 
 
-def eager(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads) -> tuple[Tensor, Tensor]:
+def eager(
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads, mask: DType, narrow: DType | None
+) -> tuple[Tensor, Tensor]:
     """softmax(q k / sqrt(D) + mask) v with all scores [B, h, S, S] in memory, as transformers writes it."""
     several, grouped = not shape.single_sequence, shape.queries != shape.keys
     numel, dtype = SCORE.times(shape.queries), query.dtype
     # [B, h, S, D] as a view of [B, S, h, D] folds to [B*h, S, D] without a copy for one sequence only
-    weights = op.scale(tape, op.batched_matmul(tape, query, key, numel, (several, several and not grouped, False)))
+    weights = op.scale(tape, product(tape, query, key, numel, (several, several and not grouped, False), narrow))
     if shape.capped:
         weights = op.soft_capped(tape, weights)
-    weights = op.clone(tape, weights)  # + mask
+    weights = op.add(tape, weights, Tensor(None, numel, mask))
     if shape.sinks:
         weights = softmax_with_sinks(tape, weights, shape)
     else:
         weights = op.cast(tape, op.softmax(tape, weights, shape.cuda), dtype)
-    attended = op.batched_matmul(tape, weights, value, query.numel, (False, several and not grouped, several))
+    attended = product(tape, weights, value, query.numel, (False, several and not grouped, several), narrow)
     return op.clone(tape, attended), weights
+
+
+def product(
+    tape: Tape, a: Tensor, b: Tensor, numel: Size, copies: tuple[bool, bool, bool], narrow: DType | None
+) -> Tensor:
+    """torch.matmul as autocast calls it."""
+    return op.batched_matmul(tape, op.narrowed(tape, a, narrow), op.narrowed(tape, b, narrow), numel, copies)
 
 
 def softmax_with_sinks(tape: Tape, x: Tensor, shape: Heads) -> Tensor:

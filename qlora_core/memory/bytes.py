@@ -7,6 +7,7 @@ Sources: bitsandbytes 0.50.2, functional.py (quantize_4bit, int8_vectorwise_quan
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from qlora_core.architecture import Linear, ModelArchitecture
@@ -36,10 +37,10 @@ def absmax_count(numel: int, block_size: int) -> int:
     return -(-numel // block_size)
 
 
-def constant_tensors(numel: int, recipe: Recipe) -> tuple[int, ...]:
+def constant_tensors(numel: int, block_size: int, double_quantization: bool) -> tuple[int, ...]:
     """Bytes of each constant tensor of one 4-bit weight of `numel` elements."""
-    blocks = absmax_count(numel, recipe.block_size)
-    if not recipe.double_quantization:
+    blocks = absmax_count(numel, block_size)
+    if not double_quantization:
         return (4 * blocks, CODE_BYTES)
     return (blocks, 4 * -(-blocks // NESTED_BLOCK), NESTED_CODE_BYTES, CODE_BYTES, OFFSET_BYTES)
 
@@ -67,6 +68,7 @@ def is_quantized(linear: Linear, recipe: Recipe) -> bool:
     return linear.quantized and recipe.quantization != "none"
 
 
+@lru_cache(maxsize=256)
 def weights(architecture: ModelArchitecture, recipe: Recipe, compute: Dtype) -> Weights:
     """All tensors of the base model as loaded on one rank, unsharded."""
     item = DTYPE_BYTES[stored_dtype(recipe, compute)]
@@ -95,7 +97,8 @@ def weights(architecture: ModelArchitecture, recipe: Recipe, compute: Dtype) -> 
             constants.append((4 * linear.out_features, count))
         else:
             base.append((-(-numel // 2), count))
-            constants.extend((size, count) for size in constant_tensors(numel, recipe))
+            of_one = constant_tensors(numel, recipe.block_size, recipe.double_quantization)
+            constants.extend((size, count) for size in of_one)
         if linear.bias:
             other.append((linear.out_features * item, count))
     return Weights(tuple(base), tuple(constants), tuple(other))
@@ -106,14 +109,15 @@ def is_target(linear: Linear, recipe: Recipe) -> bool:
     return recipe.method != "full" and chosen(recipe.targets, linear.path)
 
 
-def trainable_tensors(architecture: ModelArchitecture, recipe: Recipe) -> list[tuple[int, int]]:
+@lru_cache(maxsize=256)
+def trainable_tensors(architecture: ModelArchitecture, recipe: Recipe) -> tuple[tuple[int, int], ...]:
     """Elements of each trainable tensor: (elements of one, how many).
 
     Raises:
         ValueError: there is none.
     """
     if recipe.method == "full":
-        return [(numel, count) for numel, count in _all_tensors(architecture) if numel]
+        return tuple((numel, count) for numel, count in _all_tensors(architecture) if numel)
     tensors: list[tuple[int, int]] = []
     for linear in architecture.linears:
         if is_target(linear, recipe):
@@ -123,7 +127,7 @@ def trainable_tensors(architecture: ModelArchitecture, recipe: Recipe) -> list[t
     tensors += _expert_adapters(architecture, recipe)
     if not tensors:
         raise ValueError("nothing is trained: the recipe's targets name no linear layer of the model")
-    return tensors
+    return tuple(tensors)
 
 
 def _expert_adapters(architecture: ModelArchitecture, recipe: Recipe) -> Iterator[tuple[int, int]]:

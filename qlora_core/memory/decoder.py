@@ -90,6 +90,11 @@ class Layer(NamedTuple):
     trained: bool
     kernel: AttentionKernel
 
+    @property
+    def narrow(self) -> DType | None:
+        """The dtype of products under autocast; None without."""
+        return self.compute if self.autocast else None
+
 
 class Positions(NamedTuple):
     """What all layers share: rotary tables [S, D] and, for eager attention, the mask [B, 1, S, S]."""
@@ -150,6 +155,9 @@ def norm(tape: Tape, layer: Layer, x: Tensor, rows: Size) -> Tensor:
     weight = parameter(tape, layer, layer.hidden, layer.stream)
     with tape.at(*tape.where, "norm"):
         if not layer.scaled_norm:
+            if layer.autocast and layer.shape.cuda:  # weight and bias, too, become float32
+                scales = tape.new(Size(2 * layer.hidden), "float32")
+                return op.layer_norm_kernel(tape, op.cast(tape, x, "float32"), rows, (scales,))
             return op.layer_norm_kernel(tape, x, rows)
         dtype = x.dtype
         x = op.cast(tape, x, "float32")
@@ -179,7 +187,7 @@ def self_attention(tape: Tape, layer: Layer, hidden: Tensor, positions: Position
     with tape.at(*tape.where, "rotary"):
         query, key = rotated(tape, query, positions), rotated(tape, key, positions)
     with tape.at(*tape.where, "attention"):
-        attended, weights = attend(tape, layer.kernel, query, key, value, layer.shape)
+        attended, weights = attend(tape, layer.kernel, query, key, value, layer.shape, layer.stream, layer.narrow)
     return linear(tape, layer, attended, layer.output, ROW), weights
 
 
@@ -237,7 +245,7 @@ def activated(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
         if layer.activation == "relu":
             return op.relu(tape, x)
         if layer.activation == "composed":
-            return op.composed_gelu(tape, x)
+            return op.composed_gelu(tape, x, layer.autocast and layer.shape.cuda)
         return op.activation(tape, x)
 
 
@@ -251,13 +259,15 @@ def linear(tape: Tape, layer: Layer, x: Tensor, projection: Projection, rows: Si
         expected = result.dtype
         if projection.storage == "4bit":
             result = op.clone(tape, result)
-        if not layer.autocast:
+        # on CUDA the quantized layers' adapters leave it to autocast
+        converts = projection.storage == "plain" or not (layer.autocast and layer.shape.cuda)
+        if converts:
             x = op.cast(tape, x, layer.lora)
         if projection.storage == "plain":
             result = op.add(tape, result, adapter(tape, layer, x, projection, rows))
             return op.cast(tape, result, expected)
         update = adapter(tape, layer, x, projection, rows)
-        if not layer.autocast:
+        if converts:
             update = op.cast(tape, update, expected)
         return op.add(tape, result, update)
 
@@ -273,9 +283,9 @@ def base_linear(tape: Tape, layer: Layer, x: Tensor, projection: Projection, row
         return op.cast(tape, product, x.dtype)
     if projection.storage == "8bit":
         return op.matmul_8bit(tape, x, rows, into, out)
-    if layer.autocast:
-        x = op.cast(tape, x, layer.compute)
-    return op.matmul_weight(tape, x, parameter(tape, layer, into * out, x.dtype), rows, into, out)
+    weight = parameter(tape, layer, into * out, layer.stream)
+    x, weight = op.narrowed(tape, x, layer.narrow), op.narrowed(tape, weight, layer.narrow)
+    return op.matmul_weight(tape, x, weight, rows, into, out)
 
 
 def adapter(tape: Tape, layer: Layer, x: Tensor, projection: Projection, rows: Size) -> Tensor:
@@ -304,8 +314,7 @@ def dropped(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
 def adapter_linear(tape: Tape, layer: Layer, x: Tensor, rows: Size, into: int, out: int) -> Tensor:
     """One of an adapter's two linears; under autocast its input and weight are cast to the compute dtype."""
     weight = tape.leaf(Tensor(None, Size(into * out), layer.lora), "gradients")
-    if layer.autocast:
-        x, weight = op.cast(tape, x, layer.compute), op.cast(tape, weight, layer.compute)
+    x, weight = op.narrowed(tape, x, layer.narrow), op.narrowed(tape, weight, layer.narrow)
     return op.matmul_weight(tape, x, weight, rows, into, out)
 
 

@@ -2,30 +2,29 @@
 
 What stays is counted exactly (`bytes.py`, `residents.py`, `sharding.py`); what comes and goes is a polynomial whose
 coefficients one run of the tape found (`step.py`). The peak is the highest of its moments for this micro-batch and
-sequence length.
+sequence length (`sizes.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from functools import lru_cache, partial
-from typing import Literal
+from operator import attrgetter
+from typing import Any, Literal
 
 from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, Heads, is_masked, kernel_of
 from qlora_core.memory.decoder import Activation, Layer, Projection
 from qlora_core.memory.device import Device
-from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, HostEstimate, Phase, Phases
+from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.experts import Experts, Scores
-from qlora_core.memory.reserve import fragmentation, grown
-from qlora_core.memory.residents import Residents, fetched_ahead, residents, shard_of
+from qlora_core.memory.residents import fetched_ahead, residents, shard_of
 from qlora_core.memory.sharding import bucket_elements
-from qlora_core.memory.step import FIRST, LAST, Candidate, Handling, Logits, Step, Timeline, highest, timeline
-from qlora_core.memory.tape import Where, value
+from qlora_core.memory.sizes import Sizes
+from qlora_core.memory.step import Handling, Logits, Step, timeline
 from qlora_core.recipe import Recipe
-from qlora_core.strategy import LOSS_CHUNK_TOKENS, Strategy
+from qlora_core.strategy import Strategy
 
 ENDLESS = 2**40
 """A length beyond every sliding window."""
@@ -61,99 +60,108 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
 
     Paged optimizer state is in `paged_bytes` only: the driver moves it to the host when the GPU is full, so neither the
     allocated nor the process bytes count it. "full" loss is the stock one: its logits stay until the step ends.
+
+    Raises:
+        ValueError: nothing is trained.
     """
-    stays, times = _prepared_for(architecture, recipe, strategy, device)
-    variables = _variables(recipe, strategy)
-    totals: dict[Phase, int] = {}
-    moments: dict[Phase, Candidate] = {}
-    for phase, candidates in _by_phase(times):
-        moments[phase] = highest(candidates, variables)
-        totals[phase] = value(moments[phase].total, variables) + sum(
-            map(_sum, (stays.loaded, stays.between, stays.added[phase]))
-        )
-    peak_phase = max(totals, key=lambda phase: totals[phase])
-    peak = moments[peak_phase]
-    parts = dict(stays.loaded)
-    varying_parts = {room: value(size, variables) for room, size in peak.rooms.items()}
-    for more in (stays.between, stays.added[peak_phase], varying_parts):
-        for component, size in more.items():
-            parts[component] = parts.get(component, 0) + size
-    allocated = totals[peak_phase]
-    loaded = stays.before_sharding or _sum(stays.loaded)
-    if device.kind == "cpu":
-        reserved, interval = allocated, (allocated, allocated)
-    else:
-        least = max(allocated, loaded, stays.segments + _moving(stays, times, variables))
-        varying = allocated - _sum(stays.loaded)
-        low, reserved, high = (
-            max(allocated, loaded, least + varying * share // 1000)
-            for share in fragmentation(kernel_in_use(architecture, recipe, strategy, device), strategy)
-        )
-        interval = low, high
-    return Estimate(
-        "formula",
-        GpuEstimate(
-            components=Components(**parts),
-            phases=Phases(loaded, totals["forward"], totals["backward"], totals["optimizer"]),
-            peak_phase=peak_phase,
-            peak_moment=in_words(peak_phase, peak.where, architecture.num_layers),
-            allocated_bytes=allocated,
-            reserved_bytes=reserved,
-            process_bytes=reserved + device.context_bytes,
-            paged_bytes=stays.paged,
-            reserved_interval=interval,
-        ),
-        HostEstimate(stays.host_load, stays.host_steady),
-    )
-
-
-def _moving(stays: Residents, times: Timeline, variables: Sequence[int]) -> int:
-    """Bytes of the segments of what comes and goes, if no segment is in pieces.
-
-    Gradients, and what the optimizer makes on the way, find room where activations were.
-    """
-    return value(times.middle, variables) + grown(times.stretches, variables, stays.free_segments)
+    sizes = prepared(architecture, recipe, strategy, device)
+    return sizes.at(strategy.micro_batch, recipe.seq_len).estimate(strategy.micro_batch, recipe.seq_len)
 
 
 def segments(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> int:
-    """Bytes of all segments, before `fragmentation`."""
-    stays, times = _prepared_for(architecture, recipe, strategy, device)
-    return stays.segments + _moving(stays, times, _variables(recipe, strategy))
+    """Bytes of all segments, before fragmentation."""
+    sizes = prepared(architecture, recipe, strategy, device)
+    return sizes.at(strategy.micro_batch, recipe.seq_len).segments(strategy.micro_batch, recipe.seq_len)
 
 
-def _prepared_for(
-    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device
-) -> tuple[Residents, Timeline]:
-    """The preparation that many requests share."""
-    # of the micro-batch only whether it is 1 matters here, so that a search over it prepares twice
-    alike = strategy if strategy.micro_batch <= 2 else replace(strategy, micro_batch=2)
-    return _prepared(architecture, _of_any_length(recipe, is_masked(architecture, recipe)), alike, device)
+class Prepared:
+    """A recipe and a strategy whose micro-batch and sequence length are open.
 
+    Two kinds of each are prepared apart, when they are first asked for: a micro-batch of 1 needs fewer copies in eager
+    attention, and from a sliding window on there are masks.
 
-@lru_cache(maxsize=256)
-def _of_any_length(recipe: Recipe, masked: bool) -> Recipe:
-    """What all recipes that differ only in the sequence length have in common, so that they are prepared once.
-
-    Lengths from a sliding window on are prepared apart from shorter ones.
+    Raises:
+        ValueError: by its methods; nothing is trained.
     """
-    length = ENDLESS if masked else 1
-    return replace(recipe, seq_len=length, tokens_per_step=length)
+
+    def __init__(
+        self, architecture: ModelArchitecture, recipe: dict[str, Any], strategy: dict[str, Any], device: Device
+    ) -> None:
+        self._architecture, self._recipe, self._strategy, self._device = architecture, recipe, strategy, device
+        self._single_is_special = strategy["attention"] == "eager"
+        self._of_kind: dict[tuple[bool, bool], Sizes] = {}
+
+    def process_bytes(self, micro_batch: int, seq_len: int) -> int:
+        """What the whole process needs on the GPU, as `estimate` says it, but nothing else of that."""
+        return self.at(micro_batch, seq_len).process_bytes(micro_batch, seq_len)
+
+    def least_bytes(self, micro_batch: int, seq_len: int) -> int:
+        """What it needs at least, however well its tensors are placed."""
+        return self.at(micro_batch, seq_len).least_bytes(micro_batch, seq_len)
+
+    def at(self, micro_batch: int, seq_len: int) -> Sizes:
+        """The sizes that hold for these, among others."""
+        kind = self._single_is_special and micro_batch == 1, is_masked(self._architecture, seq_len)
+        if kind not in self._of_kind:
+            self._of_kind[kind] = self._prepare(*kind)
+        return self._of_kind[kind]
+
+    def _prepare(self, single: bool, masked: bool) -> Sizes:
+        length = ENDLESS if masked else 1
+        recipe = Recipe(**self._recipe, seq_len=length, tokens_per_step=length)
+        strategy = Strategy(**self._strategy, micro_batch=1 if single else 2)
+        asked = self._architecture, recipe, strategy, self._device
+        return Sizes(
+            residents(*asked), timeline(step_of(*asked)), self._device, strategy, self._architecture.num_layers
+        )
+
+
+OPEN = frozenset({"seq_len", "tokens_per_step", "micro_batch"})
+"""Fields that a `Prepared` leaves open."""
+LEARNING = frozenset(
+    {
+        "alpha",
+        "learning_rate",
+        "schedule",
+        "warmup_fraction",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "max_grad_norm",
+        "epochs",
+        "steps",
+    }
+)
+"""Fields of a recipe that no size depends on."""
+RECIPE_FIELDS = tuple(field.name for field in fields(Recipe) if field.name not in OPEN | LEARNING)
+STRATEGY_FIELDS = tuple(field.name for field in fields(Strategy) if field.name not in OPEN)
+_of_recipe, _of_strategy = attrgetter(*RECIPE_FIELDS), attrgetter(*STRATEGY_FIELDS)
+
+
+def prepared(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Prepared:
+    """What a search over micro-batches and sequence lengths asks; it is the same for all that are alike in the rest."""
+    return _prepared(architecture, _of_recipe(recipe), _of_strategy(strategy), device)
 
 
 @lru_cache(maxsize=256)
 def _prepared(
-    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device
-) -> tuple[Residents, Timeline]:
-    """What depends neither on the micro-batch nor on the sequence length."""
-    return (
-        residents(architecture, recipe, strategy, device),
-        timeline(step_of(architecture, recipe, strategy, device)),
+    architecture: ModelArchitecture, recipe: tuple[Any, ...], strategy: tuple[Any, ...], device: Device
+) -> Prepared:
+    return Prepared(
+        architecture,
+        dict(zip(RECIPE_FIELDS, recipe, strict=True)),
+        dict(zip(STRATEGY_FIELDS, strategy, strict=True)),
+        device,
     )
 
 
 def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Step:
     """What the timeline of a step depends on, out of all that is given."""
     layer = _layer_of(architecture, recipe, strategy, device)
+    # while they are checkpointed, all layers keep the same
+    unlike = None
+    if layer.kernel == "masked" and not strategy.gradient_checkpointing:
+        unlike = layer._replace(kernel=kernel_of(architecture, recipe, strategy, device))
     shard = shard_of(architecture, recipe, strategy, device)
     stage, several = strategy.zero_stage, strategy.gradient_accumulation > 1
     in_layers = shard.trainable
@@ -165,6 +173,8 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
     return Step(
         layer=layer,
         layers=architecture.num_layers,
+        unlike=unlike,
+        unlike_layers=architecture.num_layers - architecture.sliding_layers if unlike is not None else 0,
         masks=2 if 0 < architecture.sliding_layers < architecture.num_layers else 1,
         vocab=architecture.vocab_size,
         tied=architecture.tied_embeddings,
@@ -231,10 +241,15 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         lora=recipe.lora_dtype,
         rank=recipe.rank,
         dropout=recipe.dropout > 0,
-        autocast=recipe.autocast,
+        autocast=_casts(recipe, device),
         trained=recipe.method == "full",
         kernel=kernel_in_use(architecture, recipe, strategy, device),
     )
+
+
+def _casts(recipe: Recipe, device: Device) -> bool:
+    """Whether autocast does anything: it knows 16-bit dtypes only (torch/amp/autocast_mode.py)."""
+    return recipe.autocast and device.compute_dtype != "float32"
 
 
 def _activation(architecture: ModelArchitecture) -> Activation:
@@ -261,10 +276,11 @@ def kernel_in_use(
     """The kernel of the layers that need the most: those with a mask, where there are any.
 
     flash_attention_2 knows windows without a mask. Where layers without a window hold all scores, one of those needs
-    more than one with a mask; but where all layers' activations are kept, the many with a mask decide.
+    more than one with a mask; but where all layers' activations are kept, the many with a mask decide, and what the
+    others keep is counted beside theirs (`step_of`).
     """
     kernel = kernel_of(architecture, recipe, strategy, device)
-    if strategy.attention != "sdpa" or kernel == "flash_cpu" or not is_masked(architecture, recipe):
+    if strategy.attention != "sdpa" or kernel == "flash_cpu" or not is_masked(architecture, recipe.seq_len):
         return kernel
     scores = kernel == "math" and architecture.sliding_layers < architecture.num_layers
     return "math" if scores and strategy.gradient_checkpointing else "masked"
@@ -296,7 +312,7 @@ def _experts(architecture: ModelArchitecture, recipe: Recipe, device: Device) ->
         clamped=architecture.model_type == "gpt_oss",
         stored=exact.stored_dtype(recipe, device.compute_dtype),
         lora=recipe.lora_dtype,
-        narrow=device.compute_dtype if recipe.autocast else None,
+        narrow=device.compute_dtype if _casts(recipe, device) else None,
         trained=recipe.method == "full",
         cuda=device.kind == "cuda",
         grouped=device.has_grouped_products,
@@ -317,34 +333,3 @@ def _projection(recipe: Recipe, linear: Linear) -> Projection:
         nested=recipe.double_quantization,
         adapter=exact.is_target(linear, recipe),
     )
-
-
-def in_words(phase: Phase, where: Where, layers: int) -> str:
-    """A moment in words, such as "backward of layer 80, while its down_proj is recomputed"."""
-    if phase == "optimizer":
-        return "optimizer step"
-    part, *details = where[1:]
-    name = {FIRST: "layer 1", LAST: f"layer {layers}"}.get(part, f"the {part}")
-    again = "recomputed" in details
-    inner = [detail for detail in details if detail != "recomputed"]
-    if not inner:
-        return f"{phase} of {name}" + (", while it is recomputed" if again else "")
-    verb = "recomputed" if again else {"forward": "computed", "backward": "differentiated"}[phase]
-    return f"{phase} of {name}, while its {inner[-1]} is {verb}"
-
-
-def _variables(recipe: Recipe, strategy: Strategy) -> tuple[int, int, int, int, int]:
-    """The values of a polynomial's variables: 1, S, B*S, B*S*S, C."""
-    batch, length = strategy.micro_batch, recipe.seq_len
-    tokens = batch * length
-    return 1, length, tokens, tokens * length, min(tokens, LOSS_CHUNK_TOKENS)
-
-
-def _by_phase(times: Timeline) -> Iterator[tuple[Phase, tuple[Candidate, ...]]]:
-    yield "forward", times.forward
-    yield "backward", times.backward
-    yield "optimizer", (times.after_backward,)
-
-
-def _sum(parts: dict[str, int]) -> int:
-    return sum(parts.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -67,14 +67,20 @@ class CudaMeter:
         self._device = device
         self._peaks = _Peaks()
         self._reserved = 0
+        self._on_host = False
 
     def loaded(self, model: nn.Module) -> None:
         """See `Meter`."""
         self._peaks.after_load = torch.cuda.memory_allocated(self._device)
+        self._on_host = next(model.parameters()).device.type == "cpu"
 
-    def setup(self) -> AbstractContextManager[None]:
-        """See `Meter`."""
-        return nullcontext()
+    @contextmanager
+    def setup(self) -> Iterator[None]:
+        """See `Meter`. A model that is on the host comes to the GPU in here, divided by ZeRO-3."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+        yield
+        if self._on_host:
+            self._peaks.after_load = torch.cuda.max_memory_allocated(self._device)
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

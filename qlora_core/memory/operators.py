@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_core.memory.tape import DType, Gradients, Room, Size, Tape, Tensor
+from qlora_core.memory.tape import LEAF_ORDER, DType, Gradients, Room, Size, Tape, Tensor
 
 
 def promoted(a: Tensor, b: Tensor) -> DType:
@@ -24,6 +24,19 @@ def cast(tape: Tape, x: Tensor, dtype: DType) -> Tensor:
         return x
     narrow = x.dtype
     return tape.apply((x,), x.numel, dtype, lambda gradient, saved: (tape.new(gradient.numel, narrow),))
+
+
+def narrowed(tape: Tape, x: Tensor, dtype: DType | None) -> Tensor:
+    """What autocast makes of an input in front of a matrix product; `dtype` is None where it is off.
+
+    Copies of trained float32 leaves are cached (aten/src/ATen/autocast_mode.cpp, cached_cast).
+    """
+    if dtype is None or x.dtype == dtype:
+        return x
+    copy = cast(tape, x, dtype)
+    if x.dtype == "float32" and x.node is not None and x.node.order == LEAF_ORDER:
+        tape.copies.append(copy)
+    return copy
 
 
 def clone(tape: Tape, x: Tensor) -> Tensor:
@@ -62,12 +75,17 @@ def multiply_constant(tape: Tape, x: Tensor, constant: Tensor) -> Tensor:
 def multiply(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
     """A * b, both needing a gradient; `b` may be a column that is broadcast over a's rows."""
     shrunk = b.numel != a.numel
-    column = b.numel
+    column, dtypes = b.numel, (a.dtype, b.dtype)
 
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
         of_a = tape.new(gradient.numel, gradient.dtype)
         of_b = tape.new(gradient.numel, gradient.dtype)
-        return (of_a, tape.new(column, gradient.dtype) if shrunk else of_b)
+        if shrunk:
+            of_b = tape.new(column, gradient.dtype)
+        return tuple(
+            of if of.dtype == dtype else tape.new(of.numel, dtype)
+            for of, dtype in zip((of_a, of_b), dtypes, strict=True)
+        )
 
     return tape.apply((a, b), a.numel, promoted(a, b), backward, saves=(a, b))
 
@@ -99,11 +117,18 @@ def reciprocal_root(tape: Tape, x: Tensor) -> Tensor:
     )
 
 
-def layer_norm_kernel(tape: Tape, x: Tensor, rows: Size) -> Tensor:
-    """native_layer_norm: saves its input, and mean and reciprocal deviation of each row in float32."""
+def layer_norm_kernel(tape: Tape, x: Tensor, rows: Size, scales: Sequence[Tensor] = ()) -> Tensor:
+    """native_layer_norm: saves its input, and mean and reciprocal deviation of each row in float32.
+
+    It saves `scales`, too: weight and bias, where they are not the model's own.
+    """
     statistics = tape.new(rows.times(2), "float32")
     return tape.apply(
-        (x,), x.numel, x.dtype, lambda gradient, saved: (tape.new(gradient.numel, gradient.dtype),), (x, statistics)
+        (x,),
+        x.numel,
+        x.dtype,
+        lambda gradient, saved: (tape.new(gradient.numel, gradient.dtype),),
+        (x, statistics, *scales),
     )
 
 
@@ -119,12 +144,16 @@ def relu(tape: Tape, x: Tensor) -> Tensor:
     )
 
 
-def composed_gelu(tape: Tape, x: Tensor) -> Tensor:
-    """0.5 * x * (1 + tanh(c * (x + 0.044715 * x**3))) operator by operator (transformers/activations.py)."""
+def composed_gelu(tape: Tape, x: Tensor, wide_power: bool) -> Tensor:
+    """0.5 * x * (1 + tanh(c * (x + 0.044715 * x**3))) operator by operator (transformers/activations.py).
+
+    With `wide_power` autocast computes the power in float32.
+    """
     half = scale(tape, x)
-    inner = scale(tape, add(tape, x, scale(tape, square(tape, x))))
+    cube = square(tape, cast(tape, x, "float32") if wide_power else x)
+    inner = scale(tape, add(tape, x, scale(tape, cube)))
     tanh = tape.apply(
-        (inner,), x.numel, x.dtype, lambda gradient, saved: (tape.new(gradient.numel, gradient.dtype),), (), True
+        (inner,), x.numel, inner.dtype, lambda gradient, saved: (tape.new(gradient.numel, gradient.dtype),), (), True
     )
     return multiply(tape, half, clone(tape, tanh))
 

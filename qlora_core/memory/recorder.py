@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_core.memory.attention import AttentionKernel
+from qlora_core.memory.autocast import narrowed
 from qlora_core.memory.replay import Allocated, Event, Marked, Moved, Released
 
 aten: Any = torch.ops.aten
@@ -354,9 +355,12 @@ def attention(
 ) -> torch.Tensor:
     """scaled_dot_product_attention by the fused kernel: [B, h, S, D], [B, k, S, D], [B, k, S, D] -> [B, h, S, D].
 
-    A mask rules flash out, and becomes a bias in the queries' dtype first
+    Autocast casts its inputs. A mask rules flash out, and becomes a bias in the queries' dtype first
     (aten/src/ATen/native/transformers/attention.cpp, convert_boolean_attn_mask).
     """
+    query, key, value = narrowed(query), narrowed(key), narrowed(value)
+    if attn_mask is not None:
+        attn_mask = narrowed(attn_mask)
     if kernel == "math" and attn_mask is None:
         return composed(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if kernel == "flash_cpu":

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
-from qlora_core.memory.allocator import ROUNDING, segment_for
+from qlora_core.memory.allocator import ROUNDING
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Phase
 from qlora_core.memory.reserve import packed
 from qlora_core.memory.settled import settled
 from qlora_core.memory.sharding import Gathered, Shard, gathered_elements, stays_whole
-from qlora_core.recipe import DTYPE_BYTES, Recipe
+from qlora_core.recipe import DTYPE_BYTES, Quantization, Recipe
 from qlora_core.strategy import Strategy
 
 LOADING_THREADS = 4
 """Weights that transformers loads at a time (core_model_loading.py, GLOBAL_WORKERS)."""
+QUANTIZED_ON_HOST: dict[Quantization, int] = {"nf4": 14, "fp4": 28}
+"""Bytes an element that bitsandbytes makes beside the weight when it quantizes one on a CPU (0.50.2, quantize_4bit in
+backends/default/ops.py): for nf4 the weight and its scaled copy in float32, int32 and uint8 indices, and what is packed
+twice; for fp4 int64 indices, also twice. In resident memory, a weight of 48 million took 14.2 and 28.2."""
 
 
 class Residents(NamedTuple):
@@ -25,22 +29,24 @@ class Residents(NamedTuple):
 
     Attributes:
         loaded: after loading, adapters attached (with ZeRO-3: this rank's parts).
-        before_sharding: with ZeRO-3, all the bytes that every rank loads before they are divided; 0 otherwise.
+        load_peak: the most that is on the device before the first step. With ZeRO-3 on a GPU, this rank's parts and the
+            largest weight, whole while it is divided, or constants and what DeepSpeed makes next; on a CPU the model
+            before that.
         between: what exists from the first step on: optimizer state, library workspaces, buckets.
         added: what a phase adds beside activations.
         paged: optimizer state in managed memory.
         segments: reserved memory in which all this lies.
-        free_segments: segments that loading leaves behind empty.
+        holes: what loading leaves free in them.
         host_load, host_steady: bytes of all ranks of a host.
     """
 
     loaded: dict[str, int]
-    before_sharding: int
+    load_peak: int
     between: dict[str, int]
     added: dict[Phase, dict[str, int]]
     paged: int
     segments: int
-    free_segments: tuple[int, ...]
+    holes: tuple[int, ...]
     host_load: int
     host_steady: int
 
@@ -51,7 +57,7 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     tensors = exact.trainable_tensors(architecture, recipe)
     itemsize = DTYPE_BYTES[exact.trainable_dtype(recipe, device.compute_dtype)]
     shard = shard_of(architecture, recipe, strategy, device)
-    state_tensors = tensors if not shard.stage else [(shard.part_numel, 1)]
+    state_tensors = tensors if not shard.stage else ((shard.part_numel, 1),)
     paged = strategy.paged_optimizer and device.kind == "cuda"
     state = exact.optimizer_state(state_tensors, recipe, 4 if shard.stage else itemsize, paged)
     # with method full the trained weights are the base's own
@@ -85,23 +91,32 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         if sum(whole.values()) > step:
             # all weights are divided for the optimizer's step, and the small ones fetched again right after it
             added["optimizer"] = dict(whole)
-    undivided = sum(size * count for sizes in (*weights, lora) for size, count in sizes)
-    left_free = _left_by_loading(architecture, recipe, device)
+    holes: tuple[int, ...] = ()
     if shard.stage == 3 or device.kind == "cpu":
         segments = sum(loaded.values()) + sum(whole.values())
     else:
-        alike = replace(device, context_bytes=0, ranks_per_host=1)
-        loaded["framework"], segments = settled(architecture, recipe, alike)
-        segments -= sum(left_free)
+        loaded["framework"], segments, holes = settled(architecture, recipe, device)
+    load_peak, host_load = sum(loaded.values()), _host_load(architecture, device)
+    if shard.stage == 3:
+        base = sum(size * count for sizes in weights for size, count in sizes)
+        adapters = sum(size * count for size, count in lora)
+        if device.kind == "cpu":
+            load_peak = base + adapters
+        else:
+            passing = max(size for size, _ in (*weights.base, *weights.unquantized, *lora))
+            # constants come when all parameters are divided (engine_deepspeed.divide), and then what DeepSpeed makes
+            load_peak += max(passing - loaded["quantization_constants"], shard.engine_bytes)
+            # each rank loads the whole base there, and gives it adapters, before it divides it
+            host_load = device.ranks_per_host * (base + max(adapters, _on_its_way(architecture, recipe)))
     return Residents(
         loaded,
-        undivided if shard.stage == 3 else 0,
+        load_peak,
         between,
         added,
         0 if shard.offload_optimizer else state.paged,
         segments + packed([(sum(between.values()) + sum(added["backward"].values()), 1)]),
-        left_free,
-        _host_load(architecture, device),
+        holes,
+        host_load,
         device.ranks_per_host * (kept_on_host + shard.host_bytes(state.resident + state.paged)),
     )
 
@@ -125,16 +140,6 @@ def _add_accumulated(added: dict[Phase, dict[str, int]], shard: Shard, strategy:
         elif shard.stage == 0 and shard.world > 1:
             # DDP adds them up outside its buckets until the last micro-batch (no_sync after zero_grad(set_to_none))
             added[phase]["gradients"] = shard.trainable
-
-
-def _left_by_loading(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> tuple[int, ...]:
-    """Segments that are empty after loading: of 16-bit weights quantized or cast to float32 on the device."""
-    if device.emptied_after_load or recipe.quantization == "none":
-        return ()
-    numels = [max(linear.weight_numel for linear in architecture.linears)]
-    if recipe.upcast == "peft":
-        numels += [architecture.embedding_parameters, architecture.head_parameters]
-    return tuple(sorted(segment_for(2 * numel) for numel in numels if numel))
 
 
 def _loaded(
@@ -206,7 +211,9 @@ def _gathered(architecture: ModelArchitecture, recipe: Recipe, device: Device) -
     return Gathered(*(total * share // max(elements, 1) for share in at_once))
 
 
-def _step_buffers(tensors: list[tuple[int, int]], recipe: Recipe, paged: bool, itemsize: int, device: Device) -> int:
+def _step_buffers(
+    tensors: Sequence[tuple[int, int]], recipe: Recipe, paged: bool, itemsize: int, device: Device
+) -> int:
     """What torch's AdamW makes on the way (torch/optim/adamw.py); bitsandbytes' kernels make nothing.
 
     On CUDA all tensors' square roots at once (foreach); on a CPU one tensor's square root and its corrected copy.
@@ -226,3 +233,15 @@ def _host_load(architecture: ModelArchitecture, device: Device) -> int:
     """
     largest = max(architecture.embedding_parameters, *(linear.weight_numel for linear in architecture.linears))
     return device.ranks_per_host * LOADING_THREADS * 2 * largest
+
+
+def _on_its_way(architecture: ModelArchitecture, recipe: Recipe) -> int:
+    """Bytes of the largest 16-bit weight that is quantized on the host, and of what is made of it meanwhile.
+
+    One at a time: transformers uses no threads where it quantizes. What is not quantized stays as it came.
+    """
+    temporaries = QUANTIZED_ON_HOST.get(recipe.quantization)
+    if temporaries is None:
+        return 0
+    numels = (linear.weight_numel for linear in architecture.linears if exact.is_quantized(linear, recipe))
+    return (2 + temporaries) * max(numels, default=0)

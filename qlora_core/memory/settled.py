@@ -6,14 +6,15 @@ the rest to go on alike.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
-from qlora_core.architecture import ModelArchitecture
+from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.allocator import CachingAllocator
 from qlora_core.memory.device import Device
-from qlora_core.recipe import DTYPE_BYTES, Recipe
+from qlora_core.recipe import DTYPE_BYTES, Quantization, Recipe, Upcast
 
 PLAYED_LAYERS = 12
 """From half of them on, each layer is taken to leave as much as those before it did."""
@@ -26,36 +27,124 @@ class Settled(NamedTuple):
     Attributes:
         slack: allocated beyond what was asked for, rounding to 512 bytes included.
         reserved: all segments.
+        holes: what is free in segments of large blocks.
     """
 
     slack: int
     reserved: int
+    holes: tuple[int, ...]
+
+
+class Loading(NamedTuple):
+    """What the loading of a base model depends on beside the model.
+
+    Attributes:
+        item: bytes of an element that is not quantized.
+        quantization, double_quantization, block_size, upcast: as in a Recipe.
+        warmed_up, emptied_after_load: as in a Device.
+    """
+
+    item: int
+    quantization: Quantization
+    double_quantization: bool
+    block_size: int
+    upcast: Upcast
+    warmed_up: bool
+    emptied_after_load: bool
+
+
+class Weight(NamedTuple):
+    """A linear weight on its way: elements, bytes of its bias, and of its constants if it is quantized."""
+
+    numel: int
+    bias: int
+    constants: tuple[int, ...]
+
+
+class Loaded(NamedTuple):
+    """A base model in the allocator, and the bytes that were asked for it. Not to be changed: others get it too."""
+
+    memory: CachingAllocator
+    requested: int
+
+
+def settled(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> Settled:
+    """The weights of `architecture` after loading; `recipe` of any length."""
+    loading = Loading(
+        DTYPE_BYTES[device.compute_dtype],
+        recipe.quantization,
+        recipe.double_quantization,
+        recipe.block_size,
+        recipe.upcast,
+        device.warmed_up,
+        device.emptied_after_load,
+    )
+    item = DTYPE_BYTES[exact.trainable_dtype(recipe, device.compute_dtype)]
+    features = [
+        features
+        for linear in architecture.linears
+        if exact.is_target(linear, recipe)
+        for features in (linear.in_features, linear.out_features)
+    ]
+    return _settled(architecture, loading, tuple(recipe.rank * each * item for each in features))
+
+
+@lru_cache(maxsize=256)
+def _settled(architecture: ModelArchitecture, loading: Loading, adapters: tuple[int, ...]) -> Settled:
+    """With the bytes of one layer's adapters."""
+    layers = architecture.num_layers
+    if layers <= PLAYED_LAYERS:
+        return _with_adapters(_base(architecture, loading, layers), adapters * layers)
+    some, more = (
+        _with_adapters(_base(architecture, loading, count), adapters * count) for count in (HALF, PLAYED_LAYERS)
+    )
+    beyond = layers - PLAYED_LAYERS
+    slack, reserved = (last + (last - first) * beyond // HALF for first, last in zip(some[:2], more[:2], strict=True))
+    # sizes that come up again and again; another one has grown, or shrunk, with the number of layers
+    before = Counter(some.holes)
+    again = (Counter(more.holes) - before).items()
+    holes = more.holes + tuple(size for size, count in again if before[size] for _ in range(count * beyond // HALF))
+    return Settled(slack, reserved, holes)
+
+
+def _with_adapters(base: Loaded, adapters: tuple[int, ...]) -> Settled:
+    """The base model, and after it adapters of these bytes."""
+    memory = base.memory.fork()
+    for size in adapters:
+        memory.allocate(size)
+    return Settled(memory.allocated - base.requested - sum(adapters), memory.reserved, memory.holes())
+
+
+def constants_of(linear: Linear, loading: Loading) -> tuple[int, ...]:
+    """Bytes of each tensor beside a quantized weight; none where it is not quantized."""
+    if loading.quantization == "none" or not linear.quantized:
+        return ()
+    if loading.quantization == "int8":
+        return (4 * linear.out_features,)
+    return exact.constant_tensors(linear.weight_numel, loading.block_size, loading.double_quantization)
 
 
 @lru_cache(maxsize=64)
-def settled(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> Settled:
-    """The weights of `architecture` after loading; `recipe` of any length."""
-    layers = architecture.num_layers
-    if layers <= PLAYED_LAYERS:
-        return _play(architecture, recipe, device, layers)
-    some, more = (_play(architecture, recipe, device, count) for count in (HALF, PLAYED_LAYERS))
-    beyond = layers - PLAYED_LAYERS
-    return Settled(*(last + (last - first) * beyond // HALF for first, last in zip(some, more, strict=True)))
-
-
-def _play(architecture: ModelArchitecture, recipe: Recipe, device: Device, layers: int) -> Settled:
+def _base(architecture: ModelArchitecture, loading: Loading, layers: int) -> Loaded:
+    """The base model, as if it had so many layers."""
     memory = CachingAllocator()
-    item = DTYPE_BYTES[device.compute_dtype]
+    item = loading.item
     plain = _unquantized(architecture, item)
-    packed = [
-        (linear, exact.is_quantized(linear, recipe), linear.bias)
+    weights = [
+        Weight(
+            linear.weight_numel,
+            linear.out_features * item if linear.bias else 0,
+            constants_of(linear, loading),
+        )
         for linear in sorted(architecture.linears, key=lambda each: (each.part == "attention", each.name))
         for _ in range(linear.count)
     ]
-    weights = sum(linear.weight_numel * item // (4 if quantized else 1) for linear, quantized, _ in packed)
+    per_byte = 1 if loading.quantization == "int8" else 2
+    # transformers asks for that of each quantized element, whatever it comes in (quantized_element_size)
+    of_layer = sum(weight.numel // per_byte if weight.constants else weight.numel * item for weight in weights)
     requested = 0
-    if device.warmed_up:
-        memory.release(memory.allocate(max(sum(plain) + layers * weights, 1)))
+    if loading.warmed_up:
+        memory.release(memory.allocate(max(sum(plain) + layers * of_layer, 1)))
     held = []
 
     def keep(size: int) -> None:
@@ -68,18 +157,16 @@ def _play(architecture: ModelArchitecture, recipe: Recipe, device: Device, layer
         if size:
             keep(size)
     for _ in range(layers):
-        for linear, quantized, bias in packed:
-            numel = linear.weight_numel
+        for numel, bias, constants in weights:
             if bias:
-                keep(linear.out_features * item)
-            if not quantized:
+                keep(bias)
+            if not constants:
                 keep(numel * item)
                 continue
             value = memory.allocate(numel * item)
-            keep(-(-numel // 2))
-            constants = exact.constant_tensors(numel, recipe)
-            if recipe.double_quantization:
-                blocks = 4 * exact.absmax_count(numel, recipe.block_size)
+            keep(-(-numel // per_byte))
+            if loading.double_quantization:
+                blocks = 4 * exact.absmax_count(numel, loading.block_size)
                 absmax, shifted = memory.allocate(blocks), memory.allocate(blocks)
                 for size in constants:
                     keep(size)
@@ -93,22 +180,15 @@ def _play(architecture: ModelArchitecture, recipe: Recipe, device: Device, layer
             keep(norms)
     if after:
         keep(after)
-    if recipe.upcast == "peft" and item == 2:
+    if loading.upcast == "peft" and item == 2:
         for index, (block, size) in enumerate(held):
-            if size in plain or recipe.quantization == "none":
+            if size in plain or loading.quantization == "none":
                 held[index] = memory.allocate(2 * size), 2 * size
                 requested += size
                 memory.release(block)
-    if device.emptied_after_load:
+    if loading.emptied_after_load:
         memory.empty_cache()
-    trained = DTYPE_BYTES[exact.trainable_dtype(recipe, device.compute_dtype)]
-    if recipe.method != "full":
-        for _ in range(layers):
-            for linear in architecture.linears:
-                if exact.is_target(linear, recipe):
-                    keep(recipe.rank * linear.in_features * trained)
-                    keep(recipe.rank * linear.out_features * trained)
-    return Settled(memory.allocated - requested, memory.reserved)
+    return Loaded(memory, requested)
 
 
 def _unquantized(architecture: ModelArchitecture, item: int) -> list[int]:

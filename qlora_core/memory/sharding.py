@@ -73,6 +73,12 @@ class Shard:
         """Reduced gradients of a rank's partition, left for the optimizer."""
         return 0 if self.offload_optimizer or not self.stage else 4 * self.part_numel
 
+    @property
+    def engine_bytes(self) -> int:
+        """What ZeRO-3 makes before the first step: master weights, the buffer, and room for reduced gradients."""
+        masters = 0 if self.offload_optimizer else self.master_bytes
+        return masters + self.bucket_bytes + self.kept_gradient_bytes
+
     def step_bytes(self, temporaries: int) -> int:
         """What the optimizer step adds: the partition's gradients flattened into one copy, and its `temporaries`.
 

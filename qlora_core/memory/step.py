@@ -3,14 +3,17 @@
 All layers are alike, so what layer i adds to what is alive is known from two of them: r bytes per layer that the
 forward pass leaves, and g bytes of gradients that the backward pass leaves. The live memory while layer i works is
 linear in i; its maximum lies at the first or at the last layer. The other n - 2 layers are put in between in closed
-form.
+form; where some of them attend without a sliding window and keep something else, those count as what one of them keeps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Literal, NamedTuple, TypeVar
 
 from qlora_core.memory import operators as op
@@ -22,14 +25,18 @@ from qlora_core.memory.tape import (
     LEAF_ORDER,
     NOTHING,
     Alive,
+    Change,
     Node,
     Room,
     Size,
     Tape,
     Tensor,
+    Total,
     Where,
+    alive_at,
     by_room,
     sum_of,
+    totals,
 )
 from qlora_core.strategy import Loss
 
@@ -40,9 +47,13 @@ BUFFERS: Room = "communication_buffers"
 Handling = Literal["kept", "accumulated", "moved", "taken"]
 """What becomes of a gradient in the backward pass: it is kept; added to one that is there already; added to one that is
 there and moved into a bucket with it (DDP); or taken away into a bucket (ZeRO-2 and 3)."""
-Allocation = tuple[int, Where, Size]
-"""See `Tape.totals`."""
+Part = tuple[str, str]
+"""A phase and one of its parts, the first two words of a `Where`."""
+ANY_RANK = 1 << 128
+"""The adapters' rank while the tape runs: so far above every coefficient that what a size owes to it can be told."""
 Logits = Literal["plain", "scaled", "capped"]
+Kept = tuple[Room, Size]
+"""A storage that a layer keeps: what it is counted in, and its bytes."""
 CHUNK_ROW = Size(per_chunk_token=1)
 """One element per token of a chunk of the loss."""
 
@@ -53,6 +64,8 @@ class Step(NamedTuple):
     Attributes:
         layer: one decoder layer.
         layers: how many there are.
+        unlike: a layer that keeps something else for the backward pass; None where all are alike.
+        unlike_layers: how many of those there are among the others.
         masks: kinds of eager attention masks: of layers with a sliding window, of those without.
         vocab: V.
         tied: the output head is the token embedding.
@@ -74,6 +87,8 @@ class Step(NamedTuple):
 
     layer: Layer
     layers: int
+    unlike: Layer | None
+    unlike_layers: int
     masks: int
     vocab: int
     tied: bool
@@ -111,14 +126,22 @@ class Candidate(NamedTuple):
     total: Size
 
 
-class Scene(NamedTuple):
-    """A moment as the caching allocator sees it: storages by number, the two layers' and the loss's."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Scene:
+    """A moment as the caching allocator sees it: storages by number, the two layers' and the loss's.
+
+    It is made once for all steps with the same tape, and equals none but itself.
+    """
 
     total: Size
     alive: dict[int, Size]
 
 
-Moving = TypeVar("Moving", Peak, Candidate, Scene)
+Moving = TypeVar("Moving", Candidate, Scene)
+Stretches = tuple[tuple[Scene, ...], ...]
+"""The candidate peaks of layers, loss, loss backward and last layer backward: what the allocator has to fit."""
+Headed = TypeVar("Headed", Peak, tuple[Total, Where, int], tuple[Total])
+_total = itemgetter(0)
 
 
 class Timeline(NamedTuple):
@@ -127,15 +150,43 @@ class Timeline(NamedTuple):
     forward: tuple[Candidate, ...]
     backward: tuple[Candidate, ...]
     after_backward: Candidate
-    stretches: tuple[tuple[Scene, ...], ...]
-    """The candidate peaks of layers, loss, loss backward and last layer backward: what the allocator has to fit."""
-    middle: Size
-    """What the layers in between keep meanwhile."""
+    stretches: Stretches
+    kept: tuple[tuple[Size, int], ...]
+    """What the layers in between keep meanwhile and may be large: the bytes of a storage, and how many are alike."""
 
 
-@lru_cache(maxsize=512)
-def timeline(step: Step) -> Timeline:
-    """The candidate peaks of a step; none of those kept is below another for every size.
+class Recording(NamedTuple):
+    """The tape's log of a step, at any rank.
+
+    Attributes:
+        changes: as `Change` has them, with a place in `sizes` for the size.
+        summed: what is added to in place, with a place in `sizes`, and where.
+        sizes: what is there whatever the rank, and what each unit of it adds.
+        marks: places in the log after each layer.
+        forward_end: the place in the log at which the forward pass has ended.
+        copies: numbers of the storages that autocast keeps until then.
+    """
+
+    changes: tuple[tuple[int, int, Room | None, Where | None], ...]
+    summed: tuple[tuple[int, Where], ...]
+    sizes: tuple[tuple[Size, Size], ...]
+    marks: tuple[int, ...]
+    forward_end: int
+    copies: frozenset[int]
+
+    def at_rank(self, rank: int) -> list[Change]:
+        """The log."""
+        sizes = self.sizes_at_rank(rank)
+        return [(number, sizes[place], room, where) for number, place, room, where in self.changes]
+
+    def sizes_at_rank(self, rank: int) -> list[Size]:
+        """What the places in `sizes` stand for."""
+        return [fixed.plus(more.times(rank)) for fixed, more in self.sizes]
+
+
+@lru_cache(maxsize=64)
+def recorded(step: Step) -> Recording:
+    """The tape's log of a step with the rank `ANY_RANK`: all sizes are linear in it.
 
     Raises:
         ValueError: nothing is trained.
@@ -145,20 +196,96 @@ def timeline(step: Step) -> Timeline:
     held = forward(tape, step, marks)
     if held[0].node is None:
         raise ValueError("nothing is trained: the recipe's targets name no linear layer of the model")
+    copies = {copy.storage.number for copy in tape.copies if copy.storage is not None}
+    tape.copies.clear()
+    forward_end = len(tape.log)
     tape.backward(held[0])
-    end = len(tape.log)
+    log = list(tape.log)
     del held
     tape.leaves.clear()  # they refer to the tape: no garbage is left to the cycle collector
-    alive = {place: by_room(of_place) for place, of_place in tape.alive_at([*marks, end]).items()}
+    places: dict[Size, int] = {}
+    changes = tuple((number, places.setdefault(size, len(places)), room, where) for number, size, room, where in log)
+    summed = tuple((places.setdefault(size, len(places)), where) for size, where in tape.summed)
+    return Recording(changes, summed, tuple(map(_by_rank, places)), tuple(marks), forward_end, frozenset(copies))
+
+
+def _by_rank(size: Size) -> tuple[Size, Size]:
+    """What of a size is there whatever the rank, and what each unit of it adds."""
+    parts = [divmod(coefficient, ANY_RANK) for coefficient in size]
+    return Size(*(fixed for _, fixed in parts)), Size(*(more for more, _ in parts))
+
+
+def on_tape(step: Step) -> Step:
+    """What of a step its tape depends on; steps that differ in the rest share one."""
+    layer, experts = step.layer, step.layer.experts
+    if experts is not None:
+        ranks = (experts.router_rank, experts.gate_up_rank, experts.down_rank)
+        router, gate_up, down = (rank // layer.rank * ANY_RANK for rank in ranks)
+        experts = experts._replace(router_rank=router, gate_up_rank=gate_up, down_rank=down)
+    return step._replace(
+        layer=layer._replace(rank=ANY_RANK, experts=experts),
+        layers=min(step.layers, 2),
+        unlike=None,
+        unlike_layers=0,
+        gradients=step.gradients if step.gradients == "kept" else "taken",
+        layer_gradients=0,
+        layers_to_flush=0,
+        part=0,
+        reduced_after=0,
+        sharded=False,
+    )
+
+
+class Moments(NamedTuple):
+    """What steps with the same tape and rank share.
+
+    Attributes:
+        parts: the candidate peaks of each part of a step, as two layers make them.
+        alive: what was alive at those, after each layer, and at the ends of both passes.
+    """
+
+    recording: Recording
+    parts: dict[Part, tuple[Peak, ...]]
+    alive: dict[int, Alive]
+    stretches: Stretches
+
+
+@lru_cache(maxsize=64)
+def _moments(step: Step, rank: int) -> Moments:
+    """Those of a step `on_tape`."""
+    recording = recorded(step)
+    log = recording.at_rank(rank)
+    parts = _peaks_by_part(log)
+    places = (peak.place for peaks in parts.values() for peak in peaks)
+    alive = alive_at(log, [*recording.marks, recording.forward_end, len(log), *places])
+    return Moments(recording, parts, alive, _stretches(parts, alive))
+
+
+@lru_cache(maxsize=512)
+def timeline(step: Step) -> Timeline:
+    """The candidate peaks of a step; none of those kept is below another for every size.
+
+    Raises:
+        ValueError: nothing is trained.
+    """
+    recording, parts, alive, stretches = _moments(on_tape(step), step.layer.rank)
+    marks, end = recording.marks, len(recording.changes)
     middle = max(step.layers - 2, 0)
+    in_between = Counter[Kept]()
     kept: dict[Room, Size] = {}
+    forgotten: dict[Room, Size] = {}
     if middle:
         before, after = (alive[mark] for mark in marks)
-        kept = {room: size.plus(before.get(room, NOTHING).times(-1)).times(middle) for room, size in after.items()}
+        in_between = _kept_in_between(step, middle, before, after)
+        for (room, size), count in in_between.items():
+            kept[room] = kept.get(room, NOTHING).plus(size.times(count))
+        gone_by_then = recording.copies & after.keys() - before.keys() - alive[recording.forward_end].keys()
+        of_copies = by_room({number: after[number] for number in gone_by_then})
+        forgotten = {room: size.times(-middle) for room, size in of_copies.items()}
     made = _made(step, middle)
-    allocations = list(tape.totals())
-    peaks = [*_with_middle(allocations, kept, made), *_after_flush(step, middle, allocations, kept)]
-    left = _sum(alive[end], made)
+    kept_after = _sum(kept, forgotten)
+    peaks = [*_with_middle(parts, kept, kept_after, made), *_after_flush(step, middle, parts, kept_after)]
+    left = _sum(by_room(alive[end]), made)
     if step.reduced_after:
         added = _sum(made, {GRADIENTS: Size(fixed=step.reduced_after)})
         total = sum_of(left.values()).plus(Size(fixed=step.reduced_after))
@@ -168,12 +295,48 @@ def timeline(step: Step) -> Timeline:
         gone += (GRADIENTS, BUFFERS)
     rest = {room: size for room, size in left.items() if room not in gone}
     return Timeline(
-        forward=_candidates(tape, (peak for peak in peaks if peak.where[0] == "forward")),
-        backward=_candidates(tape, (peak for peak in peaks if peak.where[0] == "backward")),
+        forward=_candidates(alive, (peak for peak in peaks if peak.where[0] == "forward")),
+        backward=_candidates(alive, (peak for peak in peaks if peak.where[0] == "backward")),
         after_backward=Candidate(("backward", FIRST), rest, sum_of(rest.values())),
-        stretches=_stretches(tape, allocations),
-        middle=sum_of(kept.values()),
+        stretches=stretches,
+        kept=tuple((size, count) for (_, size), count in in_between.items() if _may_be_large(size)),
     )
+
+
+def _kept_in_between(step: Step, middle: int, before: Alive, after: Alive) -> Counter[Kept]:
+    """What the layers in between keep; what is alive `before` and `after` the last one runs forward is given."""
+    unlike = min(step.unlike_layers, middle) if step.unlike is not None else 0
+    kept = _kept(before, after, middle - unlike)
+    if step.unlike is not None:
+        recording = recorded(on_tape(step._replace(layer=step.unlike)))
+        alive = alive_at(recording.at_rank(step.unlike.rank), recording.marks)
+        first, last = (alive[mark] for mark in recording.marks)
+        kept.update(_kept(first, last, unlike))
+    return kept
+
+
+def _kept(before: Alive, after: Alive, layers: int) -> Counter[Kept]:
+    """What so many layers keep, of which one adds to what is alive what `after` has more than `before`."""
+    more = Counter(after.values())
+    more.subtract(before.values())
+    return Counter({kept: layers * count for kept, count in more.items() if count})
+
+
+def _peaks_by_part(log: Iterable[Change]) -> dict[Part, tuple[Peak, ...]]:
+    """The candidate peaks of each part of a step, as its two layers make them.
+
+    Layers in between add the same to all of one part: what is below another before is below it afterwards.
+    """
+    parts: dict[Part, list[tuple[Total, Where, int]]] = {}
+    by_where: dict[Where, list[tuple[Total, Where, int]]] = {}
+    for place, where, total in totals(log):
+        if where not in by_where:
+            by_where[where] = parts.setdefault((where[0], where[1]), [])
+        by_where[where].append((total, where, place))
+    return {
+        part: tuple(Peak(Size(*total), where, place, {}) for total, where, place in above_others(found))
+        for part, found in parts.items()
+    }
 
 
 def _made(step: Step, middle: int) -> dict[Room, Size]:
@@ -187,7 +350,9 @@ def _made(step: Step, middle: int) -> dict[Room, Size]:
     return {GRADIENTS: Size(fixed=step.part)} if step.layers_to_flush else {}
 
 
-def _after_flush(step: Step, middle: int, allocations: Sequence[Allocation], kept: dict[Room, Size]) -> Iterator[Peak]:
+def _after_flush(
+    step: Step, middle: int, parts: Mapping[Part, Sequence[Peak]], kept: dict[Room, Size]
+) -> Iterator[Peak]:
     """The backward pass of the layer in which ZeRO-2's bucket is full for the first time."""
     if not step.layers_to_flush:
         return
@@ -195,9 +360,8 @@ def _after_flush(step: Step, middle: int, allocations: Sequence[Allocation], kep
     left = {room: size.times(middle - done) if middle else size for room, size in _one_layer(kept, middle).items()}
     left[GRADIENTS] = Size(fixed=step.part)
     more = sum_of(left.values())
-    for place, where, total in allocations:
-        if where[:2] == ("backward", LAST):
-            yield Peak(total.plus(more), where, place, left)
+    for peak in parts["backward", LAST]:
+        yield peak._replace(total=peak.total.plus(more), added=left)
 
 
 def _one_layer(kept: dict[Room, Size], middle: int) -> dict[Room, Size]:
@@ -209,11 +373,11 @@ def forward(tape: Tape, step: Step, marks: list[int]) -> tuple[Tensor, ...]:
     """The forward pass; the loss first, then what a caller of transformers holds on to beside it."""
     with tape.at("forward", "embedding"):
         fetched = tape.new(Size(fixed=step.fetched), "int8", BUFFERS)
-    hidden = decoder(tape, step, marks)
+    held = [decoder(tape, step, marks)]
     del fetched
     if step.loss == "chunked":
-        return (chunked_loss(tape, step, hidden),)
-    return full_loss(tape, step, hidden)
+        return (chunked_loss(tape, step, held[0]),)
+    return full_loss(tape, step, held)
 
 
 def decoder(tape: Tape, step: Step, marks: list[int]) -> Tensor:
@@ -270,8 +434,7 @@ def head(tape: Tape, step: Step, hidden: Tensor, rows: Size) -> Tensor:
     """The output head: [rows, H] -> [rows, V]."""
     layer = step.layer
     weight = parameter(tape, layer, step.vocab * layer.hidden, layer.stream)
-    if layer.autocast:
-        hidden = op.cast(tape, hidden, layer.compute)
+    hidden, weight = op.narrowed(tape, hidden, layer.narrow), op.narrowed(tape, weight, layer.narrow)
     return op.matmul_weight(tape, hidden, weight, rows, layer.hidden, step.vocab)
 
 
@@ -281,10 +444,15 @@ def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:
     return op.negative_log_likelihood(tape, op.log_softmax(tape, wide))
 
 
-def full_loss(tape: Tape, step: Step, hidden: Tensor) -> tuple[Tensor, ...]:
-    """Transformers' causal loss, and the logits where the caller holds the model's output."""
+def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
+    """The loss of all logits at once, and the logits where the caller holds the model's output.
+
+    In transformers' own loss the hidden states, which are `held`, live on; ours comes after the model has returned.
+    """
     with tape.at("forward", "loss"), tape.into("logits_and_loss"):
-        logits = head(tape, step, hidden, ROW)
+        logits = head(tape, step, held[0], ROW)
+        if not step.output_held:
+            held.clear()
         if step.logits == "scaled":
             logits = op.scale(tape, logits)
         elif step.logits == "capped":
@@ -316,24 +484,29 @@ def gradient_bytes(layer: Layer) -> int:
 
 
 def _with_middle(
-    allocations: Sequence[Allocation], kept: dict[Room, Size], gradients: dict[Room, Size]
-) -> Iterator[Peak]:
-    """Each with the layers between the first and the last: before they run, after, or after their backward pass."""
+    parts: Mapping[Part, Sequence[Peak]],
+    kept: dict[Room, Size],
+    kept_after: dict[Room, Size],
+    gradients: dict[Room, Size],
+) -> list[Peak]:
+    """Each with the layers between the first and the last: before they run, after, or after their backward pass.
+
+    What they keep is less once the forward pass has ended, and with it autocast.
+    """
     nothing: dict[Room, Size] = {}
-    of_kept, of_gradients = sum_of(kept.values()), sum_of(gradients.values())
-    for place, where, total in allocations:
-        if where[1] not in ("embedding", FIRST):
-            yield Peak(total.plus(of_kept), where, place, kept)
-        elif where[0] == "forward":
-            yield Peak(total, where, place, nothing)
-        else:
-            yield Peak(total.plus(of_gradients), where, place, gradients)
+    peaks: list[Peak] = []
+    for (phase, part), found in parts.items():
+        added = nothing if phase == "forward" else gradients
+        if part not in ("embedding", FIRST):
+            added = kept if phase == "forward" else kept_after
+        more = sum_of(added.values())
+        peaks += [peak._replace(total=peak.total.plus(more), added=added) for peak in found]
+    return sorted(peaks, key=lambda peak: peak.place)
 
 
-def _candidates(tape: Tape, peaks: Iterable[Peak]) -> tuple[Candidate, ...]:
+def _candidates(alive: Mapping[int, Alive], peaks: Iterable[Peak]) -> tuple[Candidate, ...]:
     """Those of `peaks` that are the highest for some size."""
-    kept = _skyline(peaks)
-    alive = tape.alive_at(peak.place for peak in kept)
+    kept = above_others(peaks)
     return tuple(Candidate(peak.where, _sum(by_room(alive[peak.place]), peak.added), peak.total) for peak in kept)
 
 
@@ -345,23 +518,30 @@ def _sum(rooms: dict[Room, Size], more: dict[Room, Size]) -> dict[Room, Size]:
     return total
 
 
-def _skyline(candidates: Iterable[Moving]) -> tuple[Moving, ...]:
-    """Those that are above all others for some size: no other is at least as large in every coefficient."""
-    kept: list[Moving] = []
-    for candidate in sorted(candidates, key=lambda c: c.total, reverse=True):
-        _, b, c, d, e = candidate.total  # in this order, no `fixed` is larger than one before
+def above_others(candidates: Iterable[Headed]) -> list[Headed]:
+    """Those that are above all others for some size: no other's total is at least as large in every coefficient.
+
+    The total comes first in each; of those alike the first stays.
+    """
+    kept: list[Headed] = []
+    for candidate in sorted(candidates, key=_total, reverse=True):
+        _, b, c, d, e = candidate[0]  # in this order, no `fixed` is larger than one before
         for other in kept:
-            _, q, r, s, t = other.total
+            _, q, r, s, t = other[0]
             if q >= b and r >= c and s >= d and t >= e:
                 break
         else:
             kept.append(candidate)
-    return tuple(kept)
+    return kept
 
 
 def _large(alive: Alive) -> dict[int, Size]:
     """Without what is small at every size of the input: it lies in small segments."""
-    return {number: size for number, (_, size) in alive.items() if any(size[1:]) or size.fixed > MIB}
+    return {number: size for number, (_, size) in alive.items() if _may_be_large(size)}
+
+
+def _may_be_large(size: Size) -> bool:
+    return any(size[1:]) or size.fixed > MIB
 
 
 def highest(candidates: Sequence[Moving], variables: Sequence[int]) -> Moving:
@@ -376,16 +556,15 @@ def highest(candidates: Sequence[Moving], variables: Sequence[int]) -> Moving:
     return best
 
 
-def _stretches(tape: Tape, allocations: Sequence[Allocation]) -> tuple[tuple[Scene, ...], ...]:
+def _stretches(parts: Mapping[Part, Sequence[Peak]], alive: Mapping[int, Alive]) -> Stretches:
     """The candidate peaks of four stretches of a step, in their order."""
     stretches = (("forward", (FIRST, LAST)), ("forward", LOSS), ("backward", LOSS), ("backward", (LAST,)))
-    skylines = [
-        _skyline(
-            Peak(total, where, place, {})
-            for place, where, total in allocations
-            if where[0] == phase and where[1] in parts
+    return tuple(
+        tuple(
+            Scene(peak.total, _large(alive[peak.place]))
+            for peak in above_others(
+                sorted((peak for name in names for peak in parts.get((phase, name), ())), key=lambda p: p.place)
+            )
         )
-        for phase, parts in stretches
-    ]
-    alive = tape.alive_at(peak.place for skyline in skylines for peak in skyline)
-    return tuple(tuple(Scene(peak.total, _large(alive[peak.place])) for peak in skyline) for skyline in skylines)
+        for phase, names in stretches
+    )

@@ -15,12 +15,9 @@ with S the sequence length, B the micro-batch and C the tokens of one chunk of t
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Literal, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Literal, NamedTuple
 
 Room = Literal["activations", "logits_and_loss", "dequantization_workspace", "gradients", "communication_buffers"]
 DType = Literal["float32", "bfloat16", "float16", "int64", "int32", "int8", "bool"]
@@ -71,22 +68,12 @@ def value(size: Size, variables: Sequence[int]) -> int:
     return a * one + b * positions + c * tokens + d * scores + e * chunk
 
 
-class Change(NamedTuple):
-    """A storage that comes, goes, or is counted in another room from now on.
-
-    Attributes:
-        number: the storage's: its place in the log.
-        size: its bytes.
-        room: what it is counted in; None where it goes.
-        where: where it was allocated; None for any other change. A peak can be just after an allocation only.
-    """
-
-    number: int
-    size: Size
-    room: Room | None
-    where: Where | None
-
-
+Change = tuple[int, Size, Room | None, Where | None]
+"""A storage that comes, goes, or is counted in another room from now on: its number, which is its place in the log; its
+bytes; what it is counted in, None where it goes; where it was allocated, None for any other change. A peak can be just
+after an allocation only."""
+Total = tuple[int, int, int, int, int]
+"""The coefficients of a `Size`, of many of which only few are kept."""
 Alive = dict[int, tuple[Room, Size]]
 """Every storage that is alive at one place of the log, by its number."""
 
@@ -99,14 +86,14 @@ class Storage:
     def __init__(self, tape: Tape, size: Size, room: Room) -> None:
         self.log, self.size, self.holders = tape.log, size, 0
         self.number = len(self.log)
-        self.log.append(Change(self.number, size, room, tape.where))
+        self.log.append((self.number, size, room, tape.where))
 
     def __del__(self) -> None:
-        self.log.append(Change(self.number, self.size, None, None))
+        self.log.append((self.number, self.size, None, None))
 
     def move(self, room: Room) -> None:
         """Count these bytes in another room from now on."""
-        self.log.append(Change(self.number, self.size, room, None))
+        self.log.append((self.number, self.size, room, None))
 
 
 class Tensor:
@@ -180,7 +167,25 @@ class Frame:
                 # detached: its gradient leads nowhere
                 leaf = None if self.x.node is None else Node(0, (), lambda gradient: (), self.where)
                 self.program(self.x.alias(node=leaf))
+            tape.copies.clear()
         return self.kept.pop(index)
+
+
+class Within:
+    """One part of a tape's state is another inside a with statement; `contextmanager` would make a slower one."""
+
+    __slots__ = ("name", "tape", "value")
+
+    def __init__(self, tape: Tape, name: str, value: object) -> None:
+        self.tape, self.name, self.value = tape, name, value
+
+    def __enter__(self) -> None:
+        outer = getattr(self.tape, self.name)
+        setattr(self.tape, self.name, self.value)
+        self.value = outer
+
+    def __exit__(self, *_: object) -> None:
+        setattr(self.tape, self.name, self.value)
 
 
 class Tape:
@@ -196,62 +201,27 @@ class Tape:
         self.keeps_gradients = keeps_gradients
         self.bucket = bucket
         self.log: list[Change] = []
+        self.summed: list[tuple[Size, Where]] = []
+        """What is added to in place, which allocates nothing and is in no log: its bytes, and where."""
         self.where: Where = ("forward",)
         self.room: Room = "activations"
         self.frame: Frame | None = None
         self.leaves: list[Tensor] = []
+        self.copies: list[Tensor] = []
+        """Autocast's cache: narrow copies of trained float32 leaves, until the outermost context ends."""
         self._order = 0
 
-    def totals(self) -> Iterator[tuple[int, Where, Size]]:
-        """Of each allocation: the place in the log behind it, where it was made, and all that was alive then."""
-        a = b = c = d = e = 0
-        for place, (_, (p, q, r, s, t), room, where) in enumerate(self.log, 1):
-            if where is not None:
-                a, b, c, d, e = a + p, b + q, c + r, d + s, e + t
-                yield place, where, Size(a, b, c, d, e)
-            elif room is None:
-                a, b, c, d, e = a - p, b - q, c - r, d - s, e - t
-
-    def alive_at(self, places: Iterable[int]) -> dict[int, Alive]:
-        """What was alive at some places of the log, by place."""
-        wanted = set(places)
-        found: dict[int, Alive] = {}
-        alive: Alive = {}
-        for place, (number, size, room, _) in enumerate(self.log, 1):
-            if room is None:
-                del alive[number]
-            else:
-                alive[number] = room, size
-            if place in wanted:
-                found[place] = dict(alive)
-        return found
-
-    @contextmanager
-    def at(self, *where: str) -> Iterator[None]:
+    def at(self, *where: str) -> Within:
         """Name where the program is; moments carry it."""
-        outer, self.where = self.where, where
-        try:
-            yield
-        finally:
-            self.where = outer
+        return Within(self, "where", where)
 
-    @contextmanager
-    def into(self, room: Room) -> Iterator[None]:
+    def into(self, room: Room) -> Within:
         """Count what is made in here in `room`."""
-        outer, self.room = self.room, room
-        try:
-            yield
-        finally:
-            self.room = outer
+        return Within(self, "room", room)
 
-    @contextmanager
-    def inside(self, frame: Frame) -> Iterator[None]:
+    def inside(self, frame: Frame) -> Within:
         """Let `frame` decide what saving means."""
-        outer, self.frame = self.frame, frame
-        try:
-            yield
-        finally:
-            self.frame = outer
+        return Within(self, "frame", frame)
 
     def new(self, numel: Size, dtype: DType, room: Room | None = None) -> Tensor:
         """A freshly allocated tensor."""
@@ -276,19 +246,22 @@ class Tape:
         `backward` makes the inputs' gradients from the output's and from what was saved: `saves` and, with
         `saves_output`, the output.
         """
-        needed = any(tensor.node is not None for tensor in inputs)
-        kept = [self.save(tensor) for tensor in saves] if needed else []
+        for tensor in inputs:
+            if tensor.node is not None:
+                break
+        else:
+            return self.new(numel, dtype)
+        kept = [self.save(tensor) for tensor in saves]
         output = self.new(numel, dtype)
-        if needed:
-            if saves_output:
-                kept.append(self.save(output))
-            output.node = self.node(inputs, lambda gradient: backward(gradient, [get() for get in kept]))
+        if saves_output:
+            kept.append(self.save(output))
+        output.node = self.node(inputs, lambda gradient: backward(gradient, [get() for get in kept]))
         return output
 
     def node(self, inputs: Sequence[Tensor], backward: Callable[[Tensor], Gradients]) -> Node:
         """A node of the backward pass for what is computed from `inputs`."""
         self._order += 1
-        return Node(self._order, tuple(tensor.node for tensor in inputs), backward, self.where[1:], self.room)
+        return Node(self._order, tuple([tensor.node for tensor in inputs]), backward, self.where[1:], self.room)
 
     def leaf(self, tensor: Tensor, room: Room) -> Tensor:
         """`tensor` as a leaf whose gradient is kept in `room` (AccumulateGrad steals a gradient nobody else refers to).
@@ -332,6 +305,7 @@ class Tape:
 
             with self.at("backward", *where, "recomputed"):
                 again = program(kept.alias(node=Node(LEAF_ORDER, (), arrive, where)))
+            self.copies.clear()
             if again.node is not None:
                 self.backward_from(again.node, gradient)
             return arrived
@@ -356,21 +330,23 @@ class Tape:
         del gradient
         ready = [(-root.order, 0, root)]
         pushed = 0
+        outer = self.where, self.room
         while ready:
             node = heapq.heappop(ready)[2]
-            with self.at("backward", *node.where), self.into(node.room):
-                edges, gradients = self._run(node, buffers)
-                while edges:
-                    edge, arrived = edges.pop(), gradients.pop()
-                    if edge is None:
-                        continue
-                    if arrived is not None:
-                        self._add(buffers, edge, arrived)
-                    arrived = None
-                    waiting[edge] -= 1
-                    if not waiting[edge]:
-                        pushed += 1
-                        heapq.heappush(ready, (-edge.order, pushed, edge))
+            self.where, self.room = ("backward", *node.where), node.room
+            edges, gradients = self._run(node, buffers)
+            while edges:
+                edge, arrived = edges.pop(), gradients.pop()
+                if edge is None:
+                    continue
+                if arrived is not None:
+                    self._add(buffers, edge, arrived)
+                arrived = None
+                waiting[edge] -= 1
+                if not waiting[edge]:
+                    pushed += 1
+                    heapq.heappush(ready, (-edge.order, pushed, edge))
+        self.where, self.room = outer
 
     def _run(self, node: Node, buffers: dict[Node, Tensor]) -> tuple[list[Node | None], list[Tensor | None]]:
         """Run one node and let go of what it saved; its edges and their gradients, last first."""
@@ -387,6 +363,34 @@ class Tape:
         total = buffers[edge]
         if total.storage is not None and total.storage.holders > 1:
             buffers[edge] = self.new(total.numel, total.dtype)
+        else:
+            self.summed.append((total.numel.times(ITEMSIZE[total.dtype]), self.where))
+
+
+def totals(log: Iterable[Change]) -> Iterator[tuple[int, Where, Total]]:
+    """Of each allocation: the place in the log behind it, where it was made, and all that was alive then."""
+    a = b = c = d = e = 0
+    for place, (_, (p, q, r, s, t), room, where) in enumerate(log, 1):
+        if where is not None:
+            a, b, c, d, e = a + p, b + q, c + r, d + s, e + t
+            yield place, where, (a, b, c, d, e)
+        elif room is None:
+            a, b, c, d, e = a - p, b - q, c - r, d - s, e - t
+
+
+def alive_at(log: Iterable[Change], places: Iterable[int]) -> dict[int, Alive]:
+    """What was alive at some places of the log, by place."""
+    wanted = set(places)
+    found: dict[int, Alive] = {}
+    alive: Alive = {}
+    for place, (number, size, room, _) in enumerate(log, 1):
+        if room is None:
+            del alive[number]
+        else:
+            alive[number] = room, size
+        if place in wanted:
+            found[place] = alive.copy()
+    return found
 
 
 def by_room(alive: Alive) -> dict[Room, Size]:

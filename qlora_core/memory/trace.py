@@ -22,7 +22,6 @@ from unittest import mock
 import bitsandbytes.functional as bnb_functional
 import torch
 import transformers
-from peft.tuners.lora import layer as lora_layer
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
@@ -33,6 +32,7 @@ from clusters.errors import request_error
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.allocator import AllocatorSettings
 from qlora_core.memory.attention import AttentionKernel, kernel_of
+from qlora_core.memory.autocast import followed
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, HostEstimate, Phase, Phases
 from qlora_core.memory.loading import load
@@ -42,7 +42,7 @@ from qlora_core.memory.residents import residents
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import trainable
+from qlora_core.training.model import TORCH_DTYPES, trainable
 from qlora_core.training.optimizer import build_optimizer
 
 CAPABILITIES = ((7, 5), (8, 0), (9, 0))
@@ -119,16 +119,13 @@ def record(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, 
             f"it follows a rank that holds all it trains, and ZeRO stage {strategy.zero_stage} divides it",
             "Use --estimator formula, which knows ZeRO's shards and buffers",
         )
-    if recipe.autocast:
-        rule = "torch.autocast knows no meta device, so what it casts cannot be followed"
-        raise request_error("--estimator", "trace", rule, "Leave --autocast out, or use --estimator formula")
     if recipe.quantization == "int8":
         rule = "bitsandbytes' int8 operators have no meta kernels, so their code cannot run without memory"
         raise request_error("--estimator", "trace", rule, "Use --estimator formula")
     know_bitsandbytes()
     recorder = Recorder(architecture.vocab_size, device.kind == "cuda")
     kernel = kernel_of(architecture, recipe, strategy, device)
-    with quiet(), on_meta(device) as paged:
+    with quiet(), on_meta(recipe, device) as paged:
         try:
             model = load(architecture, recipe, strategy, device, recorder)
             Run(model, recipe, strategy, device, kernel, recorder).steps()
@@ -159,7 +156,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def on_meta(device: Device) -> Iterator[list[int]]:
+def on_meta(recipe: Recipe, device: Device) -> Iterator[list[int]]:
     """Let the code that asks for tensors' values, or for a GPU, run on meta; gives the sizes of paged buffers."""
     paged: list[int] = []
 
@@ -176,20 +173,15 @@ def on_meta(device: Device) -> Iterator[list[int]]:
         (bnb_functional, "fill", lambda *_: None),
         (bnb_functional, "is_on_gpu", lambda *_: True),
         (moe, "_can_use_grouped_mm", lambda *_: device.has_grouped_products),
-        (lora_layer._LoraFactorsProxy, "forward", _folded),
     ]
     if "dynamic" not in bnb_functional.name2qmap:
         # made on meta, bitsandbytes' 8-bit map would have no values to check itself with
         bnb_functional.name2qmap["dynamic"] = bnb_functional.create_dynamic_map()
     with ExitStack() as stack:
+        stack.enter_context(followed(device.kind, recipe.autocast))
         for module, name, function in replaced:
             stack.enter_context(mock.patch.object(module, name, new=function))
         yield paged
-
-
-def _folded(proxy: Any, weight: torch.Tensor) -> torch.Tensor:
-    """`_LoraFactorsProxy.forward` without its switching off autocast, which the meta device does not have."""
-    return torch.baddbmm(weight, proxy.lhs, proxy.rhs, alpha=proxy.scaling)
 
 
 class Run:
@@ -204,7 +196,7 @@ class Run:
         kernel: AttentionKernel,
         recorder: Recorder,
     ) -> None:
-        self.kernel = kernel
+        self.kernel, self.dtype = kernel, TORCH_DTYPES[device.compute_dtype]
         self.model, self.recipe, self.strategy, self.device, self.recorder = model, recipe, strategy, device, recorder
         if recipe.method == "full":
             model.get_base_model = lambda: model  # type: ignore[assignment]  # as a peft model answers
@@ -251,7 +243,8 @@ class Run:
             held.clear()
             self.reducing = index == micro_batches - 1
             self.recorder.mark("forward")
-            loss = self._loss(held)
+            with torch.autocast("meta", self.dtype, enabled=self.recipe.autocast and self.dtype != torch.float32):
+                loss = self._loss(held)
             self.recorder.mark("backward")
             cast(Any, loss).backward()
             del loss

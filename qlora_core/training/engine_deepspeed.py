@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import bitsandbytes as bnb
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
 
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.recipe import Recipe
@@ -56,7 +59,7 @@ class DeepSpeedEngine:
     """ZeRO over the trainable weights (1, 2), or over the quantized base too (3). See `engine.Engine`."""
 
     def __init__(self, module: SummedLoss, recipe: Recipe, strategy: Strategy) -> None:
-        if next(module.parameters()).device.type == "cpu":
+        if get_accelerator().device_name() == "cpu":
             avoid_compiling()
         deepspeed_logger.setLevel(logging.WARNING)
         self.module = module
@@ -65,10 +68,13 @@ class DeepSpeedEngine:
         # DeepSpeed averages over ranks and divides by the micro-batches of a step; the engine's contract is a sum
         self._undo_mean = strategy.world_size * strategy.gradient_accumulation
         parameters = list(self._parameters.values())
+        config = deepspeed_config(recipe, strategy, sum(map(elements, parameters)))
+        if self._stage == 3:
+            divide(module, config)
         self._engine: Any = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(parameters, recipe, strategy),
-            config=deepspeed_config(recipe, strategy, sum(map(elements, parameters))),
+            config=config,
             model_parameters=parameters,
         )[0]
         self._zero: Any = self._engine.optimizer
@@ -151,6 +157,32 @@ class DeepSpeedEngine:
                 first, last = max(low, offset), min(high, offset + parameter.numel())
                 if first < last:
                     yield Span(names[id(parameter)], first - offset, last - first, slot, first - low)
+
+
+def divide(module: nn.Module, config: dict[str, Any]) -> None:
+    """Bring this rank's parts of `module`, which is whole on the host, to its device: one parameter after the other.
+
+    deepspeed.initialize would move the whole module there first, unless its parameters are divided already (DeepSpeed
+    0.19.8, engine.py, _configure_distributed_model). On a CPU all stays where it is; the way to a GPU has not been
+    tried on one.
+    """
+    deepspeed.init_distributed()
+    # as DeepSpeed divides what is not divided yet (runtime/zero/parameter_offload.py, _convert_to_zero_parameters)
+    dtype = next(module.parameters()).dtype
+    divided = deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+    move_undivided(module, divided.local_device)
+    # the pieces that whole parameters left in the allocator's cache; the plan takes them for gone
+    get_accelerator().empty_cache()
+
+
+def move_undivided(module: nn.Module, device: torch.device) -> None:
+    """Move what ZeRO-3 leaves whole and where it is, being no parameter: buffers, and constants of 4-bit weights."""
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, name, buffer.to(device))
+    for parameter in module.parameters():
+        if isinstance(parameter, bnb.nn.Params4bit):
+            parameter.quant_state.to(device)  # in place, for the layer refers to it too
 
 
 def elements(parameter: Any) -> int:

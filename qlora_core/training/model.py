@@ -47,7 +47,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(model: str, recipe: Recipe, strategy: Strategy, compute_dtype: Dtype, device: torch.device) -> nn.Module:
-    """The base model on `device`, every weight frozen, quantized as the recipe says.
+    """The base model, every weight frozen, quantized as the recipe says: on `device`, but on the host under ZeRO-3.
 
     Args:
         model: a folder in the Hugging Face layout.
@@ -63,15 +63,16 @@ def load_base(model: str, recipe: Recipe, strategy: Strategy, compute_dtype: Dty
 
 
 def loading_options(recipe: Recipe, strategy: Strategy, compute_dtype: Dtype, device: torch.device) -> dict[str, Any]:
-    """What transformers' `from_pretrained` is told about the base, wherever its weights come from."""
+    """What transformers' `from_pretrained` is told about the base, wherever its weights come from. See `load_base`."""
+    divided = strategy.zero_stage == 3
     dtype = TORCH_DTYPES[compute_dtype]
     return {
         "dtype": dtype,
         "quantization_config": quantization_config(recipe, dtype),
         "attn_implementation": strategy.attention,
-        # under ZeRO-3 too: transformers does not shard a quantized model while it loads (modeling_utils.py,
-        # get_init_context), so every rank holds it whole until DeepSpeed divides it; the plan counts that
-        "device_map": {"": device},
+        # transformers does not shard a quantized model while it loads (modeling_utils.py, get_init_context): under
+        # ZeRO-3 it is whole on the host first, from where engine_deepspeed.divide brings a rank's parts to its device
+        "device_map": {"": torch.device("cpu") if divided else device},
         "use_safetensors": True,
     }
 

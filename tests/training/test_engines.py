@@ -52,7 +52,10 @@ after = eval_loss(run.engine.module, data, pad_token=0, micro_batch=3, rank=rank
 weights = run.engine.trained_weights()
 spans = [list(vars(s).values()) if hasattr(s, "__dict__") else [s.parameter, s.parameter_start, s.numel, s.slot,
          s.slot_start] for s in run.engine.optimizer_state().spans]
-result = {"steps": steps, "after": after, "spans": spans, "numel": {n: w.numel() for n, w in weights.items()},
+packed = [p for p in model.parameters() if type(p).__name__ == "Params4bit"]
+result = {"share": sum(getattr(p, "ds_tensor", p).numel() for p in packed) /
+          sum(getattr(p, "ds_numel", p.numel()) for p in packed),
+          "steps": steps, "after": after, "spans": spans, "numel": {n: w.numel() for n, w in weights.items()},
           "sum": float(sum(w.double().sum() for w in weights.values()))}
 Path(spec["out"], f"{rank}.json").write_text(json.dumps(result))
 if world > 1:
@@ -125,7 +128,32 @@ def test_two_ranks_learn_what_one_process_learns(
             assert loss == pytest.approx(loss_alone, rel=1e-5)
             assert norm == pytest.approx(norm_alone, rel=1e-4)
         assert rank["after"] == pytest.approx(alone["after"], rel=1e-5)
+        assert rank["share"] == (0.5 if stage == 3 else 1)  # of the packed base
     assert ranks[0]["sum"] == ranks[1]["sum"] == pytest.approx(alone["sum"], rel=1e-4)
+
+
+def test_what_zero_3_leaves_whole_goes_to_the_rank_s_device(tiny_base: Path) -> None:
+    """Meta stands for the GPU: DeepSpeed brings parameters there, and this what hangs on them, and buffers."""
+    import bitsandbytes as bnb
+    import torch
+
+    from qlora_core.memory.measure import quantization_constants
+    from qlora_core.recipe import Recipe
+    from qlora_core.strategy import Strategy
+    from qlora_core.training.engine_deepspeed import move_undivided
+    from qlora_core.training.model import attach_adapters, load_base
+
+    meta, recipe = torch.device("meta"), Recipe(rank=4)
+    # asked for on another device, it is loaded on the host
+    base = load_base(str(tiny_base), recipe, Strategy(world_size=2, zero_stage=3), "float32", meta)
+    model = attach_adapters(base, recipe, 0)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    move_undivided(model, meta)
+    layers = [layer for layer in model.modules() if isinstance(layer, bnb.nn.Linear4bit)]
+    assert len(layers) == 2 * 7
+    states = [state for layer in layers for state in (layer.quant_state, layer.weight.quant_state)]
+    moved = [*model.buffers(), *(tensor for state in states for tensor in quantization_constants(state))]
+    assert {tensor.device for tensor in moved} == {meta}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -12,14 +12,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from clusters.errors import Problem, nearest
-from qlora_core.recipe import RecipeError
+from clusters.errors import Conflicting, Problem, nearest
 
 CLOSE = 0.5
 """How alike a word must be to be offered instead (0 to 1)."""
 
 CONFLICT = "conflict"
-"""The type of errors about fields of a recipe that do not go together; their context has `fields` and `remedy`."""
+"""The type of errors about fields that do not go together; their context has `fields` and `remedy`."""
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 """The types of pydantic's errors about a field that is not known: of a model, and of a dataclass."""
 
@@ -61,18 +60,18 @@ def errors(model: type[BaseModel], fields: Mapping[str, Any]) -> list[ErrorDetai
 
 
 def conflicts(detail: ErrorDetails) -> Iterator[ErrorDetails]:
-    """Each thing that does not go together in a recipe, at its field; any other error as it is."""
+    """Each thing that does not go together in a section, at its field; any other error as it is."""
     error = detail.get("ctx", {}).get("error")
-    if not isinstance(error, RecipeError):
+    if not isinstance(error, Conflicting):
         yield detail
         return
-    for mistake in error.mistakes:
+    for fields, given, rule, remedy in error.mistakes:
         yield ErrorDetails(
             type=CONFLICT,
-            loc=(*detail["loc"], mistake.fields[0]),
-            msg=mistake.rule,
-            input=mistake.given,
-            ctx={"fields": mistake.fields, "remedy": mistake.remedy},
+            loc=(*detail["loc"], fields[0]),
+            msg=rule,
+            input=given,
+            ctx={"fields": fields, "remedy": remedy},
         )
 
 
@@ -88,7 +87,7 @@ def without(fields: Mapping[str, Any], paths: set[Path]) -> dict[str, Any]:
 
 def problem(model: type[BaseModel], path: Path, details: Sequence[ErrorDetails]) -> Problem:
     """One field's error; a union has one for each of its members."""
-    where, last = ".".join(path) or "run specification", details[-1]
+    where, last = ".".join(path) or "the file", details[-1]
     kind, value = last["type"], last["input"]
     if kind in UNKNOWN:
         known = list(fields_of(section(model, path[:-1])))

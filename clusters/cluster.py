@@ -1,0 +1,119 @@
+"""A cluster as planning sees it: pools of nodes that are alike, and the description of one in a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clusters.gpu import GIB, Gpu, find_gpu
+
+if TYPE_CHECKING:
+    from clusters.cluster_file import ClusterForm, PoolForm
+
+BYTES_PER_GBIT = 1000**3 // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Nodes that are alike.
+
+    Attributes:
+        name: unlike that of any other pool of the cluster.
+        gpu: what every GPU of theirs is.
+        gpus_per_node: of one node.
+        nodes: how many may be used at most.
+        usable_bytes: of one GPU, contexts of processes included; what the catalogue says unless the machine said less.
+        host_ram_bytes: of one node; None where it is not stated.
+        disk_bytes: of one node; None where it is not stated.
+        nvlink: the GPUs of a node reach each other over NVLink; else over PCIe.
+        network_bytes_per_s: of one node, one direction; None where it is not stated.
+        price_per_hour: of one node, in the cluster's currency; None where it is not stated.
+        spot: the nodes may be taken away at any time.
+        exists: somebody has these nodes; else any number of any nodes with this GPU are meant.
+    """
+
+    name: str
+    gpu: Gpu
+    gpus_per_node: int
+    nodes: int
+    usable_bytes: int
+    host_ram_bytes: int | None
+    disk_bytes: int | None
+    nvlink: bool
+    network_bytes_per_s: int | None
+    price_per_hour: float | None
+    spot: bool
+    exists: bool = True
+
+    @property
+    def gpus(self) -> int:
+        """All GPUs of all nodes."""
+        return self.gpus_per_node * self.nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Where a fine-tune may run.
+
+    Attributes:
+        name: what people call it.
+        pools: none where every GPU found is unknown here.
+        currency: of the prices; None where there are none.
+        prices_as_of: the day the prices held, as YYYY-MM-DD.
+        source: where this is from: a file's path, nvidia-smi, or the address of a Ray.
+        unknown: GPUs that were found and left out, a sentence each.
+        remarks: what was assumed because the source does not say it, a sentence each.
+    """
+
+    name: str
+    pools: tuple[Pool, ...]
+    currency: str | None
+    prices_as_of: str | None
+    source: str
+    unknown: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def load_cluster(path: Path) -> Cluster:
+    """The cluster that a YAML file describes (docs/clusters.md).
+
+    Raises:
+        RequestError: with every mistake of the file.
+    """
+    from clusters.cluster_file import read_forms  # here: it loads pydantic and a YAML parser
+
+    form, pools = read_forms(path)
+    return _cluster(form, pools, str(path))
+
+
+def _cluster(form: ClusterForm, pools: tuple[PoolForm, ...], source: str) -> Cluster:
+    return Cluster(
+        name=form.name,
+        pools=tuple(_pool(pool) for pool in pools),
+        currency=form.currency,
+        prices_as_of=form.prices_as_of.isoformat() if form.prices_as_of else None,
+        source=source,
+    )
+
+
+def _pool(form: PoolForm) -> Pool:
+    """A pool of a file, its units turned into bytes."""
+    gpu = find_gpu(form.gpu)
+    return Pool(
+        name=form.name,
+        gpu=gpu,
+        gpus_per_node=form.gpus_per_node,
+        nodes=form.nodes,
+        usable_bytes=gpu.usable_bytes,
+        host_ram_bytes=_scaled(form.host_ram_gib, GIB),
+        disk_bytes=_scaled(form.disk_gib, GIB),
+        nvlink=gpu.has_nvlink_fabric if form.nvlink is None else form.nvlink,
+        network_bytes_per_s=_scaled(form.network_gbit_per_s, BYTES_PER_GBIT),
+        price_per_hour=form.price_per_hour,
+        spot=form.spot,
+    )
+
+
+def _scaled(value: float | None, unit: int) -> int | None:
+    return None if value is None else round(value * unit)

@@ -1,0 +1,129 @@
+"""The file of a cluster description: its fields, and all its mistakes in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import date, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from clusters.errors import Problem, RequestError
+from clusters.gpu import find_gpu
+from clusters.mistakes import mistakes, shown
+from clusters.yaml_file import NAME, PlainName, read_yaml
+
+WHERE = "cluster description"
+START = "Start from clusters/examples/two-pools.yaml"
+
+
+def _day(value: object) -> object:
+    """A validator: YAML reads a day that is not quoted as a date already."""
+    if isinstance(value, str):
+        try:
+            return date.fromisoformat(value)
+        except ValueError:
+            pass
+    if not isinstance(value, date) or isinstance(value, datetime):
+        raise ValueError("it should be a day such as 2026-11-01")
+    return value
+
+
+# The upper bounds are far beyond what is built; they catch a slip of the unit before it becomes a plan.
+Gibibytes = Annotated[float, Field(gt=0, le=2**30)]
+Day = Annotated[date, BeforeValidator(_day)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class PoolForm(_Section):
+    """Nodes that are alike."""
+
+    name: PlainName
+    """Names the pool; letters, digits, dots, hyphens and underscores."""
+    gpu: str
+    """A GPU of `qlora-plan --list-gpus`."""
+    gpus_per_node: Annotated[int, Field(ge=1, le=1024)]
+    """GPUs in one node."""
+    nodes: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """Nodes that may be used at most."""
+    host_ram_gib: Gibibytes | None = None
+    """Main memory of one node, in GiB; without it nothing is said about offloading."""
+    disk_gib: Gibibytes | None = None
+    """Disk of one node for the model and checkpoints, in GiB."""
+    network_gbit_per_s: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
+    """Network of one node in one direction, all its cards together, in Gbit/s (10**9 bits)."""
+    price_per_hour: Annotated[float, Field(ge=0, le=1_000_000)] | None = None
+    """Price of one node for an hour, all its GPUs included, in the cluster's currency."""
+    spot: bool = False
+    """The nodes may be taken away at any time."""
+    nvlink: bool | None = None
+    """The GPUs of a node reach each other over NVLink; left out, whatever is usual for that GPU: true for boards with
+    a fabric of NVLink (SXM), false where NVLink is a bridge between two cards, or does not exist."""
+
+
+class ClusterForm(_Section):
+    """A cluster, from its YAML file."""
+
+    name: PlainName
+    """Names the cluster; letters, digits, dots, hyphens and underscores."""
+    currency: PlainName | None = None
+    """Of all prices, such as EUR; required where a pool has a price."""
+    prices_as_of: Day | None = None
+    """The day the prices held, as YYYY-MM-DD."""
+    pools: Annotated[list[Any], Field(min_length=1, max_length=200)]
+    """The pools, one or more, each with a name of its own."""
+
+
+def read_forms(path: Path) -> tuple[ClusterForm, tuple[PoolForm, ...]]:
+    """The cluster and its pools as the file has them.
+
+    Raises:
+        RequestError: with every mistake of the file.
+    """
+    fields = read_yaml(path, WHERE, START)
+    pools = fields.get("pools")
+    pools = pools if isinstance(pools, list) else []
+    problems = [*mistakes(ClusterForm, fields), *_without_currency(fields, pools), *_of_pools(pools)]
+    if problems:
+        raise RequestError(problems)
+    return ClusterForm.model_validate(fields), tuple(PoolForm.model_validate(pool) for pool in pools)
+
+
+def _of_pools(pools: Sequence[Any]) -> Iterator[Problem]:
+    """What is wrong with each pool by itself, and with its name among the others."""
+    names: set[str] = set()
+    for number, pool in enumerate(pools, start=1):
+        if not isinstance(pool, dict):
+            yield Problem(f"pool {number}", shown(pool), "it should be a section of fields", "Correct it")
+            continue
+        name, gpu = pool.get("name"), pool.get("gpu")
+        # A name that is right and its own says more than a number.
+        place = f"pool {name if _is_plain(name) and name not in names else number}"
+        for problem in mistakes(PoolForm, pool):
+            yield replace(problem, where=f"{place}.{problem.where}")
+        if isinstance(name, str):
+            if name in names:
+                yield Problem(f"{place}.name", shown(name), "another pool has that name", "Give it its own")
+            names.add(name)
+        if isinstance(gpu, str):
+            try:
+                find_gpu(gpu)
+            except RequestError as error:
+                yield from error.at(f"{place}.gpu").problems
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and NAME.fullmatch(name) is not None
+
+
+def _without_currency(fields: Mapping[str, Any], pools: Sequence[Any]) -> Iterator[Problem]:
+    """A price in nothing cannot be compared."""
+    priced = [pool for pool in pools if isinstance(pool, dict) and pool.get("price_per_hour") is not None]
+    if priced and fields.get("currency") is None:
+        price = shown(priced[0]["price_per_hour"])
+        yield Problem("currency", "", f"a pool has a price ({price} per hour) and no currency is named", "Add it")

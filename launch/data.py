@@ -1,0 +1,79 @@
+"""The tokens of a data set: counted by the model's own tokenizer, as a run would, or told from the size of its text."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from clusters.errors import request_error
+from orchestrator.plans import Choice
+from qlora_core.recipe import Recipe
+
+BYTES_PER_TOKEN = 4
+"""Of English text, about: four characters (OpenAI, "What are tokens and how to count them?"). Code and other languages
+have fewer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The data of a run.
+
+    Attributes:
+        tokens: that it trains on, padding counted.
+        longest: of the longest example; None where that is not known.
+    """
+
+    tokens: int | None = None
+    longest: int | None = None
+
+
+def measured(path: Path, model: Path, recipe: Recipe, choices: list[Choice]) -> Data:
+    """The tokens that a run over the file trains on, padding counted, and its longest example.
+
+    They are counted by the tokenizer of `model`, if that is a folder with one.
+
+    Raises:
+        RequestError: it cannot be read as training data.
+    """
+    has_tokenizer = any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    if has_tokenizer and (counted := by_tokenizer(path, model, recipe)) is not None:
+        return counted
+    examples, longest = lines_of(path)
+    length = min(-(-longest // BYTES_PER_TOKEN), recipe.seq_len)
+    reason = (
+        f"all padded to the longest of {examples:,} examples, at about {BYTES_PER_TOKEN} bytes of text a token; "
+        "exactly from a model's folder with the train extra"
+    )
+    choices.append(Choice("tokens", f"{examples * length:,}", reason))
+    return Data(examples * length)
+
+
+def by_tokenizer(path: Path, folder: Path, recipe: Recipe) -> Data | None:
+    """What the run's own encoding finds; None where the packages for training are not installed."""
+    try:
+        from qlora_core.quiet import quiet_libraries
+
+        quiet_libraries()
+        from qlora_core.training.dataset import encode_file
+        from qlora_core.training.model import load_tokenizer
+    except ImportError:
+        return None
+    examples, report = encode_file(path, "auto", load_tokenizer(str(folder)), recipe.seq_len)
+    return Data(len(examples) * min(report.longest, recipe.seq_len), report.longest)
+
+
+def lines_of(path: Path) -> tuple[int, int]:
+    """Lines of a file that are not empty, and bytes of the longest."""
+    lines = longest = 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if text := line.strip():
+                    lines, longest = lines + 1, max(longest, len(text))
+    except OSError as error:
+        rule = f"it cannot be read: {error.strerror or error}"
+        raise request_error("--data", path, rule, "Give a readable JSONL file") from None
+    if not lines:
+        raise request_error("--data", os.fspath(path), "it is empty", "Give one example a line")
+    return lines, longest

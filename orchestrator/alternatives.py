@@ -1,0 +1,101 @@
+"""Alternatives to a plan: what the search found beside it, or the nearest requests that would fit where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from orchestrator.confidence import confidence
+from orchestrator.durations import duration
+from orchestrator.history import History
+from orchestrator.nearest import changes, nearest
+from orchestrator.plans import Alternative, Choice, Plan, Target
+from orchestrator.question import Candidate, Place
+from orchestrator.search import Found, bytes_for, host_has_room
+from orchestrator.verdicts import time_of
+from qlora_core.architecture import ModelArchitecture
+from qlora_core.memory.estimate import Estimate
+from qlora_core.memory.formula import estimate
+
+WORTH = 1.05
+"""An alternative to a request that fits is this much faster; less is not worth a line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alternatives:
+    """What all alternatives to a plan have in common.
+
+    Attributes:
+        tokens: of the whole run, where they are known.
+        currency: of prices.
+        history: measured runs.
+    """
+
+    architecture: ModelArchitecture
+    tokens: int | None
+    currency: str | None
+    history: History
+
+    def beside(self, found: Sequence[Found], than: Candidate, seconds_per_token: float | None) -> Iterator[Alternative]:
+        """What the search found, with its pace and differences beside a plan."""
+        for one in found:
+            pace = ""
+            if seconds_per_token is not None:
+                pace = f"{seconds_per_token / one.seconds_per_token:.2f} times as fast"
+            candidate = Candidate(one.recipe, one.strategy)
+            yield self.of(pace, one.place, one.target, candidate, one.needed, tuple(changes(than, candidate)))
+
+    def faster(self, found: list[Found], plan: Plan) -> list[Found]:
+        """Those that are faster than a request as it was made."""
+        step = plan.verdict.step_time
+        return [one for one in found if step is None or one.seconds_per_token * WORTH < step.seconds / step.tokens]
+
+    def nearest(self, plan: Plan) -> Iterator[Alternative]:
+        """The nearest that would fit, where a request does not."""
+
+        def needs(candidate: Candidate, target: Target) -> Estimate:
+            return estimate(self.architecture, *candidate, target.device)
+
+        def fits(candidate: Candidate, target: Target, sure: bool) -> bool:
+            needed = needs(candidate, target)
+            ram = plan.host_usable_bytes
+            room = ram is None or max(needed.host.load_peak_bytes, needed.host.steady_bytes) <= ram
+            return room and bytes_for(needed, target, sure) <= target.usable_bytes and host_has_room(needed, target)
+
+        for one in nearest(self.architecture, Candidate(plan.recipe, plan.strategy), plan.target, fits):
+            place = Place(((one.target, one.candidate.strategy.world_size),))
+            needed = needs(one.candidate, one.target)
+            yield self.of(one.title, place, one.target, one.candidate, needed, one.changes)
+
+    def of(
+        self,
+        title: str,
+        place: Place,
+        target: Target,
+        candidate: Candidate,
+        needed: Estimate,
+        differences: tuple[Choice, ...],
+    ) -> Alternative:
+        """An alternative with its confidence, time and price; `target` is the fullest GPU of `place`."""
+        recipe, strategy = candidate
+        ratios = self.history.memory_ratios(target, recipe, strategy)
+        targets = [each for each, _ in place.parts]
+        step = time_of(self.architecture, recipe, strategy, targets, needed, self.history)
+        price = place.price_per_hour
+        return Alternative(
+            title=title,
+            place=place.name,
+            gpu=target.name,
+            gpus=place.gpus,
+            nodes=place.nodes,
+            recipe=recipe,
+            strategy=strategy,
+            usable_bytes=target.usable_bytes,
+            process_bytes=needed.gpu.process_bytes,
+            confidence=confidence(needed, target.device.context_bytes, target.usable_bytes, ratios),
+            step_time=step,
+            duration=duration(step, self.tokens, place.gpus, price, self.currency),
+            price_per_hour=price,
+            currency=None if price is None else self.currency,
+            changes=differences,
+        )

@@ -1,0 +1,128 @@
+"""`plan`: the planner's front door for Python. What it is asked is checked here, all of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import get_args
+
+from clusters.cluster import Cluster
+from clusters.errors import Problem, RequestError
+from clusters.gpu import COMMON, find_gpu
+from orchestrator.devices import NODE_GPUS, any_nodes
+from orchestrator.history import NOTHING_MEASURED, History
+from orchestrator.planner import fitting_defaults, plan_question, targets_of
+from orchestrator.plans import Objective, Plan
+from orchestrator.question import OPEN_FIELDS, STRATEGY_FIELDS, Question
+from orchestrator.rules import check_architecture, check_strategy
+from orchestrator.targets import check_targets
+from qlora_core.architecture import ModelArchitecture
+from qlora_core.catalogue import find_model
+from qlora_core.recipe import Recipe
+from qlora_core.strategy import Strategy
+
+
+def plan(
+    model: str | ModelArchitecture,
+    *,
+    recipe: Recipe | None = None,
+    strategy: Strategy | None = None,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    cluster: Cluster | None = None,
+    objective: Objective | None = None,
+    open_fields: Collection[str] = (),
+    tokens: int | None = None,
+    history: History = NOTHING_MEASURED,
+) -> Plan:
+    """Whether a fine-tune fits, on what, how long it takes, and the other ways to run it. Prints and plots nothing.
+
+    Without `gpu` and `cluster` the common GPUs are compared. With an `objective`, all fields of the strategy that are
+    not given are the planner's to choose, and `gpus` is too if it is not given; `open_fields` opens single ones.
+
+    Args:
+        model: a name of the catalogue, a folder, a Hub id, or shapes.
+        recipe: what the mathematics fixes; 512 tokens a sequence, rank 64 and so on where it is not given.
+        strategy: how it is met; the defaults of `qlora-plan` where it is not given.
+        gpu: the catalogue's name of a GPU.
+        gpus: how many.
+        cluster: pools of nodes to plan for (`clusters.cluster.load_cluster`).
+        objective: what the search looks for.
+        open_fields: names of OPEN_FIELDS that may be chosen.
+        tokens: that the whole run trains on, for its time and price.
+        history: measured runs that correct the plan (`orchestrator.ledger.read_history`).
+
+    Raises:
+        RequestError: with everything that is wrong with the request.
+    """
+    if wrong := list(contradictions(recipe, strategy, gpu, gpus, cluster, objective, open_fields, tokens)):
+        raise RequestError(wrong)
+    architecture = find_model(model) if isinstance(model, str) else model
+    opened = set(open_fields)
+    if objective is not None and strategy is None:
+        opened |= set(STRATEGY_FIELDS) - ({"world_size"} if gpus else set())
+    if objective == "longest":
+        opened.add("seq_len")
+    given = strategy or fitting_defaults(architecture, Strategy())
+    if gpus is not None:
+        given = replace(given, world_size=gpus)
+    if recipe is not None and strategy is None:
+        given = replace(given, gradient_accumulation=max(1, recipe.sequences_per_step // given.world_size))
+    step = recipe or Recipe(tokens_per_step=512 * given.sequences_per_step)
+    check_targets(architecture, step)
+    check_architecture(architecture, given.attention, given.loss, "strategy.{}")
+    check_strategy(step, given, "strategy.{}", [])
+    question = Question(
+        architecture, step, given, frozenset(opened), recipe is not None and strategy is None, objective or "fastest"
+    )
+    if cluster is not None:
+        pools = list(cluster.pools)
+    else:
+        number = given.world_size if "world_size" not in opened else NODE_GPUS
+        pools = [any_nodes(find_gpu(name), number) for name in ([gpu] if gpu else COMMON)]
+    return plan_question(
+        question,
+        targets_of(pools, step.compute_dtype, given.world_size),
+        tokens=tokens,
+        currency=cluster.currency if cluster else None,
+        history=history,
+        searched=frozenset(STRATEGY_FIELDS) - ({"world_size"} if gpus else set()) if strategy is None else frozenset(),
+        alternatives="all",
+    )
+
+
+def contradictions(
+    recipe: Recipe | None,
+    strategy: Strategy | None,
+    gpu: str | None,
+    gpus: int | None,
+    cluster: Cluster | None,
+    objective: str | None,
+    open_fields: Collection[str],
+    tokens: int | None,
+) -> Iterator[Problem]:
+    """What is wrong with the arguments of `plan` beside each other."""
+    for name in open_fields:
+        if name not in OPEN_FIELDS:
+            yield Problem("open_fields", name, "no such field", f"There are {', '.join(OPEN_FIELDS)}")
+    for where, number in (("gpus", gpus), ("tokens", tokens)):
+        if number is not None and number < 1:
+            yield Problem(where, str(number), "it must be at least 1", "Leave it out where it is not known")
+    if objective is not None and objective not in get_args(Objective):
+        yield Problem("objective", objective, "no such objective", f"There are {', '.join(get_args(Objective))}")
+    if objective is not None and strategy is not None and not open_fields:
+        rule = "an objective chooses the strategy, which is given"
+        yield Problem("strategy", "", rule, "Leave one of them out, or say in open_fields what may be chosen")
+    if cluster is not None and gpu is not None:
+        yield Problem("gpu", gpu, "the cluster says which GPUs there are", "Leave one of the two out")
+    if (
+        cluster is not None
+        and gpus is not None
+        and gpus > (most := max((pool.gpus for pool in cluster.pools), default=0))
+    ):
+        yield Problem("gpus", str(gpus), f"the largest pool has {most}", f"Ask for {most} or fewer")
+    if recipe is not None and strategy is not None and gpus is None and not open_fields:
+        of_recipe, of_strategy = recipe.sequences_per_step, strategy.sequences_per_step
+        if of_recipe != of_strategy:
+            rule = f"the recipe's step has {of_recipe} sequences, and the strategy's {of_strategy}"
+            yield Problem("strategy", "", rule, "Change micro_batch, gradient_accumulation or tokens_per_step")

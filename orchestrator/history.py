@@ -1,0 +1,87 @@
+"""What comparable runs measured, beside what was predicted for them: it corrects the next plan."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+
+from orchestrator.confidence import ENOUGH_RUNS, conformal
+from orchestrator.plans import Target
+from qlora_core.recipe import Method, Recipe
+from qlora_core.step_time import StepTime, Times
+from qlora_core.strategy import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRun:
+    """One finished run, as far as later plans compare themselves with it.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        gpu: the device's name.
+        method: of its recipe.
+        sharded: whether DeepSpeed divided anything.
+        memory_ratio: measured over predicted reserved bytes (on a CPU, of tensors); None where it was not measured.
+        time_ratio: measured over predicted seconds of a step, before any correction; None where it was not.
+    """
+
+    device: str
+    gpu: str
+    method: Method
+    sharded: bool
+    memory_ratio: float | None
+    time_ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Finished runs, the latest first."""
+
+    runs: tuple[MeasuredRun, ...] = ()
+
+    def memory_ratios(self, target: Target, recipe: Recipe, strategy: Strategy) -> list[float]:
+        """Of the runs that are comparable: the same kind of device, method, and sharded or not."""
+        return [
+            run.memory_ratio
+            for run in self.runs
+            if run.memory_ratio is not None
+            and (run.device, run.method, run.sharded) == (target.device.kind, recipe.method, strategy.zero_stage > 0)
+        ]
+
+    def time_ratios(self, target: Target) -> list[float]:
+        """Of the runs on that very device."""
+        gpu = target.name if target.pool is None else target.pool.gpu.name
+        return [run.time_ratio for run in self.runs if run.time_ratio is not None and run.gpu == gpu]
+
+    def corrected(self, step: StepTime, target: Target) -> StepTime:
+        """A step's time by what such steps took: the median, and nine of ten once there are enough of them."""
+        ratios = self.time_ratios(target)
+        if not ratios:
+            return step
+        from statistics import median  # fractions and decimals come with it, and most plans need none
+
+        factor = median(ratios)
+        low, high = step.low * factor, step.high * factor
+        if len(ratios) >= ENOUGH_RUNS:
+            below, above = conformal(ratios)
+            low, high = step.seconds * below, step.seconds * above
+        return replace(
+            step,
+            seconds=step.seconds * factor,
+            low=low,
+            high=high,
+            parts=Times(*(part * factor for part in step.parts)),
+            correction=factor,
+            runs=len(ratios),
+        )
+
+
+NOTHING_MEASURED = History()
+
+
+def ledger_path() -> Path:
+    """Where finished runs are entered: $QLORA_LEDGER, or the user's application folder."""
+    return Path(os.environ.get("QLORA_LEDGER") or Path(click.get_app_dir("qlora-orchestrator")) / "ledger.sqlite")

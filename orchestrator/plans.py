@@ -1,0 +1,317 @@
+"""A plan as data: recipe, strategy, GPUs, estimate, verdicts, time, price, alternatives, the reason of each choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from clusters.cluster import Pool
+from qlora_core.architecture import ModelArchitecture
+from qlora_core.memory.device import Device
+from qlora_core.memory.estimate import Estimate
+from qlora_core.recipe import Dtype, Recipe
+from qlora_core.step_time import StepTime
+from qlora_core.strategy import Strategy
+
+SCHEMA_VERSION = 1
+SURE = 0.95
+"""Verdicts are sure from this chance on."""
+
+Objective = Literal["fastest", "cheapest", "fewest-gpus", "longest"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One thing the planner decided, or changed, and why."""
+
+    field: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A device that a plan is held against.
+
+    Attributes:
+        name: the catalogue's name, or "cpu".
+        device: what an estimate depends on.
+        usable_bytes: what a process of ours can have of its memory, CUDA context included.
+        dtype_choice: the compute dtype of `device`, with its reason.
+        pool: the nodes it is one of, for its rates, links and price; None where nothing is known of them.
+    """
+
+    name: str
+    device: Device
+    usable_bytes: int
+    dtype_choice: Choice
+    pool: Pool | None = None
+
+    @property
+    def compute_dtype(self) -> Dtype:
+        """The compute dtype."""
+        return self.device.compute_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """How sure a verdict is.
+
+    Attributes:
+        chance: that the process finds room; never below 0.05 nor above 0.95, beyond which nothing is known.
+        low_bytes, high_bytes: of the process, between which it ends in nine cases of ten.
+        basis: what that is taken from, in words.
+    """
+
+    chance: float
+    low_bytes: int
+    high_bytes: int
+    basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a request fits on one kind of device, and how far it could be taken there.
+
+    Attributes:
+        largest_micro_batch, longest_seq_len: with all else as asked for; 0 where not even 1 fits.
+        headroom_bytes: usable minus process bytes; negative where it does not fit.
+        confidence: how sure that is.
+        step_time: of one optimizer step there; None where nothing is known of its rates.
+    """
+
+    gpu: str
+    usable_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    process_bytes: int
+    fits: bool
+    headroom_bytes: int
+    largest_micro_batch: int
+    longest_seq_len: int
+    confidence: Confidence
+    step_time: StepTime | None = None
+
+    @property
+    def barely(self) -> bool:
+        """Whether it fits, but not for sure."""
+        return self.fits and self.confidence.chance < SURE
+
+
+@dataclass(frozen=True, slots=True)
+class Duration:
+    """A whole run: its time, and its price where one is known.
+
+    Attributes:
+        tokens: that it trains on, padding left out.
+        steps: optimizer steps.
+        seconds, low_seconds, high_seconds: as expected, and between which it lies.
+        gpu_hours: as expected.
+        price, low_price, high_price: of the nodes it takes, in `currency`; None without prices.
+    """
+
+    tokens: int
+    steps: int
+    seconds: float
+    low_seconds: float
+    high_seconds: float
+    gpu_hours: float
+    price: float | None = None
+    low_price: float | None = None
+    high_price: float | None = None
+    currency: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another way to run, found by the search.
+
+    Attributes:
+        title: what sets it apart, in a few words.
+        place: the GPUs, in words: "8 x a100-80gb".
+        gpu: the kind whose memory decides.
+        gpus, nodes: how many.
+        recipe, strategy: complete.
+        usable_bytes, process_bytes: of the fullest GPU.
+        confidence: how sure it is to fit.
+        step_time: of an optimizer step; None where nothing is known of the rates.
+        duration: of the whole run; None where nobody said how many tokens it has.
+        price_per_hour: of all its nodes; None without prices.
+        currency: of the price.
+        changes: what is not as in the request, with reasons.
+    """
+
+    title: str
+    place: str
+    gpu: str
+    gpus: int
+    nodes: int
+    recipe: Recipe
+    strategy: Strategy
+    usable_bytes: int
+    process_bytes: int
+    confidence: Confidence
+    step_time: StepTime | None
+    duration: Duration | None
+    price_per_hour: float | None
+    currency: str | None
+    changes: tuple[Choice, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether its process finds room, as expected."""
+        return self.process_bytes <= self.usable_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields as JSON has them."""
+        return {
+            "title": self.title,
+            "place": self.place,
+            "gpu": self.gpu,
+            "gpus": self.gpus,
+            "nodes": self.nodes,
+            "recipe": self.recipe.to_json(),
+            "strategy": dataclasses.asdict(self.strategy),
+            "usable_bytes": self.usable_bytes,
+            "process_bytes": self.process_bytes,
+            "headroom_bytes": self.usable_bytes - self.process_bytes,
+            "fits": self.fits,
+            "confidence": dataclasses.asdict(self.confidence),
+            "step_time": time_json(self.step_time),
+            "duration": None if self.duration is None else dataclasses.asdict(self.duration),
+            "price_per_hour": self.price_per_hour,
+            "currency": self.currency,
+            "changes": [dataclasses.asdict(change) for change in self.changes],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `qlora-plan` answers and `qlora-train` runs.
+
+    Attributes:
+        target: the device whose estimate is shown: the one asked for, else the smallest that fits, else the largest.
+        verdicts: one per kind of device that was looked at, in the order of their memory.
+        choices: what was decided for the person, with reasons.
+        warnings: what the person should know, such as a sequence longer than the model's positions.
+        host_usable_bytes: memory of a host, where it was stated; None leaves the host undecided.
+        group: all GPUs in words, where unlike kinds work together: `target` is the fullest of them; None otherwise.
+        duration: of the whole run; None where nobody said how many tokens it has.
+        objective: what was looked for, where something was; None where the request is answered as it was made.
+        alternatives: other ways to run, the best first; where nothing fits, the nearest that would.
+    """
+
+    architecture: ModelArchitecture
+    recipe: Recipe
+    strategy: Strategy
+    target: Target
+    estimate: Estimate
+    verdicts: tuple[Verdict, ...]
+    choices: tuple[Choice, ...]
+    warnings: tuple[str, ...] = ()
+    host_usable_bytes: int | None = None
+    group: str | None = None
+    duration: Duration | None = None
+    objective: Objective | None = None
+    alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits on at least one of the devices looked at, and in the host's memory where that was stated."""
+        return any(verdict.fits for verdict in self.verdicts) and self.host_fits is not False
+
+    @property
+    def verdict(self) -> Verdict:
+        """That of the target."""
+        return next(verdict for verdict in self.verdicts if verdict.gpu == self.target.name)
+
+    @property
+    def host_fits(self) -> bool | None:
+        """Whether the host's memory suffices; None where nobody said how much there is."""
+        if self.host_usable_bytes is None:
+            return None
+        host = self.estimate.host
+        return max(host.load_peak_bytes, host.steady_bytes) <= self.host_usable_bytes
+
+    @property
+    def digest(self) -> str:
+        """A short name of what would be run: model, recipe, strategy and compute dtype."""
+        import hashlib  # a plan on the terminal does without, and OpenSSL takes a while to load
+
+        decided = {
+            "model": self.architecture.name,
+            "recipe": self.recipe.to_json(),
+            "strategy": dataclasses.asdict(self.strategy),
+            "compute_dtype": self.target.compute_dtype,
+        }
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan in the stable form that other programs read; see docs/planning.md."""
+        architecture, gpu = self.architecture, self.estimate.gpu
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": {
+                "name": architecture.name,
+                "parameters": architecture.parameters,
+                "model_type": architecture.model_type,
+                "layers": architecture.num_layers,
+                "hidden_size": architecture.hidden_size,
+                "vocab_size": architecture.vocab_size,
+                "source": architecture.source,
+            },
+            "recipe": {**self.recipe.to_json(), "compute_dtype": self.target.compute_dtype},
+            "strategy": dataclasses.asdict(self.strategy),
+            "estimator": self.estimate.estimator,
+            "estimate": {
+                "gpu": {
+                    "name": self.target.name,
+                    "components": dataclasses.asdict(gpu.components),
+                    "peak_phase": gpu.peak_phase,
+                    "peak_moment": gpu.peak_moment,
+                    "phases": dataclasses.asdict(gpu.phases),
+                    "allocated_bytes": gpu.allocated_bytes,
+                    "reserved_bytes": gpu.reserved_bytes,
+                    "reserved_interval": list(gpu.reserved_interval),
+                    "process_bytes": gpu.process_bytes,
+                    "paged_bytes": gpu.paged_bytes,
+                },
+                "host": {**dataclasses.asdict(self.estimate.host), "fits": self.host_fits},
+            },
+            "verdicts": [verdict_json(verdict) for verdict in self.verdicts],
+            "duration": None if self.duration is None else dataclasses.asdict(self.duration),
+            "group": self.group,
+            "objective": self.objective,
+            "alternatives": [alternative.to_json() for alternative in self.alternatives],
+            "choices": [dataclasses.asdict(choice) for choice in self.choices],
+            "warnings": list(self.warnings),
+            "digest": self.digest,
+        }
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """A verdict's fields as JSON has them."""
+    names = (field.name for field in dataclasses.fields(verdict) if field.name not in ("confidence", "step_time"))
+    return {
+        **{name: getattr(verdict, name) for name in names},
+        "confidence": dataclasses.asdict(verdict.confidence),
+        "step_time": time_json(verdict.step_time),
+    }
+
+
+def time_json(step: StepTime | None) -> dict[str, Any] | None:
+    """A step's time as JSON has it, in seconds."""
+    if step is None:
+        return None
+    return {
+        "seconds": step.seconds,
+        "low_seconds": step.low,
+        "high_seconds": step.high,
+        "tokens": step.tokens,
+        "tokens_per_second": step.tokens_per_second,
+        "parts": step.parts._asdict(),
+        "correction": step.correction,
+        "runs": step.runs,
+    }

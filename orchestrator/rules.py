@@ -1,0 +1,75 @@
+"""What goes together: strategies that neither DeepSpeed, the device nor the model's own code can follow are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from clusters.errors import Problem, RequestError
+from orchestrator.plans import Target
+from qlora_core.architecture import ModelArchitecture
+from qlora_core.recipe import Recipe
+from qlora_core.strategy import Strategy
+
+
+def can_be_divided(recipe: Recipe) -> bool:
+    """Whether ZeRO-3 can divide the base.
+
+    bitsandbytes' Linear8bitLt computes with state.CB, which is all of the weight, and puts it into the parameter at
+    each evaluation (0.50.2, nn/modules.py).
+    """
+    return recipe.quantization != "int8"
+
+
+def check_strategy(recipe: Recipe, strategy: Strategy, where: str, targets: Sequence[Target]) -> None:
+    """Raise a RequestError for what neither DeepSpeed nor any of `targets` can do.
+
+    `where` is how a field of the strategy is written where the person wrote it, with {} for its name.
+    """
+    problems = []
+    if strategy.zero_stage == 3 and not can_be_divided(recipe):
+        rule = "bitsandbytes' int8 layers keep their whole weight beside the parameter that ZeRO 3 divides"
+        problems.append(Problem(where.format("zero_stage"), "3", rule, "Quantize to nf4 or fp4, or take a lower stage"))
+    if strategy.offload != "none" and strategy.zero_stage == 0:
+        rule, remedy = (
+            "only DeepSpeed offloads, and ZeRO stage 0 is without it",
+            "Choose ZeRO stage 2 or 3, or no offload",
+        )
+        problems.append(Problem(where.format("offload"), strategy.offload, rule, remedy))
+    if strategy.offload == "all" and strategy.zero_stage in (1, 2):
+        rule, remedy = "only ZeRO stage 3 offloads the base model", "Choose ZeRO stage 3, or offload the optimizer"
+        problems.append(Problem(where.format("offload"), "all", rule, remedy))
+    no_gpu = bool(targets) and all(target.device.kind == "cpu" for target in targets)
+    if strategy.attention == "flash_attention_2" and no_gpu:
+        problems.append(Problem(where.format("attention"), "flash_attention_2", "it needs a CUDA GPU", "Use sdpa"))
+    if problems:
+        raise RequestError(problems)
+
+
+def check_architecture(architecture: ModelArchitecture, attention: str, loss: str, where: str) -> None:
+    """Raise a RequestError for an attention or a loss that the model's own code cannot follow."""
+    problems = []
+    if attention == "sdpa" and not architecture.has_sdpa:
+        rule = f"transformers has no such attention for {architecture.model_type}"
+        problems.append(Problem(where.format("attention"), "sdpa", rule, "Use eager"))
+    if loss == "chunked" and not architecture.plain_logits:
+        rule = f"{architecture.model_type} changes its logits before the loss, which chunks would leave out"
+        problems.append(Problem(where.format("loss"), "chunked", rule, "Use full"))
+    if problems:
+        raise RequestError(problems)
+
+
+def warnings(
+    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, targets: Sequence[Target]
+) -> Iterator[str]:
+    """What can be computed, but hardly run."""
+    if recipe.seq_len > architecture.max_position_embeddings:
+        yield (
+            f"seq-len {recipe.seq_len} is longer than the {architecture.max_position_embeddings} positions that "
+            f"{architecture.name} was trained for; its position embedding would have to be stretched"
+        )
+    for pool in (target.pool for target in targets if target.pool is not None):
+        if pool.network_bytes_per_s is None and strategy.world_size > pool.gpus_per_node:
+            yield f"the network between nodes of {pool.name} is not stated: its speed is that of 10 Gbit/s"
+    without = [target.name for target in targets if not target.device.flash_attention]
+    if strategy.attention == "flash_attention_2" and without:
+        yield f"flash_attention_2 needs an Ampere GPU or newer, so it does not run on {', '.join(without)}"

@@ -1,0 +1,304 @@
+"""The search: the best way to run a recipe on given GPUs, of all strategies that its open fields allow.
+
+Candidates differ in the GPUs they take and in the open fields of recipe and strategy. Those of one place are tried in
+the order of their time per token, which takes microseconds to tell; memory, which takes longer, is asked only until one
+fits. Nothing is lost by that: the first that fits is the fastest. What fits nowhere even in its leanest form (chunked
+loss, paged state, micro-batch 1) is passed over at once. `tests/test_search.py` holds it against trying everything.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from orchestrator.devices import rates, slowest_links
+from orchestrator.plans import Objective, Target
+from orchestrator.question import Candidate, Place, Question
+from orchestrator.space import at_size, candidates, of_shape, places, shapes, with_optimizer
+from qlora_core.memory.estimate import Estimate
+from qlora_core.memory.formula import estimate, prepared
+from qlora_core.recipe import Recipe
+from qlora_core.step_time import TYPICAL, load, times
+from qlora_core.strategy import Strategy
+
+LENGTH_STEP = 64
+"""A longest length is rounded down to a multiple of this."""
+ALIKE = 1.02
+"""Times that differ by no more than this the model cannot tell apart."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A candidate that fits.
+
+    Attributes:
+        needed: the estimate on the fullest kind of GPU.
+        target: that kind.
+        seconds: of a step, as expected, paging included.
+        sure: it fits even where memory fragments more than in nineteen of twenty cases.
+    """
+
+    place: Place
+    recipe: Recipe
+    strategy: Strategy
+    target: Target
+    needed: Estimate
+    seconds: float
+    sure: bool
+
+    @cached_property
+    def seconds_per_token(self) -> float:
+        """Of the whole group."""
+        return self.seconds / (self.strategy.sequences_per_step * self.recipe.seq_len)
+
+
+def search(question: Question, devices: Sequence[Target]) -> list[Found]:
+    """The best candidate of each place, the best place first; what another beats in every respect is left out."""
+    found = [best for place in places(question, devices) if (best := best_of(question, place)) is not None]
+    return ranked(question.objective, undominated(found))
+
+
+def ranked(objective: Objective, found: Sequence[Found]) -> list[Found]:
+    """The best first; what is not sure to fit after all that is."""
+
+    def key(priced: tuple[Found, float]) -> tuple[float, ...]:
+        one, cost = priced
+        pace, gpus = one.seconds_per_token, one.place.gpus
+        first = {
+            "fastest": (pace, gpus),
+            "cheapest": (cost, pace),
+            "fewest-gpus": (gpus, pace),
+            "longest": (-one.recipe.seq_len, gpus, pace),
+        }[objective]
+        return (not one.sure, *first)
+
+    return [one for one, _ in sorted(zip(found, costs(found), strict=True), key=key)]
+
+
+def undominated(found: Sequence[Found]) -> list[Found]:
+    """Without those that another beats or equals in speed, cost, number of GPUs, length and sureness."""
+    merits = [
+        (one.seconds_per_token, cost, one.place.gpus, -one.recipe.seq_len, not one.sure)
+        for one, cost in zip(found, costs(found), strict=True)
+    ]
+    kept: list[tuple[tuple[float, ...], Found]] = []
+    for merit, one in sorted(zip(merits, found, strict=True), key=lambda pair: pair[0]):
+        if not any(all(a <= b for a, b in zip(other, merit, strict=True)) for other, _ in kept):
+            kept.append((merit, one))
+    return [one for _, one in kept]
+
+
+def costs(found: Sequence[Found]) -> list[float]:
+    """What a token costs on each, by the prices of the places; in GPU seconds where none has a price.
+
+    A place without a price is dearer than all that have one: how much it costs nobody knows.
+    """
+    prices = [one.place.price_per_hour for one in found]
+    if all(price is None for price in prices):
+        return [one.seconds_per_token * one.place.gpus for one in found]
+    known = [math.inf if price is None else price for price in prices]
+    return [one.seconds_per_token * price for one, price in zip(found, known, strict=True)]
+
+
+# --- the best of a place ----------------------------------------------------------------------------------------------
+
+
+class Judge:
+    """Memory and time of candidates at one place; estimates are made once."""
+
+    def __init__(self, question: Question, place: Place) -> None:
+        self.architecture = question.architecture
+        self.targets = [target for target, _ in place.parts]
+        self.rates = slowest_links([rates(target) for target in self.targets])
+        self.needs: dict[Candidate, tuple[Estimate, Target]] = {}
+
+    def needed(self, candidate: Candidate) -> tuple[Estimate, Target]:
+        """The estimate on the kind of GPU with the least to spare, and that kind."""
+        if candidate not in self.needs:
+            asked = [(estimate(self.architecture, *candidate, target.device), target) for target in self.targets]
+            self.needs[candidate] = min(asked, key=lambda pair: pair[1].usable_bytes - pair[0].gpu.process_bytes)
+        return self.needs[candidate]
+
+    def fits(self, candidate: Candidate, sure: bool) -> bool:
+        """Whether it fits each GPU and, where it is stated, the hosts' memory."""
+        recipe, strategy = candidate
+        for target in self.targets:
+            # most that do not fit are told by their tensors alone, before the allocator is asked
+            sizes = prepared(self.architecture, recipe, strategy, target.device)
+            if sizes.least_bytes(strategy.micro_batch, recipe.seq_len) > target.usable_bytes:
+                return False
+            needed = self.needed(candidate)[0] if len(self.targets) == 1 else self._on(candidate, target)
+            if bytes_for(needed, target, sure) > target.usable_bytes or not host_has_room(needed, target):
+                return False
+        return True
+
+    def _on(self, candidate: Candidate, target: Target) -> Estimate:
+        return estimate(self.architecture, *candidate, target.device)
+
+    def seconds(self, candidate: Candidate, paged_out: int = 0) -> float:
+        """Of a step, as expected: the slowest kind of GPU sets the pace."""
+        return max(
+            sum(
+                times(
+                    load(self.architecture, *candidate, target.device),
+                    candidate.strategy,
+                    candidate.recipe.seq_len,
+                    rate,
+                    TYPICAL,
+                    paged_out,
+                )
+            )
+            for target, rate in zip(self.targets, self.rates, strict=True)
+        )
+
+    def paged_out(self, candidate: Candidate) -> int:
+        """Bytes of paged state that find no room beside the process."""
+        needed, target = self.needed(candidate)
+        return max(
+            0, min(needed.gpu.paged_bytes, needed.gpu.process_bytes + needed.gpu.paged_bytes - target.usable_bytes)
+        )
+
+
+def bytes_for(needed: Estimate, target: Target, sure: bool) -> int:
+    """What a process needs as expected, or in nineteen of twenty cases."""
+    return needed.gpu.reserved_interval[1] + target.device.context_bytes if sure else needed.gpu.process_bytes
+
+
+def host_has_room(needed: Estimate, target: Target) -> bool:
+    """Whether a node's memory suffices, where it is stated."""
+    ram = target.pool.host_ram_bytes if target.pool is not None else None
+    return ram is None or max(needed.host.load_peak_bytes, needed.host.steady_bytes) <= ram
+
+
+def best_of(question: Question, place: Place) -> Found | None:
+    """The best candidate of a place: one that is sure to fit, else one that fits as expected; None without."""
+    judge = Judge(question, place)
+    pick = longest if question.objective == "longest" and "seq_len" in question.open else fastest
+    for sure in (True, False):
+        chosen = pick(question, place, judge, sure)
+        if chosen is not None:
+            needed, target = judge.needed(chosen)
+            seconds = judge.seconds(chosen, judge.paged_out(chosen))
+            return Found(place, chosen.recipe, chosen.strategy, target, needed, seconds, sure)
+    return None
+
+
+def fastest(question: Question, place: Place, judge: Judge, sure: bool) -> Candidate | None:
+    """The fastest that fits; of those that are as fast, as far as the model can tell, the simplest."""
+    lean = Leanest(question, judge, sure)
+    every = [Shape(shape) for shape in shapes(question, place.gpus)]
+    # the same tokens per step in all candidates of a place
+    queue: list[tuple[float, int, bool, Candidate, Shape]] = []
+    for shape in every:
+        for candidate in of_shape(question, shape.candidate, place.gpus):
+            queue.append((judge.seconds(candidate), len(queue), False, candidate, shape))
+    heapq.heapify(queue)
+    best: tuple[int, Candidate] | None = None
+    limit = math.inf
+    while queue and queue[0][0] <= limit:
+        seconds, order, paid, candidate, shape = heapq.heappop(queue)
+        if best is not None and order > best[0]:
+            continue
+        if shape.lean_fits is None:
+            shape.lean_fits = lean.fits(candidate)
+        if not paid and (candidate.strategy.micro_batch >= shape.too_large or not shape.lean_fits):
+            continue
+        if not judge.fits(candidate, sure):
+            shape.too_large = candidate.strategy.micro_batch
+        elif not paid and (paged_out := judge.paged_out(candidate) if candidate.strategy.paged_optimizer else 0):
+            # paging what has no room beside the rest takes time of its own
+            heapq.heappush(queue, (judge.seconds(candidate, paged_out), order, True, candidate, shape))
+        else:
+            best, limit = (order, candidate), min(limit, seconds * ALIKE)
+    return best[1] if best else None
+
+
+@dataclass(slots=True, eq=False)
+class Shape:
+    """What is known of candidates that differ in the micro-batch alone.
+
+    Attributes:
+        candidate: one of them.
+        too_large: the smallest micro-batch that was found not to fit.
+        lean_fits: whether they fit in their leanest form; None before that was asked.
+    """
+
+    candidate: Candidate
+    too_large: float = math.inf
+    lean_fits: bool | None = None
+
+
+class Leanest:
+    """Whether candidates of a sharding and checkpointing fit in their leanest form; asked once for each."""
+
+    def __init__(self, question: Question, judge: Judge, sure: bool) -> None:
+        self.question, self.judge, self.sure = question, judge, sure
+        self.known: dict[Candidate, bool] = {}
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether the leanest of its kind does."""
+        lean = leanest(self.question, candidate)
+        if lean not in self.known:
+            self.known[lean] = self.judge.fits(lean, self.sure)
+        return self.known[lean]
+
+
+def leanest(question: Question, candidate: Candidate) -> Candidate:
+    """A candidate with all that is open at its smallest, but sharding, attention and checkpointing as they are."""
+    recipe, strategy = candidate
+    open_ = question.open
+    if "loss" in open_ and question.architecture.plain_logits:
+        strategy = replace(strategy, loss="chunked")
+    if "paged_optimizer" in open_ and strategy.offload == "none":
+        strategy = replace(strategy, paged_optimizer=True)
+    if "optimizer" in open_:
+        recipe = with_optimizer(recipe, "adamw_8bit")
+    if "micro_batch" in open_:
+        accumulation = strategy.micro_batch * strategy.gradient_accumulation
+        strategy = replace(strategy, micro_batch=1, gradient_accumulation=accumulation)
+    return Candidate(recipe, strategy)
+
+
+def leanest_of_all(question: Question, place: Place) -> Candidate:
+    """The candidate of a place that comes nearest to fitting."""
+    judge = Judge(question, place)
+    lean = dict.fromkeys(leanest(question, candidate) for candidate in candidates(question, place))
+
+    def missing(candidate: Candidate) -> int:
+        needed, target = judge.needed(candidate)
+        return needed.gpu.process_bytes - target.usable_bytes
+
+    return min(lean, key=missing)
+
+
+def longest(question: Question, place: Place, judge: Judge, sure: bool) -> Candidate | None:
+    """The longest context up to the model's positions, in whole LENGTH_STEPs; the fastest of those as long.
+
+    As in `fastest`, the simplest of those that are as fast. Memory falls a little where a length is a whole number of
+    the loss's chunks; that a longer one would fit again beyond lengths that do not is not counted on.
+    """
+    positions = question.architecture.max_position_embeddings
+    lengths = [*range(LENGTH_STEP, positions, LENGTH_STEP), positions]
+    as_long: list[Candidate] = []
+    found = 0  # so many of the lengths fit
+    for shape in candidates(question, place):
+        strategy = shape.strategy
+
+        def at(length: int, shape: Candidate = shape, strategy: Strategy = strategy) -> Candidate:
+            return at_size(shape, place.gpus, strategy.micro_batch, strategy.gradient_accumulation, length)
+
+        def too_long(length: int, at: Callable[[int], Candidate] = at) -> bool:
+            return not judge.fits(at(length), sure)
+
+        if too_long(lengths[max(found - 1, 0)]):
+            continue
+        longer = bisect_left(lengths, True, lo=found, key=too_long)
+        if longer > found:
+            as_long, found = [], longer
+        as_long.append(at(lengths[longer - 1]))
+    paces = [judge.seconds(each, judge.paged_out(each)) for each in as_long]
+    return next((each for each, pace in zip(as_long, paces, strict=True) if pace <= min(paces) * ALIKE), None)

@@ -1,0 +1,126 @@
+"""Verdicts: whether a request fits on a device, how sure that is, how long a step takes, and how far it could go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from clusters.gpu import GIB
+from orchestrator.confidence import confidence
+from orchestrator.devices import rates, slowest_links
+from orchestrator.history import NOTHING_MEASURED, History
+from orchestrator.plans import SURE, Target, Verdict
+from qlora_core.architecture import ModelArchitecture
+from qlora_core.memory.estimate import Estimate
+from qlora_core.memory.formula import prepared
+from qlora_core.recipe import Recipe
+from qlora_core.step_time import StepTime, step_time
+from qlora_core.strategy import Strategy
+
+LARGEST_MICRO_BATCH = 4096
+LONGEST_SEQ_LEN = 2**22
+
+
+def verdict(
+    architecture: ModelArchitecture,
+    recipe: Recipe,
+    strategy: Strategy,
+    target: Target,
+    needed: Estimate,
+    history: History = NOTHING_MEASURED,
+) -> Verdict:
+    """Whether it fits on `target`, with the largest micro-batch and the longest sequence that would."""
+    gpu = needed.gpu
+    sizes = prepared(architecture, recipe, strategy, target.device)
+
+    def with_micro_batch(value: int) -> int:
+        return sizes.process_bytes(value, recipe.seq_len)
+
+    def with_seq_len(value: int) -> int:
+        return sizes.process_bytes(strategy.micro_batch, value)
+
+    def limit(size: Callable[[int], int], asked: int, most: int) -> int:
+        return largest(size, target.usable_bytes, most, start=(asked, gpu.process_bytes))
+
+    ratios = history.memory_ratios(target, recipe, strategy)
+    sure = confidence(needed, target.device.context_bytes, target.usable_bytes, ratios)
+    headroom = target.usable_bytes - gpu.process_bytes
+    return Verdict(
+        gpu=target.name,
+        usable_bytes=target.usable_bytes,
+        allocated_bytes=gpu.allocated_bytes,
+        reserved_bytes=gpu.reserved_bytes,
+        process_bytes=gpu.process_bytes,
+        fits=sure.chance >= 0.5,
+        headroom_bytes=headroom,
+        largest_micro_batch=limit(with_micro_batch, strategy.micro_batch, LARGEST_MICRO_BATCH),
+        longest_seq_len=limit(with_seq_len, recipe.seq_len, LONGEST_SEQ_LEN),
+        confidence=sure,
+        step_time=time_of(architecture, recipe, strategy, [target], needed, history),
+    )
+
+
+def time_of(
+    architecture: ModelArchitecture,
+    recipe: Recipe,
+    strategy: Strategy,
+    targets: Sequence[Target],
+    needed: Estimate,
+    history: History = NOTHING_MEASURED,
+) -> StepTime | None:
+    """The time of a step on a group of GPUs, of which `needed` is the fullest, as runs there have corrected it.
+
+    Where they are of several kinds, the slowest sets the pace. None where one's rates are not known.
+    """
+    if any(target.pool is None and target.device.kind == "cuda" for target in targets):
+        return None
+    paged = needed.gpu.paged_bytes
+    free = min(target.usable_bytes for target in targets) - needed.gpu.process_bytes
+    paged_out = max(0, min(paged, paged - free))
+    steps = [
+        history.corrected(step_time(architecture, recipe, strategy, target.device, rate, paged_out), target)
+        for target, rate in zip(targets, slowest_links([rates(target) for target in targets]), strict=True)
+    ]
+    return max(steps, key=lambda step: step.seconds)
+
+
+def doubt(needed: Estimate, target: Target, answer: Verdict) -> str | None:
+    """Whether it hangs on how memory fragments if it fits, as a warning."""
+    sure = answer.confidence
+    if not 1 - SURE < sure.chance < SURE:
+        return None
+    more = "" if needed.estimator == "trace" else ": --estimator trace is more exact"
+    return (
+        f"{target.name} has {target.usable_bytes / GIB:.2f} GiB usable, and the process needs "
+        f"{sure.low_bytes / GIB:.2f} to {sure.high_bytes / GIB:.2f}, by how its memory fragments{more}"
+    )
+
+
+def largest(size: Callable[[int], int], usable: int, limit: int, start: tuple[int, int]) -> int:
+    """The largest integer up to `limit` (or `start`'s) whose `size` is at most `usable`; 0 if not even 1's is.
+
+    Sizes never fall and grow almost linearly, so that a line through two of them leads there in a few evaluations
+    where halving takes twenty; after each that does not halve the range, the range is halved. `start` is a value and
+    its size, which is known.
+    """
+    low, high = (0, 0), (max(limit, start[0]) + 1, 0)  # what fits and what does not, each with its size; 0: unknown
+    probe = start
+    while True:
+        before = high[0] - low[0]
+        if probe[1] <= usable:
+            low = probe
+        else:
+            high = probe
+        gap = high[0] - low[0]
+        if gap <= 1:
+            return low[0]
+        if low[0] == 0:
+            value = 1
+        elif low[0] == 1 and not high[1]:
+            value = 2
+        elif high[1] and gap > before // 2:
+            value = low[0] + gap // 2
+        else:
+            (x, size_x), (y, size_y) = (low, high) if high[1] else ((1, size(1)), low)
+            steps = (usable - low[1]) * (y - x) // (size_y - size_x) if size_y > size_x else gap
+            value = min(low[0] + max(steps, 1), high[0] - 1)
+        probe = value, size(value)

@@ -1,0 +1,164 @@
+"""What one structure of a step needs: the arithmetic that is left for a micro-batch and a sequence length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from qlora_core.memory.device import Device
+from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, HostEstimate, Phase, Phases
+from qlora_core.memory.reserve import CHECKPOINTED, KEPT, Growth, slack
+from qlora_core.memory.residents import Residents
+from qlora_core.memory.step import FIRST, LAST, Candidate, Timeline, above_others, highest
+from qlora_core.memory.tape import Total, Where, value
+from qlora_core.strategy import LOSS_CHUNK_TOKENS, Strategy
+
+
+class Sizes:
+    """What a structure needs on one rank and one host, for any micro-batch and sequence length.
+
+    Args:
+        stays: what neither of them changes.
+        times: the step as polynomials in both.
+        strategy: of any micro-batch.
+        layers: of the model, for the words of a moment.
+    """
+
+    def __init__(self, stays: Residents, times: Timeline, device: Device, strategy: Strategy, layers: int) -> None:
+        self._stays, self._layers, self._context = stays, layers, device.context_bytes
+        self._checkpointing, self._chunked = strategy.gradient_checkpointing, strategy.loss == "chunked"
+        self._growth: Growth | None = None
+        """None on a CPU, where the reserved is the allocated."""
+        if device.kind == "cuda":
+            self._growth = Growth(times.stretches, times.kept, self._checkpointing, stays.holes)
+        self._loaded = sum(stays.loaded.values())
+        self._candidates: dict[Phase, tuple[Candidate, ...]] = {
+            "forward": times.forward,
+            "backward": times.backward,
+            "optimizer": (times.after_backward,),
+        }
+        self._parts = {phase: _sum(stays.loaded, stays.between, stays.added[phase]) for phase in self._candidates}
+        """By phase, what neither of them changes."""
+        self._resident = {phase: sum(parts.values()) for phase, parts in self._parts.items()}
+        (self._optimizer,) = self._totals("optimizer")
+        in_passes = (*self._totals("forward"), *self._totals("backward"))
+        self._in_passes = [total for (total,) in above_others((total,) for total in in_passes)]
+
+    def _totals(self, phase: Phase) -> Iterator[Total]:
+        """Of its candidates, with what stays."""
+        for a, b, c, d, e in (candidate.total for candidate in self._candidates[phase]):
+            yield self._resident[phase] + a, b, c, d, e
+
+    def process_bytes(self, micro_batch: int, seq_len: int) -> int:
+        """What the whole process needs on the GPU: the one figure of `estimate` that a search compares."""
+        allocated = self._allocated(micro_batch, seq_len)
+        return self._reserved(allocated, micro_batch, seq_len)[1] + self._context
+
+    def least_bytes(self, micro_batch: int, seq_len: int) -> int:
+        """What the whole process needs at least: its tensors and the context."""
+        return self._allocated(micro_batch, seq_len) + self._context
+
+    def _allocated(self, micro_batch: int, seq_len: int) -> int:
+        variables = _variables(micro_batch, seq_len)
+        _, positions, tokens, scores, chunk = variables
+        most = max([a + b * positions + c * tokens + d * scores + e * chunk for a, b, c, d, e in self._in_passes])
+        a, b, c, d, e = self._optimizer
+        return max(most + self._slack(variables), a + b * positions + c * tokens + d * scores + e * chunk)
+
+    def segments(self, micro_batch: int, seq_len: int) -> int:
+        """Bytes of all segments, before fragmentation; 0 on a CPU.
+
+        Gradients, and what the optimizer makes on the way, find room where activations were.
+        """
+        if self._growth is None:
+            return 0
+        labels = micro_batch * (seq_len - 1)  # no sample's first token is one
+        last_chunk = labels % LOSS_CHUNK_TOKENS if self._chunked and labels > LOSS_CHUNK_TOKENS else 0
+        return self._stays.segments + self._growth.at(_variables(micro_batch, seq_len), last_chunk)
+
+    def estimate(self, micro_batch: int, seq_len: int) -> Estimate:
+        """All that `formula.estimate` says."""
+        stays, variables = self._stays, _variables(micro_batch, seq_len)
+        too_large = self._slack(variables)
+        totals: dict[Phase, int] = {}
+        moments: dict[Phase, Candidate] = {}
+        for phase, candidates in self._candidates.items():
+            moments[phase] = highest(candidates, variables)
+            totals[phase] = self._resident[phase] + value(moments[phase].total, variables)
+            if phase != "optimizer":
+                totals[phase] += too_large
+        peak_phase = max(totals, key=totals.__getitem__)
+        peak, allocated = moments[peak_phase], totals[peak_phase]
+        parts = self._parts[peak_phase].copy()
+        for room, size in peak.rooms.items():
+            parts[room] = parts.get(room, 0) + value(size, variables)
+        if peak_phase != "optimizer":
+            parts["framework"] += too_large
+        low, reserved, high = self._reserved(allocated, micro_batch, seq_len)
+        return Estimate(
+            "formula",
+            GpuEstimate(
+                components=Components(**parts),
+                phases=Phases(stays.load_peak, totals["forward"], totals["backward"], totals["optimizer"]),
+                peak_phase=peak_phase,
+                peak_moment=in_words(peak_phase, peak.where, self._layers),
+                allocated_bytes=allocated,
+                reserved_bytes=reserved,
+                process_bytes=reserved + self._context,
+                paged_bytes=stays.paged,
+                reserved_interval=(low, high),
+            ),
+            HostEstimate(stays.host_load, stays.host_steady),
+        )
+
+    def _slack(self, variables: Sequence[int]) -> int:
+        """What blocks of the activations that all layers keep are too large.
+
+        Checkpoints come into room that was used before; what all layers keep, into segments of its own.
+        """
+        return 0 if self._growth is None or self._checkpointing else slack(self._growth.kept(variables))
+
+    def _reserved(self, allocated: int, micro_batch: int, seq_len: int) -> tuple[int, int, int]:
+        """Reserved bytes: the least in nine cases of ten, what is typical, the most."""
+        if self._growth is None:
+            return allocated, allocated, allocated
+        least = max(allocated, self._stays.load_peak)
+        segments = max(least, self.segments(micro_batch, seq_len))
+        scale = math.isqrt(allocated * max(allocated - self._loaded, 0))
+        low, typical, high = CHECKPOINTED if self._checkpointing else KEPT
+        return (
+            max(least, segments + scale * low // 1000),
+            segments + scale * typical // 1000,
+            segments + scale * high // 1000,
+        )
+
+
+def _sum(*of: dict[str, int]) -> dict[str, int]:
+    """All together, part by part."""
+    total: dict[str, int] = {}
+    for parts in of:
+        for part, size in parts.items():
+            total[part] = total.get(part, 0) + size
+    return total
+
+
+@lru_cache(maxsize=1024)
+def in_words(phase: Phase, where: Where, layers: int) -> str:
+    """A moment in words, such as "backward of layer 80, while its down_proj is recomputed"."""
+    if phase == "optimizer":
+        return "optimizer step"
+    part, *details = where[1:]
+    name = {FIRST: "layer 1", LAST: f"layer {layers}"}.get(part, f"the {part}")
+    again = "recomputed" in details
+    inner = [detail for detail in details if detail != "recomputed"]
+    if not inner:
+        return f"{phase} of {name}" + (", while it is recomputed" if again else "")
+    verb = "recomputed" if again else {"forward": "computed", "backward": "differentiated"}[phase]
+    return f"{phase} of {name}, while its {inner[-1]} is {verb}"
+
+
+def _variables(micro_batch: int, seq_len: int) -> tuple[int, int, int, int, int]:
+    """The values of a polynomial's variables: 1, S, B*S, B*S*S, C."""
+    tokens = micro_batch * seq_len
+    return 1, seq_len, tokens, tokens * seq_len, min(tokens, LOSS_CHUNK_TOKENS)

@@ -1,0 +1,256 @@
+"""What one micro-batch computes and moves: floating-point operations by kind, bytes moved, kernels started.
+
+Products are counted from the model's shapes. Everything else is read off the recording that memory is read off, too
+(`memory/step.py`): the tape makes each tensor that transformers, peft and bitsandbytes make. Its bytes are what a
+kernel writes, and there is about one kernel for each, and one for each sum of gradients. A frozen weight has no
+gradient, so the backward pass of a linear layer is one product and not two.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from qlora_core.architecture import ModelArchitecture
+from qlora_core.memory import bytes as exact
+from qlora_core.memory.attention import AttentionKernel, is_masked
+from qlora_core.memory.device import Device
+from qlora_core.memory.formula import ENDLESS, kernel_in_use, step_of
+from qlora_core.memory.step import LAST, Step, on_tape, recorded
+from qlora_core.memory.tape import Size, Where, sum_of
+from qlora_core.recipe import DTYPE_BYTES, Dtype, Recipe
+from qlora_core.strategy import Strategy
+
+CAUSAL = 2
+"""Kernels that know that attention is causal skip the scores above the diagonal: half of them."""
+FUSED_BACKWARD = 2.5
+"""Backward products of fused attention for each forward one: five for two, the scores are made again (Dao 2023,
+"FlashAttention-2", section 4.1)."""
+FUSED: frozenset[AttentionKernel] = frozenset({"flash", "efficient", "masked", "flash_cpu"})
+SKIPPING: frozenset[AttentionKernel] = FUSED - {"masked"}
+READ_PER_WRITTEN = 2
+"""Bytes moved for each one that is written: a kernel reads about what it writes."""
+MOVED_PER_SUM = 3
+"""The same, of a gradient that is added to another in place: two are read, one is written."""
+
+
+class Work(NamedTuple):
+    """Of one micro-batch of B sequences of S tokens on one rank, all layers and passes, recomputation included.
+
+    Attributes:
+        products: operations of matrix products in the compute dtype, per token.
+        product_bytes: bytes that the products of the base model and its head read and write meanwhile.
+        wide_products: those in float32, for which there are no tensor cores unless TF32 is allowed, per token.
+        attention: operations of attention's products, per token and position (B*S*S).
+        wide_attention: whether attention computes in float32.
+        fused: whether attention is one kernel that never holds the scores.
+        moved: bytes that all other kernels read and write, dequantization apart.
+        dequantized: bytes of the dequantized weights that are written.
+        kernels: how many are started.
+    """
+
+    products: float
+    product_bytes: Size
+    wide_products: float
+    attention: float
+    wide_attention: bool
+    fused: bool
+    moved: Size
+    dequantized: int
+    kernels: int
+
+
+def work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Work:
+    """The work of a micro-batch of `recipe`, run as `strategy` says on `device`; the same for all lengths and sizes."""
+    return _work(
+        architecture,
+        _of_any_step(recipe, ENDLESS if is_masked(architecture, recipe.seq_len) else 1),
+        Strategy(
+            micro_batch=min(strategy.micro_batch, 2),
+            gradient_checkpointing=strategy.gradient_checkpointing,
+            attention=strategy.attention,
+            loss=strategy.loss,
+        ),
+        _anywhere(device),
+    )
+
+
+@lru_cache(maxsize=256)
+def _of_any_step(recipe: Recipe, length: int) -> Recipe:
+    """`recipe` without what its work does not depend on; made once, for its fields are checked anew each time."""
+    return replace(recipe, seq_len=length, tokens_per_step=length, optimizer="adamw")
+
+
+@lru_cache(maxsize=256)
+def _anywhere(device: Device) -> Device:
+    """`device` without what its work does not depend on."""
+    return replace(device, context_bytes=0, ranks_per_host=1)
+
+
+@lru_cache(maxsize=256)
+def _work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Work:
+    kernel = kernel_in_use(architecture, recipe, strategy, device)
+    again = int(strategy.gradient_checkpointing)
+    scores = 4 * architecture.num_heads * architecture.head_dim * architecture.num_layers
+    backward = FUSED_BACKWARD if kernel in FUSED else 2.0
+    step = step_of(architecture, recipe, strategy, device)
+    passes = _passes(step, strategy)
+    products, wide = _products(architecture, recipe, device, passes)
+    outputs, weights = _of_products(architecture, recipe, device, passes)
+    made = _made(step)
+    stream = exact.stored_dtype(recipe, device.compute_dtype)
+    return Work(
+        products=products,
+        product_bytes=outputs.times(READ_PER_WRITTEN).plus(weights),
+        wide_products=wide,
+        attention=scores * (1 + again + backward) / (CAUSAL if kernel in SKIPPING else 1),
+        wide_attention=kernel == "math" or (stream == "float32" and not recipe.autocast),
+        fused=kernel in FUSED,
+        moved=made.written.plus(outputs.times(-1)).times(READ_PER_WRITTEN).plus(made.summed.times(MOVED_PER_SUM)),
+        dequantized=made.dequantized,
+        kernels=made.kernels,
+    )
+
+
+# --- matrix products --------------------------------------------------------------------------------------------------
+
+
+class _Passes(NamedTuple):
+    """How often weights are multiplied with.
+
+    Attributes:
+        forward, last: of a linear layer, and of the last one of a decoder layer: once, and once more in recomputation.
+        head: of the output head; the chunks of a chunked loss are recomputed, too.
+        adapters: of an adapter in all: forward, both gradients, recomputation.
+        trained: 1 where weights of the base have a gradient, too.
+    """
+
+    forward: int
+    last: int
+    head: int
+    adapters: int
+    trained: int
+
+
+def _passes(step: Step, strategy: Strategy) -> _Passes:
+    """Recomputation stops at the last tensor that was saved: where nothing behind the last linear layer saves any, and
+    that layer has no adapter, its own product is not made again.
+    """
+    again, layer = int(strategy.gradient_checkpointing), step.layer
+    saved_behind = layer.norms == 4 or layer.dropped_residual or layer.experts is not None
+    return _Passes(
+        forward=1 + again,
+        last=1 + again if saved_behind or layer.feed_forward[-1].adapter else 1,
+        head=1 + (strategy.loss == "chunked"),
+        adapters=3 + again,
+        trained=int(layer.trained),
+    )
+
+
+def _products(architecture: ModelArchitecture, recipe: Recipe, device: Device, passes: _Passes) -> tuple[float, float]:
+    """Operations of a token in the compute dtype and in float32: 2 for each weight and pass."""
+    layers, last = architecture.num_layers, architecture.linears[-1].weight_numel
+    linear = architecture.linear_parameters + _expert_weights_of_a_token(architecture) * layers
+    multiplied = linear * (passes.forward + 1 + passes.trained) - layers * last * (passes.forward - passes.last)
+    head = architecture.vocab_size * architecture.hidden_size * (passes.head + 1 + passes.trained)
+    adapters = 0
+    if not passes.trained:
+        adapters = sum(size * count for size, count in exact.trainable_tensors(architecture, recipe))
+        adapters = min(adapters, linear) if architecture.experts else adapters
+    base, unquantized = _product_dtypes(recipe, device)
+    wide = narrow = 0
+    for numel, is_wide in (
+        (multiplied, base == "float32"),
+        (head, unquantized == "float32"),
+        (adapters * passes.adapters, recipe.lora_dtype == "float32" and not recipe.autocast),
+    ):
+        if is_wide:
+            wide += 2 * numel
+        else:
+            narrow += 2 * numel
+    return (0, wide + narrow) if device.compute_dtype == "float32" else (narrow, wide)
+
+
+def _expert_weights_of_a_token(architecture: ModelArchitecture) -> int:
+    """Elements of the experts that a token goes through, of one layer."""
+    if not architecture.experts:
+        return 0
+    return architecture.expert_parameters * architecture.experts_per_token // architecture.experts
+
+
+def _product_dtypes(recipe: Recipe, device: Device) -> tuple[Dtype, Dtype]:
+    """In which the linear layers of the base multiply, and in which the output head does."""
+    compute = device.compute_dtype
+    unquantized = compute if recipe.autocast else exact.stored_dtype(recipe, compute)
+    return (unquantized if recipe.quantization == "none" else compute), unquantized
+
+
+def _of_products(architecture: ModelArchitecture, recipe: Recipe, device: Device, passes: _Passes) -> tuple[Size, Size]:
+    """Bytes that the products of linear layers and head write, and those of the weights that they read.
+
+    An adapter's are not among them: with a few dozen features on one side, they move more than they compute.
+    """
+    base, unquantized = (DTYPE_BYTES[dtype] for dtype in _product_dtypes(recipe, device))
+    layers = architecture.num_layers
+    per_token = weights = trained = 0
+    for linear in architecture.linears:
+        forward = passes.last if linear is architecture.linears[-1] else passes.forward
+        per_token += base * layers * linear.count * (linear.out_features * forward + linear.in_features)
+        weights += base * layers * linear.count * linear.weight_numel * (forward + 1)
+        trained += base * layers * linear.count * linear.weight_numel * passes.trained
+    head = architecture.vocab_size * architecture.hidden_size * unquantized
+    per_token += unquantized * (architecture.vocab_size * passes.head + architecture.hidden_size)
+    weights += head * (passes.head + 1)
+    return Size(fixed=trained + head * passes.trained, per_token=per_token), Size(fixed=weights)
+
+
+# --- all else ---------------------------------------------------------------------------------------------------------
+
+
+class _Made(NamedTuple):
+    """What a step's kernels write, out of the tape's recording.
+
+    Attributes:
+        written: bytes of all tensors, those of dequantized weights apart.
+        summed: bytes of the gradients that are added to others in place.
+        dequantized: bytes of dequantized weights.
+        kernels: number of all these.
+    """
+
+    written: Size
+    summed: Size
+    dequantized: int
+    kernels: int
+
+
+def _made(step: Step) -> _Made:
+    """Two layers stand for all, and one chunk of the loss for all chunks."""
+    recording = recorded(on_tape(step))
+    sizes = recording.sizes_at_rank(step.layer.rank)
+
+    def times(where: Where) -> int:
+        return step.layers - 1 if where[1] == LAST else 1  # the first layer has nothing to give a gradient to
+
+    written, summed, dequantized = Counter[int](), Counter[int](), Counter[int]()  # how often there is each size
+    for _, place, room, where in recording.changes:
+        if where is not None:
+            (dequantized if room == "dequantization_workspace" else written)[place] += times(where)
+    for place, where in recording.summed:
+        summed[place] += times(where)
+
+    def total(counts: Counter[int]) -> Size:
+        return _all_chunks(sum_of(sizes[place].times(count) for place, count in counts.items()))
+
+    return _Made(
+        written=total(written),
+        summed=total(summed),
+        dequantized=total(dequantized).fixed,
+        kernels=written.total() + summed.total() + dequantized.total(),
+    )
+
+
+def _all_chunks(size: Size) -> Size:
+    """`size` with all tokens in place of one chunk's."""
+    return size._replace(per_token=size.per_token + size.per_chunk_token, per_chunk_token=0)

@@ -1,0 +1,387 @@
+"""What `qlora-plan` chooses, compares, writes and completes: objectives, auto, clusters, sweeps, run files, reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_plan_command import Ask, ask
+
+from orchestrator.spec import load_spec
+
+__all__ = ["ask"]
+ROOT = Path(__file__).parents[1]
+GIB = 1024**3
+TWO_POOLS = """
+name: team
+currency: EUR
+prices_as_of: 2026-11-01
+pools:
+- {name: big, gpu: a100-80gb, gpus_per_node: 2, nodes: 2, host_ram_gib: 512, price_per_hour: 8}
+- {name: small, gpu: l4, gpus_per_node: 4, nodes: 1, host_ram_gib: 192, price_per_hour: 3}
+"""
+
+
+@pytest.fixture
+def team(tmp_path: Path) -> str:
+    path = tmp_path / "team.yaml"
+    path.write_text(TWO_POOLS)
+    return str(path)
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_answered_as_it_is_and_the_search_fills_alternatives_only(ask: Ask) -> None:
+    answer = ask("--model", "7b", "--gpu", "rtx-4090", "--json").json
+    assert answer["strategy"]["micro_batch"] == 1
+    assert answer["strategy"]["gradient_checkpointing"] is True
+    best = answer["alternatives"][0]
+    assert best["fits"]
+    assert best["gpus"] == 1
+    own = answer["verdicts"][0]["step_time"]["tokens_per_second"]
+    assert best["step_time"]["tokens_per_second"] > own
+    assert best["process_bytes"] <= best["usable_bytes"]
+
+
+def test_under_an_objective_what_was_passed_stays_and_the_rest_is_chosen_with_reasons(ask: Ask) -> None:
+    answer = ask("--model", "7b", "--gpu", "rtx-4090", "--objective", "fastest", "--loss", "full", "--json").json
+    assert answer["strategy"]["loss"] == "full"
+    chosen = {choice["field"]: choice["reason"] for choice in answer["choices"]}
+    assert {"world_size", "micro_batch", "gradient_checkpointing", "zero_stage", "offload"} <= set(chosen)
+    assert "loss" not in chosen
+    assert all(chosen.values())
+    assert answer["recipe"]["seq_len"] == 512, "the context is the person's to shorten"
+    assert answer["recipe"]["rank"] == 64
+
+
+def test_auto_opens_one_field(ask: Ask) -> None:
+    answer = ask("--model", "7b", "--gpu", "rtx-4090", "--micro-batch", "auto", "--json").json
+    assert answer["strategy"]["micro_batch"] > 1
+    assert answer["strategy"]["gradient_checkpointing"] is True
+    assert answer["strategy"]["world_size"] == 1
+
+
+def test_the_step_that_was_asked_for_is_kept_whatever_is_chosen(ask: Ask) -> None:
+    asked = ("--model", "7b", "--gpu", "rtx-4090", "--objective", "fastest", "--tokens-per-step", "6144", "--json")
+    answer = ask(*asked).json
+    strategy = answer["strategy"]
+    made = strategy["world_size"] * strategy["micro_batch"] * strategy["gradient_accumulation"]
+    assert made * 512 == answer["recipe"]["tokens_per_step"] == 6144
+    fixed = ask("--model", "7b", "--micro-batch", "4", "--tokens-per-step", "8192", "--json").json
+    assert fixed["strategy"]["gradient_accumulation"] == 4
+
+
+def test_the_longest_context_fits_and_ends_at_the_model_s_positions(ask: Ask) -> None:
+    answer = ask("--model", "65b", "--gpu", "l40s", "--gpus", "1", "--objective", "longest", "--json").json
+    assert answer["recipe"]["seq_len"] == 2048  # LLaMA's max_position_embeddings
+    assert answer["verdicts"][0]["fits"]
+    narrow = ("--model", "65b", "--gpu", "a100-40gb", "--gpus", "1", "--objective", "longest", "--offload", "none")
+    found = ask(*narrow, "--json").json
+    short = found["recipe"]["seq_len"]
+    assert 0 < short < 512
+    kept = () if found["strategy"]["gradient_checkpointing"] else ("--no-gradient-checkpointing",)
+    assert ask("--model", "65b", "--gpu", "a100-40gb", "--seq-len", str(short), *kept).code == 0
+    assert ask("--model", "65b", "--gpu", "a100-40gb").code == 1, "at 512, the default"
+
+
+def test_where_nothing_fits_the_nearest_that_would_are_shown_with_their_numbers(ask: Ask) -> None:
+    asked = ("--model", "7b", "--gpu", "t4", "--micro-batch", "16", "--seq-len", "2048", "--loss", "full")
+    answer = ask(*asked, "--json")
+    assert answer.code == 1
+    titles = [each["title"] for each in answer.json["alternatives"]]
+    assert titles[0] == "a smaller micro-batch", "the cheapest sacrifice first"
+    assert titles[-1] == "a larger GPU"
+    for each in answer.json["alternatives"]:
+        assert each["process_bytes"] <= each["usable_bytes"]
+        assert each["changes"]
+    screen = ask(*asked)
+    assert "The nearest that would fit" in screen.out
+    assert "a smaller micro-batch" in screen.out
+
+
+def test_a_default_that_the_model_s_code_has_not_is_changed_and_said_and_refused_where_it_was_passed(ask: Ask) -> None:
+    answer = ask("--model", "gemma-2-2b", "--json").json
+    assert (answer["strategy"]["attention"], answer["strategy"]["loss"]) == ("eager", "full")
+    assert {"attention", "loss"} <= {choice["field"] for choice in answer["choices"]}
+    refused = ask("--model", "gemma-2-2b", "--attention", "sdpa", "--loss", "chunked")
+    assert refused.code == 2
+    assert "--attention" in refused.err
+    assert "--loss" in refused.err
+
+
+def test_int8_is_refused_under_zero_3_and_never_offered_with_it(ask: Ask) -> None:
+    # Linear8bitLt computes with state.CB, which is all of the weight: there is nothing that a division would save
+    refused = ask("--model", "7b", "--gpu", "t4", "--gpus", "2", "--quant", "int8", "--zero-stage", "3")
+    assert refused.code == 2
+    assert "int8 layers keep their whole weight" in refused.err
+    chosen = ask(
+        "--model", "33b", "--gpu", "rtx-4090", "--gpus", "4", "--quant", "int8", "--objective", "fastest", "--json"
+    )
+    offered = [chosen.json["strategy"], *(each["strategy"] for each in chosen.json["alternatives"])]
+    assert all(strategy["zero_stage"] < 3 for strategy in offered)
+
+
+# --- time and price ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_s_time_and_price_have_bounds_and_follow_from_the_step(ask: Ask, team: str) -> None:
+    answer = ask("--model", "7b", "--cluster", team, "--gpus", "1", "--tokens", "5.12M", "--json").json
+    run, step = answer["duration"], answer["verdicts"][0]["step_time"]
+    assert run["tokens"] == 5_120_000
+    assert run["steps"] == 10_000  # of 512 tokens
+    assert run["low_seconds"] < run["seconds"] < run["high_seconds"]
+    assert run["seconds"] == pytest.approx(10_000 * step["seconds"])
+    assert run["currency"] == "EUR"
+    # the l4 is the smaller that fits: one GPU of a node of 3 EUR an hour, which is rented whole
+    assert run["price"] == pytest.approx(3 * run["seconds"] / 3600)
+
+
+def test_no_price_is_made_up(ask: Ask) -> None:
+    run = ask("--model", "7b", "--gpu", "l4", "--tokens", "1M", "--json").json["duration"]
+    assert (run["price"], run["currency"]) == (None, None)
+
+
+def test_the_data_s_text_is_counted_where_there_is_no_tokenizer_and_that_is_said(ask: Ask, tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "abc", "completion": "defg"}\n' * 1000)
+    answer = ask("--model", "7b", "--gpu", "l4", "--data", str(data), "--json").json
+    assert answer["duration"]["tokens"] == 10_000  # 40 bytes a line, 4 a token
+    assert any(choice["field"] == "tokens" and "about" in choice["reason"] for choice in answer["choices"])
+
+
+# --- clusters ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_pools_of_a_cluster_are_what_it_may_run_on(ask: Ask, team: str) -> None:
+    answer = ask("--model", "7b", "--cluster", team, "--json").json
+    assert [verdict["gpu"] for verdict in answer["verdicts"]] == ["l4", "a100-80gb"]
+    assert answer["estimate"]["host"]["fits"] is True, "its description states the hosts' memory"
+    wide = ask("--model", "7b", "--cluster", team, "--gpus", "4", "--json").json
+    assert wide["strategy"]["world_size"] == 4
+    refused = ask("--model", "7b", "--cluster", team, "--gpus", "5")
+    assert refused.code == 2
+    assert "the largest pool has 4" in refused.err
+
+
+def test_the_cheapest_may_be_another_pool_than_the_fastest(ask: Ask, team: str) -> None:
+    def place(objective: str) -> tuple[str, int]:
+        answer = ask("--model", "7b", "--cluster", team, "--objective", objective, "--json").json
+        return answer["estimate"]["gpu"]["name"], answer["strategy"]["world_size"]
+
+    assert place("fastest") == ("a100-80gb", 4)
+    assert place("fewest-gpus")[1] == 1
+    # 4 L4 for 3 EUR an hour, 2 A100 for 8: an A100 has 5 times the bandwidth and 2.6 times the tensor cores of an L4
+    assert place("cheapest") in {("l4", 4), ("a100-80gb", 2)}
+
+
+def test_without_a_gpu_named_a_fake_nvidia_smi_s_gpus_are_planned_for(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(
+        "#!/bin/sh\n"
+        "echo 'NVIDIA GeForce RTX 4090, 24564, 24000, 8.9'\n"
+        "echo 'NVIDIA GeForce RTX 4090, 24564, 23500, 8.9'\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    answer = ask("--model", "7b", "--json").json
+    assert answer["strategy"]["world_size"] == 2
+    assert [verdict["gpu"] for verdict in answer["verdicts"]] == ["rtx-4090"]
+    assert answer["verdicts"][0]["usable_bytes"] == 23500 * 1024**2, "what is free on the fuller one"
+    assert any("this machine" in choice["reason"] for choice in answer["choices"])
+
+
+def test_unlike_pools_in_one_group_are_called_what_they_are(ask: Ask) -> None:
+    pools = str(ROOT / "clusters" / "examples" / "two-pools.yaml")
+    asked = ("--model", "llama-3.1-8b", "--cluster", pools, "--objective", "fastest")
+    answer = ask(*asked, "--json").json
+    assert " + " in answer["group"]
+    assert len(answer["verdicts"]) == 2
+    assert answer["group"] in ask(*asked).out.splitlines()[0]
+    assert any("wait for" in choice["reason"] for choice in answer["choices"])
+
+
+def test_kinds_that_are_only_compared_are_not_put_together(ask: Ask) -> None:
+    asked = (
+        "--model",
+        "7b",
+        "--compare",
+        "rtx-3090,rtx-4090",
+        "--objective",
+        "fastest",
+        "--tokens-per-step",
+        "1048576",
+    )
+    answer = ask(*asked, "--json").json
+    assert answer["group"] is None
+    assert answer["strategy"]["world_size"] <= 8
+
+
+def test_a_stated_host_memory_limits_what_is_chosen(ask: Ask) -> None:
+    # each rank loads through the host: 8 take eight times what one takes
+    asked = ("--model", "llama-3.1-8b", "--gpu", "rtx-4090", "--objective", "fastest", "--json")
+    assert ask(*asked).json["strategy"]["world_size"] == 8
+    tight = ask(*asked, "--host-ram", "10")
+    assert tight.code == 0
+    assert tight.json["strategy"]["world_size"] <= 2
+
+
+def test_other_ways_on_a_cluster_look_at_all_its_pools(ask: Ask, team: str) -> None:
+    answer = ask("--model", "7b", "--cluster", team, "--json").json
+    assert {"a100-80gb"} <= {each["gpu"] for each in answer["alternatives"]}
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--seq-len", "auto"), "only --objective longest"),
+        (("--objective", "longest", "--seq-len", "64"), "looks for it"),
+    ],
+)
+def test_a_length_is_chosen_for_the_longest_context_only(ask: Ask, extra: tuple[str, ...], words: str) -> None:
+    refused = ask("--model", "7b", "--gpu", "t4", *extra)
+    assert refused.code == 2
+    assert words in refused.err
+
+
+def test_a_network_that_nobody_stated_is_told(ask: Ask) -> None:
+    assert "10 Gbit/s" in ask("--model", "7b", "--gpu", "h100-80gb", "--gpus", "16").err
+    assert "10 Gbit/s" not in ask("--model", "7b", "--gpu", "h100-80gb", "--gpus", "8").err
+
+
+def test_a_wrong_report_is_refused_before_a_run_is_written(ask: Ask, tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    assert ask("--model", "7b", "--gpu", "t4", "--write", str(run), "--report", str(tmp_path / "x.pdf")).code == 2
+    assert not run.exists()
+
+
+# --- sweeps and reports -----------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_a_row_for_each_value_and_a_column_for_each_gpu(ask: Ask) -> None:
+    asked = ("--model", "7b", "--compare", "t4,rtx-4090", "--sweep", "seq-len=512,4096,16384")
+    answer = ask(*asked, "--json").json
+    plans = answer["sweep"]["plans"]
+    assert [plan["values"] for plan in plans] == [{"seq-len": value} for value in ("512", "4096", "16384")]
+    sizes = [[verdict["process_bytes"] for verdict in plan["verdicts"]] for plan in plans]
+    assert sizes[0][1] < sizes[1][1] < sizes[2][1]
+    alone = ask("--model", "7b", "--compare", "t4,rtx-4090", "--seq-len", "4096", "--json").json
+    assert sizes[1] == [verdict["process_bytes"] for verdict in alone["verdicts"]]
+    screen = ask(*asked).out
+    assert f"{sizes[1][1] / GIB:.2f}" in screen
+    assert "x does not fit" in screen
+
+
+def test_two_sweeps_are_a_map(ask: Ask) -> None:
+    asked = ("--model", "7b", "--gpu", "t4", "--sweep", "seq-len=512,8192", "--sweep", "micro-batch=1,2,64")
+    plans = ask(*asked, "--json").json["sweep"]["plans"]
+    assert len(plans) == 6
+    assert [plan["fits"] for plan in plans] == [True, True, False, True, False, False] or plans[0]["fits"]
+    assert "across" in ask(*asked).out
+
+
+def test_a_value_that_makes_no_plan_is_told_in_its_place(ask: Ask) -> None:
+    answer = ask("--model", "7b", "--gpu", "t4", "--sweep", "quant=nf4,none", "--json").json
+    right, wrong = answer["sweep"]["plans"]
+    assert right["refused"] is None
+    assert "qlora needs a quantized base" in wrong["refused"]
+
+
+@pytest.mark.parametrize("ending", ["html", "md"])
+def test_a_report_holds_what_the_screen_shows(ask: Ask, tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"plan.{ending}"
+    asked = ("--model", "7b", "--gpu", "t4", "--sweep", "seq-len=512,16384", "--report", str(path))
+    screen = ask(*asked)
+    assert screen.code == 0
+    page = path.read_text()
+    for words in ("llama-7b", "16384", "base weights", "FITS"):
+        assert words in page
+    assert "http" not in page.replace("http-equiv", ""), "self-contained"
+
+
+def test_markup_in_a_model_s_name_stays_text_in_a_report(ask: Ask, tmp_path: Path) -> None:
+    folder = tmp_path / "<b>bold<b>"
+    folder.mkdir()
+    config = json.loads((ROOT / "qlora_core/models/smollm2-135m.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    assert ask("--model", str(folder), "--gpu", "t4", "--report", str(tmp_path / "p.html")).code == 0
+    page = (tmp_path / "p.html").read_text()
+    assert "<b>bold" not in page
+    assert "&lt;b&gt;bold" in page
+
+
+# --- written runs -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_a_run_of_that_very_plan(ask: Ask, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    asked = (
+        "--model",
+        "7b",
+        "--gpu",
+        "rtx-4090",
+        "--objective",
+        "fastest",
+        "--rank",
+        "16",
+        "--targets",
+        "q_proj,v_proj",
+    )
+    answer = ask(*asked, "--write", str(path), "--json").json
+    spec = load_spec(path)
+    assert spec.model == "llama-7b"
+    written = {**spec.recipe.to_json(), "compute_dtype": answer["recipe"]["compute_dtype"]}
+    assert written == answer["recipe"]
+    strategy = dict(answer["strategy"])
+    strategy.pop("gradient_accumulation")
+    assert spec.strategy_request.model_dump() == strategy
+    again = ask(*asked, "--write", str(path))
+    assert again.code == 2
+    assert "there is a file" in again.err
+    assert yaml.safe_load(path.read_text())["recipe"]["rank"] == 16, "left as it was"
+
+
+@pytest.mark.slow
+def test_a_written_run_is_planned_by_a_dry_run_as_it_was_written(ask: Ask, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make = [sys.executable, str(ROOT / "examples" / "make_demo_base.py"), "--out", str(base), "--steps", "2"]
+    subprocess.run(make, check=True, capture_output=True)
+    path = tmp_path / "run.yaml"
+    asked = ("--model", str(base), "--gpu", "cpu", "--data", str(base / "train.jsonl"), "--seq-len", "64")
+    answer = ask(*asked, "--tokens-per-step", "1024", "--objective", "fastest", "--write", str(path), "--json").json
+    train = str(Path(sys.executable).with_name("qlora-train"))
+    done = subprocess.run([train, str(path), "--dry-run", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    planned: dict[str, Any] = json.loads(done.stdout)
+    assert planned["strategy"] == answer["strategy"]
+    assert planned["recipe"] == answer["recipe"]
+    assert planned["estimate"]["gpu"]["allocated_bytes"] == answer["estimate"]["gpu"]["allocated_bytes"]
+    assert planned["digest"] == answer["digest"]
+
+
+# --- completion -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("qlora-plan --gpu l4", "l40s"),
+        ("qlora-plan --compare t4,a100", "t4,a100-80gb"),
+        ("qlora-plan --obj", "--objective"),
+    ],
+)
+def test_a_shell_completes_options_and_names(words: str, expected: str) -> None:
+    environment = {**os.environ, "_QLORA_PLAN_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "2"}
+    if words.count(" ") == 1:
+        environment["COMP_CWORD"] = "1"
+    command = str(Path(sys.executable).with_name("qlora-plan"))
+    printed = subprocess.run([command], capture_output=True, text=True, env=environment).stdout
+    assert expected in [line.partition(",")[2] for line in printed.splitlines()]
