@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from clusters.errors import RequestError
 from qlora_core.memory.allocator import AllocatorSettings, Block, CachingAllocator, segment_for
 from qlora_core.memory.reserve import Growth, packed, slack
-from qlora_core.memory.step import Scene
 from qlora_core.memory.tape import Size, sum_of
+from qlora_core.memory.timeline import Scene
 
 KIB, MIB = 1024, 1024**2
 

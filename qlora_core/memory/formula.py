@@ -22,7 +22,8 @@ from qlora_core.memory.experts import Experts, Scores
 from qlora_core.memory.residents import fetched_ahead, residents, shard_of
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.sizes import Sizes
-from qlora_core.memory.step import Handling, Logits, Step, timeline
+from qlora_core.memory.step import Handling, Logits, Step
+from qlora_core.memory.timeline import timeline
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 

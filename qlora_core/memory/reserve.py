@@ -23,8 +23,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from qlora_core.memory.allocator import LARGE_SEGMENT, OWN_SEGMENT, SMALL, SMALL_SEGMENT, segment_for
-from qlora_core.memory.step import Scene, Stretches, highest
 from qlora_core.memory.tape import Size, value
+from qlora_core.memory.timeline import Scene, Stretches, highest
 
 PLACES = 1 << 20
 """More than there are segments: what is free in a segment, times this, plus the segment's place sort as one number."""

@@ -10,8 +10,9 @@ from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, HostEstimate, Phase, Phases
 from qlora_core.memory.reserve import CHECKPOINTED, KEPT, Growth, slack
 from qlora_core.memory.residents import Residents
-from qlora_core.memory.step import FIRST, LAST, Candidate, Timeline, above_others, highest
+from qlora_core.memory.step import FIRST, LAST
 from qlora_core.memory.tape import Total, Where, value
+from qlora_core.memory.timeline import Candidate, Timeline, above_others, highest
 from qlora_core.strategy import LOSS_CHUNK_TOKENS, Strategy
 
 
