@@ -15,10 +15,10 @@ from clusters.gpu import GIB
 from launch.data import Data, measured
 from launch.devices import AUTO, Options, place_of
 from orchestrator.history import History
-from orchestrator.planner import EstimatorFunction, at_length, fitting_defaults, plan_question
+from orchestrator.planner import EstimatorFunction, fitting_defaults, plan_question, planned_for
 from orchestrator.plans import Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Question
-from orchestrator.rules import check_architecture, check_strategy
+from orchestrator.rules import check_architecture, check_even, check_strategy
 from orchestrator.targets import check_targets
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
@@ -116,7 +116,7 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
     place = attempt(lambda: place_of(options))
     world_size = place.world_size if place else 1
     open_fields = open_of(options, given)
-    recipe = attempt(lambda: recipe_of(options, world_size, open_fields))
+    recipe = attempt(lambda: recipe_of(options, world_size))
     strategy = strategy_of(options, world_size)
     choices = list(place.choices) if place else []
     if architecture:
@@ -125,17 +125,16 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
     host = attempt(lambda: host_ram_of(options["host_ram"]))
     # a recipe with mistakes of its own says nothing of the strategy
     attempt(lambda: check_strategy(recipe or Recipe(), strategy, "--{}", place.targets if place else []))
+    if recipe and options["tokens_per_step"]:
+        attempt(lambda: check_even(recipe, strategy, open_fields, "--tokens-per-step"))
     data = None
     if architecture and recipe:
         attempt(lambda: check_targets(architecture, recipe, "--targets"))
         data = attempt(lambda: data_of(options, recipe, choices))
     if problems or architecture is None or place is None or recipe is None or data is None:
         raise RequestError(problems)
-    planned = recipe
-    if data.longest is not None and data.longest < recipe.seq_len:
-        planned = at_length(recipe, data.longest)
-        reason = f"the longest example has {data.longest} of {recipe.seq_len} tokens"
-        choices.append(Choice("planned length", str(data.longest), reason))
+    planned, shortened = planned_for(recipe, data.longest)
+    choices += shortened
     searched = (frozenset(STRATEGY_FIELDS) - fixed_by(given)) | open_fields
     return Asked(
         question=Question(
@@ -242,7 +241,7 @@ def supported(
     return fitting
 
 
-def recipe_of(options: Options, world_size: int, open_fields: Collection[str]) -> Recipe:
+def recipe_of(options: Options, world_size: int) -> Recipe:
     """The recipe of the command line."""
     method, targets = options["method"], options["targets"]
     quantization: Quantization = options["quant"] or ("nf4" if method == "qlora" else "none")
@@ -275,12 +274,6 @@ def recipe_of(options: Options, world_size: int, open_fields: Collection[str]) -
         own = [each for each in error.mistakes if each.fields[0] != "tokens_per_step" or "seq_len" not in fields]
         made_up = options["tokens_per_step"] is None
         raise RequestError([*problems, *(flag_problem(mistake, made_up) for mistake in own)]) from None
-    fixed = size * world_size
-    closed = not {"micro_batch", "world_size"} & set(open_fields)
-    if options["tokens_per_step"] and closed and recipe.sequences_per_step % fixed:
-        rule = f"a step of {recipe.sequences_per_step} sequences does not come out even in {fixed} at a time"
-        remedy = f"The nearest is {max(1, round(recipe.sequences_per_step / fixed)) * fixed * length}"
-        problems.append(Problem("--tokens-per-step", str(options["tokens_per_step"]), rule, remedy))
     if problems:
         raise RequestError(problems)
     return recipe

@@ -59,7 +59,7 @@ class Alternatives:
         def fits(candidate: Candidate, target: Target, sure: bool) -> bool:
             needed = needs(candidate, target)
             ram = plan.host_usable_bytes
-            room = ram is None or max(needed.host.load_peak_bytes, needed.host.steady_bytes) <= ram
+            room = ram is None or needed.host.most_bytes <= ram
             return room and bytes_for(needed, target, sure) <= target.usable_bytes and host_has_room(needed, target)
 
         for one in nearest(self.architecture, Candidate(plan.recipe, plan.strategy), plan.target, fits):

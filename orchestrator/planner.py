@@ -14,7 +14,7 @@ from orchestrator.durations import duration
 from orchestrator.history import NOTHING_MEASURED, History
 from orchestrator.plans import Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, of_length
-from orchestrator.rules import check_architecture, check_strategy, warnings
+from orchestrator.rules import check_architecture, check_even, check_strategy, warnings
 from orchestrator.verdicts import doubt, verdict
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.device import Device
@@ -74,7 +74,8 @@ def plan_question(
         # processes on one CPU share its cores, and nothing is paged there
         question = replace(question, open=question.open - {"world_size", "paged_optimizer"})
         searched -= {"world_size", "paged_optimizer"}
-    check_even(question)
+    if question.whole_step:
+        check_even(question.recipe, question.strategy, question.open, "tokens_per_step")
     common: dict[str, Any] = {"estimator": estimator, "history": history}
     run: dict[str, Any] = {"tokens": tokens, "currency": currency}
     asked_for, decided = Candidate(question.recipe, question.strategy), list(choices)
@@ -119,17 +120,6 @@ def plan_question(
     step = answer.verdict.step_time
     pace = None if step is None else step.seconds / step.tokens
     return replace(answer, alternatives=tuple(others.beside(better[:MOST_ALTERNATIVES], asked_for, pace)))
-
-
-def check_even(question: Question) -> None:
-    """Raise a RequestError for a step that is none of whole micro-batches on the GPUs, as far as these are fixed."""
-    sequences, strategy = question.recipe.sequences_per_step, question.strategy
-    fixed = 1 if "micro_batch" in question.open else strategy.micro_batch
-    fixed *= 1 if "world_size" in question.open else strategy.world_size
-    if question.whole_step and sequences % fixed:
-        rule = f"a step of {sequences} sequences does not come out even in {fixed} at a time"
-        remedy = f"The nearest is {max(1, round(sequences / fixed)) * fixed * question.recipe.seq_len}"
-        raise request_error("tokens_per_step", question.recipe.tokens_per_step, rule, remedy)
 
 
 def chosen(
@@ -236,12 +226,7 @@ def plan_run(
         RequestError: the fixed parts contradict each other.
     """
     recipe, request = spec.recipe, spec.strategy_request
-    choices: list[Choice] = []
-    if longest is not None and longest < recipe.seq_len:
-        choices.append(
-            Choice("planned length", str(longest), f"the longest example has {longest} of {recipe.seq_len} tokens")
-        )
-    planned = recipe if longest is None else at_length(recipe, min(longest, recipe.seq_len))
+    planned, choices = planned_for(recipe, longest)
     world_size = choose_world_size(request, recipe, devices, target, choices)
     check_architecture(architecture, request.attention, request.loss, "strategy.{}")
     check_micro_batch(request, recipe, world_size)
@@ -284,9 +269,13 @@ def question_of(
     return Question(architecture, recipe, Strategy(**given), frozenset(open_fields), whole_step=True)
 
 
-def at_length(recipe: Recipe, seq_len: int) -> Recipe:
-    """`recipe` with sequences of another length, and as many of them in a step."""
-    return of_length(recipe, seq_len, seq_len * recipe.sequences_per_step)
+def planned_for(recipe: Recipe, longest: int | None) -> tuple[Recipe, list[Choice]]:
+    """`recipe` at the length of the longest example, where that is known and shorter; as many sequences in a step."""
+    if longest is None or longest >= recipe.seq_len:
+        return recipe, []
+    reason = f"the longest example has {longest} of {recipe.seq_len} tokens"
+    planned = of_length(recipe, longest, longest * recipe.sequences_per_step)
+    return planned, [Choice("planned length", str(longest), reason)]
 
 
 def choose_world_size(

@@ -232,8 +232,7 @@ class Plan:
         """Whether the host's memory suffices; None where nobody said how much there is."""
         if self.host_usable_bytes is None:
             return None
-        host = self.estimate.host
-        return max(host.load_peak_bytes, host.steady_bytes) <= self.host_usable_bytes
+        return self.estimate.host.most_bytes <= self.host_usable_bytes
 
     @property
     def digest(self) -> str:

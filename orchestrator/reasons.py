@@ -113,7 +113,7 @@ def why_not(judge: Judge, other: Candidate, found: Found) -> str | None:
     needed, target = judge.needed(other)
     bytes_ = bytes_for(needed, target, found.sure)
     if bytes_ <= target.usable_bytes and not host_has_room(needed, target):
-        return f"would need {max(needed.host.load_peak_bytes, needed.host.steady_bytes) / GIB:.1f} GiB of a host"
+        return f"would need {needed.host.most_bytes / GIB:.1f} GiB of a host"
     most = "up to " if found.sure and bytes_ != needed.gpu.process_bytes else ""
     parts = needed.gpu.components
     base = parts.base_weights + parts.quantization_constants

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-from clusters.errors import Problem, RequestError
+from clusters.errors import Problem, RequestError, request_error
 from orchestrator.plans import Target
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.recipe import Recipe
@@ -56,6 +56,17 @@ def check_architecture(architecture: ModelArchitecture, attention: str, loss: st
         problems.append(Problem(where.format("loss"), "chunked", rule, "Use full"))
     if problems:
         raise RequestError(problems)
+
+
+def check_even(recipe: Recipe, strategy: Strategy, open_fields: Collection[str], where: str) -> None:
+    """Raise a RequestError for a step that is none of whole micro-batches on the GPUs, as far as these are fixed."""
+    sequences = recipe.sequences_per_step
+    fixed = 1 if "micro_batch" in open_fields else strategy.micro_batch
+    fixed *= 1 if "world_size" in open_fields else strategy.world_size
+    if sequences % fixed:
+        rule = f"a step of {sequences} sequences does not come out even in {fixed} at a time"
+        remedy = f"The nearest is {max(1, round(sequences / fixed)) * fixed * recipe.seq_len}"
+        raise request_error(where, recipe.tokens_per_step, rule, remedy)
 
 
 def warnings(

@@ -171,7 +171,7 @@ def bytes_for(needed: Estimate, target: Target, sure: bool) -> int:
 def host_has_room(needed: Estimate, target: Target) -> bool:
     """Whether a node's memory suffices, where it is stated."""
     ram = target.pool.host_ram_bytes if target.pool is not None else None
-    return ram is None or max(needed.host.load_peak_bytes, needed.host.steady_bytes) <= ram
+    return ram is None or needed.host.most_bytes <= ram
 
 
 def best_of(question: Question, place: Place) -> Found | None:

@@ -98,9 +98,9 @@ def doubt(needed: Estimate, target: Target, answer: Verdict) -> str | None:
 def largest(size: Callable[[int], int], usable: int, limit: int, start: tuple[int, int]) -> int:
     """The largest integer up to `limit` (or `start`'s) whose `size` is at most `usable`; 0 if not even 1's is.
 
-    Sizes never fall and grow almost linearly, so that a line through two of them leads there in a few evaluations
-    where halving takes twenty; after each that does not halve the range, the range is halved. `start` is a value and
-    its size, which is known.
+    Sizes hardly ever fall (docs/planning.md) and grow almost linearly, so that a line through two of them leads there
+    in a few evaluations where halving takes twenty; after each that does not halve the range, the range is halved.
+    `start` is a value and its size, which is known.
     """
     low, high = (0, 0), (max(limit, start[0]) + 1, 0)  # what fits and what does not, each with its size; 0: unknown
     probe = start

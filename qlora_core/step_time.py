@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
@@ -22,7 +22,6 @@ from qlora_core.recipe import DTYPE_BYTES, Recipe
 from qlora_core.strategy import Offload, Strategy
 from qlora_core.work import MOVED_PER_SUM, Work, work
 
-Pace = Literal[0, 1, 2]
 SLOW, TYPICAL, FAST = 0, 1, 2
 
 

@@ -113,8 +113,7 @@ def verdict_line(plan: Plan) -> Text:
     elif len(plan.verdicts) > 1 and not plan.group:
         text += "; no other shown fits" if shown.fits else f", and on none of the {len(plan.verdicts)} shown"
     if plan.host_fits is False and plan.host_usable_bytes is not None:
-        needed = max(host.load_peak_bytes, host.steady_bytes)
-        text += f"; its host needs {gib(needed)} of memory and has {gib(plan.host_usable_bytes)}"
+        text += f"; its host needs {gib(host.most_bytes)} of memory and has {gib(plan.host_usable_bytes)}"
     return verdict_word(plan) + Text(text, style="bold")
 
 

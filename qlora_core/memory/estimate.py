@@ -90,6 +90,11 @@ class HostEstimate:
     load_peak_bytes: int
     steady_bytes: int
 
+    @property
+    def most_bytes(self) -> int:
+        """The larger of the two: what a host has to have."""
+        return max(self.load_peak_bytes, self.steady_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
