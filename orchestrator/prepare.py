@@ -17,7 +17,8 @@ from orchestrator.plans import Plan
 from orchestrator.spec import RunSpec
 from orchestrator.targets import check_targets
 from qlora_core.recipe import Recipe
-from qlora_core.training.dataset import DataReport, Encoded, encode_file
+from qlora_core.training.dataset import DataReport, encode_file
+from qlora_core.training.examples import Encoded
 from qlora_core.training.model import load_tokenizer
 from qlora_core.training.sampling import split_eval
 

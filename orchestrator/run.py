@@ -24,7 +24,7 @@ from orchestrator.record import Attempt, RunRecord, load_record, new_id, now, sa
 from orchestrator.supervisor import Interrupted, keep_events_until, run_attempt
 from orchestrator.worker import Order
 from qlora_core.training.checkpoint import complete, load_facts
-from qlora_core.training.dataset import save_examples
+from qlora_core.training.examples import save_examples
 from qlora_core.training.export import export_adapter
 
 

@@ -25,8 +25,8 @@ from qlora_core.quiet import quiet_libraries
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.checkpoint import complete, expired, load_adapter
-from qlora_core.training.dataset import Examples
 from qlora_core.training.engines import build_engine
+from qlora_core.training.examples import Examples
 from qlora_core.training.loop import TrainingRun, train
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import attach_adapters, load_base, load_tokenizer

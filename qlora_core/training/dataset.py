@@ -1,4 +1,4 @@
-"""Instruction data: read from JSONL, tokenized once, stored as one safetensors file that every worker maps.
+"""Instruction data: read from JSONL and made into tokens, once.
 
 Formats: ``messages`` (a conversation, through the tokenizer's chat template), ``alpaca`` (instruction, input, output)
 and ``prompt-completion``. The loss is on what the model is to answer, never on what it is asked.
@@ -10,20 +10,16 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from jinja2 import TemplateError
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from clusters.errors import Problem, RequestError, request_error
-from qlora_core.files import replace_atomically
-from qlora_core.training.loss import IGNORED
+from qlora_core.training.examples import Encoded
 
 Format = Literal["auto", "messages", "alpaca", "prompt-completion"]
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -49,14 +45,6 @@ ALPACA_WITHOUT_INPUT = (
 
 class BadRecord(ValueError):
     """A line of the data that is no training example; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One example: token ids, and which of them are learned."""
-
-    ids: list[int]
-    learned: list[bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,66 +276,3 @@ def token_digest(examples: Sequence[Encoded]) -> str:
     for example in examples:
         digest.update(array("q", example.ids).tobytes() + bytes(example.learned) + b"|")
     return digest.hexdigest()
-
-
-def save_examples(examples: Sequence[Encoded], path: Path) -> None:
-    """Write examples as one safetensors file: ids [T] int32, learned [T] uint8, starts [N + 1] int64."""
-    starts = [0]
-    for example in examples:
-        starts.append(starts[-1] + len(example.ids))
-    tensors = {
-        "ids": torch.tensor([token for example in examples for token in example.ids], dtype=torch.int32),
-        "learned": torch.tensor([flag for example in examples for flag in example.learned], dtype=torch.uint8),
-        "starts": torch.tensor(starts, dtype=torch.int64),
-    }
-    with replace_atomically(path) as temporary:
-        save_file(tensors, temporary)
-
-
-class Examples(Sequence[tuple[torch.Tensor, torch.Tensor]]):
-    """Examples of a file that `save_examples` wrote, memory-mapped: (ids, learned) by index.
-
-    Attributes:
-        lengths: tokens of each example.
-        learned: tokens with a loss of each example.
-    """
-
-    def __init__(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
-            self._ids, self._learned = file.get_tensor("ids"), file.get_tensor("learned").bool()
-            self._starts: list[int] = file.get_tensor("starts").tolist()
-        self.lengths = [end - start for start, end in zip(self._starts, self._starts[1:], strict=False)]
-        # the first token of an example is never predicted
-        self.learned = [int(self[index][1][1:].sum()) for index in range(len(self))]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: Any) -> Any:
-        span = slice(self._starts[index], self._starts[index + 1])
-        return self._ids[span].long(), self._learned[span]
-
-    def batch(self, indexes: Sequence[int], pad_token: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """The examples of a micro-batch as [B, S] tensors, padded on the right to its longest."""
-        width = max(self.lengths[index] for index in indexes)
-        ids_BS = torch.full((len(indexes), width), pad_token)
-        mask_BS = torch.zeros((len(indexes), width), dtype=torch.long)
-        labels_BS = torch.full((len(indexes), width), IGNORED)
-        for row, index in enumerate(indexes):
-            ids, learned = self[index]
-            ids_BS[row, : len(ids)] = ids
-            mask_BS[row, : len(ids)] = 1
-            labels_BS[row, : len(ids)] = torch.where(learned, ids, IGNORED)
-        return {
-            "input_ids_BS": ids_BS.to(device),
-            "attention_mask_BS": mask_BS.to(device),
-            "labels_BS": labels_BS.to(device),
-        }
-
-
-def iterate_eval_batches(count: int, *, rank: int, world_size: int, micro_batch: int) -> Iterator[list[int]]:
-    """Batches of evaluation examples for one rank; all ranks get the same number of batches, some perhaps empty."""
-    per_round = world_size * micro_batch
-    for start in range(0, count, per_round):
-        first = start + rank * micro_batch
-        yield list(range(first, min(first + micro_batch, count)))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qlora_core.training.dataset import Examples, iterate_eval_batches
+from qlora_core.training.examples import Examples, iterate_eval_batches
 from qlora_core.training.loss import SummedLoss
 
 MAX_ANSWER_TOKENS = 48

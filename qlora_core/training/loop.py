@@ -21,9 +21,9 @@ from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training import checkpoint
 from qlora_core.training.checkpoint import Progress
-from qlora_core.training.dataset import Examples
 from qlora_core.training.engine import Engine
 from qlora_core.training.evaluate import eval_loss, sample_answers
+from qlora_core.training.examples import Examples
 from qlora_core.training.optimizer import build_scheduler
 from qlora_core.training.sampling import micro_batches, step_examples
 

@@ -20,8 +20,9 @@ from qlora_core.memory.measure import StorageMeter
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training import checkpoint
-from qlora_core.training.dataset import Examples, encode_file, save_examples
+from qlora_core.training.dataset import encode_file
 from qlora_core.training.engines import build_engine
+from qlora_core.training.examples import Examples, save_examples
 from qlora_core.training.loop import TrainingRun, train
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import attach_adapters, load_base, load_tokenizer

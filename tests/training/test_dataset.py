@@ -10,15 +10,8 @@ import pytest
 import torch
 
 from clusters.errors import RequestError
-from qlora_core.training.dataset import (
-    Encoded,
-    Examples,
-    encode_file,
-    file_digest,
-    iterate_eval_batches,
-    read_records,
-    save_examples,
-)
+from qlora_core.training.dataset import encode_file, file_digest, read_records
+from qlora_core.training.examples import Encoded, Examples, iterate_eval_batches, save_examples
 from qlora_core.training.loss import IGNORED
 from qlora_core.training.model import load_tokenizer
 

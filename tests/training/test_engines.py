@@ -27,7 +27,7 @@ if world > 1:
 from qlora_core.memory.measure import StorageMeter
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.training.dataset import Examples
+from qlora_core.training.examples import Examples
 from qlora_core.training.engines import build_engine
 from qlora_core.training.evaluate import eval_loss
 from qlora_core.training.loop import one_step, TrainingRun
@@ -66,7 +66,8 @@ os._exit(0)  # gloo's threads sometimes abort a process that takes its interpret
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, conversations: Path) -> Path:
-    from qlora_core.training.dataset import encode_file, save_examples
+    from qlora_core.training.dataset import encode_file
+    from qlora_core.training.examples import save_examples
     from qlora_core.training.model import load_tokenizer
 
     path = tmp_path_factory.mktemp("encoded") / "train.safetensors"

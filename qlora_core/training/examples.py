@@ -1,0 +1,86 @@
+"""Examples as tokens: one safetensors file that every worker maps, and the batches made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qlora_core.files import replace_atomically
+from qlora_core.training.loss import IGNORED
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example: token ids, and which of them are learned."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+def save_examples(examples: Sequence[Encoded], path: Path) -> None:
+    """Write examples as one safetensors file: ids [T] int32, learned [T] uint8, starts [N + 1] int64."""
+    starts = [0]
+    for example in examples:
+        starts.append(starts[-1] + len(example.ids))
+    tensors = {
+        "ids": torch.tensor([token for example in examples for token in example.ids], dtype=torch.int32),
+        "learned": torch.tensor([flag for example in examples for flag in example.learned], dtype=torch.uint8),
+        "starts": torch.tensor(starts, dtype=torch.int64),
+    }
+    with replace_atomically(path) as temporary:
+        save_file(tensors, temporary)
+
+
+class Examples(Sequence[tuple[torch.Tensor, torch.Tensor]]):
+    """Examples of a file that `save_examples` wrote, memory-mapped: (ids, learned) by index.
+
+    Attributes:
+        lengths: tokens of each example.
+        learned: tokens with a loss of each example.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            self._ids, self._learned = file.get_tensor("ids"), file.get_tensor("learned").bool()
+            self._starts: list[int] = file.get_tensor("starts").tolist()
+        self.lengths = [end - start for start, end in zip(self._starts, self._starts[1:], strict=False)]
+        # the first token of an example is never predicted
+        self.learned = [int(self[index][1][1:].sum()) for index in range(len(self))]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        span = slice(self._starts[index], self._starts[index + 1])
+        return self._ids[span].long(), self._learned[span]
+
+    def batch(self, indexes: Sequence[int], pad_token: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """The examples of a micro-batch as [B, S] tensors, padded on the right to its longest."""
+        width = max(self.lengths[index] for index in indexes)
+        ids_BS = torch.full((len(indexes), width), pad_token)
+        mask_BS = torch.zeros((len(indexes), width), dtype=torch.long)
+        labels_BS = torch.full((len(indexes), width), IGNORED)
+        for row, index in enumerate(indexes):
+            ids, learned = self[index]
+            ids_BS[row, : len(ids)] = ids
+            mask_BS[row, : len(ids)] = 1
+            labels_BS[row, : len(ids)] = torch.where(learned, ids, IGNORED)
+        return {
+            "input_ids_BS": ids_BS.to(device),
+            "attention_mask_BS": mask_BS.to(device),
+            "labels_BS": labels_BS.to(device),
+        }
+
+
+def iterate_eval_batches(count: int, *, rank: int, world_size: int, micro_batch: int) -> Iterator[list[int]]:
+    """Batches of evaluation examples for one rank; all ranks get the same number of batches, some perhaps empty."""
+    per_round = world_size * micro_batch
+    for start in range(0, count, per_round):
+        first = start + rank * micro_batch
+        yield list(range(first, min(first + micro_batch, count)))
