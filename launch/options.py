@@ -127,6 +127,7 @@ OPTIONS = (
         metavar="N",
         help="Of one optimizer step, over all GPUs; micro-batches make it up.  [default: one micro-batch on each GPU]",
     ),
+    click.option("--packing", is_flag=True, help="Several samples in one sequence, none of which sees another."),
     click.option(
         "--attention", type=chosen("sdpa", "eager", "flash_attention_2", AUTO), default="sdpa", show_default=True
     ),

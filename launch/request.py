@@ -18,7 +18,7 @@ from orchestrator.history import History
 from orchestrator.planner import EstimatorFunction, fitting_defaults, plan_question, planned_for
 from orchestrator.plans import Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Question
-from orchestrator.rules import check_architecture, check_even, check_strategy
+from orchestrator.rules import check_attention, check_even, check_packing, check_strategy
 from orchestrator.targets import check_targets
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
@@ -130,6 +130,7 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
     data = None
     if architecture and recipe:
         attempt(lambda: check_targets(architecture, recipe, "--targets"))
+        attempt(lambda: check_packing(architecture, recipe, "--packing"))
         data = attempt(lambda: data_of(options, recipe, choices))
     if problems or architecture is None or place is None or recipe is None or data is None:
         raise RequestError(problems)
@@ -230,14 +231,11 @@ def supported(
     Raises:
         RequestError: the person asked for what it has not.
     """
-    asked = {name: getattr(strategy, name) if name in given else "" for name in ("attention", "loss")}
-    check_architecture(architecture, asked["attention"], asked["loss"], "--{}")
+    check_attention(architecture, strategy.attention if "attention" in given else "", "--{}")
     fitting = fitting_defaults(architecture, strategy)
     if fitting.attention != strategy.attention:
         reason = f"transformers has no {strategy.attention} for {architecture.model_type}"
         choices.append(Choice("attention", fitting.attention, reason))
-    if fitting.loss != strategy.loss:
-        choices.append(Choice("loss", fitting.loss, f"{architecture.model_type} changes its logits before the loss"))
     return fitting
 
 
@@ -268,6 +266,7 @@ def recipe_of(options: Options, world_size: int) -> Recipe:
             optimizer="adamw_8bit" if "8bit" in options["optimizer"] else "adamw",
             seq_len=length,
             tokens_per_step=options["tokens_per_step"] or length * size * world_size,
+            packing=options["packing"],
         )
     except RecipeError as error:
         fields = {mistake.fields[0] for mistake in error.mistakes}

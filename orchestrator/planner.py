@@ -14,7 +14,7 @@ from orchestrator.durations import duration
 from orchestrator.history import NOTHING_MEASURED, History
 from orchestrator.plans import Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, of_length
-from orchestrator.rules import check_architecture, check_even, check_strategy, warnings
+from orchestrator.rules import check_attention, check_even, check_packing, check_strategy, warnings
 from orchestrator.verdicts import doubt, verdict
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.device import Device
@@ -40,12 +40,8 @@ def targets_of(pools: Sequence[Pool], requested_dtype: str, workers: int) -> lis
 
 
 def fitting_defaults(architecture: ModelArchitecture, strategy: Strategy) -> Strategy:
-    """`strategy` with the attention and the loss that the model's own code has."""
-    return replace(
-        strategy,
-        attention=strategy.attention if architecture.has_sdpa or strategy.attention != "sdpa" else "eager",
-        loss=strategy.loss if architecture.plain_logits else "full",
-    )
+    """`strategy` with the attention that the model's own code has."""
+    return strategy if architecture.has_sdpa or strategy.attention != "sdpa" else replace(strategy, attention="eager")
 
 
 # --- a request --------------------------------------------------------------------------------------------------------
@@ -219,8 +215,8 @@ def plan_run(
 ) -> Plan:
     """The plan of a run: what the specification fixed stays, the rest is chosen for speed.
 
-    There are `devices` of the kind `target`. `longest` is the tokens of the longest example, where the data is known;
-    memory is planned for it.
+    There are `devices` of the kind `target`. `longest` is the tokens of the longest example or packed row, where the
+    data is known; memory is planned for it.
 
     Raises:
         RequestError: the fixed parts contradict each other.
@@ -228,7 +224,8 @@ def plan_run(
     recipe, request = spec.recipe, spec.strategy_request
     planned, choices = planned_for(recipe, longest)
     world_size = choose_world_size(request, recipe, devices, target, choices)
-    check_architecture(architecture, request.attention, request.loss, "strategy.{}")
+    check_attention(architecture, request.attention, "strategy.{}")
+    check_packing(architecture, recipe)
     check_micro_batch(request, recipe, world_size)
     question = question_of(request, architecture, planned, world_size, target)
     check_strategy(recipe, question.strategy, "strategy.{}", [target])
@@ -270,10 +267,11 @@ def question_of(
 
 
 def planned_for(recipe: Recipe, longest: int | None) -> tuple[Recipe, list[Choice]]:
-    """`recipe` at the length of the longest example, where that is known and shorter; as many sequences in a step."""
+    """`recipe` at the length of the longest row of data, where that is known and shorter; as many in a step."""
     if longest is None or longest >= recipe.seq_len:
         return recipe, []
-    reason = f"the longest example has {longest} of {recipe.seq_len} tokens"
+    kind = "packed row" if recipe.packing else "example"
+    reason = f"the longest {kind} has {longest} of {recipe.seq_len} tokens"
     planned = of_length(recipe, longest, longest * recipe.sequences_per_step)
     return planned, [Choice("planned length", str(longest), reason)]
 

@@ -45,17 +45,18 @@ def check_strategy(recipe: Recipe, strategy: Strategy, where: str, targets: Sequ
         raise RequestError(problems)
 
 
-def check_architecture(architecture: ModelArchitecture, attention: str, loss: str, where: str) -> None:
-    """Raise a RequestError for an attention or a loss that the model's own code cannot follow."""
-    problems = []
+def check_attention(architecture: ModelArchitecture, attention: str, where: str) -> None:
+    """Raise a RequestError for an attention that the model's own code has not."""
     if attention == "sdpa" and not architecture.has_sdpa:
         rule = f"transformers has no such attention for {architecture.model_type}"
-        problems.append(Problem(where.format("attention"), "sdpa", rule, "Use eager"))
-    if loss == "chunked" and not architecture.plain_logits:
-        rule = f"{architecture.model_type} changes its logits before the loss, which chunks would leave out"
-        problems.append(Problem(where.format("loss"), "chunked", rule, "Use full"))
-    if problems:
-        raise RequestError(problems)
+        raise request_error(where.format("attention"), "sdpa", rule, "Use eager")
+
+
+def check_packing(architecture: ModelArchitecture, recipe: Recipe, where: str = "recipe.packing") -> None:
+    """Raise a RequestError for packing with a model that would let packed examples see each other."""
+    if recipe.packing and not architecture.keeps_packed_apart:
+        rule = f"transformers' code of {architecture.model_type} lets packed examples see each other"
+        raise request_error(where, recipe.packing, rule, "Leave it out; group_by_length saves padding too")
 
 
 def check_even(recipe: Recipe, strategy: Strategy, open_fields: Collection[str], where: str) -> None:

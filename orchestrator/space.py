@@ -89,7 +89,7 @@ def shapes(question: Question, world: int) -> Iterator[Candidate]:
         attentions = ["sdpa", "eager"] if architecture.has_sdpa else ["eager"]
     losses: list[Loss] = [given.loss]
     if "loss" in open_:
-        losses = ["chunked", "full"] if architecture.plain_logits else ["full"]
+        losses = ["chunked", "full"]
     optimizers = ["adamw", "adamw_8bit"] if "optimizer" in open_ else [question.recipe.optimizer]
     paging = [True, False] if "paged_optimizer" in open_ else [given.paged_optimizer]
     checkpointing = [True, False] if "gradient_checkpointing" in open_ else [given.gradient_checkpointing]

@@ -95,6 +95,10 @@ class Recipe:
     """The longest sequence in tokens; longer samples are truncated, and counted."""
     tokens_per_step: Count = 8192
     """Tokens of one optimizer step over all GPUs: sequences per step x seq_len, padding counted."""
+    packing: bool = False
+    """Lay several samples into one sequence of up to seq_len tokens, none of which sees another."""
+    group_by_length: bool = False
+    """Put samples of alike length into one step, so that less of it is padding; packing leaves nothing to gain."""
     learning_rate: Annotated[float, Bounds(gt=0, lt=1)] = 2e-4
     """Peak learning rate."""
     schedule: Schedule = "constant"
@@ -145,6 +149,9 @@ class Recipe:
             nearest = max(1, (2 * self.tokens_per_step + self.seq_len) // (2 * self.seq_len)) * self.seq_len
             rule = f"a step holds whole sequences, so it must be a multiple of seq_len {self.seq_len}"
             yield Mistake(("tokens_per_step", "seq_len"), self.tokens_per_step, rule, f"The nearest is {nearest}")
+        if self.packing and self.group_by_length:
+            rule, remedy = "packed sequences are all about seq_len long", "Leave one of the two out"
+            yield Mistake(("group_by_length", "packing"), self.group_by_length, rule, remedy)
         if not self.targets:
             rule, remedy = "it must name at least one linear layer", "Name some, or say all-linear"
             yield Mistake(("targets",), self.targets, rule, remedy)
@@ -172,14 +179,14 @@ class Recipe:
         """Sequences of one optimizer step over all GPUs and micro-batches."""
         return self.tokens_per_step // self.seq_len
 
-    def total_steps(self, examples: int) -> int:
-        """Optimizer steps of a run over `examples` training examples (the last, incomplete step is dropped).
+    def total_steps(self, sequences: int) -> int:
+        """Optimizer steps of a run over `sequences` examples or packed rows (the last, incomplete step is dropped).
 
         At least 1, so that a data set smaller than one step still trains: its step then wraps around the data.
         """
         if self.steps is not None:
             return self.steps
-        return max(1, math.floor(self.epochs * examples / self.sequences_per_step))
+        return max(1, math.floor(self.epochs * sequences / self.sequences_per_step))
 
 
 @functools.cache

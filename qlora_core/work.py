@@ -66,7 +66,7 @@ def work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, de
     """The work of a micro-batch of `recipe`, run as `strategy` says on `device`; the same for all lengths and sizes."""
     return _work(
         architecture,
-        _of_any_step(recipe, ENDLESS if is_masked(architecture, recipe.seq_len) else 1),
+        _of_any_step(recipe, ENDLESS if is_masked(architecture, recipe.seq_len, recipe.packing) else 1),
         Strategy(
             micro_batch=min(strategy.micro_batch, 2),
             gradient_checkpointing=strategy.gradient_checkpointing,

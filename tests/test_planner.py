@@ -247,15 +247,21 @@ def test_the_micro_batch_is_the_largest_divisor_up_to_16_where_memory_is_plenty(
     assert plan.strategy.sequences_per_step == sequences
 
 
-def test_a_model_gets_the_attention_and_the_loss_that_its_own_code_has() -> None:
-    """Gemma 2: no sdpa in transformers, and its logits go through a tanh (config.json: final_logit_softcapping 30)."""
+def test_a_model_gets_the_attention_that_its_own_code_has() -> None:
+    """Gemma 2: no sdpa in transformers. Its logits go through a tanh, in chunks too."""
     gemma = find_model("gemma-2-2b")
-    plan = run(gpu(), model=gemma)
-    assert (plan.strategy.attention, plan.strategy.loss) == ("eager", "full")
-    assert {"attention", "loss"} <= choices(plan).keys()
+    plan = run(gpu(), model=gemma, strategy={"loss": "chunked"})
+    assert (plan.strategy.attention, plan.strategy.loss) == ("eager", "chunked")
+    assert "attention" in choices(plan)
     with pytest.raises(RequestError) as error:
-        run(gpu(), model=gemma, strategy={"attention": "sdpa", "loss": "chunked"})
-    assert [problem.where for problem in error.value.problems] == ["strategy.attention", "strategy.loss"]
+        run(gpu(), model=gemma, strategy={"attention": "sdpa"})
+    assert [problem.where for problem in error.value.problems] == ["strategy.attention"]
+
+
+def test_packing_is_refused_where_packed_examples_would_see_each_other() -> None:
+    with pytest.raises(RequestError) as error:
+        run(gpu(), model=find_model("falcon-7b"), recipe={"packing": True})
+    assert [problem.where for problem in error.value.problems] == ["recipe.packing"]
 
 
 def test_the_micro_batch_is_the_largest_that_fits() -> None:

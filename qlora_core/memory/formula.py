@@ -79,7 +79,7 @@ class Prepared:
     """A recipe and a strategy whose micro-batch and sequence length are open.
 
     Two kinds of each are prepared apart, when they are first asked for: a micro-batch of 1 needs fewer copies in eager
-    attention, and from a sliding window on there are masks.
+    attention, and with packing or from a sliding window on there are masks.
 
     Raises:
         ValueError: by its methods; nothing is trained.
@@ -102,7 +102,10 @@ class Prepared:
 
     def at(self, micro_batch: int, seq_len: int) -> Sizes:
         """The sizes that hold for these, among others."""
-        kind = self._single_is_special and micro_batch == 1, is_masked(self._architecture, seq_len)
+        kind = (
+            self._single_is_special and micro_batch == 1,
+            is_masked(self._architecture, seq_len, self._recipe["packing"]),
+        )
         if kind not in self._of_kind:
             self._of_kind[kind] = self._prepare(*kind)
         return self._of_kind[kind]
@@ -131,6 +134,7 @@ LEARNING = frozenset(
         "max_grad_norm",
         "epochs",
         "steps",
+        "group_by_length",
     }
 )
 """Fields of a recipe that no size depends on."""
@@ -161,7 +165,7 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
     layer = _layer_of(architecture, recipe, strategy, device)
     # while they are checkpointed, all layers keep the same
     unlike = None
-    if layer.kernel == "masked" and not strategy.gradient_checkpointing:
+    if layer.kernel == "masked" and not recipe.packing and not strategy.gradient_checkpointing:
         unlike = layer._replace(kernel=kernel_of(architecture, recipe, strategy, device))
     shard = shard_of(architecture, recipe, strategy, device)
     stage, several = strategy.zero_stage, strategy.gradient_accumulation > 1
@@ -176,7 +180,7 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
         layers=architecture.num_layers,
         unlike=unlike,
         unlike_layers=architecture.num_layers - architecture.sliding_layers if unlike is not None else 0,
-        masks=2 if 0 < architecture.sliding_layers < architecture.num_layers else 1,
+        masks=_masks(architecture, recipe, strategy),
         vocab=architecture.vocab_size,
         tied=architecture.tied_embeddings,
         checkpointing=strategy.gradient_checkpointing,
@@ -248,6 +252,12 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     )
 
 
+def _masks(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy) -> int:
+    """How many attention masks there are, where there are any; sdpa needs none that is just causal."""
+    both = 0 < architecture.sliding_layers < architecture.num_layers
+    return 2 if both and (strategy.attention == "eager" or recipe.packing) else 1
+
+
 def _casts(recipe: Recipe, device: Device) -> bool:
     """Whether autocast does anything: it knows 16-bit dtypes only (torch/amp/autocast_mode.py)."""
     return recipe.autocast and device.compute_dtype != "float32"
@@ -276,12 +286,15 @@ def kernel_in_use(
 ) -> AttentionKernel:
     """The kernel of the layers that need the most: those with a mask, where there are any.
 
-    flash_attention_2 knows windows without a mask. Where layers without a window hold all scores, one of those needs
-    more than one with a mask; but where all layers' activations are kept, the many with a mask decide, and what the
-    others keep is counted beside theirs (`step_of`).
+    flash_attention_2 knows windows and packed examples without a mask; sdpa takes a mask for all packed layers, with
+    which it can neither be flash attention nor take grouped keys as they are. Where layers without a window hold all
+    scores, one of those needs more than one with a mask; but where all layers' activations are kept, the many with a
+    mask decide, and what the others keep is counted beside theirs (`step_of`).
     """
     kernel = kernel_of(architecture, recipe, strategy, device)
-    if strategy.attention != "sdpa" or kernel == "flash_cpu" or not is_masked(architecture, recipe.seq_len):
+    if strategy.attention == "sdpa" and recipe.packing:
+        return "masked"
+    if strategy.attention != "sdpa" or kernel == "flash_cpu" or not is_masked(architecture, recipe.seq_len, False):
         return kernel
     scores = kernel == "math" and architecture.sliding_layers < architecture.num_layers
     return "math" if scores and strategy.gradient_checkpointing else "masked"

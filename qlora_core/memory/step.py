@@ -45,7 +45,8 @@ class Step(NamedTuple):
         layers: how many there are.
         unlike: a layer that keeps something else for the backward pass; None where all are alike.
         unlike_layers: how many of those there are among the others.
-        masks: kinds of eager attention masks: of layers with a sliding window, of those without.
+        masks: how many attention masks there are where the kernel takes any: of layers with a sliding window, and of
+            those without.
         vocab: V.
         tied: the output head is the token embedding.
         checkpointing: gradient checkpointing of each layer.
@@ -210,7 +211,7 @@ def _mask(tape: Tape, step: Step) -> Tensor | None:
     layer = step.layer
     if layer.kernel == "eager":
         return tape.new(Size(per_score=step.masks), layer.stream)
-    return tape.new(Size(per_score=1), "bool") if layer.kernel == "masked" else None
+    return tape.new(Size(per_score=step.masks), "bool") if layer.kernel == "masked" else None
 
 
 def embedding(tape: Tape, step: Step) -> Tensor:
@@ -243,6 +244,13 @@ def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:
     return op.negative_log_likelihood(tape, op.log_softmax(tape, wide))
 
 
+def changed(tape: Tape, step: Step, logits: Tensor) -> Tensor:
+    """What the model makes of its output head's product."""
+    if step.logits == "plain":
+        return logits
+    return op.scale(tape, logits) if step.logits == "scaled" else op.soft_capped(tape, logits)
+
+
 def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
     """The loss of all logits at once, and the logits where the caller holds the model's output.
 
@@ -252,11 +260,7 @@ def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
         logits = head(tape, step, held[0], ROW)
         if not step.output_held:
             held.clear()
-        if step.logits == "scaled":
-            logits = op.scale(tape, logits)
-        elif step.logits == "capped":
-            logits = op.soft_capped(tape, logits)
-        loss = cross_entropy(tape, logits)
+        loss = cross_entropy(tape, logits := changed(tape, step, logits))
         return (loss, logits) if step.output_held else (loss,)
 
 
@@ -266,7 +270,9 @@ def chunked_loss(tape: Tape, step: Step, hidden: Tensor) -> Tensor:
         hidden = op.gather_rows(tape, hidden, hidden.numel)
         with tape.into("logits_and_loss"):
             chunk = op.slice_of(tape, hidden, CHUNK_ROW.times(step.layer.hidden))
-            return tape.checkpoint(lambda x: cross_entropy(tape, head(tape, step, x, CHUNK_ROW)), chunk)
+            return tape.checkpoint(
+                lambda x: cross_entropy(tape, changed(tape, step, head(tape, step, x, CHUNK_ROW))), chunk
+            )
 
 
 def gradient_bytes(layer: Layer) -> int:

@@ -68,7 +68,7 @@ class Engine(Protocol):
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         """The forward and backward pass of one micro-batch run inside; `last` of its optimizer step or not."""
 
-    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, batch: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """The summed loss of one micro-batch, shape []."""
 
     def backward(self, loss: torch.Tensor) -> None:

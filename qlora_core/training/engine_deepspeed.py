@@ -87,7 +87,7 @@ class DeepSpeedEngine:
         if not last:
             self._engine.step()  # counts the micro-batch; the update comes with the last
 
-    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, batch: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """See `Engine`."""
         return cast(torch.Tensor, self._engine(**batch))
 

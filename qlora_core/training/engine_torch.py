@@ -41,7 +41,7 @@ class TorchEngine:
             return cast(AbstractContextManager[None], self._replica.no_sync())
         return nullcontext()
 
-    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def loss(self, batch: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """See `Engine`."""
         return cast(torch.Tensor, self._replica(**batch))
 

@@ -1,8 +1,8 @@
-"""Examples as tokens: one safetensors file that every worker maps, and the batches made from it."""
+"""Examples as tokens: one safetensors file that every worker maps, its rows, and the batches made from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qlora_core.files import replace_atomically
+from qlora_core.recipe import Recipe
+from qlora_core.training.layout import lay_out
 from qlora_core.training.loss import IGNORED
+
+Batch = Mapping[str, torch.Tensor | None]
+"""A micro-batch: what `SummedLoss` is called with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ class Examples(Sequence[tuple[torch.Tensor, torch.Tensor]]):
         span = slice(self._starts[index], self._starts[index + 1])
         return self._ids[span].long(), self._learned[span]
 
-    def batch(self, indexes: Sequence[int], pad_token: int, device: torch.device) -> dict[str, torch.Tensor]:
+    def batch(self, indexes: Sequence[int], pad_token: int, device: torch.device) -> Batch:
         """The examples of a micro-batch as [B, S] tensors, padded on the right to its longest."""
         width = max(self.lengths[index] for index in indexes)
         ids_BS = torch.full((len(indexes), width), pad_token)
@@ -74,6 +79,55 @@ class Examples(Sequence[tuple[torch.Tensor, torch.Tensor]]):
         return {
             "input_ids_BS": ids_BS.to(device),
             "attention_mask_BS": mask_BS.to(device),
+            "labels_BS": labels_BS.to(device),
+        }
+
+
+class Rows:
+    """What training batches are made of: the examples of a file one by one, or packed into rows (see `layout`).
+
+    Attributes:
+        members: the examples of each row, by their indexes.
+        lengths: tokens of each row.
+        learned: tokens with a loss of each row.
+    """
+
+    def __init__(self, examples: Examples, recipe: Recipe) -> None:
+        self._examples, self._packed = examples, recipe.packing
+        layout = lay_out(examples.lengths, recipe)
+        self.members, self.lengths = layout.rows, layout.lengths
+        self.learned = [sum(examples.learned[index] for index in row) for row in layout.rows]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def batch(self, rows: Sequence[int], pad_token: int, device: torch.device) -> Batch:
+        """The rows of a micro-batch as [B, S] tensors, padded on the right to its longest.
+
+        Packed rows have positions that begin anew with each example instead of an attention mask: by these
+        transformers tells examples apart (masking_utils.py, find_packed_sequence_indices), in padding too.
+        """
+        if not self._packed:
+            return self._examples.batch([self.members[row][0] for row in rows], pad_token, device)
+        width = max(self.lengths[row] for row in rows)
+        ids_BS = torch.full((len(rows), width), pad_token)
+        positions_BS = torch.zeros((len(rows), width), dtype=torch.long)
+        labels_BS = torch.full((len(rows), width), IGNORED)
+        for place, row in enumerate(rows):
+            start = 0
+            for index in self.members[row]:
+                ids, learned = self._examples[index]
+                span = slice(start, start + len(ids))
+                ids_BS[place, span] = ids
+                positions_BS[place, span] = torch.arange(len(ids))
+                labels_BS[place, span] = torch.where(learned, ids, IGNORED)
+                labels_BS[place, start] = IGNORED  # before it stands another example
+                start += len(ids)
+            positions_BS[place, start:] = torch.arange(width - start)
+        return {
+            "input_ids_BS": ids_BS.to(device),
+            "attention_mask_BS": None,
+            "position_ids_BS": positions_BS.to(device),
             "labels_BS": labels_BS.to(device),
         }
 
