@@ -119,6 +119,9 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
     recipe = attempt(lambda: recipe_of(options, world_size))
     strategy = strategy_of(options, world_size)
     choices = list(place.choices) if place else []
+    if options["estimator"] == "trace" and "zero_stage" in open_fields:
+        open_fields -= {"zero_stage"}
+        choices.append(Choice("zero_stage", "0", "the trace does not follow ZeRO; --estimator formula does"))
     if architecture:
         strategy = attempt(lambda: supported(architecture, strategy, given, choices)) or strategy
     attempt(lambda: check_length(options, given))

@@ -128,6 +128,17 @@ def test_int8_is_refused_under_zero_3_and_never_offered_with_it(ask: Ask) -> Non
     assert all(strategy["zero_stage"] < 3 for strategy in offered)
 
 
+def test_what_is_chosen_for_the_trace_is_what_it_can_follow(ask: Ask) -> None:
+    # adapters of rank 1536, their gradients and states in float32 are 16 bytes for each of 470 million weights
+    asked = ("--model", "smollm2-135m", "--gpu", "rtx-3070", "--gpus", "2", "--rank", "1536", "--optimizer", "adamw")
+    assert ask(*asked, "--zero-stage", "auto", "--json").json["strategy"]["zero_stage"] > 0
+    answer = ask(*asked, "--zero-stage", "auto", "--estimator", "trace", "--json")
+    assert answer.code == 1, answer.err
+    assert (answer.json["estimator"], answer.json["strategy"]["zero_stage"]) == ("trace", 0)
+    reason = next(choice["reason"] for choice in answer.json["choices"] if choice["field"] == "zero_stage")
+    assert "the trace does not follow ZeRO" in reason
+
+
 # --- time and price ---------------------------------------------------------------------------------------------------
 
 
