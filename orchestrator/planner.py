@@ -14,7 +14,7 @@ from orchestrator.durations import duration
 from orchestrator.history import NOTHING_MEASURED, History
 from orchestrator.plans import Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, of_length
-from orchestrator.rules import check_architecture, check_even, check_strategy, warnings
+from orchestrator.rules import check_architecture, check_even, check_strategy, stage_for, warnings
 from orchestrator.verdicts import doubt, verdict
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.device import Device
@@ -264,8 +264,8 @@ def question_of(
         open_fields -= {"paged_optimizer"}
     if request.offload == "auto":
         open_fields -= {"offload"}  # a run offloads only where it was asked to: the host's memory is not known
-    elif request.offload != "none" and request.zero_stage == "auto":
-        given["zero_stage"] = 3 if request.offload == "all" else 2
+    elif request.zero_stage == "auto":
+        given["zero_stage"] = stage_for(request.offload)
     return Question(architecture, recipe, Strategy(**given), frozenset(open_fields), whole_step=True)
 
 

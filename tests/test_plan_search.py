@@ -139,6 +139,14 @@ def test_what_is_chosen_for_the_trace_is_what_it_can_follow(ask: Ask) -> None:
     assert "the trace does not follow ZeRO" in reason
 
 
+@pytest.mark.parametrize(("offload", "least"), [("optimizer", 2), ("all", 3)])
+def test_an_offload_that_was_passed_brings_the_zero_stage_that_it_needs(ask: Ask, offload: str, least: int) -> None:
+    asked = ("--model", "7b", "--gpu", "l4", "--gpus", "2", "--offload", offload, "--json")
+    for opened in (("--zero-stage", "auto"), ("--objective", "fastest")):
+        strategy = ask(*asked, *opened).json["strategy"]
+        assert (strategy["offload"], strategy["zero_stage"]) == (offload, least)
+
+
 # --- time and price ---------------------------------------------------------------------------------------------------
 
 

@@ -226,7 +226,8 @@ def test_the_candidates_are_all_that_deepspeed_can_do_and_each_makes_the_step_wh
         )
         for stage, offload in itertools.product(range(4), ("none", "optimizer", "all"))
         if 12 // world % micro_batch == 0
-        # DeepSpeed offloads the optimizer from stage 1 on, where stage 2 is never worse, and the weights in stage 3
+        # DeepSpeed offloads the optimizer from stage 1 on, where stage 2 is never worse, and the weights in stage 3;
+        # where the person fixed stage 1, its optimizer may be offloaded: the next test
         and stage >= {"none": 0, "optimizer": 2, "all": 3}[offload]
         and not (paged and offload != "none")  # the state is on the host already
         and (world > 1 or stage == 0 or offload != "none")  # nothing is divided
@@ -238,6 +239,23 @@ def test_the_candidates_are_all_that_deepspeed_can_do_and_each_makes_the_step_wh
     for recipe, strategy in found:
         assert strategy.sequences_per_step == 12
         assert recipe == asked.recipe
+
+
+def test_a_stage_that_is_fixed_is_tried_with_all_that_it_can_offload() -> None:
+    expected = {0: {"none"}, 1: {"none", "optimizer"}, 2: {"none", "optimizer"}, 3: {"none", "optimizer", "all"}}
+    for stage, offloads in expected.items():
+        asked = question("llama-7b", opened=STRATEGY - {"zero_stage"}, strategy={"zero_stage": stage})
+        (place,) = (each for each in places(asked, targets(asked, pool("l4", 2))) if each.gpus == 2)
+        found = {(one.zero_stage, one.offload) for _, one in candidates(asked, place)}
+        assert found == {(stage, offload) for offload in offloads}
+
+
+def test_zero_1_offloads_its_optimizer_where_it_fits_no_other_way() -> None:
+    # states and masters of adapters of rank 256: 12 bytes for each of 640 million weights, halved, are 3.6 GiB
+    fixed = {"zero_stage": 1, "world_size": 2, "paged_optimizer": False}
+    asked = question("llama-7b", opened=STRATEGY - set(fixed), strategy=fixed, recipe={"rank": 256})
+    (found,) = search(asked, targets(asked, pool("l4", 2, usable=12)))
+    assert (found.strategy.zero_stage, found.strategy.offload) == (1, "optimizer")
 
 
 FIXED: list[dict[str, Any]] = [
