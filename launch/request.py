@@ -15,7 +15,8 @@ from clusters.gpu import GIB
 from launch.data import Data, measured
 from launch.devices import AUTO, Options, place_of
 from orchestrator.history import History
-from orchestrator.planner import EstimatorFunction, fitting_defaults, plan_question, planned_for
+from orchestrator.needs import Estimator
+from orchestrator.planner import fitting_defaults, plan_question, planned_for
 from orchestrator.plans import Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Question
 from orchestrator.rules import check_architecture, check_even, check_strategy, stage_for
@@ -293,7 +294,7 @@ def flag_problem(mistake: Mistake, made_up: bool) -> Problem:
     return Problem(flag, given, mistake.rule, mistake.remedy or "qlora-plan --help shows what is possible")
 
 
-def estimator_named(name: str) -> EstimatorFunction:
+def estimator_named(name: str) -> Estimator:
     """The estimator of that name; the trace needs what training needs, and minds PYTORCH_ALLOC_CONF as training does.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,13 +12,12 @@ from clusters.errors import Problem, RequestError, request_error
 from orchestrator.devices import pool_target
 from orchestrator.durations import duration
 from orchestrator.history import NOTHING_MEASURED, History
+from orchestrator.needs import Estimator, needs
 from orchestrator.plans import Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, of_length
 from orchestrator.rules import check_architecture, check_even, check_strategy, stage_for, warnings
 from orchestrator.verdicts import doubt, verdict
 from qlora_core.architecture import ModelArchitecture
-from qlora_core.memory.device import Device
-from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.formula import estimate
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from orchestrator.search import Found
     from orchestrator.spec import RunSpec, StrategySpec  # reads YAML, which `qlora-plan` need not import
 
-EstimatorFunction = Callable[[ModelArchitecture, Recipe, Strategy, Device], Estimate]
-"""What the formula and the trace both are."""
 ON_CPU = "paging needs CUDA; on a CPU the state is ordinary memory"
 MOST_ALTERNATIVES = 5
 
@@ -58,7 +55,7 @@ def plan_question(
     asked: str | None = None,
     choices: Sequence[Choice] = (),
     host_usable_bytes: int | None = None,
-    estimator: EstimatorFunction = estimate,
+    estimator: Estimator = estimate,
     tokens: int | None = None,
     currency: str | None = None,
     history: History = NOTHING_MEASURED,
@@ -172,7 +169,7 @@ def plan_request(
     asked: str | None = None,
     choices: Sequence[Choice] = (),
     host_usable_bytes: int | None = None,
-    estimator: EstimatorFunction = estimate,
+    estimator: Estimator = estimate,
     history: History = NOTHING_MEASURED,
 ) -> Plan:
     """Answer a request exactly as it was made, for each of `targets` (ordered by memory, at least one).
@@ -180,7 +177,7 @@ def plan_request(
     `estimator` answers the request itself; the limits of a verdict are the formula's. `asked` names the target whose
     estimate is wanted; else it is the first that fits, else the last.
     """
-    estimates = [estimator(architecture, recipe, strategy, target.device) for target in targets]
+    estimates = [needs(architecture, recipe, strategy, target, estimator) for target in targets]
     verdicts = tuple(
         verdict(architecture, recipe, strategy, target, needed, history)
         for target, needed in zip(targets, estimates, strict=True)

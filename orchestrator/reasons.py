@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from clusters.gpu import GIB
+from orchestrator.needs import bytes_for, host_has_room
 from orchestrator.plans import Choice
 from orchestrator.question import Candidate, Place, Question
-from orchestrator.search import ALIKE, Found, Judge, bytes_for, host_has_room
+from orchestrator.search import ALIKE, Found, Judge
 from orchestrator.space import LARGEST_MICRO_BATCH, micro_batches, shapes
 
 NAMES: dict[str, dict[Any, str]] = {

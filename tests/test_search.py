@@ -97,13 +97,20 @@ def estimates(asked: Question, place: Place, candidate: Candidate) -> list[tuple
     return [(needs(asked.architecture, *candidate, target.device), target) for target, _ in place.parts]
 
 
+def left_over(needed: Estimate, target: Target) -> int:
+    """Paged state that finds no room on a GPU, and so is the host's."""
+    gpu = needed.gpu
+    return max(0, min(gpu.paged_bytes, gpu.process_bytes + gpu.paged_bytes - target.usable_bytes))
+
+
 def fits(asked: Question, place: Place, candidate: Candidate, sure: bool) -> bool:
     """Whether every GPU of the place and every host has room."""
     for needed, target in estimates(asked, place, candidate):
         gpu, host = needed.gpu, needed.host
         process = gpu.reserved_interval[1] + target.device.context_bytes if sure else gpu.process_bytes
         ram = target.pool.host_ram_bytes if target.pool else None
-        if process > target.usable_bytes or (ram is not None and max(host.load_peak_bytes, host.steady_bytes) > ram):
+        steady = host.steady_bytes + target.device.ranks_per_host * left_over(needed, target)
+        if process > target.usable_bytes or (ram is not None and max(host.load_peak_bytes, steady) > ram):
             return False
     return True
 
@@ -111,10 +118,7 @@ def fits(asked: Question, place: Place, candidate: Candidate, sure: bool) -> boo
 def seconds_per_token(asked: Question, place: Place, candidate: Candidate) -> float:
     """By the slowest kind of GPU; what of the paged state finds no room on the fullest is moved in every step."""
     known = estimates(asked, place, candidate)
-    out = max(
-        max(0, min(needed.gpu.paged_bytes, needed.gpu.process_bytes + needed.gpu.paged_bytes - target.usable_bytes))
-        for needed, target in known
-    )
+    out = max(left_over(needed, target) for needed, target in known)
     speeds = slowest_links([rates(target) for target, _ in place.parts])
     steps = [
         step_time(asked.architecture, *candidate, target.device, speed, out)
