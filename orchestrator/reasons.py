@@ -68,8 +68,10 @@ def reason(question: Question, judge: Judge, chosen: Candidate, field: str, foun
     if not others:
         return only_one(field, chosen, judge)
     own = judge.seconds(chosen, judge.paged_out(chosen))
-    faster = sorted((other for other in others if judge.seconds(other) < own), key=judge.seconds)
-    for other in faster:
+    better = sorted((other for other in others if judge.seconds(other) < own), key=judge.seconds)
+    if field == "zero_stage" and chosen.strategy.zero_stage:
+        better = others = others[:1]  # the simplest: whoever sees a stage asks why it takes ZeRO at all
+    for other in better:
         if missing := why_not(judge, other, found):
             return f"{NAMES[field][value_of(other, field)]} {missing}"
     best = min(others, key=judge.seconds)
@@ -95,9 +97,14 @@ def only_one(field: str, chosen: Candidate, judge: Judge) -> str:
 
 
 def alike_but(question: Question, chosen: Candidate, field: str) -> Iterator[Candidate]:
-    """Candidates that differ in one field (ZeRO's stage and offload go together)."""
-    apart = {"zero_stage", "offload"} if field in ("zero_stage", "offload") else {field}
+    """Candidates that differ in one field, the simplest first.
+
+    ZeRO's stage and offload go together, and what is not offloaded may be paged.
+    """
     own = chosen.strategy
+    apart = {field}
+    if field in ("zero_stage", "offload"):
+        apart = {"zero_stage", "offload"} if own.offload == "none" else {"zero_stage", "offload", "paged_optimizer"}
     for shape in shapes(question, own.world_size):
         other = Candidate(
             replace(chosen.recipe, optimizer=shape.recipe.optimizer),

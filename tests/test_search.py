@@ -310,6 +310,20 @@ def test_where_nothing_fits_the_leanest_of_what_comes_out_even_is_shown() -> Non
     assert (answer.strategy.world_size, answer.strategy.micro_batch) == (1, 4)
 
 
+@pytest.mark.parametrize("paged", [True, False])
+def test_a_zero_stage_is_explained_by_what_it_would_take_without(paged: bool) -> None:
+    # adapters of rank 256 are 640 million weights: in float32 with gradients 4.8 GiB, and DDP's copy of these
+    fixed = {"world_size": 2, "micro_batch": 1, "paged_optimizer": paged}
+    asked = question("llama-7b", opened=STRATEGY - set(fixed), strategy=fixed, recipe={"rank": 256})
+    (found,) = search(asked, targets(asked, pool("l4", 2, usable=9.5 if paged else 12)))
+    assert found.strategy.zero_stage > 0
+    without = Candidate(found.recipe, dataclasses.replace(found.strategy, zero_stage=0, offload="none"))
+    ((needed, target),) = estimates(asked, found.place, without)
+    most = needed.gpu.reserved_interval[1] + target.device.context_bytes
+    reason = next(choice.reason for choice in reasons(asked, found) if choice.field == "zero_stage")
+    assert reason.startswith(f"no ZeRO would need up to {most / GIB:.1f} of {target.usable_bytes / GIB:.1f} GiB")
+
+
 # --- ranking and prices -----------------------------------------------------------------------------------------------
 
 
