@@ -87,7 +87,7 @@ def plan_question(
         even = (place for place in places(question, targets[-1:]) if any(candidates(question, place)))
         most = max(even, key=lambda place: place.gpus, default=alone)
         asked_for = leanest_of_all(question, most)
-        decided += hopeless(question, asked_for)
+        decided += hopeless(question)
     answer = plan_request(
         question.architecture,
         *asked_for,
@@ -236,7 +236,7 @@ def plan_run(
     best = best_of(question, place)
     if best is None:
         candidate = leanest_of_all(question, place)
-        choices += hopeless(question, candidate)
+        choices += hopeless(question)
     else:
         candidate = Candidate(best.recipe, best.strategy)
         choices += reasons(question, best)

@@ -43,11 +43,11 @@ def reasons(question: Question, found: Found) -> Iterator[Choice]:
         yield Choice("seq_len", str(found.recipe.seq_len), why)
 
 
-def hopeless(question: Question, chosen: Candidate) -> Iterator[Choice]:
-    """Choices where nothing fits."""
-    for field in sorted(question.open - {"world_size", "seq_len"}):
-        value = chosen.strategy.micro_batch if field == "micro_batch" else value_of(chosen, field)
-        yield Choice(field, text(value), "the leanest, and it still does not fit")
+def hopeless(question: Question) -> Iterator[Choice]:
+    """Where nothing fits: what was chosen for need, once for all."""
+    if fields := sorted(question.open - {"world_size", "seq_len"}):
+        names = ", ".join(fields).replace("_", " ")
+        yield Choice("left open", names, "each as lean as it can be, and it still does not fit")
 
 
 def value_of(candidate: Candidate, field: str) -> object:

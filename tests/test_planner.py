@@ -316,7 +316,11 @@ def test_zero_is_climbed_only_as_far_as_memory_makes_it_necessary() -> None:
     hopeless = run(gpu(workers=4, usable=GIB), 4, recipe=wanted.to_json())
     assert not hopeless.fits
     assert (hopeless.strategy.zero_stage, hopeless.strategy.micro_batch) == (3, 1)
-    assert "still does not fit" in choices(hopeless)["micro_batch"][1]
+    fields, why = choices(hopeless)["left open"]
+    assert {"micro batch", "zero stage", "loss"} <= set(fields.split(", "))
+    assert "still does not fit" in why
+    assert [reason for _, reason in choices(hopeless).values()].count(why) == 1
+    assert not {"micro_batch", "zero_stage", "loss"} & set(choices(hopeless)), "their values are the strategy's to tell"
 
 
 def test_one_gpu_has_nothing_to_share_out() -> None:
