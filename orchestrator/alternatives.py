@@ -12,6 +12,7 @@ from orchestrator.nearest import changes, nearest
 from orchestrator.needs import bytes_for, host_has_room, needs
 from orchestrator.plans import Alternative, Choice, Plan, Target
 from orchestrator.question import Candidate, Place
+from orchestrator.rules import warnings
 from orchestrator.search import Found
 from orchestrator.verdicts import time_of
 from qlora_core.architecture import ModelArchitecture
@@ -95,4 +96,5 @@ class Alternatives:
             price_per_hour=price,
             currency=None if price is None else self.currency,
             changes=differences,
+            warnings=tuple(warnings(self.architecture, recipe, strategy, targets)),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,7 @@ from orchestrator.devices import pool_target
 from orchestrator.durations import duration
 from orchestrator.history import NOTHING_MEASURED, History
 from orchestrator.needs import Estimator, needs
-from orchestrator.plans import Choice, Plan, Target
+from orchestrator.plans import Alternative, Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, of_length
 from orchestrator.rules import check_architecture, check_even, check_strategy, stage_for, warnings
 from orchestrator.verdicts import doubt, verdict
@@ -110,13 +110,13 @@ def plan_question(
 
     others = Alternatives(question.architecture, history=history, **run)
     if not answer.fits:
-        return replace(answer, alternatives=tuple(others.nearest(answer)))
+        return beside(answer, others.nearest(answer))
     # on all that somebody has; of kinds that are only looked at, on the one shown
     devices = [target for target in targets if target.pool is not None and target.pool.exists] or [answer.target]
     better = others.faster(search(replace(question, open=searched), devices), answer)
     step = answer.verdict.step_time
     pace = None if step is None else step.seconds / step.tokens
-    return replace(answer, alternatives=tuple(others.beside(better[:MOST_ALTERNATIVES], asked_for, pace)))
+    return beside(answer, others.beside(better[:MOST_ALTERNATIVES], asked_for, pace))
 
 
 def chosen(
@@ -144,15 +144,22 @@ def chosen(
         **common,
     )
     mine = others.of("", best.place, best.target, candidate, best.needed, ())
-    return replace(
+    answer = replace(
         answer,
         # all of the group's GPUs, which may be of two kinds, set the pace
         verdicts=tuple(replace(verdict, step_time=mine.step_time) for verdict in answer.verdicts),
         group=best.place.name if len(best.place.parts) > 1 else None,
         duration=mine.duration,
         objective=question.objective,
-        alternatives=tuple(others.beside(found[1 : MOST_ALTERNATIVES + 1], candidate, best.seconds_per_token)),
     )
+    return beside(answer, others.beside(found[1 : MOST_ALTERNATIVES + 1], candidate, best.seconds_per_token))
+
+
+def beside(answer: Plan, alternatives: Iterable[Alternative]) -> Plan:
+    """A plan with its alternatives; what is to be known of several of them is told once."""
+    every = tuple(alternatives)
+    told = dict.fromkeys([*answer.warnings, *(warning for one in every for warning in one.warnings)])
+    return replace(answer, alternatives=every, warnings=tuple(told))
 
 
 def host_of(target: Target) -> int | None:

@@ -276,6 +276,25 @@ def test_a_network_that_nobody_stated_is_told(ask: Ask) -> None:
     assert "10 Gbit/s" not in ask("--model", "7b", "--gpu", "h100-80gb", "--gpus", "8").err
 
 
+@pytest.mark.parametrize(
+    ("asked", "code", "gpu"),
+    [
+        # one GPU fits, and all four of two nodes are faster
+        ("--model 7b --cluster {team}", 0, "a100-80gb"),
+        # 8 GPUs of one node do not suffice
+        ("--model llama-2-70b --method lora --gpu rtx-4070", 1, "rtx-4070"),
+    ],
+)
+def test_a_network_that_nobody_stated_is_told_once_where_only_another_way_crosses_it(
+    ask: Ask, team: str, asked: str, code: int, gpu: str
+) -> None:
+    answer = ask(*asked.format(team=team).split(), "--json")
+    assert (answer.code, answer.json["strategy"]["world_size"]) == (code, 1)
+    told = {each["nodes"] > 1: "10 Gbit/s" in " ".join(each["warnings"]) for each in answer.json["alternatives"]}
+    assert told == {True: True, False: False}
+    assert answer.err.count(f"the network between nodes of {gpu} is not stated") == 1
+
+
 def test_a_wrong_report_is_refused_before_a_run_is_written(ask: Ask, tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     assert ask("--model", "7b", "--gpu", "t4", "--write", str(run), "--report", str(tmp_path / "x.pdf")).code == 2
