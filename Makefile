@@ -34,7 +34,7 @@ lint: $(INSTALLED) ## rules of style and types
 	$(BIN)/mypy
 
 coverage: $(INSTALLED) ## all tests, the slow ones too, with coverage
-	$(BIN)/pytest -m "not grid" -rs --cov
+	$(BIN)/pytest -m "not grid" -rs --cov -n 2 --dist loadgroup --no-loadscope-reorder
 
 grids: $(INSTALLED) ## the long grids of which the tests run a sample
 	$(BIN)/pytest -m grid

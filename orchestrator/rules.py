@@ -8,7 +8,7 @@ from clusters.errors import Problem, RequestError, request_error
 from orchestrator.plans import Target
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.recipe import Recipe
-from qlora_core.strategy import Strategy
+from qlora_core.strategy import Offload, Strategy, ZeroStage
 
 
 def can_be_divided(recipe: Recipe) -> bool:
@@ -18,6 +18,12 @@ def can_be_divided(recipe: Recipe) -> bool:
     each evaluation (0.50.2, nn/modules.py).
     """
     return recipe.quantization != "int8"
+
+
+def stage_for(offload: Offload) -> ZeroStage:
+    """The lowest ZeRO stage that a search takes for an offload."""
+    stages: dict[Offload, ZeroStage] = {"none": 0, "optimizer": 2, "all": 3}
+    return stages[offload]
 
 
 def check_strategy(recipe: Recipe, strategy: Strategy, where: str, targets: Sequence[Target]) -> None:

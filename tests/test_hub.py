@@ -356,6 +356,7 @@ def test_a_planned_model_without_weights_in_the_cache_says_so_offline(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("workers")
 def test_a_run_from_a_stand_in_hub_resumes_at_its_commit_and_its_adapter_names_it(
     user: User, stand_in_hub: StandInHub, tiny_base: Path, conversations: Path
 ) -> None:

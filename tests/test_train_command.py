@@ -24,7 +24,7 @@ from ray_heads import ray_head
 
 from qlora_core.training.checkpoint import complete
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workers")]
 
 COMMAND = Path(sys.executable).with_name("qlora-train")
 STEPS = 6

@@ -192,6 +192,7 @@ def test_one_process_needs_what_the_formula_says(folder: Path, case: Case) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("workers")
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("index", range(len(TOGETHER)), ids=[str(case) for case in TOGETHER])
 def test_each_of_two_ranks_needs_what_the_formula_says(two_ranks: list[list[Phases]], index: int, rank: int) -> None:
