@@ -12,7 +12,7 @@ from launch.command import require_train_extra
 from orchestrator.spec import RunSpec, load_spec, schema
 
 
-@click.command("qlora-train")
+@click.command("qlora-train", cls=command.WithSubcommands, subcommands=())
 @click.argument("specification", required=False, type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Plan, show the plan, and stop. Exit code 1 if it does not fit.")
