@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import socket
@@ -20,8 +21,10 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from click.testing import CliRunner
 from ray_heads import ray_head
 
+from launch.train import train
 from qlora_core.training.checkpoint import complete
 
 pytestmark = pytest.mark.slow
@@ -221,16 +224,58 @@ for first, last in zip(starts, starts[1:]):
         total += float(model(input_ids=ids[None, first:last], labels=labels[None]).loss) * count
     tokens += count
 assert not any(name.split(".")[0] in ("qlora_core", "orchestrator", "launch") for name in sys.modules)
-print(json.dumps(total / tokens))
+prompt = ids[None, : int(learned[: starts[1]].nonzero()[0])]
+answer = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=48, do_sample=False)
+text = AutoTokenizer.from_pretrained(base).decode(answer[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+print(json.dumps({"loss": total / tokens, "answer": text}))
 """
 
 
-def test_peft_and_transformers_alone_reproduce_the_evaluation_loss(finished: tuple[Run, str], tiny_base: Path) -> None:
+def test_peft_and_transformers_alone_reproduce_the_evaluation_loss_and_the_answer(
+    finished: tuple[Run, str], tiny_base: Path
+) -> None:
     run, _ = finished
     answer = subprocess.run(
         [sys.executable, "-c", ALONE, str(tiny_base), str(run.folder)], capture_output=True, text=True, check=True
     )
-    assert json.loads(answer.stdout) == pytest.approx(run.record["results"]["eval_after"], abs=1e-3)
+    given = json.loads(answer.stdout)
+    assert given["loss"] == pytest.approx(run.record["results"]["eval_after"], abs=1e-3)
+    assert given["answer"] == run.record["results"]["answers_after"][0]["given"]
+
+
+def invoke(*arguments: str) -> dict[str, Any]:
+    """What a subcommand of qlora-train prints as JSON."""
+    result = CliRunner().invoke(train, [*arguments, "--json"], standalone_mode=False)
+    assert result.exception is None, result.output
+    answer: dict[str, Any] = json.loads(result.stdout)
+    return answer
+
+
+def test_evaluate_measures_what_the_run_measured(finished: tuple[Run, str]) -> None:
+    run, _ = finished
+    base, adapter = invoke("evaluate", str(run.folder))["evaluated"]
+    results = run.record["results"]
+    assert base["loss"]["value"] == pytest.approx(results["eval_before"], abs=1e-3)
+    assert adapter["loss"]["value"] == pytest.approx(results["eval_after"], abs=1e-3)
+    assert adapter["perplexity"]["value"] == pytest.approx(math.exp(results["eval_after"]), rel=1e-3)
+    assert adapter["change"]["value"] == pytest.approx(results["eval_after"] - results["eval_before"], abs=1e-3)
+    assert adapter["loss"]["low"] < adapter["loss"]["value"] < adapter["loss"]["high"]
+    assert [answer["given"] for answer in adapter["answers"]] == [
+        answer["given"] for answer in results["answers_after"]
+    ]
+
+
+def test_the_merged_model_has_the_adapters_loss_through_plain_transformers(
+    finished: tuple[Run, str], tmp_path: Path
+) -> None:
+    run, _ = finished
+    answer = invoke("export", str(run.folder), "--merge", "--out", str(tmp_path / "merged"), "--dtype", "float32")
+    losses = answer["held_out_loss"]
+    assert losses["merged"] == pytest.approx(losses["unmerged"], abs=1e-5)
+    assert losses["trained"] == run.record["results"]["eval_after"]
+    assert losses["merged"] != losses["trained"]  # the trained one has a base in NF4
+    assert "differs a little from the trained one" in answer["warnings"][0]
+    assert (answer["layers"], answer["shards"]) == (14, 1)
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(

@@ -15,6 +15,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from clusters.errors import request_error
 from qlora_core.files import write_json
 
 INDEX = "model.safetensors.index.json"
@@ -70,15 +71,22 @@ def write_shards(
         change: from a tensor's name and value to its new value, of the same shape.
         dtype: of what is written, but for integers, which stay as they are.
         max_shard_size: bytes of a file, or a text such as "5GB".
+
+    Raises:
+        RequestError: `max_shard_size` is no size.
     """
     with opened(source) as files:
         sizes = {name: stored_bytes(file.get_slice(name), dtype) for name, file in files.items()}
-        split = split_state_dict_into_shards_factory(
-            sizes,
-            get_storage_size=lambda size: size,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
+        try:
+            split = split_state_dict_into_shards_factory(
+                sizes,
+                get_storage_size=lambda size: size,
+                filename_pattern="model{suffix}.safetensors",
+                max_shard_size=max_shard_size,
+            )
+        except ValueError:
+            rule = "it is no size of a file"
+            raise request_error("max shard size", max_shard_size, rule, "Write 5GB or 500MB, say") from None
         for file_name, names in split.filename_to_tensors.items():
             shard = {}
             for name in names:
