@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 )
 @click.option("--seq-len", type=click.IntRange(min=2), help="Longest example of --data. Default: the run's, or 2048.")
 @click.option(
-    "--samples", type=click.IntRange(min=0), default=2, show_default=True, help="Questions that are answered."
+    "--samples", type=click.IntRange(min=0), help="Questions that are answered. Default: 2; with --answers, all."
 )
+@click.option("--answer-tokens", type=click.IntRange(min=1), default=48, show_default=True, help="Longest answer.")
 @click.option(
     "--answers",
     type=click.Path(path_type=Path),
