@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,7 +103,9 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
     if before is not None and after is not None:
         change = f" ({(after - before) / before:+.0%})"
         console.print(
-            f"Evaluation loss on held-out examples: {before:.4f} before, {after:.4f} after{change}", highlight=False
+            f"Evaluation loss on held-out examples: {before:.4f} before, {after:.4f} after{change}; "
+            f"perplexity {math.exp(before):.2f} and {math.exp(after):.2f}",
+            highlight=False,
         )
     for first, last in zip(results.get("answers_before", []), results.get("answers_after", []), strict=False):
         console.print(f"\n  asked     {first['question']}", highlight=False, markup=False)

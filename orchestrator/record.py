@@ -58,7 +58,7 @@ class RunRecord(BaseModel):
     measured: dict[str, Any] | None = None
     """Bytes on the fullest rank, by phase and at the peak, and of each rank."""
     results: dict[str, Any] = {}
-    """Evaluation loss before and after, sample answers, the best checkpoint."""
+    """Evaluation loss and perplexity before and after, sample answers, the best checkpoint."""
     attempts: list[Attempt] = []
     adapter: str | None = None
     machine: dict[str, str] = {}

@@ -85,6 +85,13 @@ class CheckpointSpec(_Section):
     """Checkpoints that stay: the last so many, and the one with the best evaluation loss beside them."""
 
 
+class EvaluationSpec(_Section):
+    """When the held-out examples are looked at, besides before the run and at each checkpoint."""
+
+    every_steps: Count | None = None
+    """Optimizer steps between two evaluations; nothing leaves it at the checkpoints."""
+
+
 class RunSpec(_Section):
     """One fine-tune, from its YAML file."""
 
@@ -103,6 +110,8 @@ class RunSpec(_Section):
     """Where it runs: auto is this machine."""
     checkpoints: CheckpointSpec = CheckpointSpec()
     """When state is saved, and how much of it stays."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """When held-out loss and perplexity are measured."""
     output: PathText
     """The run's folder, relative to the specification's folder."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -182,7 +191,7 @@ def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
 def schema() -> dict[str, Any]:
     """The JSON schema of a run specification, for editors; it describes every field."""
     document = RunSpec.model_json_schema()
-    for section in (RunSpec, DataSpec, Recipe, StrategySpec, ClusterSpec, CheckpointSpec):
+    for section in (RunSpec, DataSpec, Recipe, StrategySpec, ClusterSpec, CheckpointSpec, EvaluationSpec):
         described = document if section is RunSpec else document["$defs"][section.__name__]
         for name, text in field_docs(section).items():
             described["properties"][name]["description"] = text

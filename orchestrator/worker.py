@@ -65,6 +65,7 @@ class Order:
     resume_from: Path | None
     facts: Mapping[str, Any]
     rendezvous: Path | None
+    eval_every: int | None = None
 
 
 class RunObserver:
@@ -175,6 +176,7 @@ def prepare(order: Order, rank: int, device: torch.device) -> TrainingRun:
         seed=order.seed,
         total_steps=order.total_steps,
         save_every=order.save_every,
+        eval_every=order.eval_every,
         model=model,
         engine=engine,
         tokenizer=load_tokenizer(order.model),

@@ -126,6 +126,7 @@ def new_run(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, conversat
             },
             "strategy": {"world_size": 2, "zero_stage": 2, "micro_batch": 2},
             "checkpoints": {"every_steps": 2, "keep": 2},
+            "evaluation": {"every_steps": 3},
             "output": "out",
         }
         specification = folder / "run.yaml"
@@ -155,6 +156,15 @@ def test_a_run_leaves_adapter_checkpoints_record_report_and_a_row(finished: tupl
         assert shown in output
     report = (run.folder / "report.md").read_text()
     assert f"{record['results']['eval_after']:.4f}" in report
+    events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    evaluated = {event["step"]: event for event in events if event["event"] == "eval"}
+    assert list(evaluated) == [0, 2, 3, 4, 6]  # before, at each checkpoint, and every third step
+    assert evaluated[3]["perplexity"] == pytest.approx(math.exp(evaluated[3]["eval_loss"]))
+    assert f"| 3 | {evaluated[3]['eval_loss']:.4f} | {evaluated[3]['perplexity']:.2f} |" in report
+    card = (run.folder / "adapter" / "README.md").read_text()
+    assert f"| loss | {record['results']['eval_before']:.4f} | {record['results']['eval_after']:.4f} |" in card
+    assert str(run.folder.parent) not in card
+    assert record["identity"]["data"] in card
     assert "Traceback" not in output
     with sqlite3.connect(run.environment["QLORA_LEDGER"]) as ledger:
         rows = ledger.execute("SELECT name, status, predicted_allocated_bytes, measured_allocated_bytes FROM runs")

@@ -227,6 +227,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
 
+@pytest.mark.slow  # the harness takes half a minute to import
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed (the extra `tasks`)")
 def test_a_task_of_ones_own_runs_through_the_harness(
     adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
