@@ -89,8 +89,9 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
     """
     scheduler = build_scheduler(run.engine.optimizer, run.recipe, run.total_steps)
     if resume_from is None:
-        step, context = 0, {"eval_before": evaluate(run), "answers_before": answers(run)}
-        observer.event("eval", step=0, **measures(context["eval_before"]))
+        before = evaluate(run)
+        step, context = 0, {"eval_before": before, "answers_before": answers(run)}
+        observer.event("eval", step=0, **measures(before))
         # Evaluation draws no random numbers, but a library might: training starts from a state of its own either way.
         torch.manual_seed(run.seed * 1_000_003 + run.rank)
     else:
