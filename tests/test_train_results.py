@@ -77,7 +77,7 @@ def test_what_is_outside_of_vllms_limits_is_told(changes: dict[str, Any], shown:
 
 
 def test_vllm_takes_ranks_up_to_the_next_of_its_list_and_no_other_tensors() -> None:
-    assert [vllm_rank({"r": rank}) for rank in (1, 4, 8, 64, 65, 300, 512, 513)] == [1, 8, 8, 64, 128, 320, 512, None]
+    assert [vllm_rank({"r": rank}) for rank in (1, 4, 8, 64, 65, 300, 512, 513)] == [8, 8, 8, 64, 128, 320, 512, None]
     assert outside_vllm({"r": 8}, ["base_model.model.lm_head.weight"]) == [
         "tensors other than lora_A and lora_B are refused, such as base_model.model.lm_head.weight"
     ]

@@ -14,8 +14,9 @@ from clusters.errors import request_error
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` may be (vLLM, vllm/config/lora.py, MaxLoRARanks); 16 unless it is given."""
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What `--max-lora-rank` may be (vLLM, vllm/config/lora.py, MaxLoRARanks; later versions also take 1); 16 unless
+it is given."""
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

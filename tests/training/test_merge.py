@@ -137,13 +137,13 @@ def test_the_sum_is_rounded_once_and_the_config_says_the_dtype(tmp_path: Path, t
 def test_it_needs_the_memory_of_a_shard_and_a_layer_and_not_of_the_model(tmp_path: Path) -> None:
     base = saved(llama(hidden_size=64, intermediate_size=128, num_hidden_layers=40), tmp_path / "base")
     adapter = adapter_for(base, tmp_path / "adapter", r=2)
-    shard, largest_layer, trained = 200_000, 4 * 64 * 128, (adapter / "adapter_model.safetensors").stat().st_size
+    shard, largest_layer = 200_000, 4 * 64 * 128
     meter = StorageMeter()
     with meter.phase("forward"):
         merged = merge(base, adapter, tmp_path / "merged", size=shard)
     assert merged.bytes > 25 * shard
     # of the layer: the base's weight, its float32 copy, the product of the adapter's matrices
-    assert meter.peaks().forward < shard + 4 * largest_layer + trained
+    assert meter.peaks().forward < shard + 4 * largest_layer
 
 
 @pytest.mark.parametrize(
