@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from clusters.errors import Problem, RequestError, request_error
+from qlora_core.huggingface.adapter_config import CONFIG, read_config
+from qlora_core.recipe import Recipe
+from qlora_core.training.model import attach_adapters
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts in front of the base model's module names."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -62,30 +66,6 @@ def read_adapter(folder: Path, where: str = "adapter") -> TrainedAdapter:
     except (OSError, SafetensorError) as error:
         raise request_error(where, weights, f"it is damaged: {error}", "Copy it again") from error
     return TrainedAdapter(folder, config, shapes, digest.hexdigest())
-
-
-def read_config(folder: Path, where: str = "adapter") -> dict[str, Any]:
-    """What the adapter_config.json of a LoRA adapter says.
-
-    Raises:
-        RequestError: there is none, or it is of another kind of adapter.
-    """
-    try:
-        config: object = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        rule = f"the folder holds no {CONFIG}"
-        raise request_error(where, folder, rule, "Give the folder that peft's save_pretrained wrote") from None
-    except (OSError, ValueError) as error:
-        raise request_error(where, folder / CONFIG, f"it cannot be read: {error}", "Copy it again") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or kind != "LORA":
-        raise request_error(where, folder, f"it is no LoRA adapter: peft_type is {kind!r}", "Give a LoRA adapter")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        rule = f"it was trained for {config['task_type']}, not for a causal language model"
-        raise request_error(where, folder, rule, "Give an adapter of task_type CAUSAL_LM")
-    if type(config.get("r")) is not int or config["r"] < 1:
-        raise request_error(where, folder, f"its rank r is {config.get('r')!r}", "It must be a whole number from 1 on")
-    return config
 
 
 def load_adapters(base: nn.Module, folders: Mapping[str, Path]) -> PeftModel:
@@ -163,6 +143,36 @@ def check_fits(adapter: TrainedAdapter, base: nn.Module, where: str = "adapter")
             side = "inputs" if part == "A" else "outputs"
             rule = f"its {path} has {size} {side}, the base model's has {sizes['AB'.index(part)]}"
             raise request_error(where, adapter.folder, rule, MATCHING)
+
+
+def check_continues(adapter: TrainedAdapter, base: Path, recipe: Recipe) -> None:
+    """Raise a RequestError where `recipe`, on the base model in the folder `base`, makes other adapters than that.
+
+    The adapters are made on the meta device by peft itself, so any kind of layer is compared.
+    """
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        model = attach_adapters(AutoModelForCausalLM.from_config(config), recipe, seed=0)
+    here = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    there = adapter.shapes
+    for name in sorted(here.keys() & there.keys()):
+        if here[name] != there[name]:
+            layer = name.removeprefix(PREFIX).removesuffix(".weight")
+            rule = f"its {layer} is {list(there[name])}, with this base model and recipe it would be {list(here[name])}"
+            raise request_error("adapter", adapter.folder, rule, MATCHING)
+    if here.keys() != there.keys():
+        of_recipe, of_adapter = (", ".join(sorted({_module(name) for name in names})) for names in (here, there))
+        differing = ", ".join(sorted(here.keys() ^ there.keys())[:2])
+        rule = (
+            f"the adapter in {adapter.folder} adapts {of_adapter}, and these choose {of_recipe} (such as {differing})"
+        )
+        remedy = "Leave the targets out to take the adapter's, or give an adapter of this base model"
+        raise request_error("recipe.targets", recipe.targets, rule, remedy)
+
+
+def _module(key: str) -> str:
+    """The last name of the module that a tensor of an adapter belongs to."""
+    return key.partition(".lora_")[0].rpartition(".")[2]
 
 
 def _features(module: nn.Module) -> Iterator[tuple[int, int]]:

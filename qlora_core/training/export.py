@@ -1,4 +1,4 @@
-"""The result of a run: a peft adapter folder that transformers and peft load without us."""
+"""The result of a run, which transformers and peft load without us: an adapter's folder, or a whole model's."""
 
 from __future__ import annotations
 
@@ -30,6 +30,32 @@ model = PeftModel.from_pretrained(base, {folder!r})
 tokenizer = AutoTokenizer.from_pretrained({base!r}{revision})
 ```
 """
+
+MODEL_CARD = """---
+library_name: transformers
+---
+# {name}
+
+All weights of `{base}`, trained further in {compute_dtype}.
+{results}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+```
+"""
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+)
 
 QUANTIZATION = """,
     quantization_config=BitsAndBytesConfig(
@@ -65,7 +91,7 @@ def export_adapter(
         name=name,
         rank=recipe.rank,
         quantization=f"4-bit {recipe.quantization.upper()}" if four_bit else compute_dtype,
-        results="".join(f"\n- {key}: {value}" for key, value in results.items()) + ("\n" if results else ""),
+        results=listed(results),
         import_quantization=", BitsAndBytesConfig" if four_bit else "",
         compute_dtype=compute_dtype,
         load_quantization=QUANTIZATION.format(
@@ -78,6 +104,41 @@ def export_adapter(
     (temporary / "README.md").write_text(card, encoding="utf-8")
     name_base(temporary / "adapter_config.json", base, commit)
     publish_folder(temporary, folder)
+
+
+def export_model(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    name: str,
+    base: str,
+    base_folder: Path,
+    compute_dtype: str,
+    results: Mapping[str, Any],
+) -> None:
+    """Copy the model of a checkpoint to `folder`, with the base's tokenizer and a card; whole or not at all.
+
+    Args:
+        base: the base model's folder, or its Hub id.
+        base_folder: where it lies on this machine.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(checkpoint / "model", temporary)
+    for pattern in TOKENIZER_FILES:
+        for path in base_folder.glob(pattern):
+            if path.is_file() and not (temporary / path.name).exists():
+                shutil.copy(path, temporary / path.name)
+    card = MODEL_CARD.format(
+        name=name, base=base, compute_dtype=compute_dtype, results=listed(results), folder=str(folder)
+    )
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    publish_folder(temporary, folder)
+
+
+def listed(results: Mapping[str, Any]) -> str:
+    """Results as a list of a card."""
+    return "".join(f"\n- {key}: {value}" for key, value in results.items()) + ("\n" if results else "")
 
 
 def name_base(config: Path, base: str, commit: str | None) -> None:
