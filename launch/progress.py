@@ -116,6 +116,7 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
         console.print(measured_table(record.predicted, record.measured))
         console.print(f"Measured: {record.measured['allocated_is']}.", highlight=False)
     console.print()
-    for title, path in (("adapter", record.adapter), ("checkpoints", folder / "checkpoints"), ("report", report)):
+    result = ("model", record.weights) if record.weights else ("adapter", record.adapter)
+    for title, path in (result, ("checkpoints", folder / "checkpoints"), ("report", report)):
         if path is not None:
             console.print(f"  {title:<12}{path}", highlight=False, soft_wrap=True)

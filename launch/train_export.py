@@ -78,14 +78,14 @@ def export(
 def export_adapter(trained: Trained, out: Path) -> dict[str, Any]:
     """Copy the adapter as it is, and say what vLLM would make of it."""
     from qlora_core.files import publish_folder
-    from qlora_core.training.adapters import adapter_shapes, outside_vllm, vllm_rank
+    from qlora_core.training.vllm import outside_vllm, vllm_rank
 
-    outside = outside_vllm(trained.config, adapter_shapes(trained.adapter))
-    rank = vllm_rank(trained.config)
+    outside = outside_vllm(trained.adapter.config, trained.adapter.shapes)
+    rank = vllm_rank(trained.adapter.config)
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(trained.adapter, temporary)
+        shutil.copytree(trained.adapter.folder, temporary)
         publish_folder(temporary, out)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -111,7 +111,10 @@ def export_merged(
 
     folder = base_of(trained, base, lambda text: click.echo(text, err=True))
     warnings = [CAVEAT] if trained.base_recipe.quantization != "none" else []
-    with merged_folder(folder, trained.adapter, out, dtype=dtype, max_shard_size=max_shard_size) as (temporary, merged):
+    with merged_folder(folder, trained.adapter.folder, out, dtype=dtype, max_shard_size=max_shard_size) as (
+        temporary,
+        merged,
+    ):
         checked, why_not = compare(trained, folder, temporary, dtype, merged.bytes, check)
     lines = [f"Merged {merged.layers} layers; {gib(merged.bytes)} in {dtype}, {merged.shards} file(s) in {out}."]
     before = None if trained.record is None else trained.record.results.get("eval_after")
@@ -152,11 +155,11 @@ def compare(
     if not examples:
         if check:
             rule = "the adapter comes without its run's held-out examples"
-            raise request_error("--check", trained.adapter, rule, "Give the run's folder, or leave --check out")
+            raise request_error("--check", trained.adapter.folder, rule, "Give the run's folder, or leave --check out")
         return None, "there are no held-out examples of its run"
     machine = describe()
     if check is None and size > machine.memory_bytes:
         return None, f"it takes {gib(size)} of memory, and {gib(machine.memory_bytes)} are free"
     import torch
 
-    return check_merged(merged, base, trained.adapter, examples, dtype, torch.device(machine.kind)), ""
+    return check_merged(merged, base, trained.adapter.folder, examples, dtype, torch.device(machine.kind)), ""

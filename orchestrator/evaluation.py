@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from torch import nn
+from peft import PeftModel
 
-from clusters.errors import Problem, RequestError, request_error
+from clusters.errors import request_error
 from orchestrator.machine import describe, target_of
 from orchestrator.trained import Trained
 from qlora_core.bootstrap import Interval, interval
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.training.adapters import adapter_shapes
+from qlora_core.training.adapters import load_adapters
 from qlora_core.training.dataset import encode_file
 from qlora_core.training.evaluate import Answer, example_losses, sample_answers
 from qlora_core.training.examples import Encoded, Examples, save_examples
@@ -31,7 +30,6 @@ from qlora_core.training.tasks import run_tasks
 
 BASE = "base"
 """What the base without an adapter is called in a comparison."""
-NAME = re.compile(r"[A-Za-z0-9_-]+")
 Storage = Literal["as-trained", "nf4", "fp4", "none"]
 
 
@@ -90,7 +88,7 @@ def evaluate_adapters(
     with examples_of(trained, questions, tokenizer) as examples:
         model = load_adapters(
             load_base(str(base), recipe, Strategy(gradient_checkpointing=False), dtype, device),
-            {trained.name: trained.adapter, **{name: other.adapter for name, other in others.items()}},
+            named(trained, others),
         )
         found: list[Evaluated] = []
         reference: list[float] = []
@@ -106,6 +104,20 @@ def evaluate_adapters(
             change = mean_change(losses, reference, examples.learned) if losses and name != BASE else None
             found.append(Evaluated(name, loss, loss and loss.map(math.exp), change, answers, tasks))
     return found
+
+
+def named(trained: Trained, others: Mapping[str, Trained]) -> dict[str, Path]:
+    """The folders of all adapters by name; a run's name as peft can use it.
+
+    Raises:
+        RequestError: a name is taken.
+    """
+    own = re.sub(r"[^A-Za-z0-9_-]", "-", trained.name).lstrip("_-") or "trained"
+    own = "trained" if own == BASE else own
+    for name in others:
+        if name in (own, BASE):
+            raise request_error("--adapter", name, "another is called that already", "Choose another name")
+    return {own: trained.adapter.folder, **{name: other.adapter.folder for name, other in others.items()}}
 
 
 def mean_loss(losses: Sequence[float], tokens: Sequence[int]) -> Interval:
@@ -133,46 +145,13 @@ def examples_of(trained: Trained, questions: Questions, tokenizer: Any) -> Itera
         return
     if questions.data is None and not questions.tasks:
         rule = "there are no held-out examples of a run there"
-        raise request_error("--data", trained.adapter, rule, "Give a file of examples with --data, or --tasks")
+        raise request_error("--data", trained.adapter.folder, rule, "Give a file of examples with --data, or --tasks")
     with tempfile.TemporaryDirectory() as folder:
         examples: list[Encoded] = []
         if questions.data is not None:
             examples, _ = encode_file(questions.data, "auto", tokenizer, questions.seq_len)
         save_examples(examples, Path(folder) / "examples.safetensors")
         yield Examples(Path(folder) / "examples.safetensors")
-
-
-def load_adapters(base: nn.Module, adapters: Mapping[str, Path]) -> PeftModel:
-    """Several adapters on one base, by name.
-
-    Raises:
-        RequestError: a name cannot be one, or an adapter is for another base; all of them at once.
-    """
-    problems = [
-        Problem("--adapter", name, "a name has letters, digits, - and _, and is not base", "Choose another")
-        for name in adapters
-        if not NAME.fullmatch(name) or name == BASE
-    ]
-    if problems:
-        raise RequestError(problems)
-    model: Any = None
-    for name, folder in adapters.items():
-        try:
-            if model is None:
-                model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
-            else:
-                model.load_adapter(str(folder), adapter_name=name)
-            strange = adapter_shapes(folder).keys() ^ get_peft_model_state_dict(model, adapter_name=name).keys()
-            reason = f"{min(strange)} is in one of them only" if strange else ""
-        except (ValueError, RuntimeError, KeyError) as error:
-            reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
-        if reason:
-            rule = f"the adapter was trained on a base of another size or kind: {reason}"
-            problems.append(Problem(name, str(folder), rule, "Give its own base with --base"))
-            break  # peft has left pieces of it in the model
-    if problems:
-        raise RequestError(problems)
-    return model
 
 
 @contextmanager

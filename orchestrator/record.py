@@ -61,6 +61,9 @@ class RunRecord(BaseModel):
     """Evaluation loss and perplexity before and after, sample answers, the best checkpoint."""
     attempts: list[Attempt] = []
     adapter: str | None = None
+    """The folder of the result, for peft."""
+    weights: str | None = None
+    """With method full, the folder of the result, for transformers."""
     machine: dict[str, str] = {}
     versions: dict[str, str] = {}
 

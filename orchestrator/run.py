@@ -27,7 +27,7 @@ from orchestrator.worker import Order
 from qlora_core.training.card import CardFacts
 from qlora_core.training.checkpoint import complete, load_facts
 from qlora_core.training.examples import save_examples
-from qlora_core.training.export import export_adapter
+from qlora_core.training.export import export_adapter, export_model
 
 
 class Display(Protocol):
@@ -69,7 +69,7 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
     record = load_record(output)
     if record is not None:
         check_same(record.identity, prepared.identity, output)
-        if record.status == "complete" and (output / "adapter").is_dir():
+        if record.status == "complete" and result_folder(prepared, output).is_dir():
             return record, True
     display.planned(prepared)
     if not prepared.plan.fits and not force:
@@ -86,6 +86,11 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
         record = open_record(prepared, record, output)
         run_to_end(prepared, record, resume, output, display)
     return record, False
+
+
+def result_folder(prepared: Prepared, output: Path) -> Path:
+    """Where the result of a run lies: an adapter, or with method full a model."""
+    return output / ("model" if prepared.spec.recipe.method == "full" else "adapter")
 
 
 @contextmanager
@@ -215,6 +220,7 @@ def order_of(prepared: Prepared, output: Path, resume: Path | None) -> Order:
     spec, plan = prepared.spec, prepared.plan
     return Order(
         model=str(prepared.base.folder),
+        adapter=None if spec.adapter is None else Path(spec.adapter),
         recipe=spec.recipe,
         strategy=plan.strategy,
         compute_dtype=plan.target.compute_dtype,
@@ -247,7 +253,7 @@ def close_attempt(record: RunRecord, status: Any, step: int, reason: str | None)
 
 
 def finish(record: RunRecord, end: Mapping[str, Any], prepared: Prepared, output: Path) -> None:
-    """Put what the workers measured and learned into the record, and export the adapter of a finished run."""
+    """Put what the workers measured and learned into the record, and export the result of a finished run."""
     close_attempt(record, "complete" if end["finished"] else "interrupted", end["step"], None)
     record.measured = merged_measurement(end, record.measured)
     if record.measured is not None:
@@ -256,15 +262,21 @@ def finish(record: RunRecord, end: Mapping[str, Any], prepared: Prepared, output
     checkpoint = latest(output / "checkpoints")
     if not end["finished"] or checkpoint is None:
         return
-    folder = output / "adapter"
+    folder, facts = result_folder(prepared, output), card_facts(record, prepared)
     try:
-        export_adapter(checkpoint, folder, card_facts(record, prepared))
+        if prepared.spec.recipe.method == "full":
+            export_model(checkpoint, folder, prepared.base.folder, facts)
+        else:
+            export_adapter(checkpoint, folder, facts)
     except OSError as error:
         raise RunFailed(
-            f"The adapter could not be written to {folder}: {error}.",
+            f"The result could not be written to {folder}: {error}.",
             "Put that right and start the same run again: the last checkpoint holds it.",
         ) from error
-    record.adapter = str(folder)
+    if prepared.spec.recipe.method == "full":
+        record.weights = str(folder)
+    else:
+        record.adapter = str(folder)
 
 
 def perplexities(context: Mapping[str, Any]) -> dict[str, float]:
@@ -277,7 +289,7 @@ def perplexities(context: Mapping[str, Any]) -> dict[str, float]:
 
 
 def card_facts(record: RunRecord, prepared: Prepared) -> CardFacts:
-    """What the adapter's card tells of its run."""
+    """What the result's card tells of its run."""
     return CardFacts(
         name=record.name,
         base=prepared.base.name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from clusters.errors import request_error
 from orchestrator.base import check_weights
@@ -13,7 +12,7 @@ from orchestrator.record import FILE_NAME, RunRecord, load_record
 from qlora_core.catalogue import hub_id
 from qlora_core.huggingface.hub import HubId, fetch_model, find_on_hub
 from qlora_core.recipe import Recipe
-from qlora_core.training.adapters import read_adapter_config
+from qlora_core.training.adapters import TrainedAdapter, read_adapter
 
 INSTEAD = "Give the base model's folder, or its Hub id, with --base"
 
@@ -24,14 +23,12 @@ class Trained:
 
     Attributes:
         name: the run's, or the folder's.
-        adapter: the adapter's folder.
-        config: what peft knows of it.
+        adapter: its adapter, read and not loaded.
         run: the run's folder.
     """
 
     name: str
-    adapter: Path
-    config: dict[str, Any]
+    adapter: TrainedAdapter
     run: Path | None = None
     record: RunRecord | None = None
 
@@ -70,10 +67,10 @@ def find_trained(folder: Path) -> Trained:
             raise request_error("run", folder, rule, "Finish it, or give the adapter folder of a checkpoint in it")
         record = load_record(folder)
         name = folder.name if record is None else record.name
-        return Trained(name, adapter, read_adapter_config(adapter), folder, record)
-    config = read_adapter_config(folder)
+        return Trained(name, read_adapter(adapter), folder, record)
+    adapted = read_adapter(folder)
     run = folder.parent if folder.name == "adapter" and (folder.parent / FILE_NAME).is_file() else None
-    return Trained(folder.name, folder, config, run, None if run is None else load_record(run))
+    return Trained(folder.name, adapted, run, None if run is None else load_record(run))
 
 
 def base_of(trained: Trained, given: str | None, tell: Callable[[str], None]) -> Path:
@@ -85,7 +82,7 @@ def base_of(trained: Trained, given: str | None, tell: Callable[[str], None]) ->
     Raises:
         RequestError: it is not to be found, or its weights are not whole or pickled.
     """
-    named = given or str(trained.config.get("base_model_name_or_path") or "")
+    named = given or str(trained.adapter.config.get("base_model_name_or_path") or "")
     folder = Path(named).expanduser()
     if named and folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -97,7 +94,7 @@ def base_of(trained: Trained, given: str | None, tell: Callable[[str], None]) ->
         rule = "the base model is not there" if named else "the adapter does not name its base model"
         raise request_error("base", named, rule, INSTEAD)
     if given is None and hub.revision is None:
-        hub = HubId(hub.repo, trained.config.get("revision"))
+        hub = HubId(hub.repo, trained.adapter.config.get("revision"))
     model = find_on_hub(hub, "base", INSTEAD)
     folder = fetch_model(model, "base", INSTEAD, tell)
     check_weights(folder)

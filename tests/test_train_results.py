@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clusters.errors import RequestError, RunFailed
 from launch.train import train
-from qlora_core.training.adapters import outside_vllm, vllm_rank
+from qlora_core.training.vllm import outside_vllm, vllm_rank
 
 
 def ask(*arguments: object) -> Result:
@@ -105,15 +105,15 @@ def test_a_merge_that_cannot_be_is_refused_and_writes_nothing(adapters: Path, tm
     assert "without its run's held-out examples" in merge("--check")
     assert "it is no size of a file" in merge("--max-shard-size", "much")
     assert "is no LoRA adapter" in refusal("export", pickled_adapter(tmp_path, "IA3"), "--out", tmp_path / "out")
-    assert "its weights are pickled" in refusal("export", pickled_adapter(tmp_path, "LORA"), "--out", tmp_path / "out")
-    assert "adapter_config.json cannot be read" in refusal("export", tmp_path, "--out", tmp_path / "out")
+    assert "pickles are not read" in refusal("export", pickled_adapter(tmp_path, "LORA"), "--out", tmp_path / "out")
+    assert "holds no adapter_config.json" in refusal("export", tmp_path, "--out", tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 
 
 def pickled_adapter(folder: Path, kind: str) -> Path:
     path = folder / kind
     path.mkdir()
-    (path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "r": 4}))
     (path / "adapter_model.bin").write_bytes(b"")
     return path
 
@@ -163,7 +163,7 @@ def test_an_evaluation_that_cannot_be_is_refused(adapters: Path, tmp_path: Path,
     much = adapters / "much"
     assert "no held-out examples of a run there" in refusal("evaluate", much)
     assert "NAME=FOLDER" in refusal("evaluate", much, "--adapter", much)
-    assert "a name has letters" in refusal("evaluate", much, "--data", conversations, "--adapter", f"a.b={much}")
+    assert "name is letters, digits" in refusal("evaluate", much, "--data", conversations, "--adapter", f"a.b={much}")
     other = tmp_path / "other"
     weights = load_file(much / "adapter_model.safetensors")
     shape = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -171,7 +171,7 @@ def test_an_evaluation_that_cannot_be_is_refused(adapters: Path, tmp_path: Path,
     get_peft_model(small, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])).save_pretrained(other)
     assert len(weights) == len(load_file(other / "adapter_model.safetensors"))
     shown = refusal("evaluate", much, "--data", conversations, "--adapter", f"other={other}")
-    assert "other: the adapter was trained on a base of another size or kind" in shown
+    assert "--adapter other: its model.layers.0.self_attn.q_proj has 32 inputs, the base model's has 64" in shown
 
 
 JUDGE = """

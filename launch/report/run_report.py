@@ -65,6 +65,8 @@ def results_section(record: RunRecord) -> str:
         )
     if record.adapter:
         lines.append(f"Adapter: `{record.adapter}`")
+    if record.weights:
+        lines.append(f"Model: `{record.weights}`")
     for first, last in zip(results.get("answers_before", []), results.get("answers_after", []), strict=False):
         lines += [
             f"> {first['question']}",

@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it was made from, how, at what cost, what it can do, and how to load it."""
+"""The card of what a run made: what it was made from, how, at what cost, what it can do, and how to load it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ base = AutoModelForCausalLM.from_pretrained(
 )
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained({base!r}{revision})
+```"""
+LOADING_MODEL = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```"""
 QUANTIZATION = """,
     quantization_config=BitsAndBytesConfig(
@@ -67,19 +73,19 @@ class CardFacts:
         return self.base if self.commit else PurePath(self.base).name
 
 
-def adapter_card(facts: CardFacts) -> str:
+def card(facts: CardFacts) -> str:
     """The whole card, with the front matter that the Hub reads."""
     recipe = facts.recipe
+    relation = "finetune" if recipe.method == "full" else "adapter"
     front = ModelCardData(
         base_model=facts.base if facts.commit else None,
-        library_name="peft",
+        library_name="transformers" if recipe.method == "full" else "peft",
         pipeline_tag="text-generation",
-        tags=[f"base_model:adapter:{facts.base}"] * bool(facts.commit) + METHOD_TAGS[recipe.method],
+        tags=[f"base_model:{relation}:{facts.base}"] * bool(facts.commit) + METHOD_TAGS[recipe.method],
     )
-    stored = recipe.quantization.upper() if recipe.quantization != "none" else facts.compute_dtype
     sections = [
         f"# {facts.name}",
-        f"A LoRA adapter of rank {recipe.rank} for `{facts.public_base}`, trained on a base in {stored}.",
+        summary(facts),
         evaluation(facts.results),
         data(facts),
         "## Recipe\n\n" + table({**recipe.to_json(), "compute_dtype": facts.compute_dtype, "steps": facts.steps}),
@@ -89,6 +95,15 @@ def adapter_card(facts: CardFacts) -> str:
         "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
     ]
     return str(ModelCard(f"---\n{front.to_yaml()}\n---\n" + "\n\n".join(filter(None, sections)) + "\n"))
+
+
+def summary(facts: CardFacts) -> str:
+    """What it is, in a sentence."""
+    recipe = facts.recipe
+    if recipe.method == "full":
+        return f"All weights of `{facts.public_base}`, trained further in {facts.compute_dtype}."
+    stored = recipe.quantization.upper() if recipe.quantization != "none" else facts.compute_dtype
+    return f"A LoRA adapter of rank {recipe.rank} for `{facts.public_base}`, trained on a base in {stored}."
 
 
 def table(fields: Mapping[str, Any]) -> str:
@@ -144,6 +159,8 @@ def measurements(predicted: Mapping[str, Any], measured: Mapping[str, Any] | Non
 def loading(facts: CardFacts) -> str:
     """How plain transformers and peft load it."""
     recipe = facts.recipe
+    if recipe.method == "full":
+        return LOADING_MODEL
     four_bit = recipe.quantization in ("nf4", "fp4")
     quantization = QUANTIZATION.format(
         type=recipe.quantization, double=recipe.double_quantization, compute_dtype=facts.compute_dtype

@@ -1,4 +1,4 @@
-"""The result of a run: a peft adapter folder that transformers and peft load without us."""
+"""The result of a run, which transformers and peft load without us: an adapter's folder, or a whole model's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 from qlora_core.files import publish_folder, write_json
-from qlora_core.training.adapters import CONFIG
-from qlora_core.training.card import CardFacts, adapter_card
+from qlora_core.huggingface.adapter_config import CONFIG
+from qlora_core.training.card import CardFacts, card
+from qlora_core.training.shards import copy_beside
 
 
 def export_adapter(checkpoint: Path, folder: Path, facts: CardFacts) -> None:
@@ -16,8 +17,22 @@ def export_adapter(checkpoint: Path, folder: Path, facts: CardFacts) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(checkpoint / "adapter", temporary)
-    (temporary / "README.md").write_text(adapter_card(facts), encoding="utf-8")
+    (temporary / "README.md").write_text(card(facts), encoding="utf-8")
     name_base(temporary / CONFIG, facts.base, facts.commit)
+    publish_folder(temporary, folder)
+
+
+def export_model(checkpoint: Path, folder: Path, base: Path, facts: CardFacts) -> None:
+    """Copy the model of a checkpoint to `folder`, with the base's tokenizer and a card; whole or not at all.
+
+    Args:
+        base: the base model's folder on this machine.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(checkpoint / "model", temporary)
+    copy_beside(base, temporary)
+    (temporary / "README.md").write_text(card(facts), encoding="utf-8")
     publish_folder(temporary, folder)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from clusters.errors import RunFailed
@@ -59,7 +59,7 @@ class TrainingRun:
     seed: int
     total_steps: int
     save_every: int
-    model: PeftModel
+    model: nn.Module
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     train_data: Examples

@@ -26,14 +26,12 @@ from transformers.pytorch_utils import Conv1D
 
 from clusters.errors import RequestError, RunFailed, request_error
 from qlora_core.files import publish_folder
-from qlora_core.training.adapters import WEIGHTS, adapter_shapes, read_adapter_config
+from qlora_core.training.adapters import PREFIX, WEIGHTS, read_adapter
 from qlora_core.training.model import TORCH_DTYPES
-from qlora_core.training.shards import copy_beside, stored_shapes, write_shards
+from qlora_core.training.shards import copy_beside, copy_config, stored_shapes, write_shards
 
 NUMBER = re.compile(r"\.(\d+)\.")
 """A layer's number in the name of a module."""
-PREFIX = "base_model.model."
-"""What peft puts before the names of a model's modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +93,8 @@ def merged_folder(
             shards, size = write_shards(
                 base, temporary, change=change, dtype=TORCH_DTYPES[dtype], max_shard_size=max_shard_size
             )
-        copy_beside(base, temporary, dtype)
+        copy_config(base, temporary, dtype)
+        copy_beside(base, temporary)
         yield temporary, Merged(layers=len(layers), shards=shards, bytes=size)
         publish_folder(temporary, folder)
     except OSError as error:
@@ -112,7 +111,8 @@ def plan_merge(base: Path, adapter: Path) -> dict[str, Layer]:
     Raises:
         RequestError: see `merged_folder`.
     """
-    refuse_unmergeable(read_adapter_config(adapter), adapter)
+    read = read_adapter(adapter)
+    refuse_unmergeable(read.config, adapter)
     skeleton = skeleton_of(base)
     embeddings = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
     tied = embeddings if skeleton.config.tie_word_embeddings else ()
@@ -122,8 +122,7 @@ def plan_merge(base: Path, adapter: Path) -> dict[str, Layer]:
         model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
     except ValueError as error:  # none of its target modules is there
         raise another_base(base, adapter, str(error).splitlines()[0]) from None
-    trained = adapter_shapes(adapter)
-    check_shapes(model, trained, base, adapter)
+    check_shapes(model, read.shapes, base, adapter)
     if deeper := unadapted_above(model, config):
         raise another_base(base, adapter, f"it stops below {deeper[0]}, the first of {len(deeper)} further layers")
     stored, prefix = stored_shapes(base), f"{skeleton.base_model_prefix}."
@@ -143,7 +142,7 @@ def plan_merge(base: Path, adapter: Path) -> dict[str, Layer]:
                 f"the weights of {path} should be {list(layer.weight.shape)}, and in the base's files {there}"
             )
         else:
-            layers[weight] = Layer(layer, alone(config, module), own_tensors(trained, path))
+            layers[weight] = Layer(layer, alone(config, module), own_tensors(read.shapes, path))
     if refused:
         more = f"; {len(refused) - 1} more layers are refused" if len(refused) > 1 else ""
         remedy = "Merge it in one piece with peft's merge_and_unload, or serve the adapter as it is"

@@ -28,6 +28,8 @@ COPIED = (
     "merges.txt",
     "chat_template.*",
     "additional_chat_templates/*",
+    "*.model",
+    "*.tiktoken",
     "LICENSE*",
 )
 """What of the base's folder goes with its weights: no code, and no other weights."""
@@ -109,13 +111,18 @@ def stored_bytes(tensor: Any, dtype: torch.dtype) -> int:
     return numel * INTEGER_BYTES.get(tensor.get_dtype(), dtype.itemsize)
 
 
-def copy_beside(base: Path, folder: Path, dtype: str) -> None:
-    """Copy the base's configuration, with the new dtype in it, its tokenizer and what else goes with its weights."""
+def copy_config(base: Path, folder: Path, dtype: str) -> None:
+    """Copy a model's configuration, with a new dtype in it."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = dtype
     write_json(folder / "config.json", config)
+
+
+def copy_beside(base: Path, folder: Path) -> None:
+    """Copy what goes with a model's weights, its tokenizer and so on, but for files that `folder` has already."""
     for pattern in COPIED:
         for path in base.glob(pattern):
-            if path.is_file() and path.suffix not in (".py", ".bin", ".pt"):
-                (folder / path.relative_to(base)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, folder / path.relative_to(base))
+            target = folder / path.relative_to(base)
+            if path.is_file() and path.suffix not in (".py", ".bin", ".pt") and not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)

@@ -8,7 +8,7 @@ from typing import Any, cast
 from huggingface_hub import ModelCard
 
 from qlora_core.recipe import Recipe
-from qlora_core.training.card import CardFacts, adapter_card
+from qlora_core.training.card import CardFacts, card
 
 PHASES = {"after_load": 2**30, "forward": 2**31, "backward": 3 * 2**30, "optimizer": 2**31}
 FACTS = CardFacts(
@@ -39,7 +39,7 @@ def front(card: str) -> dict[str, Any]:
 
 
 def test_the_hub_reads_its_front_matter() -> None:
-    data = front(adapter_card(FACTS))
+    data = front(card(FACTS))
     assert data["base_model"] == "org/base"
     assert data["library_name"] == "peft"
     assert data["pipeline_tag"] == "text-generation"
@@ -47,7 +47,7 @@ def test_the_hub_reads_its_front_matter() -> None:
 
 
 def test_it_tells_data_recipe_plan_measurements_and_results() -> None:
-    text = ModelCard(adapter_card(FACTS)).text
+    text = ModelCard(card(FACTS)).text
     for shown in (
         "| perplexity | 7.39 | 2.72 |",  # e squared and e
         "`oasst1.jsonl`: 9 examples in format messages, 900 tokens; 1 cut off at 512 tokens. SHA-256 `d1`",
@@ -65,15 +65,23 @@ def test_it_tells_data_recipe_plan_measurements_and_results() -> None:
 
 
 def test_no_path_of_the_machine_gets_into_it() -> None:
-    card = adapter_card(replace(FACTS, base="/home/ada/secret/tiny", commit=None))
-    assert "/home/ada" not in card
-    assert "path/to/tiny" in card
-    assert "base_model" not in front(card)
+    text = card(replace(FACTS, base="/home/ada/secret/tiny", commit=None))
+    assert "/home/ada" not in text
+    assert "path/to/tiny" in text
+    assert "base_model" not in front(text)
 
 
 def test_what_was_not_measured_or_evaluated_is_left_out() -> None:
-    card = adapter_card(replace(FACTS, measured=None, results={}, recipe=Recipe(method="lora", quantization="none")))
-    assert "## Measurements" not in card
-    assert "## Evaluation" not in card
-    assert "BitsAndBytesConfig" not in card
-    assert "on a base in bfloat16" in card
+    text = card(replace(FACTS, measured=None, results={}, recipe=Recipe(method="lora", quantization="none")))
+    assert "## Measurements" not in text
+    assert "## Evaluation" not in text
+    assert "BitsAndBytesConfig" not in text
+    assert "on a base in bfloat16" in text
+
+
+def test_a_model_of_which_all_weights_were_trained_is_no_adapter() -> None:
+    text = card(replace(FACTS, recipe=Recipe(method="full", quantization="none")))
+    data = front(text)
+    assert (data["library_name"], data["tags"]) == ("transformers", ["base_model:finetune:org/base"])
+    assert "All weights of `org/base`" in text
+    assert "PeftModel" not in text
