@@ -62,6 +62,9 @@ def find_trained(folder: Path) -> Trained:
     folder = folder.absolute()
     if (folder / FILE_NAME).is_file():
         adapter = folder / "adapter"
+        if (folder / "model").is_dir():
+            rule = "all weights were trained in it, so that its result is a whole model and no adapter"
+            raise request_error("run", folder, rule, f"Use {folder / 'model'} as any model")
         if not adapter.is_dir():
             rule = "the run in it has not come to its end, so that there is no adapter yet"
             raise request_error("run", folder, rule, "Finish it, or give the adapter folder of a checkpoint in it")

@@ -107,6 +107,10 @@ def test_a_merge_that_cannot_be_is_refused_and_writes_nothing(adapters: Path, tm
     assert "is no LoRA adapter" in refusal("export", pickled_adapter(tmp_path, "IA3"), "--out", tmp_path / "out")
     assert "pickles are not read" in refusal("export", pickled_adapter(tmp_path, "LORA"), "--out", tmp_path / "out")
     assert "holds no adapter_config.json" in refusal("export", tmp_path, "--out", tmp_path / "out")
+    (tmp_path / "run.json").write_text("{}")
+    assert "has not come to its end" in refusal("export", tmp_path, "--out", tmp_path / "out")
+    (tmp_path / "model").mkdir()
+    assert "its result is a whole model and no adapter" in refusal("export", tmp_path, "--out", tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 
 
