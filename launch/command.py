@@ -48,7 +48,8 @@ class WithSubcommands(click.Command):
         super().format_options(ctx, formatter)
         if self.subcommands:
             with formatter.section("Subcommands (each has its own --help)"):
-                formatter.write_dl([(name, each.get_short_help_str()) for name, each in self.subcommands.items()])
+                limit = formatter.width - max(map(len, self.subcommands)) - 6
+                formatter.write_dl([(name, each.get_short_help_str(limit)) for name, each in self.subcommands.items()])
 
 
 def main(command: click.Command) -> NoReturn:

@@ -61,7 +61,10 @@ def evaluate(
     as_json: bool,
     debug: bool,
 ) -> int:
-    """Held-out loss and perplexity, each with its 95 % interval, of a RUN or an ADAPTER, given by its folder."""
+    """Measure held-out loss and perplexity of a RUN's or ADAPTER's folder.
+
+    Each comes with its 95 % interval over examples, beside that of the base without the adapter.
+    """
     command.require_train_extra("qlora-train evaluate")
     named = {}
     for other in others:

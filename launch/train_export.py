@@ -12,6 +12,7 @@ import click
 
 from clusters.errors import RunFailed, request_error
 from launch import command
+from launch.options import passed
 from launch.report.words import gib
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ CAVEAT = (
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
 def export(
+    context: click.Context,
+    /,
     trained: Path,
     out: Path,
     merges: bool,
@@ -55,6 +59,9 @@ def export(
     debug: bool,
 ) -> int:
     """Export what was trained: a RUN's folder or an ADAPTER's."""
+    if not merges and (idle := sorted({"base", "dtype", "max_shard_size", "check"} & passed(context))):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise click.UsageError(f"Only a merge has a use for {flags}: add --merge, or leave that out.")
     command.require_train_extra("qlora-train export")
     if out.exists():
         raise request_error("--out", out, "it is there already", "Choose a folder that is not, or remove it")
@@ -162,4 +169,5 @@ def compare(
         return None, f"it takes {gib(size)} of memory, and {gib(machine.memory_bytes)} are free"
     import torch
 
+    click.echo("Comparing the held-out loss with the adapter's; --no-check leaves it out.", err=True)  # it takes long
     return check_merged(merged, base, trained.adapter.folder, examples, dtype, torch.device(machine.kind)), ""

@@ -33,9 +33,10 @@ SHOWN_PROBLEMS = 5
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def score(first: Path, second: Path, judge: str, as_json: bool, debug: bool) -> int:
-    """Score the answers in A.jsonl in percent of those in B.jsonl, as the tables of the QLoRA paper do.
+    """Score the answers in A.jsonl in percent of those in B.jsonl.
 
-    Each line is {"question": ..., "answer": ...}. The judge sees each pair twice, either answer first; the mean of both
+    Each line is {"question": ..., "answer": ...}. As for the QLoRA paper's tables, the
+    judge sees each pair twice, either answer first; the mean of both
     orders is the score, with its 95 % interval over questions.
     """
     pairs = read_pairs(first, second)

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clusters.errors import RequestError, RunFailed
 from launch.train import train
+from qlora_core.training.check import check_merged
+from qlora_core.training.examples import Encoded, Examples, save_examples
 from qlora_core.training.vllm import outside_vllm, vllm_rank
 
 
@@ -112,6 +115,24 @@ def test_a_merge_that_cannot_be_is_refused_and_writes_nothing(adapters: Path, tm
     (tmp_path / "model").mkdir()
     assert "its result is a whole model and no adapter" in refusal("export", tmp_path, "--out", tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_only_a_merge_has_a_use_for_is_not_passed_over(adapters: Path, tmp_path: Path) -> None:
+    result = ask("export", adapters / "much", "--out", tmp_path / "out", "--dtype", "float32", "--no-check")
+    assert isinstance(result.exception, click.UsageError)
+    assert "Only a merge has a use for --check, --dtype" in result.exception.message
+
+
+def test_a_merged_model_with_another_loss_than_the_adapter_is_found_out(
+    adapters: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    save_examples([Encoded(list(range(5, 25)), [False] * 5 + [True] * 15)], tmp_path / "examples.safetensors")
+    examples, cpu = Examples(tmp_path / "examples.safetensors"), torch.device("cpu")
+    told("export", adapters / "much", "--merge", "--out", tmp_path / "out", "--dtype", "float32")
+    check = check_merged(tmp_path / "out", tiny_base, adapters / "much", examples, "float32", cpu)
+    assert check.merged == pytest.approx(check.unmerged, abs=1e-5)
+    with pytest.raises(RunFailed, match="so nothing was written"):
+        check_merged(tmp_path / "out", tiny_base, adapters / "zero", examples, "float32", cpu)
 
 
 def pickled_adapter(folder: Path, kind: str) -> Path:
