@@ -68,7 +68,6 @@ def task_name(path: Path) -> str:
     """
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "task" and value.strip():
-                return value.strip().strip("\"'")
+            if line.startswith("task:") and (name := line.removeprefix("task:").strip().strip("\"'")):
+                return name
     raise request_error("--tasks", path, "it is no file that has a line with `task: NAME`", "Correct the path")
