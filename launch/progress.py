@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,7 +103,9 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
     if before is not None and after is not None:
         change = f" ({(after - before) / before:+.0%})"
         console.print(
-            f"Evaluation loss on held-out examples: {before:.4f} before, {after:.4f} after{change}", highlight=False
+            f"Evaluation loss on held-out examples: {before:.4f} before, {after:.4f} after{change}; "
+            f"perplexity {math.exp(before):.2f} and {math.exp(after):.2f}",
+            highlight=False,
         )
     for first, last in zip(results.get("answers_before", []), results.get("answers_after", []), strict=False):
         console.print(f"\n  asked     {first['question']}", highlight=False, markup=False)
@@ -113,6 +116,7 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
         console.print(measured_table(record.predicted, record.measured))
         console.print(f"Measured: {record.measured['allocated_is']}.", highlight=False)
     console.print()
-    for title, path in (("adapter", record.adapter), ("checkpoints", folder / "checkpoints"), ("report", report)):
+    result = ("model", record.weights) if record.weights else ("adapter", record.adapter)
+    for title, path in (result, ("checkpoints", folder / "checkpoints"), ("report", report)):
         if path is not None:
             console.print(f"  {title:<12}{path}", highlight=False, soft_wrap=True)

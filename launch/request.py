@@ -34,6 +34,8 @@ T = TypeVar("T")
 FLAGS = {
     "quantization": "--quant",
     "dropout": "--lora-dropout",
+    "use_rslora": "--rslora",
+    "use_dora": "--dora",
     "tokens_per_step": "--tokens-per-step",
 }
 """The options that are not called like the recipe's field."""
@@ -267,6 +269,8 @@ def recipe_of(options: Options, world_size: int) -> Recipe:
             targets="all-linear" if names == ("all-linear",) else names,
             lora_dtype=options["lora_dtype"],
             dropout=options["lora_dropout"],
+            use_rslora=options["rslora"],
+            use_dora=options["dora"],
             compute_dtype=options["compute_dtype"],
             upcast=options["upcast"],
             autocast=options["autocast"],

@@ -17,6 +17,7 @@ from orchestrator.plans import Plan
 from orchestrator.spec import RunSpec
 from orchestrator.targets import check_targets
 from qlora_core.recipe import Recipe
+from qlora_core.training.adapters import check_continues, read_adapter
 from qlora_core.training.dataset import DataReport, encode_file
 from qlora_core.training.examples import Encoded
 from qlora_core.training.model import load_tokenizer
@@ -56,6 +57,10 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
     refuse_unbuilt(spec.recipe)
     base = find_base(spec, tell)
     check_targets(base.architecture, spec.recipe)
+    adapter = None
+    if spec.adapter is not None:
+        adapter = read_adapter(Path(spec.adapter))
+        check_continues(adapter, base.folder, spec.recipe)
     tokenizer = load_tokenizer(str(base.folder))
     examples, data = encode_file(Path(spec.data.path), spec.data.format, tokenizer, spec.recipe.seq_len)
     train, held_out = split_eval(len(examples), spec.data.eval_fraction, spec.seed)
@@ -80,7 +85,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
         train=[examples[index] for index in train],
         held_out=[examples[index] for index in held_out],
         total_steps=spec.recipe.total_steps(len(train)),
-        identity=identity(spec, base.identity, data, target.compute_dtype),
+        identity=identity(spec, base.identity, data, target.compute_dtype, None if adapter is None else adapter.digest),
     )
 
 
@@ -89,7 +94,6 @@ def refuse_unbuilt(recipe: Recipe) -> None:
     problems = [
         Problem(f"recipe.{field}", str(getattr(recipe, field)), "it can be planned, but not trained with yet", remedy)
         for field, allowed, remedy in (
-            ("method", ("qlora", "lora"), "Use qlora or lora"),
             ("block_size", (64,), "Leave it at 64"),
             ("upcast", ("none",), "Leave it at none, which is leaner"),
             ("autocast", (False,), "Leave it out: the compute dtype does without"),

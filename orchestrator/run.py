@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,9 +24,10 @@ from orchestrator.ray_runtime import check_reachable
 from orchestrator.record import Attempt, RunRecord, load_record, new_id, now, save_record, versions
 from orchestrator.supervisor import Interrupted, keep_events_until, run_attempt
 from orchestrator.worker import Order
+from qlora_core.training.card import CardFacts
 from qlora_core.training.checkpoint import complete, load_facts
 from qlora_core.training.examples import save_examples
-from qlora_core.training.export import export_adapter
+from qlora_core.training.export import export_adapter, export_model
 
 
 class Display(Protocol):
@@ -67,7 +69,7 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
     record = load_record(output)
     if record is not None:
         check_same(record.identity, prepared.identity, output)
-        if record.status == "complete" and (output / "adapter").is_dir():
+        if record.status == "complete" and result_folder(prepared, output).is_dir():
             return record, True
     display.planned(prepared)
     if not prepared.plan.fits and not force:
@@ -84,6 +86,11 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
         record = open_record(prepared, record, output)
         run_to_end(prepared, record, resume, output, display)
     return record, False
+
+
+def result_folder(prepared: Prepared, output: Path) -> Path:
+    """Where the result of a run lies: an adapter, or with method full a model."""
+    return output / ("model" if prepared.spec.recipe.method == "full" else "adapter")
 
 
 @contextmanager
@@ -213,6 +220,7 @@ def order_of(prepared: Prepared, output: Path, resume: Path | None) -> Order:
     spec, plan = prepared.spec, prepared.plan
     return Order(
         model=str(prepared.base.folder),
+        adapter=None if spec.adapter is None else Path(spec.adapter),
         recipe=spec.recipe,
         strategy=plan.strategy,
         compute_dtype=plan.target.compute_dtype,
@@ -220,6 +228,7 @@ def order_of(prepared: Prepared, output: Path, resume: Path | None) -> Order:
         seed=spec.seed,
         total_steps=prepared.total_steps,
         save_every=spec.checkpoints.every_steps,
+        eval_every=spec.evaluation.every_steps,
         keep=spec.checkpoints.keep,
         examples=output / "data",
         checkpoints=output / "checkpoints",
@@ -244,38 +253,58 @@ def close_attempt(record: RunRecord, status: Any, step: int, reason: str | None)
 
 
 def finish(record: RunRecord, end: Mapping[str, Any], prepared: Prepared, output: Path) -> None:
-    """Put what the workers measured and learned into the record, and export the adapter of a finished run."""
+    """Put what the workers measured and learned into the record, and export the result of a finished run."""
     close_attempt(record, "complete" if end["finished"] else "interrupted", end["step"], None)
     record.measured = merged_measurement(end, record.measured)
     if record.measured is not None:
         record.measured["step_seconds"] = step_seconds(output / "events.jsonl")
-    record.results = end["context"]
+    record.results = {**end["context"], **perplexities(end["context"])}
     checkpoint = latest(output / "checkpoints")
     if not end["finished"] or checkpoint is None:
         return
-    folder = output / "adapter"
-    results = {
-        title: f"{end['context'][key]:.4f}"
-        for title, key in (("evaluation loss before", "eval_before"), ("evaluation loss after", "eval_after"))
-        if end["context"].get(key) is not None
-    }
+    folder, facts = result_folder(prepared, output), card_facts(record, prepared)
     try:
-        export_adapter(
-            checkpoint,
-            folder,
-            name=record.name,
-            base=prepared.base.name,
-            commit=prepared.base.commit,
-            recipe=prepared.spec.recipe,
-            compute_dtype=prepared.plan.target.compute_dtype,
-            results=results,
-        )
+        if prepared.spec.recipe.method == "full":
+            export_model(checkpoint, folder, prepared.base.folder, facts)
+        else:
+            export_adapter(checkpoint, folder, facts)
     except OSError as error:
         raise RunFailed(
-            f"The adapter could not be written to {folder}: {error}.",
+            f"The result could not be written to {folder}: {error}.",
             "Put that right and start the same run again: the last checkpoint holds it.",
         ) from error
-    record.adapter = str(folder)
+    if prepared.spec.recipe.method == "full":
+        record.weights = str(folder)
+    else:
+        record.adapter = str(folder)
+
+
+def perplexities(context: Mapping[str, Any]) -> dict[str, float]:
+    """The exponentials of the evaluation losses, where there are any."""
+    return {
+        f"perplexity_{when}": math.exp(context[f"eval_{when}"])
+        for when in ("before", "after")
+        if context.get(f"eval_{when}") is not None
+    }
+
+
+def card_facts(record: RunRecord, prepared: Prepared) -> CardFacts:
+    """What the result's card tells of its run."""
+    return CardFacts(
+        name=record.name,
+        base=prepared.base.name,
+        commit=prepared.base.commit,
+        recipe=prepared.spec.recipe,
+        compute_dtype=prepared.plan.target.compute_dtype,
+        steps=record.total_steps,
+        data_name=Path(prepared.spec.data.path).name,
+        data=record.data,
+        strategy=record.plan["strategy"],
+        predicted=record.predicted,
+        measured=record.measured,
+        results=record.results,
+        versions=record.versions,
+    )
 
 
 def step_seconds(events: Path) -> float | None:

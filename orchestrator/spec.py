@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from clusters.errors import Problem, RequestError
 from clusters.mistakes import mistakes, shown
 from clusters.yaml_file import PlainName, parse_yaml, read_yaml
+from qlora_core.huggingface.adapter_config import continued, read_config
 from qlora_core.recipe import Count, Recipe
 from qlora_core.strategy import Attention, Loss, Offload, ZeroStage
 
@@ -85,6 +86,13 @@ class CheckpointSpec(_Section):
     """Checkpoints that stay: the last so many, and the one with the best evaluation loss beside them."""
 
 
+class EvaluationSpec(_Section):
+    """When the held-out examples are looked at, besides before the run and at each checkpoint."""
+
+    every_steps: Count | None = None
+    """Optimizer steps between two evaluations; nothing leaves it at the checkpoints."""
+
+
 class RunSpec(_Section):
     """One fine-tune, from its YAML file."""
 
@@ -93,6 +101,9 @@ class RunSpec(_Section):
     model: PathText
     """A folder with a model in the Hugging Face layout, relative to the specification's folder; else a name of the
     catalogue or a Hub id, ``org/name``, both with or without ``@revision``."""
+    adapter: PathText | None = None
+    """A trained LoRA adapter to go on with, a folder in peft's layout, relative to the specification's folder. What the
+    recipe does not say of it (rank, alpha, targets, dropout, DoRA, rsLoRA) is the adapter's."""
     data: DataSpec
     """What the model learns from."""
     recipe: Recipe = Recipe()
@@ -103,6 +114,8 @@ class RunSpec(_Section):
     """Where it runs: auto is this machine."""
     checkpoints: CheckpointSpec = CheckpointSpec()
     """When state is saved, and how much of it stays."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """When held-out loss and perplexity are measured."""
     output: PathText
     """The run's folder, relative to the specification's folder."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -125,7 +138,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
         RequestError: with every mistake of the file and of the overrides.
     """
     fields = read_yaml(path, "run specification", START)
-    problems = apply_overrides(fields, overrides) + mistakes(RunSpec, fields)
+    problems = apply_overrides(fields, overrides) + take_adapter(fields, path.parent) + mistakes(RunSpec, fields)
     if problems:
         raise RequestError(problems)
     return resolve_paths(RunSpec.model_validate(fields), path.parent)
@@ -162,19 +175,36 @@ def apply_overrides(fields: dict[str, Any], overrides: Sequence[str]) -> list[Pr
     return problems
 
 
+def take_adapter(fields: dict[str, Any], folder: Path) -> list[Problem]:
+    """Put what an adapter says of itself into a specification's recipe; returns what is wrong with the two."""
+    adapter, recipe = fields.get("adapter"), fields.setdefault("recipe", {})
+    if not isinstance(adapter, str) or not adapter.strip() or not isinstance(recipe, dict):
+        return []  # told with the other fields' mistakes, if it is one
+    if recipe.get("method") == "full":
+        rule = "method full trains no adapter"
+        return [Problem("adapter", shown(adapter), rule, "Leave it out, or choose method qlora or lora")]
+    path = Path(absolute(folder, adapter))
+    try:
+        return continued(read_config(path), recipe, path)
+    except RequestError as error:
+        return list(error.problems)
+
+
+def absolute(folder: Path, text: str) -> str:
+    """A specification's path, which is relative to its folder."""
+    return os.path.realpath(os.path.join(folder, os.path.expanduser(text)))
+
+
 def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
     """`spec` with absolute paths; a model that is no folder there, and is not written like one, stays a name."""
-
-    def absolute(text: str) -> str:
-        return os.path.realpath(os.path.join(folder, os.path.expanduser(text)))
-
-    model = absolute(spec.model)
+    model = absolute(folder, spec.model)
     is_path = os.path.isdir(model) or spec.model.startswith(("/", "./", "../", "~"))
     return spec.model_copy(
         update={
             "model": model if is_path else spec.model,
-            "data": spec.data.model_copy(update={"path": absolute(spec.data.path)}),
-            "output": absolute(spec.output),
+            "data": spec.data.model_copy(update={"path": absolute(folder, spec.data.path)}),
+            "adapter": None if spec.adapter is None else absolute(folder, spec.adapter),
+            "output": absolute(folder, spec.output),
         }
     )
 
@@ -182,7 +212,7 @@ def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
 def schema() -> dict[str, Any]:
     """The JSON schema of a run specification, for editors; it describes every field."""
     document = RunSpec.model_json_schema()
-    for section in (RunSpec, DataSpec, Recipe, StrategySpec, ClusterSpec, CheckpointSpec):
+    for section in (RunSpec, DataSpec, Recipe, StrategySpec, ClusterSpec, CheckpointSpec, EvaluationSpec):
         described = document if section is RunSpec else document["$defs"][section.__name__]
         for name, text in field_docs(section).items():
             described["properties"][name]["description"] = text

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from ray import train as ray_train
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
@@ -29,7 +30,7 @@ from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import Examples
 from qlora_core.training.loop import TrainingRun, train
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import attach_adapters, load_base, load_tokenizer
+from qlora_core.training.model import load_base, load_tokenizer, make_trainable
 
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
@@ -41,6 +42,7 @@ class Order:
     Attributes:
         device: "cuda" or "cpu".
         examples: the folder with train.safetensors and eval.safetensors.
+        adapter: a trained adapter to start from, in peft's layout.
         events: the file to which rank 0 appends what happens, a JSON object a line.
         stop_file: the run ends after the step in which this file appears.
         keep: checkpoints that stay.
@@ -50,6 +52,7 @@ class Order:
     """
 
     model: str
+    adapter: Path | None
     recipe: Recipe
     strategy: Strategy
     compute_dtype: Dtype
@@ -65,6 +68,7 @@ class Order:
     resume_from: Path | None
     facts: Mapping[str, Any]
     rendezvous: Path | None
+    eval_every: int | None = None
 
 
 class RunObserver:
@@ -161,10 +165,15 @@ def usable_cores() -> int:
 def prepare(order: Order, rank: int, device: torch.device) -> TrainingRun:
     """Load, quantize, adapt and wrap the model; map the data."""
     meter = meter_for(device)
-    base = load_base(order.model, order.recipe, order.strategy, order.compute_dtype, device)
-    model = attach_adapters(base, order.recipe, order.seed)
-    if order.resume_from is not None:
-        load_adapter(model, order.resume_from)
+    folder = order.model
+    if order.resume_from is not None and order.recipe.method == "full":
+        folder = str(order.resume_from / "model")
+    base = load_base(folder, order.recipe, order.strategy, order.compute_dtype, device)
+    model = make_trainable(base, order.recipe, order.seed)
+    if isinstance(model, PeftModel):
+        start = order.adapter if order.resume_from is None else order.resume_from / "adapter"
+        if start is not None:
+            load_adapter(model, start)
     model.train()
     meter.loaded(model)
     with meter.setup():
@@ -175,6 +184,7 @@ def prepare(order: Order, rank: int, device: torch.device) -> TrainingRun:
         seed=order.seed,
         total_steps=order.total_steps,
         save_every=order.save_every,
+        eval_every=order.eval_every,
         model=model,
         engine=engine,
         tokenizer=load_tokenizer(order.model),

@@ -73,7 +73,7 @@ def measured_second_step(folder: Path, asked: Recipe, strategy: Strategy, dtype:
     base = load_base(str(folder), asked, strategy, dtype, torch.device("cpu"))
     adapted = attach_adapters(base, asked, seed=0).train()
     loss_of = SummedLoss(adapted, strategy.loss)
-    optimizer = build_optimizer(list(trainable(adapted).values()), asked, strategy)
+    optimizer = build_optimizer(trainable(adapted), asked, strategy)
     tokens = torch.randint(0, TINY.vocab_size, (strategy.micro_batch, asked.seq_len))
     for _ in range(2):
         meter = StorageMeter()

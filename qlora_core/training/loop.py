@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from clusters.errors import RunFailed
@@ -49,7 +49,8 @@ class TrainingRun:
 
     Attributes:
         total_steps: optimizer steps of the whole run.
-        save_every: steps between two checkpoints; one more is written at the end.
+        save_every: steps between two checkpoints; one more is written at the end. Each comes with an evaluation.
+        eval_every: steps between two evaluations besides; None for no others.
         facts: what identifies the run inside its checkpoints.
     """
 
@@ -58,7 +59,7 @@ class TrainingRun:
     seed: int
     total_steps: int
     save_every: int
-    model: PeftModel
+    model: nn.Module
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     train_data: Examples
@@ -68,6 +69,7 @@ class TrainingRun:
     rank: int
     checkpoints: Path
     facts: Mapping[str, Any]
+    eval_every: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +89,9 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
     """
     scheduler = build_scheduler(run.engine.optimizer, run.recipe, run.total_steps)
     if resume_from is None:
-        step, context = 0, {"eval_before": evaluate(run), "answers_before": answers(run)}
-        observer.event("eval", step=0, eval_loss=context["eval_before"])
+        before = evaluate(run)
+        step, context = 0, {"eval_before": before, "answers_before": answers(run)}
+        observer.event("eval", step=0, **measures(before))
         # Evaluation draws no random numbers, but a library might: training starts from a state of its own either way.
         torch.manual_seed(run.seed * 1_000_003 + run.rank)
     else:
@@ -127,6 +130,8 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
             if step == run.total_steps:
                 context["answers_after"] = answers(run)
             context = save(run, observer, step, scheduler.state_dict(), context)
+        elif run.eval_every is not None and step % run.eval_every == 0:
+            observer.event("eval", step=step, **measures(evaluate(run)))
     return Outcome(step=step, finished=step == run.total_steps, context=context)
 
 
@@ -177,6 +182,11 @@ def evaluate(run: TrainingRun) -> float | None:
     )
 
 
+def measures(loss: float | None) -> dict[str, float | None]:
+    """What an evaluation is told as: the loss and its exponential, None for both where nothing is held out."""
+    return {"eval_loss": loss, "perplexity": None if loss is None else math.exp(loss)}
+
+
 def answers(run: TrainingRun) -> list[dict[str, str]]:
     """The model's answers to a few held-out questions, as JSON values."""
     given = sample_answers(run.engine.module, run.tokenizer, run.eval_data, SAMPLED_QUESTIONS, run.device)
@@ -202,5 +212,5 @@ def save(
         world_size=run.strategy.world_size,
     )
     observer.checkpoint_saved(path, {"step": step, "eval_loss": value, "best": best})
-    observer.event("eval", step=step, eval_loss=value, checkpoint=str(path))
+    observer.event("eval", step=step, checkpoint=str(path), **measures(value))
     return context

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +23,7 @@ class SummedLoss(nn.Module):
     """A causal language model with its loss as the output, so that engines see a single forward pass.
 
     Args:
-        model: a peft model over a transformers causal language model.
+        model: a causal language model of transformers, with peft's adapters or without.
         kind: "full" lets transformers make all logits; "chunked" makes LOSS_CHUNK_TOKENS tokens' at a time, only for
             labelled tokens, and makes them again in the backward pass instead of keeping them.
     """
@@ -40,7 +41,7 @@ class SummedLoss(nn.Module):
             # The labels are shifted, not the logits: a slice of the logits would be a copy of them.
             shifted_BS = F.pad(labels_BS, (0, 1), value=IGNORED)[:, 1:]
             return summed_cross_entropy(logits_BSV.flatten(0, 1), shifted_BS.flatten())
-        transformer = causal.get_base_model()
+        transformer = causal.get_base_model() if isinstance(causal, PeftModel) else causal
         hidden_BSH = transformer.get_decoder()(
             input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False
         ).last_hidden_state

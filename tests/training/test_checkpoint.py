@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 
 from clusters.errors import RunFailed
@@ -25,7 +26,7 @@ from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import Examples, save_examples
 from qlora_core.training.loop import TrainingRun, train
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import attach_adapters, load_base, load_tokenizer
+from qlora_core.training.model import load_base, load_tokenizer, make_trainable
 
 CPU = torch.device("cpu")
 
@@ -59,9 +60,10 @@ def data(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, conversation
 
 def build(base: Path, data: Path, checkpoints: Path, recipe: Recipe, resume: Path | None = None) -> TrainingRun:
     strategy = Strategy(micro_batch=2, gradient_accumulation=2, paged_optimizer=False)
-    model = attach_adapters(load_base(str(base), recipe, strategy, "float32", CPU), recipe, seed=0)
-    if resume is not None:
-        checkpoint.load_adapter(model, resume)
+    folder = base if resume is None or recipe.method != "full" else resume / "model"
+    model = make_trainable(load_base(str(folder), recipe, strategy, "float32", CPU), recipe, seed=0)
+    if resume is not None and isinstance(model, PeftModel):
+        checkpoint.load_adapter(model, resume / "adapter")
     model.train()
     return TrainingRun(
         recipe=recipe,
@@ -87,16 +89,22 @@ def recipe_of(**changes: Any) -> Recipe:
     return Recipe(**{**fields, "schedule": "cosine", **changes})
 
 
-def adapter(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+def tensors(folder: Path) -> dict[str, bytes]:
+    """All safetensors of a checkpoint, by path: weights and optimizer state."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
-@pytest.fixture(params=["adamw", "adamw_8bit"])
-def recipe(request: pytest.FixtureRequest) -> Recipe:
-    return recipe_of(optimizer=request.param, dropout=0.1)
+NOISY = {"neftune_alpha": 5.0, "dropout": 0.1}
+METHODS = [
+    {"optimizer": "adamw_8bit", "loraplus_lr_ratio": 4.0, **NOISY},
+    {"optimizer": "adamw", "use_dora": True, "use_rslora": True, "loraplus_lr_ratio": 4.0, "dropout": 0.1},
+    {"method": "full", "quantization": "none", "learning_rate": 1e-3, "neftune_alpha": 5.0},
+]
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, tiny_base: Path, data: Path, recipe: Recipe) -> None:
+@pytest.mark.parametrize("method", METHODS, ids=["lora+ with noise", "dora", "full"])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, tiny_base: Path, data: Path, method: dict[str, Any]) -> None:
+    recipe = recipe_of(**method)
     whole = train(build(tiny_base, data, tmp_path / "whole", recipe), Watcher(), None)
     assert whole.finished
 
@@ -110,11 +118,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, tiny_base: Path, data
     assert [event["step"] for event in watcher.events if event["event"] == "step"] == [4, 5, 6]
 
     final = checkpoint.folder_name(6)
-    assert adapter(tmp_path / "parts" / final) == adapter(tmp_path / "whole" / final)
-    optimizer = "optimizer-00000.safetensors"
-    assert (tmp_path / "parts" / final / optimizer).read_bytes() == (
-        tmp_path / "whole" / final / optimizer
-    ).read_bytes()
+    assert tensors(tmp_path / "parts" / final) == tensors(tmp_path / "whole" / final)
+    assert whole.context["eval_after"] < whole.context["eval_before"]
     assert resumed.context["eval_before"] == whole.context["eval_before"]
     assert resumed.context["eval_after"] == whole.context["eval_after"]
 
@@ -128,8 +133,7 @@ def test_it_holds_the_trainable_state_and_no_base_weight(tmp_path: Path, tiny_ba
     assert names
     assert all("lora_" in name for name in names)
     trained = sum(parameter.numel() for parameter in run.engine.trained_weights().values())
-    tensors = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    assert tensors <= 20 * trained  # 4 weight + 8 Adam + headers
+    assert sum(map(len, tensors(folder).values())) <= 20 * trained  # 4 weight + 8 Adam + headers
     spans = json.loads((folder / "rank-00000.json").read_text())["spans"]
     assert sum(numel for _, _, numel, _, _ in spans) == trained
 
