@@ -109,6 +109,8 @@ def measured_second_step(folder: Path, asked: Recipe, strategy: Strategy, dtype:
         (recipe(rank=16, seq_len=128, quantization="fp4", double_quantization=False), Strategy(), "float32"),
         (recipe(rank=16, seq_len=128, method="lora", quantization="none"), Strategy(micro_batch=2), "float32"),
         (recipe(rank=16, seq_len=128, method="lora", quantization="none"), Strategy(attention="eager"), "bfloat16"),
+        (recipe(rank=16, seq_len=128, use_dora=True, dropout=0.1), Strategy(micro_batch=2), "float32"),
+        (recipe(rank=16, seq_len=128, use_dora=True), Strategy(gradient_checkpointing=False), "bfloat16"),
     ],
 )
 def test_a_real_step_on_this_cpu_needs_what_the_formula_says(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from clusters.errors import RequestError
-from qlora_core.training.adapters import load_adapters, read_adapter
+from orchestrator.spec import load_spec
+from qlora_core.training.adapters import check_continues, load_adapters, read_adapter
 
 
 def fresh(base: Path) -> Any:
@@ -94,3 +96,18 @@ def test_the_digest_is_of_weights_and_config(trained: dict[str, Path], tmp_path:
     same, other = (changed(trained["red"], tmp_path / str(alpha), lora_alpha=alpha) for alpha in (8, 16))
     assert len({red.digest, read_adapter(trained["blue"]).digest, read_adapter(other).digest}) == 3
     assert read_adapter(same).config == red.config
+
+
+def test_what_a_recipe_does_not_say_is_the_adapter_s_and_the_rest_must_agree(
+    tiny_base: Path, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    text = f"name: more\nmodel: {tiny_base}\nadapter: {trained['blue']}\ndata: {{path: x.jsonl}}\noutput: out\n"
+    path.write_text(text)
+    spec = load_spec(path)
+    assert (spec.recipe.rank, spec.recipe.alpha, spec.adapter) == (8, 8, str(trained["blue"]))
+    check_continues(read_adapter(trained["blue"]), tiny_base, spec.recipe)
+    with pytest.raises(RequestError, match=r"recipe.rank: the adapter in .* was trained with 8 \(got 16\)"):
+        load_spec(path, ["recipe.rank=16"])
+    with pytest.raises(RequestError, match=r"recipe.targets: the adapter in .* adapts"):
+        check_continues(read_adapter(trained["red"]), tiny_base, dataclasses.replace(spec.recipe, rank=4))
