@@ -163,9 +163,15 @@ class Wandb:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        # Nothing is sent but the settings and the figures: no code, no diff, no environment, no terminal output.
+        # Beside the host's name nothing is kept but settings and figures: no code, no environment, no terminal output.
         settings = wandb.Settings(
-            silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True, x_disable_meta=True
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
         )
         self._wandb_run = wandb.init(
             project=self._run.project,

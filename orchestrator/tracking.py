@@ -18,6 +18,8 @@ from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord
 from orchestrator.trackers import FILE_NAME, Figures, Outcome, Tracked, Tracker, trackers_of
 
+START_SECONDS = 20.0
+"""What a tracker gets to open the run before the workers are started."""
 FINISH_SECONDS = 30.0
 """What a tracker gets to send what is left when the run is over."""
 SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET")
@@ -47,6 +49,9 @@ class Tracking:
         self._tell = tell
         for lane in self._lanes:
             lane.start()
+        for lane in self._lanes:
+            # Ray's processes end with the session. One that a tracker starts must not be taken for one of them.
+            lane.opened.wait(START_SECONDS)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Track what is new in an event of the workers: a resumed run does some steps again."""
@@ -75,6 +80,7 @@ class Lane(threading.Thread):
     def __init__(self, name: str, tracker: Tracker, tell: Callable[[str], None]) -> None:
         super().__init__(name=name, daemon=True)
         self.queue: SimpleQueue[Figures | Outcome] = SimpleQueue()
+        self.opened = threading.Event()
         self._tracker = tracker
         self._tell = tell
 
@@ -82,12 +88,15 @@ class Lane(threading.Thread):
         """Pass on figures until the end, or until the tracker fails."""
         try:
             self._tracker.start()
+            self.opened.set()
             while isinstance(told := self.queue.get(), Figures):
                 self._tracker.log(told)
             self._tracker.finish(told)
         except Exception as error:  # whatever a library or the network may raise: the run is worth more
             reason = without_secrets((str(error).strip() or type(error).__name__).splitlines()[0])
             self._tell(f"Tracking by {self.name} ended, the run goes on: {reason}")
+        finally:
+            self.opened.set()
 
 
 def without_secrets(text: str) -> str:
