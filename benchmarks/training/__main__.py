@@ -30,7 +30,7 @@ WARM_UP = 2
 """First steps of each run, which are left out."""
 CURVE_STEPS = 50
 CURVE_LENGTH = 128
-RAY_STEPS = 30
+RAY_STEPS = 20
 OUR_DTYPES = {page.OURS: "float32", page.OURS_BF16: "bfloat16"}
 
 
