@@ -54,7 +54,7 @@ endif
 speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a peer (docs/speed.md)
 	$(BIN)/python -m benchmarks.speed
 
-bench: $(INSTALLED) ## training beside TRL's and a bare loop, and its memory (docs/benchmarks.md); ten minutes, alone
+bench: $(INSTALLED) ## training beside TRL's and a bare loop, and its memory (docs/benchmarks.md); on a quiet machine
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.training
 
 screens: $(INSTALLED) ## run the commands that README.md and docs/planning.md show, and put in what they print

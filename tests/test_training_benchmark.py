@@ -73,4 +73,4 @@ def test_a_figure_of_another_benchmark_is_read_where_it_is(tmp_path: Path, monke
 
 def test_the_document_shows_the_results_that_are_written_down() -> None:
     shown = page.DOCUMENT.read_text(encoding="utf-8").split(page.BEGIN)[1].split(page.END)[0]
-    assert shown == page.tables(json.loads(page.RESULTS.read_text(encoding="utf-8")))
+    assert shown == page.current()

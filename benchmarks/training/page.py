@@ -143,8 +143,14 @@ def memory_row(row: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
     return f"| {row['model']}: {row['stack']} | {' | '.join(mib)} | {less} |"
 
 
+def current() -> str:
+    """What the document is to show: the tables of the results that are written down, where there are any."""
+    if not RESULTS.exists():
+        return f"{NOT_MEASURED.capitalize()}.\n"
+    return tables(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
 def write() -> None:
     """Put the tables into the document."""
-    text = tables(json.loads(RESULTS.read_text(encoding="utf-8")))
     before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-    DOCUMENT.write_text(before + BEGIN + text + END + rest.split(END)[1], encoding="utf-8")
+    DOCUMENT.write_text(before + BEGIN + current() + END + rest.split(END)[1], encoding="utf-8")
