@@ -100,6 +100,7 @@ def follow(folder: Path, to: tuple[Any, ...], *events: dict[str, Any], outcome: 
 LOSSES = [(1, 8.0), (2, 4.0), (3, 8 / 3), (4, 2.0)]
 
 
+@pytest.mark.slow
 def test_every_tracker_has_each_step_of_a_resumed_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after step 3, resumed from a checkpoint of step 1: real stores, read by what reads them elsewhere."""
     mlflow = pytest.importorskip("mlflow")
