@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +17,7 @@ from launch.report.terminal import measured_table, plan_screen
 from launch.report.words import gib
 from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord
+from orchestrator.trackers import FILE_NAME
 
 LINE_SECONDS = 15.0
 """Without a terminal, a line at most this often."""
@@ -38,6 +40,7 @@ class TerminalDisplay:
         self._task = self._bar.add_task("starting Ray", total=None, figures="")
         self._last_line = 0.0
         self._speed: float | None = None
+        self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +80,8 @@ class TerminalDisplay:
             self._bar.update(self._task, description=event["phase"])
             if self._bar.disable:
                 self._console.print(event["phase"])
+        elif event["event"] == "prometheus":
+            self.note(f"Metrics for Prometheus: {event['url']}")
         elif event["event"] == "step":
             self._step(event)
 
@@ -88,11 +93,21 @@ class TerminalDisplay:
             f"{gib(max(event['peaks'].values()))}"
         )
         self._bar.update(self._task, description="", completed=event["step"], total=event["total"], figures=figures)
+        first = self._first = self._first or (event["step"] - 1, event["time"] - event["seconds"])
         due = time.monotonic() - self._last_line >= LINE_SECONDS
         if self._bar.disable and (due or event["step"] == event["total"]):
             self._last_line = time.monotonic()
-            left = (event["total"] - event["step"]) * event["seconds"]
-            self._console.print(f"step {event['step']}/{event['total']}  {figures}  {left:.0f} s left", highlight=False)
+            left = timedelta(seconds=round(seconds_left(event, *first)))
+            self._console.print(f"step {event['step']}/{event['total']}  {figures}  {left} left", highlight=False)
+
+
+def seconds_left(event: Mapping[str, Any], first_step: int, first_time: float) -> float:
+    """The time that the steps after `event`'s take, going by those since `first_step` was done at `first_time`.
+
+    Evaluations and checkpoints between them count, as they will again; steps of earlier attempts do not.
+    """
+    per_step: float = (event["time"] - first_time) / (event["step"] - first_step)
+    return per_step * float(event["total"] - event["step"])
 
 
 def print_summary(console: Console, record: RunRecord, folder: Path, report: Path) -> None:
@@ -116,7 +131,11 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
         console.print(measured_table(record.predicted, record.measured))
         console.print(f"Measured: {record.measured['allocated_is']}.", highlight=False)
     console.print()
-    result = ("model", record.weights) if record.weights else ("adapter", record.adapter)
-    for title, path in (result, ("checkpoints", folder / "checkpoints"), ("report", report)):
+    for title, path in (
+        ("model", record.weights) if record.weights else ("adapter", record.adapter),
+        ("checkpoints", folder / "checkpoints"),
+        ("metrics", folder / FILE_NAME),
+        ("report", report),
+    ):
         if path is not None:
             console.print(f"  {title:<12}{path}", highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from orchestrator.planner import plan_run
 from orchestrator.plans import Plan
 from orchestrator.spec import RunSpec
 from orchestrator.targets import check_targets
-from qlora_core.recipe import Recipe
+from orchestrator.trackers import missing
 from qlora_core.training.adapters import check_continues, read_adapter
 from qlora_core.training.dataset import DataReport, encode_file
 from qlora_core.training.examples import Encoded
@@ -54,7 +54,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
     Raises:
         RequestError: anything about the request that cannot work, found before a worker is started.
     """
-    refuse_unbuilt(spec.recipe)
+    refuse_unbuilt(spec)
     base = find_base(spec, tell)
     check_targets(base.architecture, spec.recipe)
     adapter = None
@@ -89,8 +89,9 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
     )
 
 
-def refuse_unbuilt(recipe: Recipe) -> None:
-    """Raise a RequestError for what a plan can describe and training cannot do yet."""
+def refuse_unbuilt(spec: RunSpec) -> None:
+    """Raise a RequestError for what a plan can describe and training cannot do yet, and for trackers not to be had."""
+    recipe = spec.recipe
     problems = [
         Problem(f"recipe.{field}", str(getattr(recipe, field)), "it can be planned, but not trained with yet", remedy)
         for field, allowed, remedy in (
@@ -100,5 +101,6 @@ def refuse_unbuilt(recipe: Recipe) -> None:
         )
         if getattr(recipe, field) not in allowed
     ]
+    problems += missing(spec.tracking)
     if problems:
         raise RequestError(problems)

@@ -19,10 +19,12 @@ from clusters.errors import RequestError, RunFailed, request_error
 from orchestrator import ledger
 from orchestrator.history import ledger_path
 from orchestrator.identity import check_same
+from orchestrator.plans import Plan
 from orchestrator.prepare import Prepared
 from orchestrator.ray_runtime import check_reachable
 from orchestrator.record import Attempt, RunRecord, load_record, new_id, now, save_record, versions
 from orchestrator.supervisor import Interrupted, keep_events_until, run_attempt
+from orchestrator.tracking import tracked
 from orchestrator.worker import Order
 from qlora_core.training.card import CardFacts
 from qlora_core.training.checkpoint import complete, load_facts
@@ -132,26 +134,32 @@ def run_to_end(prepared: Prepared, record: RunRecord, resume: Path | None, outpu
     record.attempts.append(Attempt(started=now(), from_step=start))
     record.status = "running"
     save(record, output, display)
-    try:
-        end = run_attempt(
-            order_of(prepared, output, resume),
-            address=None if spec.cluster == "auto" else spec.cluster.address,
-            on_event=display.event,
-        )
-        finish(record, end, prepared, output)
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-        reached = latest(output / "checkpoints")
-        close_attempt(record, status, load_facts(reached)["step"] if reached else 0, str(error) or type(error).__name__)
+    with tracked(prepared, record, output, display.note) as track:
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            display.event(event)
+            track(event)
+
+        try:
+            end = run_attempt(
+                order_of(prepared, output, resume),
+                address=None if spec.cluster == "auto" else spec.cluster.address,
+                on_event=on_event,
+            )
+            finish(record, end, prepared, output)
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+            reached = latest(output / "checkpoints")
+            step = load_facts(reached)["step"] if reached else 0
+            close_attempt(record, status, step, str(error) or type(error).__name__)
+            save(record, output, display)
+            raise
         save(record, output, display)
-        raise
-    save(record, output, display)
 
 
 def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> RunRecord:
     """The run's record for a new attempt, and its folder with the encoded data."""
     plan = prepared.plan
-    gpu, step = plan.estimate.gpu, plan.verdict.step_time
     try:
         save_examples(prepared.train, output / "data" / "train.safetensors")
         save_examples(prepared.held_out, output / "data" / "eval.safetensors")
@@ -159,15 +167,7 @@ def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> R
         raise unwritable(output, error if isinstance(error, OSError) else OSError(str(error))) from error
     fields: dict[str, Any] = {
         "plan": plan.to_json(),
-        "predicted": {
-            "allocated_bytes": gpu.allocated_bytes,
-            "reserved_bytes": gpu.reserved_bytes,
-            "peak_phase": gpu.peak_phase,
-            "peak_moment": gpu.peak_moment,
-            "phases": dataclasses.asdict(gpu.phases),
-            # as the model says it, before any correction, which later runs would else correct again
-            "step_seconds": None if step is None else step.seconds / step.correction,
-        },
+        "predicted": predicted(plan),
         "data": dataclasses.asdict(prepared.data),
         "machine": {"kind": prepared.machine.kind, "name": prepared.machine.name},
         "versions": versions(),
@@ -177,6 +177,20 @@ def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> R
     return RunRecord(
         id=new_id(), name=prepared.spec.name, identity=prepared.identity, total_steps=prepared.total_steps, **fields
     )
+
+
+def predicted(plan: Plan) -> dict[str, Any]:
+    """What a plan says of the fullest rank, to be held against what is measured."""
+    gpu, step = plan.estimate.gpu, plan.verdict.step_time
+    return {
+        "allocated_bytes": gpu.allocated_bytes,
+        "reserved_bytes": gpu.reserved_bytes,
+        "peak_phase": gpu.peak_phase,
+        "peak_moment": gpu.peak_moment,
+        "phases": dataclasses.asdict(gpu.phases),
+        # as the model says it, before any correction, which later runs would else correct again
+        "step_seconds": None if step is None else step.seconds / step.correction,
+    }
 
 
 def save(record: RunRecord, output: Path, display: Display) -> None:
@@ -219,6 +233,7 @@ def order_of(prepared: Prepared, output: Path, resume: Path | None) -> Order:
     """What the workers are told."""
     spec, plan = prepared.spec, prepared.plan
     return Order(
+        name=spec.name,
         model=str(prepared.base.folder),
         adapter=None if spec.adapter is None else Path(spec.adapter),
         recipe=spec.recipe,
@@ -236,6 +251,7 @@ def order_of(prepared: Prepared, output: Path, resume: Path | None) -> Order:
         stop_file=output / ".stop",
         resume_from=resume,
         rendezvous=output / ".rendezvous" if spec.cluster == "auto" else None,
+        predicted=predicted(plan),
         facts={
             "plan": plan.digest,
             "zero_stage": plan.strategy.zero_stage,

@@ -31,6 +31,13 @@ def _path(value: str) -> str:
     return value
 
 
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    """A validator: no name comes twice."""
+    if len(set(names)) < len(names):
+        raise ValueError("each should be named once")
+    return names
+
+
 PathText = Annotated[str, AfterValidator(_path)]
 
 
@@ -77,6 +84,19 @@ class ClusterSpec(_Section):
     """HOST:PORT of its head node."""
 
 
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
+
+
+class TrackingSpec(_Section):
+    """Who is told the figures of the run, beside metrics.jsonl. Addresses and keys come by environment alone."""
+
+    to: Annotated[tuple[TrackerName, ...], AfterValidator(_once)] = ("tensorboard",)
+    """TensorBoard writes into the run's folder. MLflow goes to MLFLOW_TRACKING_URI, else into the run's folder; Weights
+    & Biases takes WANDB_API_KEY, or WANDB_MODE=offline."""
+    project: PlainName = "qlora-orchestrator"
+    """The experiment of MLflow and the project of Weights & Biases that the run belongs to."""
+
+
 class CheckpointSpec(_Section):
     """When the trainable state is saved, and how much of it stays."""
 
@@ -116,6 +136,8 @@ class RunSpec(_Section):
     """When state is saved, and how much of it stays."""
     evaluation: EvaluationSpec = EvaluationSpec()
     """When held-out loss and perplexity are measured."""
+    tracking: TrackingSpec = TrackingSpec()
+    """Who is told the figures of the run."""
     output: PathText
     """The run's folder, relative to the specification's folder."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -212,7 +234,8 @@ def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
 def schema() -> dict[str, Any]:
     """The JSON schema of a run specification, for editors; it describes every field."""
     document = RunSpec.model_json_schema()
-    for section in (RunSpec, DataSpec, Recipe, StrategySpec, ClusterSpec, CheckpointSpec, EvaluationSpec):
+    sections = (RunSpec, DataSpec, Recipe, StrategySpec, ClusterSpec, CheckpointSpec, EvaluationSpec, TrackingSpec)
+    for section in sections:
         described = document if section is RunSpec else document["$defs"][section.__name__]
         for name, text in field_docs(section).items():
             described["properties"][name]["description"] = text

@@ -20,6 +20,8 @@ from ray import train as ray_train
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
+from orchestrator.gauges import Gauges
+from orchestrator.metrics import metrics_of
 from qlora_core.files import publish_folder
 from qlora_core.memory.measure import meter_for
 from qlora_core.quiet import quiet_libraries
@@ -40,6 +42,7 @@ class Order:
     """What a worker is told to do: data only, all paths absolute and seen by every node.
 
     Attributes:
+        name: the run's, by which its figures are found among those of others.
         device: "cuda" or "cpu".
         examples: the folder with train.safetensors and eval.safetensors.
         adapter: a trained adapter to start from, in peft's layout.
@@ -49,8 +52,10 @@ class Order:
         facts: what identifies the run inside its checkpoints.
         rendezvous: the file through which workers of this machine find each other; None where Ray Train, whose store
             listens on all interfaces, has joined them over the network.
+        predicted: the plan's bytes, as `metrics_of` takes them.
     """
 
+    name: str
     model: str
     adapter: Path | None
     recipe: Recipe
@@ -68,22 +73,25 @@ class Order:
     resume_from: Path | None
     facts: Mapping[str, Any]
     rendezvous: Path | None
+    predicted: Mapping[str, Any]
     eval_every: int | None = None
 
 
 class RunObserver:
-    """Passes on what the loop tells: events into the run's file, checkpoints to Ray Train, old ones to the bin."""
+    """Passes on what the loop tells: events into the run's file, figures to Ray, checkpoints to Ray Train."""
 
     def __init__(self, order: Order, rank: int) -> None:
         self._order = order
         self._rank = rank
         # Line buffered: the file is read while it grows.
         self._file = order.events.open("a", encoding="utf-8", buffering=1) if rank == 0 else None
+        self._gauges = Gauges(order.name, rank)
 
     def event(self, kind: str, **facts: Any) -> None:
         """See `loop.Observer`."""
         if self._file is not None:
             self._file.write(json.dumps({"event": kind, "time": time.time(), **facts}) + "\n")
+        self._gauges.show(metrics_of({"event": kind, **facts}, self._order.predicted))
 
     def stop_requested(self) -> bool:
         """See `loop.Observer`."""

@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ COMMAND = Path(sys.executable).with_name("qlora-train")
 STEPS = 6
 TIMEOUT = 240
 MARK = "QLORA_TEST_MARK"
+Shown = dict[tuple[str, str, str], float]
+"""Ray's gauges by name, run and rank."""
 
 
 @dataclass
@@ -99,6 +103,19 @@ class Run:
 
     def workers(self) -> list[psutil.Process]:
         return [process for process in self.processes() if "RayTrainWorker" in " ".join(process.cmdline())]
+
+    def ray_metrics(self) -> Shown:
+        """What our gauges say at the node's metrics endpoint."""
+        for process in self.processes():
+            found = re.search(r"--session[-_]dir=(\S+)", " ".join(process.cmdline()))
+            ports = sorted(Path(found[1]).glob("metrics_export_port_*")) if found else []
+            if not ports:
+                continue
+            with urllib.request.urlopen(f"http://127.0.0.1:{ports[0].read_text()}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+            pattern = r'^(ray_qlora_\w+){.*rank="(\d)".*run="(\w+)".*} (\S+)$'
+            return {(name, run, rank): float(value) for name, rank, run, value in re.findall(pattern, text, re.M)}
+        return {}
 
     def assert_nothing_is_left(self) -> None:
         deadline = time.monotonic() + 15
@@ -315,6 +332,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(
         if event["event"] == "step"
     ]
     assert steps == list(range(1, STEPS + 1))
+    told = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told if "train/loss" in line] == steps
+    assert len(list((run.folder / "tensorboard").iterdir())) == 2  # one of each attempt, which TensorBoard shows as one
 
 
 def test_a_killed_worker_fails_the_run_which_then_goes_on_bit_for_bit(
@@ -354,14 +374,44 @@ def test_a_sudden_end_leaves_no_process_and_no_half_checkpoint(new_run: Callable
         json.loads((folder / "checkpoint.json").read_text())
 
 
-def test_another_number_of_workers_cannot_resume_yet_and_says_so(new_run: Callable[[str], Run]) -> None:
+@pytest.fixture(scope="module")
+def terminated(new_run: Callable[[str], Run]) -> tuple[Run, Shown]:
+    """A long run, stopped by SIGTERM once both its ranks were seen at the node's metrics endpoint; what was there."""
     run = new_run("resized")
-    process = run.start()
+    run.environment["RAY_metrics_report_interval_ms"] = "500"
+    process = run.start("recipe.steps=5000")
     run.wait_for_step(1, process)
+    deadline = time.monotonic() + 60
+    shown: Shown = {}
+    while {rank for _, _, rank in shown} < {"0", "1"} and time.monotonic() < deadline:
+        time.sleep(0.5)
+        shown = run.ray_metrics()
     process.send_signal(signal.SIGTERM)  # as a scheduler does before it takes a node
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130, output
-    code, output = run.finish("strategy.world_size=4")
+    assert "Metrics for Prometheus: http://127.0.0.1:" in output
+    return run, shown
+
+
+def test_the_metrics_of_the_node_carry_the_figures_of_the_run(terminated: tuple[Run, Shown]) -> None:
+    run, shown = terminated
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    names = {name for line in lines for name in line} - {"step", "time"}
+    assert {"train/loss", "train/learning_rate", "train/tokens_per_second", "train/step_seconds"} <= names
+    of_first = {name for name, _, rank in shown if rank == "0"}
+    assert of_first == {f"ray_qlora_{name.replace('/', '_')}" for name in names}
+    of_second = {name for name, _, rank in shown if rank == "1"}
+    assert of_second == {name for name in of_first if name.startswith("ray_qlora_memory_")}
+    assert {tag for _, tag, _ in shown} == {"tiny"}
+    predicted = run.record["predicted"]["phases"]
+    for phase, size in predicted.items():
+        assert shown[f"ray_qlora_memory_{phase}_predicted_bytes", "tiny", "0"] == size
+    assert shown["ray_qlora_train_loss", "tiny", "0"] in [line.get("train/loss") for line in lines]
+
+
+def test_another_number_of_workers_cannot_resume_yet_and_says_so(terminated: tuple[Run, Shown]) -> None:
+    run, _ = terminated
+    code, output = run.finish("recipe.steps=5000", "strategy.world_size=4")
     assert code == 2
     assert "strategy.world_size: the checkpoint" in output
     assert "was written with 2" in output
