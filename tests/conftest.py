@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 # Threads that wait for each other on a busy machine make small tensors a hundred times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What this user's own runs measured must not change what a test plans, nor a test's runs what this user plans.
+LEDGER = tempfile.TemporaryDirectory(prefix="ledger-")
+os.environ["QLORA_LEDGER"] = os.path.join(LEDGER.name, "ledger.sqlite")
 
 
 @pytest.hookimpl(tryfirst=True)
