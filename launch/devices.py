@@ -81,12 +81,12 @@ def named_devices(names: list[str], options: Options) -> Devices:
     """
     targets: dict[str, Target] = {}
     problems: list[Problem] = []
-    for name in names:
+    for name in dict.fromkeys(names):
         try:
             target = target_named(name, options)
             targets[target.name] = target
         except RequestError as error:
-            problems.extend(error.problems)
+            problems.extend(error.at("--gpu" if name == options["gpu"] else "--compare").problems)
     if problems:
         raise RequestError(problems)
     asked = target_named(options["gpu"], options).name if options["gpu"] else None

@@ -15,10 +15,11 @@ from clusters.gpu import GIB
 from launch.data import Data, measured
 from launch.devices import AUTO, Options, place_of
 from orchestrator.history import History
-from orchestrator.planner import EstimatorFunction, fitting_defaults, plan_question, planned_for
+from orchestrator.needs import Estimator
+from orchestrator.planner import fitting_defaults, plan_question, planned_for
 from orchestrator.plans import Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Question
-from orchestrator.rules import check_attention, check_even, check_packing, check_strategy
+from orchestrator.rules import check_attention, check_even, check_packing, check_strategy, stage_for
 from orchestrator.targets import check_targets
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
@@ -33,6 +34,8 @@ T = TypeVar("T")
 FLAGS = {
     "quantization": "--quant",
     "dropout": "--lora-dropout",
+    "use_rslora": "--rslora",
+    "use_dora": "--dora",
     "tokens_per_step": "--tokens-per-step",
 }
 """The options that are not called like the recipe's field."""
@@ -117,8 +120,11 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
     world_size = place.world_size if place else 1
     open_fields = open_of(options, given)
     recipe = attempt(lambda: recipe_of(options, world_size))
-    strategy = strategy_of(options, world_size)
     choices = list(place.choices) if place else []
+    if options["estimator"] == "trace" and "zero_stage" in open_fields:
+        open_fields -= {"zero_stage"}
+        choices.append(Choice("zero_stage", "0", "the trace does not follow ZeRO; --estimator formula does"))
+    strategy = strategy_of(options, world_size, open_fields)
     if architecture:
         strategy = attempt(lambda: supported(architecture, strategy, given, choices)) or strategy
     attempt(lambda: check_length(options, given))
@@ -195,12 +201,13 @@ def fixed_by(given: Collection[str]) -> frozenset[str]:
 # --- recipe and strategy ----------------------------------------------------------------------------------------------
 
 
-def strategy_of(options: Options, world_size: int) -> Strategy:
+def strategy_of(options: Options, world_size: int, open_fields: Collection[str]) -> Strategy:
     """The strategy of the command line, with the defaults of what is open."""
 
     def value(name: str, default: Any) -> Any:
         return default if options[name] == AUTO else options[name]
 
+    offload = value("offload", "none")
     return Strategy(
         world_size=world_size,
         micro_batch=value("micro_batch", 1),
@@ -209,8 +216,8 @@ def strategy_of(options: Options, world_size: int) -> Strategy:
         attention=value("attention", "sdpa"),
         loss=value("loss", "chunked"),
         paged_optimizer=value("optimizer", "paged_adamw_32bit").startswith("paged_"),
-        zero_stage=value("zero_stage", 0),
-        offload=value("offload", "none"),
+        zero_stage=stage_for(offload) if "zero_stage" in open_fields else value("zero_stage", 0),
+        offload=offload,
     )
 
 
@@ -260,6 +267,8 @@ def recipe_of(options: Options, world_size: int) -> Recipe:
             targets="all-linear" if names == ("all-linear",) else names,
             lora_dtype=options["lora_dtype"],
             dropout=options["lora_dropout"],
+            use_rslora=options["rslora"],
+            use_dora=options["dora"],
             compute_dtype=options["compute_dtype"],
             upcast=options["upcast"],
             autocast=options["autocast"],
@@ -288,7 +297,7 @@ def flag_problem(mistake: Mistake, made_up: bool) -> Problem:
     return Problem(flag, given, mistake.rule, mistake.remedy or "qlora-plan --help shows what is possible")
 
 
-def estimator_named(name: str) -> EstimatorFunction:
+def estimator_named(name: str) -> Estimator:
     """The estimator of that name; the trace needs what training needs, and minds PYTORCH_ALLOC_CONF as training does.
 
     Raises:

@@ -9,13 +9,14 @@ from orchestrator.confidence import confidence
 from orchestrator.durations import duration
 from orchestrator.history import History
 from orchestrator.nearest import changes, nearest
+from orchestrator.needs import bytes_for, host_has_room, needs
 from orchestrator.plans import Alternative, Choice, Plan, Target
 from orchestrator.question import Candidate, Place
-from orchestrator.search import Found, bytes_for, host_has_room
+from orchestrator.rules import warnings
+from orchestrator.search import Found
 from orchestrator.verdicts import time_of
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.estimate import Estimate
-from qlora_core.memory.formula import estimate
 
 WORTH = 1.05
 """An alternative to a request that fits is this much faster; less is not worth a line."""
@@ -53,18 +54,15 @@ class Alternatives:
     def nearest(self, plan: Plan) -> Iterator[Alternative]:
         """The nearest that would fit, where a request does not."""
 
-        def needs(candidate: Candidate, target: Target) -> Estimate:
-            return estimate(self.architecture, *candidate, target.device)
-
         def fits(candidate: Candidate, target: Target, sure: bool) -> bool:
-            needed = needs(candidate, target)
+            needed = needs(self.architecture, *candidate, target)
             ram = plan.host_usable_bytes
             room = ram is None or needed.host.most_bytes <= ram
             return room and bytes_for(needed, target, sure) <= target.usable_bytes and host_has_room(needed, target)
 
         for one in nearest(self.architecture, Candidate(plan.recipe, plan.strategy), plan.target, fits):
             place = Place(((one.target, one.candidate.strategy.world_size),))
-            needed = needs(one.candidate, one.target)
+            needed = needs(self.architecture, *one.candidate, one.target)
             yield self.of(one.title, place, one.target, one.candidate, needed, one.changes)
 
     def of(
@@ -98,4 +96,5 @@ class Alternatives:
             price_per_hour=price,
             currency=None if price is None else self.currency,
             changes=differences,
+            warnings=tuple(warnings(self.architecture, recipe, strategy, targets)),
         )

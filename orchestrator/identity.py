@@ -14,15 +14,19 @@ from qlora_core.training.dataset import DataReport
 SAMPLED_BYTES = 2**20
 
 
-def identity(spec: RunSpec, model: str, data: DataReport, compute_dtype: str) -> dict[str, Any]:
+def identity(
+    spec: RunSpec, model: str, data: DataReport, compute_dtype: str, adapter: str | None = None
+) -> dict[str, Any]:
     """Model, data, recipe and seed of a run, flat, by the specification's field paths.
 
     Args:
         model: a digest of the base model's folder, or its Hub id with the commit.
+        adapter: the digest of the adapter that it starts from; None for fresh ones.
     """
     return {
         "name": spec.name,
         "model": model,
+        "adapter": adapter,
         "data": data.digest,
         "data as tokens": data.token_digest,  # the tokenizer and its chat template are part of it
         "data.format": data.format,

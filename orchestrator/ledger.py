@@ -7,10 +7,12 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.history import NOTHING_MEASURED, History, MeasuredRun, ledger_path
-from orchestrator.record import RunRecord
+
+if TYPE_CHECKING:
+    from orchestrator.record import RunRecord  # a pydantic model, which `qlora-plan` need not import to read a ledger
 
 SCHEMA_VERSION = 1
 LATEST_RUNS = 500

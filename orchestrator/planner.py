@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,13 +12,12 @@ from clusters.errors import Problem, RequestError, request_error
 from orchestrator.devices import pool_target
 from orchestrator.durations import duration
 from orchestrator.history import NOTHING_MEASURED, History
-from orchestrator.plans import Choice, Plan, Target
+from orchestrator.needs import Estimator, needs
+from orchestrator.plans import Alternative, Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, of_length
-from orchestrator.rules import check_attention, check_even, check_packing, check_strategy, warnings
+from orchestrator.rules import check_attention, check_even, check_packing, check_strategy, stage_for, warnings
 from orchestrator.verdicts import doubt, verdict
 from qlora_core.architecture import ModelArchitecture
-from qlora_core.memory.device import Device
-from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.formula import estimate
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from orchestrator.search import Found
     from orchestrator.spec import RunSpec, StrategySpec  # reads YAML, which `qlora-plan` need not import
 
-EstimatorFunction = Callable[[ModelArchitecture, Recipe, Strategy, Device], Estimate]
-"""What the formula and the trace both are."""
 ON_CPU = "paging needs CUDA; on a CPU the state is ordinary memory"
 MOST_ALTERNATIVES = 5
 
@@ -54,7 +51,7 @@ def plan_question(
     asked: str | None = None,
     choices: Sequence[Choice] = (),
     host_usable_bytes: int | None = None,
-    estimator: EstimatorFunction = estimate,
+    estimator: Estimator = estimate,
     tokens: int | None = None,
     currency: str | None = None,
     history: History = NOTHING_MEASURED,
@@ -86,7 +83,7 @@ def plan_question(
         even = (place for place in places(question, targets[-1:]) if any(candidates(question, place)))
         most = max(even, key=lambda place: place.gpus, default=alone)
         asked_for = leanest_of_all(question, most)
-        decided += hopeless(question, asked_for)
+        decided += hopeless(question)
     answer = plan_request(
         question.architecture,
         *asked_for,
@@ -109,13 +106,13 @@ def plan_question(
 
     others = Alternatives(question.architecture, history=history, **run)
     if not answer.fits:
-        return replace(answer, alternatives=tuple(others.nearest(answer)))
+        return beside(answer, others.nearest(answer))
     # on all that somebody has; of kinds that are only looked at, on the one shown
     devices = [target for target in targets if target.pool is not None and target.pool.exists] or [answer.target]
     better = others.faster(search(replace(question, open=searched), devices), answer)
     step = answer.verdict.step_time
     pace = None if step is None else step.seconds / step.tokens
-    return replace(answer, alternatives=tuple(others.beside(better[:MOST_ALTERNATIVES], asked_for, pace)))
+    return beside(answer, others.beside(better[:MOST_ALTERNATIVES], asked_for, pace))
 
 
 def chosen(
@@ -143,15 +140,22 @@ def chosen(
         **common,
     )
     mine = others.of("", best.place, best.target, candidate, best.needed, ())
-    return replace(
+    answer = replace(
         answer,
         # all of the group's GPUs, which may be of two kinds, set the pace
         verdicts=tuple(replace(verdict, step_time=mine.step_time) for verdict in answer.verdicts),
         group=best.place.name if len(best.place.parts) > 1 else None,
         duration=mine.duration,
         objective=question.objective,
-        alternatives=tuple(others.beside(found[1 : MOST_ALTERNATIVES + 1], candidate, best.seconds_per_token)),
     )
+    return beside(answer, others.beside(found[1 : MOST_ALTERNATIVES + 1], candidate, best.seconds_per_token))
+
+
+def beside(answer: Plan, alternatives: Iterable[Alternative]) -> Plan:
+    """A plan with its alternatives; what is to be known of several of them is told once."""
+    every = tuple(alternatives)
+    told = dict.fromkeys([*answer.warnings, *(warning for one in every for warning in one.warnings)])
+    return replace(answer, alternatives=every, warnings=tuple(told))
 
 
 def host_of(target: Target) -> int | None:
@@ -168,7 +172,7 @@ def plan_request(
     asked: str | None = None,
     choices: Sequence[Choice] = (),
     host_usable_bytes: int | None = None,
-    estimator: EstimatorFunction = estimate,
+    estimator: Estimator = estimate,
     history: History = NOTHING_MEASURED,
 ) -> Plan:
     """Answer a request exactly as it was made, for each of `targets` (ordered by memory, at least one).
@@ -176,7 +180,7 @@ def plan_request(
     `estimator` answers the request itself; the limits of a verdict are the formula's. `asked` names the target whose
     estimate is wanted; else it is the first that fits, else the last.
     """
-    estimates = [estimator(architecture, recipe, strategy, target.device) for target in targets]
+    estimates = [needs(architecture, recipe, strategy, target, estimator) for target in targets]
     verdicts = tuple(
         verdict(architecture, recipe, strategy, target, needed, history)
         for target, needed in zip(targets, estimates, strict=True)
@@ -236,7 +240,7 @@ def plan_run(
     best = best_of(question, place)
     if best is None:
         candidate = leanest_of_all(question, place)
-        choices += hopeless(question, candidate)
+        choices += hopeless(question)
     else:
         candidate = Candidate(best.recipe, best.strategy)
         choices += reasons(question, best)
@@ -261,8 +265,8 @@ def question_of(
         open_fields -= {"paged_optimizer"}
     if request.offload == "auto":
         open_fields -= {"offload"}  # a run offloads only where it was asked to: the host's memory is not known
-    elif request.offload != "none" and request.zero_stage == "auto":
-        given["zero_stage"] = 3 if request.offload == "all" else 2
+    elif request.zero_stage == "auto":
+        given["zero_stage"] = stage_for(request.offload)
     return Question(architecture, recipe, Strategy(**given), frozenset(open_fields), whole_step=True)
 
 

@@ -141,6 +141,7 @@ class Alternative:
         price_per_hour: of all its nodes; None without prices.
         currency: of the price.
         changes: what is not as in the request, with reasons.
+        warnings: what the person should know; the plan's has them too.
     """
 
     title: str
@@ -158,6 +159,7 @@ class Alternative:
     price_per_hour: float | None
     currency: str | None
     changes: tuple[Choice, ...]
+    warnings: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
@@ -184,6 +186,7 @@ class Alternative:
             "price_per_hour": self.price_per_hour,
             "currency": self.currency,
             "changes": [dataclasses.asdict(change) for change in self.changes],
+            "warnings": list(self.warnings),
         }
 
 
@@ -195,7 +198,8 @@ class Plan:
         target: the device whose estimate is shown: the one asked for, else the smallest that fits, else the largest.
         verdicts: one per kind of device that was looked at, in the order of their memory.
         choices: what was decided for the person, with reasons.
-        warnings: what the person should know, such as a sequence longer than the model's positions.
+        warnings: what the person should know, such as a sequence longer than the model's positions; of the alternatives
+            too.
         host_usable_bytes: memory of a host, where it was stated; None leaves the host undecided.
         group: all GPUs in words, where unlike kinds work together: `target` is the fullest of them; None otherwise.
         duration: of the whole run; None where nobody said how many tokens it has.

@@ -16,9 +16,11 @@ from orchestrator.planner import plan_run
 from orchestrator.plans import Plan
 from orchestrator.spec import RunSpec
 from orchestrator.targets import check_targets
-from qlora_core.recipe import Recipe
+from orchestrator.trackers import missing
+from qlora_core.training.adapters import check_continues, read_adapter
 from qlora_core.training.dataset import DataReport, encode_file
 from qlora_core.training.examples import Encoded
+from qlora_core.training.layout import Layout, lay_out
 from qlora_core.training.model import load_tokenizer
 from qlora_core.training.sampling import split_eval
 
@@ -30,6 +32,7 @@ class Prepared:
     Attributes:
         base: the base model, on this machine.
         train, held_out: the encoded examples.
+        layout: the rows in which the training examples lie.
         total_steps: optimizer steps of the whole run.
     """
 
@@ -40,6 +43,7 @@ class Prepared:
     data: DataReport
     train: list[Encoded]
     held_out: list[Encoded]
+    layout: Layout
     total_steps: int
     identity: dict[str, Any]
 
@@ -53,9 +57,13 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
     Raises:
         RequestError: anything about the request that cannot work, found before a worker is started.
     """
-    refuse_unbuilt(spec.recipe)
+    refuse_unbuilt(spec)
     base = find_base(spec, tell)
     check_targets(base.architecture, spec.recipe)
+    adapter = None
+    if spec.adapter is not None:
+        adapter = read_adapter(Path(spec.adapter))
+        check_continues(adapter, base.folder, spec.recipe)
     tokenizer = load_tokenizer(str(base.folder))
     examples, data = encode_file(Path(spec.data.path), spec.data.format, tokenizer, spec.recipe.seq_len)
     train, held_out = split_eval(len(examples), spec.data.eval_fraction, spec.seed)
@@ -70,7 +78,10 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
             "its gradients underflow without loss scaling, which is not built yet",
             "Set recipe.compute_dtype to float32, or use a GPU with bfloat16",
         )
-    plan = plan_run(spec, base.architecture, target, machine.devices, longest=data.longest, history=known_history(tell))
+    layout = lay_out([len(examples[index].ids) for index in train], spec.recipe)
+    # what is held out is evaluated one example a row
+    longest = max(layout.longest, data.longest)
+    plan = plan_run(spec, base.architecture, target, machine.devices, longest=longest, history=known_history(tell))
     return Prepared(
         spec=spec,
         base=base,
@@ -79,22 +90,24 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
         data=data,
         train=[examples[index] for index in train],
         held_out=[examples[index] for index in held_out],
-        total_steps=spec.recipe.total_steps(len(train)),
-        identity=identity(spec, base.identity, data, target.compute_dtype),
+        layout=layout,
+        total_steps=spec.recipe.total_steps(len(layout.rows)),
+        identity=identity(spec, base.identity, data, target.compute_dtype, None if adapter is None else adapter.digest),
     )
 
 
-def refuse_unbuilt(recipe: Recipe) -> None:
-    """Raise a RequestError for what a plan can describe and training cannot do yet."""
+def refuse_unbuilt(spec: RunSpec) -> None:
+    """Raise a RequestError for what a plan can describe and training cannot do yet, and for trackers not to be had."""
+    recipe = spec.recipe
     problems = [
         Problem(f"recipe.{field}", str(getattr(recipe, field)), "it can be planned, but not trained with yet", remedy)
         for field, allowed, remedy in (
-            ("method", ("qlora", "lora"), "Use qlora or lora"),
             ("block_size", (64,), "Leave it at 64"),
             ("upcast", ("none",), "Leave it at none, which is leaner"),
             ("autocast", (False,), "Leave it out: the compute dtype does without"),
         )
         if getattr(recipe, field) not in allowed
     ]
+    problems += missing(spec.tracking)
     if problems:
         raise RequestError(problems)

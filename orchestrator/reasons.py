@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from clusters.gpu import GIB
+from orchestrator.needs import bytes_for, host_has_room
 from orchestrator.plans import Choice
 from orchestrator.question import Candidate, Place, Question
-from orchestrator.search import ALIKE, Found, Judge, bytes_for, host_has_room
+from orchestrator.search import ALIKE, Found, Judge
 from orchestrator.space import LARGEST_MICRO_BATCH, micro_batches, shapes
 
 NAMES: dict[str, dict[Any, str]] = {
@@ -42,11 +43,11 @@ def reasons(question: Question, found: Found) -> Iterator[Choice]:
         yield Choice("seq_len", str(found.recipe.seq_len), why)
 
 
-def hopeless(question: Question, chosen: Candidate) -> Iterator[Choice]:
-    """Choices where nothing fits."""
-    for field in sorted(question.open - {"world_size", "seq_len"}):
-        value = chosen.strategy.micro_batch if field == "micro_batch" else value_of(chosen, field)
-        yield Choice(field, text(value), "the leanest, and it still does not fit")
+def hopeless(question: Question) -> Iterator[Choice]:
+    """Where nothing fits: what was chosen for need, once for all."""
+    if fields := sorted(question.open - {"world_size", "seq_len"}):
+        names = ", ".join(fields).replace("_", " ")
+        yield Choice("left open", names, "each as lean as it can be, and it still does not fit")
 
 
 def value_of(candidate: Candidate, field: str) -> object:
@@ -67,8 +68,10 @@ def reason(question: Question, judge: Judge, chosen: Candidate, field: str, foun
     if not others:
         return only_one(field, chosen, judge)
     own = judge.seconds(chosen, judge.paged_out(chosen))
-    faster = sorted((other for other in others if judge.seconds(other) < own), key=judge.seconds)
-    for other in faster:
+    better = sorted((other for other in others if judge.seconds(other) < own), key=judge.seconds)
+    if field == "zero_stage" and chosen.strategy.zero_stage:
+        better = others = others[:1]  # the simplest: whoever sees a stage asks why it takes ZeRO at all
+    for other in better:
         if missing := why_not(judge, other, found):
             return f"{NAMES[field][value_of(other, field)]} {missing}"
     best = min(others, key=judge.seconds)
@@ -94,9 +97,14 @@ def only_one(field: str, chosen: Candidate, judge: Judge) -> str:
 
 
 def alike_but(question: Question, chosen: Candidate, field: str) -> Iterator[Candidate]:
-    """Candidates that differ in one field (ZeRO's stage and offload go together)."""
-    apart = {"zero_stage", "offload"} if field in ("zero_stage", "offload") else {field}
+    """Candidates that differ in one field, the simplest first.
+
+    ZeRO's stage and offload go together, and what is not offloaded may be paged.
+    """
     own = chosen.strategy
+    apart = {field}
+    if field in ("zero_stage", "offload"):
+        apart = {"zero_stage", "offload"} if own.offload == "none" else {"zero_stage", "offload", "paged_optimizer"}
     for shape in shapes(question, own.world_size):
         other = Candidate(
             replace(chosen.recipe, optimizer=shape.recipe.optimizer),

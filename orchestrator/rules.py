@@ -8,16 +8,23 @@ from clusters.errors import Problem, RequestError, request_error
 from orchestrator.plans import Target
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.recipe import Recipe
-from qlora_core.strategy import Strategy
+from qlora_core.strategy import Offload, Strategy, ZeroStage
 
 
 def can_be_divided(recipe: Recipe) -> bool:
     """Whether ZeRO-3 can divide the base.
 
     bitsandbytes' Linear8bitLt computes with state.CB, which is all of the weight, and puts it into the parameter at
-    each evaluation (0.50.2, nn/modules.py).
+    each evaluation (0.50.2, nn/modules.py). peft's DoRA reads the base layer's weight outside of its forward pass,
+    around which alone DeepSpeed has it whole (0.21.2, tuners/lora/dora.py).
     """
-    return recipe.quantization != "int8"
+    return recipe.quantization != "int8" and not recipe.use_dora
+
+
+def stage_for(offload: Offload) -> ZeroStage:
+    """The lowest ZeRO stage that a search takes for an offload."""
+    stages: dict[Offload, ZeroStage] = {"none": 0, "optimizer": 2, "all": 3}
+    return stages[offload]
 
 
 def check_strategy(recipe: Recipe, strategy: Strategy, where: str, targets: Sequence[Target]) -> None:
@@ -26,7 +33,10 @@ def check_strategy(recipe: Recipe, strategy: Strategy, where: str, targets: Sequ
     `where` is how a field of the strategy is written where the person wrote it, with {} for its name.
     """
     problems = []
-    if strategy.zero_stage == 3 and not can_be_divided(recipe):
+    if strategy.zero_stage == 3 and recipe.use_dora:
+        rule = "DoRA reads weights of the base outside of their layers, where ZeRO 3 does not have them whole"
+        problems.append(Problem(where.format("zero_stage"), "3", rule, "Take a lower stage, or leave DoRA out"))
+    elif strategy.zero_stage == 3 and not can_be_divided(recipe):
         rule = "bitsandbytes' int8 layers keep their whole weight beside the parameter that ZeRO 3 divides"
         problems.append(Problem(where.format("zero_stage"), "3", rule, "Quantize to nf4 or fp4, or take a lower stage"))
     if strategy.offload != "none" and strategy.zero_stage == 0:

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from orchestrator.devices import rates, slowest_links
+from orchestrator.needs import bytes_for, host_has_room, needs, paged_out
 from orchestrator.plans import Objective, Target
 from orchestrator.question import Candidate, Place, Question
 from orchestrator.space import at_size, candidates, of_shape, places, shapes, with_optimizer
 from qlora_core.memory.estimate import Estimate
-from qlora_core.memory.formula import estimate, prepared
+from qlora_core.memory.formula import prepared
 from qlora_core.recipe import Recipe
 from qlora_core.step_time import TYPICAL, load, times
 from qlora_core.strategy import Strategy
@@ -119,7 +120,7 @@ class Judge:
     def needed(self, candidate: Candidate) -> tuple[Estimate, Target]:
         """The estimate on the kind of GPU with the least to spare, and that kind."""
         if candidate not in self.needs:
-            asked = [(estimate(self.architecture, *candidate, target.device), target) for target in self.targets]
+            asked = [(self._on(candidate, target), target) for target in self.targets]
             self.needs[candidate] = min(asked, key=lambda pair: pair[1].usable_bytes - pair[0].gpu.process_bytes)
         return self.needs[candidate]
 
@@ -137,7 +138,7 @@ class Judge:
         return True
 
     def _on(self, candidate: Candidate, target: Target) -> Estimate:
-        return estimate(self.architecture, *candidate, target.device)
+        return needs(self.architecture, *candidate, target)
 
     def seconds(self, candidate: Candidate, paged_out: int = 0) -> float:
         """Of a step, as expected: the slowest kind of GPU sets the pace."""
@@ -158,20 +159,7 @@ class Judge:
     def paged_out(self, candidate: Candidate) -> int:
         """Bytes of paged state that find no room beside the process."""
         needed, target = self.needed(candidate)
-        return max(
-            0, min(needed.gpu.paged_bytes, needed.gpu.process_bytes + needed.gpu.paged_bytes - target.usable_bytes)
-        )
-
-
-def bytes_for(needed: Estimate, target: Target, sure: bool) -> int:
-    """What a process needs as expected, or in nineteen of twenty cases."""
-    return needed.gpu.reserved_interval[1] + target.device.context_bytes if sure else needed.gpu.process_bytes
-
-
-def host_has_room(needed: Estimate, target: Target) -> bool:
-    """Whether a node's memory suffices, where it is stated."""
-    ram = target.pool.host_ram_bytes if target.pool is not None else None
-    return ram is None or needed.host.most_bytes <= ram
+        return paged_out(needed, target.usable_bytes)
 
 
 def best_of(question: Question, place: Place) -> Found | None:

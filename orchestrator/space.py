@@ -23,13 +23,17 @@ FEW_NODES = 8
 SHARDINGS: tuple[tuple[ZeroStage, Offload], ...] = (
     (0, "none"),
     (1, "none"),
+    (1, "optimizer"),
     (2, "none"),
     (2, "optimizer"),
     (3, "none"),
     (3, "optimizer"),
     (3, "all"),
 )
-"""What DeepSpeed can do, the simplest first: it decides between candidates of the same speed."""
+"""What DeepSpeed can do, the simplest first: it decides between candidates of the same speed.
+
+It offloads the optimizer from stage 1 on, but stage 2 is never worse at that.
+"""
 
 
 def places(question: Question, devices: Sequence[Target]) -> Iterator[Place]:
@@ -130,6 +134,7 @@ def shardings(question: Question, world: int) -> list[tuple[ZeroStage, Offload]]
         if (stage == given.zero_stage or "zero_stage" in question.open)
         and (stage < 3 or can_be_divided(question.recipe))
         and (offload == given.offload or "offload" in question.open)
+        and (stage != 1 or offload == "none" or "zero_stage" not in question.open)
         and (world > 1 or stage in (0, given.zero_stage) or offload != "none")
     ]
 

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from clusters.errors import Problem, RequestError
 from clusters.mistakes import mistakes, shown
 from clusters.yaml_file import PlainName, parse_yaml, read_yaml
+from qlora_core.huggingface.adapter_config import continued, read_config
 from qlora_core.recipe import Count, Recipe
 from qlora_core.strategy import Attention, Loss, Offload, ZeroStage
 
@@ -28,6 +29,13 @@ def _path(value: str) -> str:
     if not value.strip() or "\0" in value:
         raise ValueError("it should be a path, not empty and without zero bytes")
     return value
+
+
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    """A validator: no name comes twice."""
+    if len(set(names)) < len(names):
+        raise ValueError("each should be named once")
+    return names
 
 
 PathText = Annotated[str, AfterValidator(_path)]
@@ -76,6 +84,19 @@ class ClusterSpec(_Section):
     """HOST:PORT of its head node."""
 
 
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
+
+
+class TrackingSpec(_Section):
+    """Who is told the figures of the run, beside metrics.jsonl. Addresses and keys come by environment alone."""
+
+    to: Annotated[tuple[TrackerName, ...], AfterValidator(_once)] = ("tensorboard",)
+    """TensorBoard writes into the run's folder. MLflow goes to MLFLOW_TRACKING_URI, else into the run's folder; Weights
+    & Biases takes WANDB_API_KEY, or WANDB_MODE=offline."""
+    project: PlainName = "qlora-orchestrator"
+    """The experiment of MLflow and the project of Weights & Biases that the run belongs to."""
+
+
 class CheckpointSpec(_Section):
     """When the trainable state is saved, and how much of it stays."""
 
@@ -83,6 +104,13 @@ class CheckpointSpec(_Section):
     """Optimizer steps between two checkpoints; one more is written at the end and at an interrupt."""
     keep: Count = 2
     """Checkpoints that stay: the last so many, and the one with the best evaluation loss beside them."""
+
+
+class EvaluationSpec(_Section):
+    """When the held-out examples are looked at, besides before the run and at each checkpoint."""
+
+    every_steps: Count | None = None
+    """Optimizer steps between two evaluations; nothing leaves it at the checkpoints."""
 
 
 class RunSpec(_Section):
@@ -93,6 +121,9 @@ class RunSpec(_Section):
     model: PathText
     """A folder with a model in the Hugging Face layout, relative to the specification's folder; else a name of the
     catalogue or a Hub id, ``org/name``, both with or without ``@revision``."""
+    adapter: PathText | None = None
+    """A trained LoRA adapter to go on with, a folder in peft's layout, relative to the specification's folder. What the
+    recipe does not say of it (rank, alpha, targets, dropout, DoRA, rsLoRA) is the adapter's."""
     data: DataSpec
     """What the model learns from."""
     recipe: Recipe = Recipe()
@@ -103,6 +134,10 @@ class RunSpec(_Section):
     """Where it runs: auto is this machine."""
     checkpoints: CheckpointSpec = CheckpointSpec()
     """When state is saved, and how much of it stays."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """When held-out loss and perplexity are measured."""
+    tracking: TrackingSpec = TrackingSpec()
+    """Who is told the figures of the run."""
     output: PathText
     """The run's folder, relative to the specification's folder."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -125,7 +160,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
         RequestError: with every mistake of the file and of the overrides.
     """
     fields = read_yaml(path, "run specification", START)
-    problems = apply_overrides(fields, overrides) + mistakes(RunSpec, fields)
+    problems = apply_overrides(fields, overrides) + take_adapter(fields, path.parent) + mistakes(RunSpec, fields)
     if problems:
         raise RequestError(problems)
     return resolve_paths(RunSpec.model_validate(fields), path.parent)
@@ -162,19 +197,36 @@ def apply_overrides(fields: dict[str, Any], overrides: Sequence[str]) -> list[Pr
     return problems
 
 
+def take_adapter(fields: dict[str, Any], folder: Path) -> list[Problem]:
+    """Put what an adapter says of itself into a specification's recipe; returns what is wrong with the two."""
+    adapter, recipe = fields.get("adapter"), fields.setdefault("recipe", {})
+    if not isinstance(adapter, str) or not adapter.strip() or not isinstance(recipe, dict):
+        return []  # told with the other fields' mistakes, if it is one
+    if recipe.get("method") == "full":
+        rule = "method full trains no adapter"
+        return [Problem("adapter", shown(adapter), rule, "Leave it out, or choose method qlora or lora")]
+    path = Path(absolute(folder, adapter))
+    try:
+        return continued(read_config(path), recipe, path)
+    except RequestError as error:
+        return list(error.problems)
+
+
+def absolute(folder: Path, text: str) -> str:
+    """A specification's path, which is relative to its folder."""
+    return os.path.realpath(os.path.join(folder, os.path.expanduser(text)))
+
+
 def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
     """`spec` with absolute paths; a model that is no folder there, and is not written like one, stays a name."""
-
-    def absolute(text: str) -> str:
-        return os.path.realpath(os.path.join(folder, os.path.expanduser(text)))
-
-    model = absolute(spec.model)
+    model = absolute(folder, spec.model)
     is_path = os.path.isdir(model) or spec.model.startswith(("/", "./", "../", "~"))
     return spec.model_copy(
         update={
             "model": model if is_path else spec.model,
-            "data": spec.data.model_copy(update={"path": absolute(spec.data.path)}),
-            "output": absolute(spec.output),
+            "data": spec.data.model_copy(update={"path": absolute(folder, spec.data.path)}),
+            "adapter": None if spec.adapter is None else absolute(folder, spec.adapter),
+            "output": absolute(folder, spec.output),
         }
     )
 
@@ -182,7 +234,8 @@ def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
 def schema() -> dict[str, Any]:
     """The JSON schema of a run specification, for editors; it describes every field."""
     document = RunSpec.model_json_schema()
-    for section in (RunSpec, DataSpec, Recipe, StrategySpec, ClusterSpec, CheckpointSpec):
+    sections = (RunSpec, DataSpec, Recipe, StrategySpec, ClusterSpec, CheckpointSpec, EvaluationSpec, TrackingSpec)
+    for section in sections:
         described = document if section is RunSpec else document["$defs"][section.__name__]
         for name, text in field_docs(section).items():
             described["properties"][name]["description"] = text

@@ -8,6 +8,7 @@ from clusters.gpu import GIB
 from orchestrator.confidence import confidence
 from orchestrator.devices import rates, slowest_links
 from orchestrator.history import NOTHING_MEASURED, History
+from orchestrator.needs import paged_out
 from orchestrator.plans import SURE, Target, Verdict
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.estimate import Estimate
@@ -73,11 +74,9 @@ def time_of(
     """
     if any(target.pool is None and target.device.kind == "cuda" for target in targets):
         return None
-    paged = needed.gpu.paged_bytes
-    free = min(target.usable_bytes for target in targets) - needed.gpu.process_bytes
-    paged_out = max(0, min(paged, paged - free))
+    moved = paged_out(needed, min(target.usable_bytes for target in targets))
     steps = [
-        history.corrected(step_time(architecture, recipe, strategy, target.device, rate, paged_out), target)
+        history.corrected(step_time(architecture, recipe, strategy, target.device, rate, moved), target)
         for target, rate in zip(targets, slowest_links([rates(target) for target in targets]), strict=True)
     ]
     return max(steps, key=lambda step: step.seconds)

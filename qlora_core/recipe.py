@@ -78,6 +78,17 @@ class Recipe:
     """LoRA alpha: the adapter's output is scaled by alpha / rank."""
     dropout: Annotated[float, Bounds(ge=0, lt=1)] = 0.0
     """LoRA dropout probability."""
+    use_rslora: bool = False
+    """Scale the adapter's output by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023), so that a high rank learns too."""
+    use_dora: bool = False
+    """Train a magnitude for each output beside the adapter's direction (DoRA, Liu et al. 2024); it costs memory and
+    time in every step."""
+    loraplus_lr_ratio: Annotated[float, Bounds(ge=1)] = 1.0
+    """The adapters' second matrices, B, learn at so many times the learning rate (LoRA+, Hayou et al. 2024); 1 is plain
+    LoRA, the paper has 16."""
+    neftune_alpha: Annotated[float, Bounds(ge=0)] = 0.0
+    """Uniform noise on the embeddings while training, up to alpha / sqrt(length x hidden size) (NEFTune, Jain et al.
+    2023, which has 5 to 15); 0 is none."""
     targets: Targets = "all-linear"
     """Which linear layers get an adapter: all but the output head, or those whose module names end in a name of the
     list or match a regular expression of it."""
@@ -145,6 +156,7 @@ class Recipe:
         if self.method != "qlora" and self.quantization != "none":
             rule, remedy = f"method {self.method} keeps the base unquantized", "Set it to none, or choose method qlora"
             yield Mistake(("quantization", "method"), self.quantization, rule, remedy)
+        yield from self._conflicts_of_adapters()
         if self.tokens_per_step % self.seq_len:
             nearest = max(1, (2 * self.tokens_per_step + self.seq_len) // (2 * self.seq_len)) * self.seq_len
             rule = f"a step holds whole sequences, so it must be a multiple of seq_len {self.seq_len}"
@@ -159,6 +171,21 @@ class Recipe:
             target, reason = found
             rule, remedy = f"it is neither a name nor a regular expression: {reason}", "Correct it"
             yield Mistake(("targets",), target, rule, remedy)
+
+    def _conflicts_of_adapters(self) -> Iterator[Mistake]:
+        """What of the adapters does not go together with the rest."""
+        if self.method == "full":
+            for name in ("use_rslora", "use_dora", "loraplus_lr_ratio"):
+                value = getattr(self, name)
+                if value not in (False, 1):
+                    rule, remedy = "it is about adapters, and method full has none", "Leave it out, or choose lora"
+                    yield Mistake((name, "method"), value, rule, remedy)
+        if self.use_dora and self.quantization == "int8":
+            rule = "what DoRA makes of int8 layers, whose weights bitsandbytes unpacks in another way, is not modelled"
+            yield Mistake(("use_dora", "quantization"), True, rule, "Quantize to nf4 or fp4, or leave it out")
+        if self.use_dora and self.autocast:
+            rule = "what autocast makes of DoRA's products is not modelled"
+            yield Mistake(("use_dora", "autocast"), True, rule, "Leave autocast out: the compute dtype does without")
 
     def _conflicts_beside(self, mistakes: list[Mistake]) -> list[Mistake]:
         """What does not go together among the fields that are right."""

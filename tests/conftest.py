@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,21 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 # Threads that wait for each other on a busy machine make small tensors a hundred times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What this user's own runs measured must not change what a test plans, nor a test's runs what this user plans.
+LEDGER = tempfile.TemporaryDirectory(prefix="ledger-")
+os.environ["QLORA_LEDGER"] = os.path.join(LEDGER.name, "ledger.sqlite")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in two processes: a file in one of them, since its tests share what was made for them.
+
+    All that start workers are in one, so that no two do at a time, and come first, since together they take longest.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") != pytest.mark.xdist_group("workers").mark)
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,6 @@ def refusal(result: Result) -> str:
         ({"recipe": {"rank": 0}}, "recipe.rank: "),
         ({"recipe": {"rank": "many"}}, "recipe.rank: "),
         ({"recipe": {"targets": ["q_prj"]}}, "Did you mean q_proj"),
-        ({"recipe": {"method": "full", "quantization": "none"}}, "not trained with yet"),
         ({"recipe": {"seq_len": 64, "tokens_per_step": 100}}, "multiple of seq_len"),
         ({"strategy": {"world_size": 3}}, "strategy.world_size: it must divide the 8 sequences"),
         ({"strategy": {"micro_batch": 5}}, "strategy.micro_batch: it must divide"),

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.ledger import open_ledger
+
 ROOT = Path(__file__).parent.parent
 FLOORS = ("clusters", "qlora_core", "orchestrator", "launch")
 """From the ground up."""
@@ -153,6 +155,13 @@ def test_a_plan_as_json_loads_neither_torch_nor_ray_nor_rich() -> None:
 
 def test_a_plan_on_the_terminal_loads_neither_torch_nor_ray() -> None:
     assert not modules_after(RUN.format(more=["--explain"])) & (HEAVY | HUB | {"pydantic", "psutil"})
+
+
+def test_a_plan_corrected_by_a_ledger_loads_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_LEDGER", str(tmp_path / "ledger.sqlite"))
+    with open_ledger(tmp_path / "ledger.sqlite"):
+        pass
+    assert not modules_after(RUN.format(more=["--json"])) & (HEAVY | HUB | {"pydantic", "rich", "psutil"})
 
 
 def test_a_wrong_specification_is_told_before_torch_is_loaded(tmp_path: Path) -> None:

@@ -128,6 +128,25 @@ def test_int8_is_refused_under_zero_3_and_never_offered_with_it(ask: Ask) -> Non
     assert all(strategy["zero_stage"] < 3 for strategy in offered)
 
 
+def test_what_is_chosen_for_the_trace_is_what_it_can_follow(ask: Ask) -> None:
+    # adapters of rank 1536, their gradients and states in float32 are 16 bytes for each of 470 million weights
+    asked = ("--model", "smollm2-135m", "--gpu", "rtx-3070", "--gpus", "2", "--rank", "1536", "--optimizer", "adamw")
+    assert ask(*asked, "--zero-stage", "auto", "--json").json["strategy"]["zero_stage"] > 0
+    answer = ask(*asked, "--zero-stage", "auto", "--estimator", "trace", "--json")
+    assert answer.code == 1, answer.err
+    assert (answer.json["estimator"], answer.json["strategy"]["zero_stage"]) == ("trace", 0)
+    reason = next(choice["reason"] for choice in answer.json["choices"] if choice["field"] == "zero_stage")
+    assert "the trace does not follow ZeRO" in reason
+
+
+@pytest.mark.parametrize(("offload", "least"), [("optimizer", 2), ("all", 3)])
+def test_an_offload_that_was_passed_brings_the_zero_stage_that_it_needs(ask: Ask, offload: str, least: int) -> None:
+    asked = ("--model", "7b", "--gpu", "l4", "--gpus", "2", "--offload", offload, "--json")
+    for opened in (("--zero-stage", "auto"), ("--objective", "fastest")):
+        strategy = ask(*asked, *opened).json["strategy"]
+        assert (strategy["offload"], strategy["zero_stage"]) == (offload, least)
+
+
 # --- time and price ---------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +274,25 @@ def test_a_length_is_chosen_for_the_longest_context_only(ask: Ask, extra: tuple[
 def test_a_network_that_nobody_stated_is_told(ask: Ask) -> None:
     assert "10 Gbit/s" in ask("--model", "7b", "--gpu", "h100-80gb", "--gpus", "16").err
     assert "10 Gbit/s" not in ask("--model", "7b", "--gpu", "h100-80gb", "--gpus", "8").err
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "gpu"),
+    [
+        # one GPU fits, and all four of two nodes are faster
+        ("--model 7b --cluster {team}", 0, "a100-80gb"),
+        # 8 GPUs of one node do not suffice
+        ("--model llama-2-70b --method lora --gpu rtx-4070", 1, "rtx-4070"),
+    ],
+)
+def test_a_network_that_nobody_stated_is_told_once_where_only_another_way_crosses_it(
+    ask: Ask, team: str, asked: str, code: int, gpu: str
+) -> None:
+    answer = ask(*asked.format(team=team).split(), "--json")
+    assert (answer.code, answer.json["strategy"]["world_size"]) == (code, 1)
+    told = {each["nodes"] > 1: "10 Gbit/s" in " ".join(each["warnings"]) for each in answer.json["alternatives"]}
+    assert told == {True: True, False: False}
+    assert answer.err.count(f"the network between nodes of {gpu} is not stated") == 1
 
 
 def test_a_wrong_report_is_refused_before_a_run_is_written(ask: Ask, tmp_path: Path) -> None:

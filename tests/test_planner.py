@@ -164,6 +164,24 @@ def test_host_memory_decides_where_it_is_stated() -> None:
         assert (plan.host_fits, plan.fits) == (fits, fits)
 
 
+def test_paged_state_that_finds_no_room_on_a_gpu_is_its_host_s_to_hold() -> None:
+    # 32 layers of width 4096, 11008 inside: adapters of rank 64 are 160 million weights with two moments in float32
+    state = 8 * 32 * 64 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    process = needed(request())
+    shared = Strategy(world_size=2, gradient_accumulation=1)
+    for room, moved in ((state, 0), (state // 4, 3 * state // 4), (0, state)):
+        alone = request(None, None, gpu(usable=process + room))
+        assert alone.fits
+        assert alone.estimate.host.steady_bytes == moved
+        # two ranks need more each, for DDP's buckets, and put twice as much on their host
+        of_two = needed(request(None, shared, gpu(workers=2)))
+        both = request(None, shared, gpu(workers=2, usable=of_two + room))
+        assert both.estimate.host.steady_bytes == 2 * moved
+    alone = request(None, None, gpu(usable=process))
+    for ram, fits in ((state, True), (state - 1, False)):
+        assert dataclasses.replace(alone, host_usable_bytes=ram).fits is fits
+
+
 @pytest.mark.parametrize(
     ("stage", "offload", "right"),
     [
@@ -304,7 +322,11 @@ def test_zero_is_climbed_only_as_far_as_memory_makes_it_necessary() -> None:
     hopeless = run(gpu(workers=4, usable=GIB), 4, recipe=wanted.to_json())
     assert not hopeless.fits
     assert (hopeless.strategy.zero_stage, hopeless.strategy.micro_batch) == (3, 1)
-    assert "still does not fit" in choices(hopeless)["micro_batch"][1]
+    fields, why = choices(hopeless)["left open"]
+    assert {"micro batch", "zero stage", "loss"} <= set(fields.split(", "))
+    assert "still does not fit" in why
+    assert [reason for _, reason in choices(hopeless).values()].count(why) == 1
+    assert not {"micro_batch", "zero_stage", "loss"} & set(choices(hopeless)), "their values are the strategy's to tell"
 
 
 def test_one_gpu_has_nothing_to_share_out() -> None:

@@ -97,13 +97,20 @@ def estimates(asked: Question, place: Place, candidate: Candidate) -> list[tuple
     return [(needs(asked.architecture, *candidate, target.device), target) for target, _ in place.parts]
 
 
+def left_over(needed: Estimate, target: Target) -> int:
+    """Paged state that finds no room on a GPU, and so is the host's."""
+    gpu = needed.gpu
+    return max(0, min(gpu.paged_bytes, gpu.process_bytes + gpu.paged_bytes - target.usable_bytes))
+
+
 def fits(asked: Question, place: Place, candidate: Candidate, sure: bool) -> bool:
     """Whether every GPU of the place and every host has room."""
     for needed, target in estimates(asked, place, candidate):
         gpu, host = needed.gpu, needed.host
         process = gpu.reserved_interval[1] + target.device.context_bytes if sure else gpu.process_bytes
         ram = target.pool.host_ram_bytes if target.pool else None
-        if process > target.usable_bytes or (ram is not None and max(host.load_peak_bytes, host.steady_bytes) > ram):
+        steady = host.steady_bytes + target.device.ranks_per_host * left_over(needed, target)
+        if process > target.usable_bytes or (ram is not None and max(host.load_peak_bytes, steady) > ram):
             return False
     return True
 
@@ -111,10 +118,7 @@ def fits(asked: Question, place: Place, candidate: Candidate, sure: bool) -> boo
 def seconds_per_token(asked: Question, place: Place, candidate: Candidate) -> float:
     """By the slowest kind of GPU; what of the paged state finds no room on the fullest is moved in every step."""
     known = estimates(asked, place, candidate)
-    out = max(
-        max(0, min(needed.gpu.paged_bytes, needed.gpu.process_bytes + needed.gpu.paged_bytes - target.usable_bytes))
-        for needed, target in known
-    )
+    out = max(left_over(needed, target) for needed, target in known)
     speeds = slowest_links([rates(target) for target, _ in place.parts])
     steps = [
         step_time(asked.architecture, *candidate, target.device, speed, out)
@@ -226,7 +230,8 @@ def test_the_candidates_are_all_that_deepspeed_can_do_and_each_makes_the_step_wh
         )
         for stage, offload in itertools.product(range(4), ("none", "optimizer", "all"))
         if 12 // world % micro_batch == 0
-        # DeepSpeed offloads the optimizer from stage 1 on, where stage 2 is never worse, and the weights in stage 3
+        # DeepSpeed offloads the optimizer from stage 1 on, where stage 2 is never worse, and the weights in stage 3;
+        # where the person fixed stage 1, its optimizer may be offloaded: the next test
         and stage >= {"none": 0, "optimizer": 2, "all": 3}[offload]
         and not (paged and offload != "none")  # the state is on the host already
         and (world > 1 or stage == 0 or offload != "none")  # nothing is divided
@@ -238,6 +243,23 @@ def test_the_candidates_are_all_that_deepspeed_can_do_and_each_makes_the_step_wh
     for recipe, strategy in found:
         assert strategy.sequences_per_step == 12
         assert recipe == asked.recipe
+
+
+def test_a_stage_that_is_fixed_is_tried_with_all_that_it_can_offload() -> None:
+    expected = {0: {"none"}, 1: {"none", "optimizer"}, 2: {"none", "optimizer"}, 3: {"none", "optimizer", "all"}}
+    for stage, offloads in expected.items():
+        asked = question("llama-7b", opened=STRATEGY - {"zero_stage"}, strategy={"zero_stage": stage})
+        (place,) = (each for each in places(asked, targets(asked, pool("l4", 2))) if each.gpus == 2)
+        found = {(one.zero_stage, one.offload) for _, one in candidates(asked, place)}
+        assert found == {(stage, offload) for offload in offloads}
+
+
+def test_zero_1_offloads_its_optimizer_where_it_fits_no_other_way() -> None:
+    # states and masters of adapters of rank 256: 12 bytes for each of 640 million weights, halved, are 3.6 GiB
+    fixed = {"zero_stage": 1, "world_size": 2, "paged_optimizer": False}
+    asked = question("llama-7b", opened=STRATEGY - set(fixed), strategy=fixed, recipe={"rank": 256})
+    (found,) = search(asked, targets(asked, pool("l4", 2, usable=12)))
+    assert (found.strategy.zero_stage, found.strategy.offload) == (1, "optimizer")
 
 
 FIXED: list[dict[str, Any]] = [
@@ -286,6 +308,20 @@ def test_where_nothing_fits_the_leanest_of_what_comes_out_even_is_shown() -> Non
     answer = plan_question(asked, targets(asked, pool("t4", 4)))
     assert not answer.fits
     assert (answer.strategy.world_size, answer.strategy.micro_batch) == (1, 4)
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_a_zero_stage_is_explained_by_what_it_would_take_without(paged: bool) -> None:
+    # adapters of rank 256 are 640 million weights: in float32 with gradients 4.8 GiB, and DDP's copy of these
+    fixed = {"world_size": 2, "micro_batch": 1, "paged_optimizer": paged}
+    asked = question("llama-7b", opened=STRATEGY - set(fixed), strategy=fixed, recipe={"rank": 256})
+    (found,) = search(asked, targets(asked, pool("l4", 2, usable=9.5 if paged else 12)))
+    assert found.strategy.zero_stage > 0
+    without = Candidate(found.recipe, dataclasses.replace(found.strategy, zero_stage=0, offload="none"))
+    ((needed, target),) = estimates(asked, found.place, without)
+    most = needed.gpu.reserved_interval[1] + target.device.context_bytes
+    reason = next(choice.reason for choice in reasons(asked, found) if choice.field == "zero_stage")
+    assert reason.startswith(f"no ZeRO would need up to {most / GIB:.1f} of {target.usable_bytes / GIB:.1f} GiB")
 
 
 # --- ranking and prices -----------------------------------------------------------------------------------------------

@@ -327,7 +327,7 @@ def host_lines(plan: Plan) -> Iterator[str]:
     yield f"While loading, {size_text(host.load_peak_bytes)} for {whose}{how}."
     yield f"While training, {size_text(host.steady_bytes)}{'.' if host.steady_bytes else ': nothing is offloaded.'}"
     if plan.estimate.gpu.paged_bytes:
-        yield "What is paged moves there only when a GPU is full."
+        yield "What is paged moves there only as far as a GPU has no room for it; that much is counted."
     if plan.host_usable_bytes is None:
         yield "Nobody said how much there is, so it decides nothing (--host-ram GIB)."
     else:

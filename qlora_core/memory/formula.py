@@ -15,10 +15,10 @@ from typing import Any, Literal
 from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, Heads, is_masked, kernel_of
-from qlora_core.memory.decoder import Activation, Layer, Projection
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.experts import Experts, Scores
+from qlora_core.memory.layer import Activation, Layer, Projection
 from qlora_core.memory.residents import fetched_ahead, residents, shard_of
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.sizes import Sizes
@@ -125,6 +125,8 @@ OPEN = frozenset({"seq_len", "tokens_per_step", "micro_batch"})
 LEARNING = frozenset(
     {
         "alpha",
+        "use_rslora",
+        "neftune_alpha",
         "learning_rate",
         "schedule",
         "warmup_fraction",
@@ -247,6 +249,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         rank=recipe.rank,
         dropout=recipe.dropout > 0,
         autocast=_casts(recipe, device),
+        dora=recipe.use_dora,
         trained=recipe.method == "full",
         kernel=kernel_in_use(architecture, recipe, strategy, device),
     )
@@ -346,4 +349,5 @@ def _projection(recipe: Recipe, linear: Linear) -> Projection:
         blocks=exact.absmax_count(linear.weight_numel, recipe.block_size),
         nested=recipe.double_quantization,
         adapter=exact.is_target(linear, recipe),
+        bias=linear.bias,
     )

@@ -9,8 +9,9 @@ from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
 from qlora_core.memory import operators as op
-from qlora_core.memory.decoder import ROW, Layer, Positions, decoder_layer, module, norm, parameter
+from qlora_core.memory.decoder import decoder_layer, norm
 from qlora_core.memory.experts import trainable_numel
+from qlora_core.memory.layer import ROW, Layer, Positions, module, parameter
 from qlora_core.memory.tape import (
     ITEMSIZE,
     LEAF_ORDER,
@@ -284,5 +285,7 @@ def gradient_bytes(layer: Layer) -> int:
     if layer.trained:
         norms = (2 - layer.parallel) * layer.hidden if layer.scaled_norm else 0
         return (sum(p.in_features * p.out_features for p in projections) + of_experts + norms) * ITEMSIZE[layer.stream]
-    numel = sum(layer.rank * (p.in_features + p.out_features) for p in projections if p.adapter)
+    numel = sum(
+        layer.rank * (p.in_features + p.out_features) + layer.dora * p.out_features for p in projections if p.adapter
+    )
     return (numel + of_experts) * ITEMSIZE[layer.lora]

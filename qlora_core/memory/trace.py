@@ -199,11 +199,9 @@ class Run:
     ) -> None:
         self.kernel, self.dtype = kernel, TORCH_DTYPES[device.compute_dtype]
         self.model, self.recipe, self.strategy, self.device, self.recorder = model, recipe, strategy, device, recorder
-        if recipe.method == "full":
-            model.get_base_model = lambda: model  # type: ignore[assignment]  # as a peft model answers
         self.loss_of = SummedLoss(model, strategy.loss)
         self.parameters = trainable(model)
-        self.optimizer = build_optimizer(list(self.parameters.values()), recipe, strategy)
+        self.optimizer = build_optimizer(self.parameters, recipe, strategy)
         for group in self.optimizer.param_groups:
             if isinstance(self.optimizer, torch.optim.AdamW):
                 group["foreach"] = device.kind == "cuda"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -15,6 +15,7 @@ from qlora_core.files import replace_atomically
 from qlora_core.recipe import Recipe
 from qlora_core.training.layout import lay_out
 from qlora_core.training.loss import IGNORED
+from qlora_core.training.sampling import Order
 
 Batch = Mapping[str, torch.Tensor | None]
 """A micro-batch: what `SummedLoss` is called with."""
@@ -90,16 +91,22 @@ class Rows:
         members: the examples of each row, by their indexes.
         lengths: tokens of each row.
         learned: tokens with a loss of each row.
+        order: in which steps see them.
     """
 
-    def __init__(self, examples: Examples, recipe: Recipe) -> None:
+    def __init__(self, examples: Examples, recipe: Recipe, seed: int) -> None:
         self._examples, self._packed = examples, recipe.packing
         layout = lay_out(examples.lengths, recipe)
         self.members, self.lengths = layout.rows, layout.lengths
         self.learned = [sum(examples.learned[index] for index in row) for row in layout.rows]
+        self.order = Order(self.lengths, recipe.sequences_per_step, seed, recipe.group_by_length)
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def example(self, index: int) -> torch.Tensor:
+        """The tokens of an example, [S]."""
+        return cast(torch.Tensor, self._examples[index][0])
 
     def batch(self, rows: Sequence[int], pad_token: int, device: torch.device) -> Batch:
         """The rows of a micro-batch as [B, S] tensors, padded on the right to its longest.

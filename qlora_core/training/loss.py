@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +23,7 @@ class SummedLoss(nn.Module):
     """A causal language model with its loss as the output, so that engines see a single forward pass.
 
     Args:
-        model: a peft model over a transformers causal language model.
+        model: a causal language model of transformers, with peft's adapters or without.
         kind: "full" lets transformers make all logits; "chunked" makes LOSS_CHUNK_TOKENS tokens' at a time, only for
             labelled tokens, and makes them again in the backward pass instead of keeping them.
     """
@@ -46,7 +47,7 @@ class SummedLoss(nn.Module):
             position_ids_BS: of packed rows: where they begin anew, another example does.
         """
         causal = cast(Any, self.model)
-        transformer = causal.get_base_model()
+        transformer = causal.get_base_model() if isinstance(causal, PeftModel) else causal
         inputs = {"input_ids": input_ids_BS, "attention_mask": attention_mask_BS, "use_cache": False}
         if position_ids_BS is not None:
             if transformer.config._attn_implementation == "flash_attention_2":

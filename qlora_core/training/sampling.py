@@ -30,11 +30,6 @@ class Order:
         rows, first = len(self._lengths), step * self._per_step
         return [self._epoch(position // rows)[position % rows] for position in range(first, first + self._per_step)]
 
-    def seen(self, steps: int) -> list[int]:
-        """The rows that a run of so many steps sees at least once."""
-        rows, positions = len(self._lengths), steps * self._per_step
-        return list(range(rows)) if positions >= rows else self._epoch(0)[:positions]
-
     def epoch(self, epoch: int) -> list[int]:
         """The order of all rows in one epoch."""
         order = list(range(len(self._lengths)))
