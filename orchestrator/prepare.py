@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from orchestrator.spec import RunSpec
 from orchestrator.targets import check_targets
 from orchestrator.trackers import missing
 from qlora_core.training.adapters import check_continues, read_adapter
-from qlora_core.training.dataset import DataReport, encode_file
+from qlora_core.training.dataset import DataOptions, DataReport, encode_file
 from qlora_core.training.examples import Encoded
 from qlora_core.training.layout import Layout, lay_out
 from qlora_core.training.model import load_tokenizer
@@ -41,8 +41,8 @@ class Prepared:
     plan: Plan
     machine: Machine
     data: DataReport
-    train: list[Encoded]
-    held_out: list[Encoded]
+    train: Sequence[Encoded]
+    held_out: Sequence[Encoded]
     layout: Layout
     total_steps: int
     identity: dict[str, Any]
@@ -65,7 +65,8 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
         adapter = read_adapter(Path(spec.adapter))
         check_continues(adapter, base.folder, spec.recipe)
     tokenizer = load_tokenizer(str(base.folder))
-    examples, data = encode_file(Path(spec.data.path), spec.data.format, tokenizer, spec.recipe.seq_len)
+    options = DataOptions(spec.data.learn, spec.data.split, spec.data.max_bad, base.architecture.vocab_size)
+    examples, data = encode_file(Path(spec.data.path), spec.data.format, tokenizer, spec.recipe.seq_len, options)
     train, held_out = split_eval(len(examples), spec.data.eval_fraction, spec.seed)
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.
     machine = describe()
@@ -78,7 +79,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
             "its gradients underflow without loss scaling, which is not built yet",
             "Set recipe.compute_dtype to float32, or use a GPU with bfloat16",
         )
-    layout = lay_out([len(examples[index].ids) for index in train], spec.recipe)
+    layout = lay_out(examples.select(train).lengths, spec.recipe)
     # what is held out is evaluated one example a row
     longest = max(layout.longest, data.longest)
     plan = plan_run(spec, base.architecture, target, machine.devices, longest=longest, history=known_history(tell))
@@ -88,8 +89,8 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
         plan=plan,
         machine=machine,
         data=data,
-        train=[examples[index] for index in train],
-        held_out=[examples[index] for index in held_out],
+        train=examples.select(train),
+        held_out=examples.select(held_out),
         layout=layout,
         total_steps=spec.recipe.total_steps(len(layout.rows)),
         identity=identity(spec, base.identity, data, target.compute_dtype, None if adapter is None else adapter.digest),

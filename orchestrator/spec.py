@@ -45,13 +45,40 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+DataFormat = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "oasst1",
+    "unnatural-instructions",
+    "alpaca",
+    "prompt-completion",
+    "flan-v2",
+    "hh-rlhf",
+    "longform",
+    "guanaco",
+    "chip2",
+    "text",
+    "self-instruct",
+    "vicuna",
+]
+
+
 class DataSpec(_Section):
     """What the model learns from."""
 
     path: PathText
-    """A JSONL file, one example a line; relative to the specification's folder."""
-    format: Literal["auto", "messages", "alpaca", "prompt-completion"] = "auto"
-    """How a line is read; auto looks at the columns of the first line, and says what it found."""
+    """JSON lines, JSON, CSV, TSV or Parquet, a folder of these, or what `datasets` saved on disk; relative to the
+    specification's folder."""
+    format: DataFormat = "auto"
+    """How a record is read; auto looks at the columns of the first, and says what it found."""
+    split: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "train"
+    """Of a folder whose files are named by splits, and of a dataset on disk."""
+    learn: Literal["auto", "assistant", "completion", "all"] = "auto"
+    """Which tokens have a loss: every answer, the last one, or all; auto is every answer, and all of plain text."""
+    max_bad: Annotated[float, Field(ge=0)] = 0
+    """Records that may be left out because they are bad: how many, or below 1 the fraction. One more, and the run is
+    refused."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Part of the examples that is held out for evaluation."""
 

@@ -131,10 +131,12 @@ def data_section(data: Mapping[str, Any]) -> str:
     if "rows" in data:
         rows = f" They are trained on in {data['rows']} sequences; were all as long as the longest, "
         rows += f"{data['padding_percent']} % would be padding."
+    empty, bad = data.get("empty_answers", 0), data.get("bad", 0)
     return (
         f"## Data\n\n{data['examples']} examples in format {data['format']}, {data['tokens']} tokens, the longest "
         f"{data['longest']}; {data['truncated']} truncated, {data['unlearnable']} left out because nothing to learn "
-        f"was within the length.{rows} SHA-256 `{data['digest']}`."
+        f"was within the length, {empty} because the answer is empty, {bad} as bad."
+        f"{rows} SHA-256 `{data['digest']}`."
     )
 
 
