@@ -17,6 +17,8 @@ from orchestrator.plans import Plan
 from orchestrator.spec import RunSpec
 from orchestrator.targets import check_targets
 from orchestrator.trackers import missing
+from qlora_core.recipe import Recipe
+from qlora_core.strategy import Strategy
 from qlora_core.training.adapters import check_continues, read_adapter
 from qlora_core.training.dataset import DataOptions, DataReport, encode_file
 from qlora_core.training.examples import Encoded
@@ -83,6 +85,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
     # what is held out is evaluated one example a row
     longest = max(layout.longest, data.longest)
     plan = plan_run(spec, base.architecture, target, machine.devices, longest=longest, history=known_history(tell))
+    refuse_undivided(spec.recipe, plan.strategy)
     return Prepared(
         spec=spec,
         base=base,
@@ -95,6 +98,13 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
         total_steps=spec.recipe.total_steps(len(layout.rows)),
         identity=identity(spec, base.identity, data, target.compute_dtype, None if adapter is None else adapter.digest),
     )
+
+
+def refuse_undivided(recipe: Recipe, strategy: Strategy) -> None:
+    """Raise a RequestError for all weights under ZeRO 2 and 3, where the formula says 5 % too little (two ranks)."""
+    if recipe.method == "full" and strategy.zero_stage >= 2:
+        rule = "with method full it can be planned, but not trained with yet: its memory is not known well enough"
+        raise request_error("strategy.zero_stage", strategy.zero_stage, rule, "Set it to 0 or 1")
 
 
 def refuse_unbuilt(spec: RunSpec) -> None:
