@@ -30,15 +30,18 @@ BATCHES, ADAPTER = "batches.safetensors", "adapter.safetensors"
 
 
 class Watch:
-    """Keeps the steps of a run of ours."""
+    """Keeps the steps of a run of ours, and the micro-batches of which they are."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
+        self.seen: list[Mapping[str, torch.Tensor | None]] = []
 
     def event(self, kind: str, **facts: Any) -> None:
         """See `qlora_core.training.loop.Observer`."""
         if kind == "step":
             self.steps.append(facts)
+        elif kind == "rehearsal":
+            self.seen.pop()  # it is no part of what is learned from
 
     def stop_requested(self) -> bool:
         """See `Observer`."""
@@ -58,18 +61,19 @@ def ours(specification: Path) -> dict[str, Any]:
     run = build(order_of(prepared, output, None), 0, CPU)
     first = {name: value.detach().clone() for name, value in run.model.named_parameters() if value.requires_grad}
     save_file(first, specification.with_name(ADAPTER))
-    seen: list[Mapping[str, torch.Tensor | None]] = []
+    watch = Watch()
     loss = run.engine.loss
 
     def recorded(batch: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
-        seen.append(batch)
+        watch.seen.append(batch)
         return loss(batch)
 
     run.engine.loss = recorded  # type: ignore[method-assign]
-    watch = Watch()
     train(run, watch, None)
     names = {"input_ids": "input_ids_BS", "labels": "labels_BS"}
-    stacked = {name: torch.stack([cast(torch.Tensor, batch[key]) for batch in seen]) for name, key in names.items()}
+    stacked = {
+        name: torch.stack([cast(torch.Tensor, batch[key]) for batch in watch.seen]) for name, key in names.items()
+    }
     save_file(stacked, specification.with_name(BATCHES))
     return {
         "seconds": [step["seconds"] for step in watch.steps],
@@ -120,7 +124,7 @@ def bare(specification: Path, *, dtype: torch.dtype, kbit: bool, meter: StorageM
             result = model(input_ids=input_ids, attention_mask=mask, labels=labels, use_cache=False)
         with meter.phase("backward"):
             result.loss.backward()
-        losses.append(float(result.loss))
+        losses.append(float(result.loss.detach()))
         del result
         with meter.phase("optimizer"):
             torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
