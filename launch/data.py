@@ -61,7 +61,7 @@ def by_tokenizer(path: Path, folder: Path, recipe: Recipe) -> Data | None:
     except ImportError:
         return None
     examples, _ = encode_file(path, "auto", load_tokenizer(str(folder)), recipe.seq_len)
-    layout = lay_out([len(example.ids) for example in examples], recipe)
+    layout = lay_out(examples.lengths, recipe)
     return Data(len(layout.rows) * layout.longest, layout.longest)
 
 

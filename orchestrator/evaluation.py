@@ -147,7 +147,7 @@ def examples_of(trained: Trained, questions: Questions, tokenizer: Any) -> Itera
         rule = "there are no held-out examples of a run there"
         raise request_error("--data", trained.adapter.folder, rule, "Give a file of examples with --data, or --tasks")
     with tempfile.TemporaryDirectory() as folder:
-        examples: list[Encoded] = []
+        examples: Sequence[Encoded] = []
         if questions.data is not None:
             examples, _ = encode_file(questions.data, "auto", tokenizer, questions.seq_len)
         save_examples(examples, Path(folder) / "examples.safetensors")

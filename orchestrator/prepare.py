@@ -14,12 +14,15 @@ from orchestrator.ledger import known_history
 from orchestrator.machine import Machine, describe, target_of
 from orchestrator.planner import plan_run
 from orchestrator.plans import Plan
+from orchestrator.record import load_record
 from orchestrator.spec import RunSpec
 from orchestrator.targets import check_targets
 from orchestrator.trackers import missing
+from qlora_core.data import hub_dataset
 from qlora_core.training.adapters import check_continues, read_adapter
-from qlora_core.training.dataset import DataReport, encode_file
-from qlora_core.training.examples import Encoded
+from qlora_core.training.dataset import DataOptions, DataReport, encode_file
+from qlora_core.training.dataset.cache import cache_folder
+from qlora_core.training.dataset.tokens import EncodedExamples
 from qlora_core.training.layout import Layout, lay_out
 from qlora_core.training.model import load_tokenizer
 from qlora_core.training.sampling import split_eval
@@ -41,15 +44,15 @@ class Prepared:
     plan: Plan
     machine: Machine
     data: DataReport
-    train: list[Encoded]
-    held_out: list[Encoded]
+    train: EncodedExamples
+    held_out: EncodedExamples
     layout: Layout
     total_steps: int
     identity: dict[str, Any]
 
 
 def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> Prepared:
-    """Read model and data and make the plan; writes nothing but the Hub's cache.
+    """Read model and data and make the plan; writes nothing but the caches of the Hub and of encoded data.
 
     Args:
         tell: is told of what takes long, a line at a time.
@@ -64,8 +67,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
     if spec.adapter is not None:
         adapter = read_adapter(Path(spec.adapter))
         check_continues(adapter, base.folder, spec.recipe)
-    tokenizer = load_tokenizer(str(base.folder))
-    examples, data = encode_file(Path(spec.data.path), spec.data.format, tokenizer, spec.recipe.seq_len)
+    examples, data = read_data(spec, base)
     train, held_out = split_eval(len(examples), spec.data.eval_fraction, spec.seed)
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.
     machine = describe()
@@ -78,7 +80,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
             "its gradients underflow without loss scaling, which is not built yet",
             "Set recipe.compute_dtype to float32, or use a GPU with bfloat16",
         )
-    layout = lay_out([len(examples[index].ids) for index in train], spec.recipe)
+    layout = lay_out(examples.select(train).lengths, spec.recipe)
     # what is held out is evaluated one example a row
     longest = max(layout.longest, data.longest)
     plan = plan_run(spec, base.architecture, target, machine.devices, longest=longest, history=known_history(tell))
@@ -88,12 +90,42 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
         plan=plan,
         machine=machine,
         data=data,
-        train=[examples[index] for index in train],
-        held_out=[examples[index] for index in held_out],
+        train=examples.select(train),
+        held_out=examples.select(held_out),
         layout=layout,
         total_steps=spec.recipe.total_steps(len(layout.rows)),
         identity=identity(spec, base.identity, data, target.compute_dtype, None if adapter is None else adapter.digest),
     )
+
+
+def read_data(spec: RunSpec, base: Base) -> tuple[EncodedExamples, DataReport]:
+    """The data of a specification as tokens of its model.
+
+    Raises:
+        RequestError: see `encode_file`.
+    """
+    data = spec.data
+    options = DataOptions(
+        learn=data.learn,
+        split=data.split,
+        config=data.config,
+        files=data.files,
+        revision=data.revision or commit_before(spec),
+        max_bad=data.max_bad,
+        vocab_size=base.architecture.vocab_size,
+        cache=cache_folder(),
+    )
+    return encode_file(data.path, data.format, load_tokenizer(str(base.folder)), spec.recipe.seq_len, options)
+
+
+def commit_before(spec: RunSpec) -> str | None:
+    """The commit of the Hub's dataset that the run in the output folder was started with, if it is of that dataset."""
+    hub = hub_dataset(spec.data.path)
+    record = load_record(Path(spec.output))
+    if hub is None or hub.revision is not None or record is None:
+        return None
+    repo, _, rest = str(record.identity.get("data", "")).partition("@")
+    return rest.split(" ")[0] or None if repo == hub.repo else None
 
 
 def refuse_unbuilt(spec: RunSpec) -> None:

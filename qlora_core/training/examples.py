@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +32,14 @@ class Encoded:
 
 def save_examples(examples: Sequence[Encoded], path: Path) -> None:
     """Write examples as one safetensors file: ids [T] int32, learned [T] uint8, starts [N + 1] int64."""
-    starts = [0]
+    ids, learned, starts = array("i"), bytearray(), [0]  # five bytes a token, where lists of numbers take forty
     for example in examples:
-        starts.append(starts[-1] + len(example.ids))
+        ids.extend(example.ids)
+        learned += bytes(example.learned)
+        starts.append(len(ids))
     tensors = {
-        "ids": torch.tensor([token for example in examples for token in example.ids], dtype=torch.int32),
-        "learned": torch.tensor([flag for example in examples for flag in example.learned], dtype=torch.uint8),
+        "ids": torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32),
+        "learned": torch.frombuffer(learned, dtype=torch.uint8) if ids else torch.empty(0, dtype=torch.uint8),
         "starts": torch.tensor(starts, dtype=torch.int64),
     }
     with replace_atomically(path) as temporary:
