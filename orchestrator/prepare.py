@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ from orchestrator.ledger import known_history
 from orchestrator.machine import Machine, describe, target_of
 from orchestrator.planner import plan_run
 from orchestrator.plans import Plan
+from orchestrator.record import load_record
 from orchestrator.spec import RunSpec
 from orchestrator.targets import check_targets
 from orchestrator.trackers import missing
+from qlora_core.data import hub_dataset
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.adapters import check_continues, read_adapter
 from qlora_core.training.dataset import DataOptions, DataReport, encode_file
-from qlora_core.training.examples import Encoded
+from qlora_core.training.dataset.cache import cache_folder
+from qlora_core.training.dataset.tokens import EncodedExamples
 from qlora_core.training.layout import Layout, lay_out
 from qlora_core.training.model import load_tokenizer
 from qlora_core.training.sampling import split_eval
@@ -43,15 +46,15 @@ class Prepared:
     plan: Plan
     machine: Machine
     data: DataReport
-    train: Sequence[Encoded]
-    held_out: Sequence[Encoded]
+    train: EncodedExamples
+    held_out: EncodedExamples
     layout: Layout
     total_steps: int
     identity: dict[str, Any]
 
 
 def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> Prepared:
-    """Read model and data and make the plan; writes nothing but the Hub's cache.
+    """Read model and data and make the plan; writes nothing but the caches of the Hub and of encoded data.
 
     Args:
         tell: is told of what takes long, a line at a time.
@@ -66,9 +69,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
     if spec.adapter is not None:
         adapter = read_adapter(Path(spec.adapter))
         check_continues(adapter, base.folder, spec.recipe)
-    tokenizer = load_tokenizer(str(base.folder))
-    options = DataOptions(spec.data.learn, spec.data.split, spec.data.max_bad, base.architecture.vocab_size)
-    examples, data = encode_file(Path(spec.data.path), spec.data.format, tokenizer, spec.recipe.seq_len, options)
+    examples, data = read_data(spec, base)
     train, held_out = split_eval(len(examples), spec.data.eval_fraction, spec.seed)
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.
     machine = describe()
@@ -105,6 +106,36 @@ def refuse_undivided(recipe: Recipe, strategy: Strategy) -> None:
     if recipe.method == "full" and strategy.zero_stage >= 2:
         rule = "with method full it can be planned, but not trained with yet: its memory is not known well enough"
         raise request_error("strategy.zero_stage", strategy.zero_stage, rule, "Set it to 0 or 1")
+
+
+def read_data(spec: RunSpec, base: Base) -> tuple[EncodedExamples, DataReport]:
+    """The data of a specification as tokens of its model.
+
+    Raises:
+        RequestError: see `encode_file`.
+    """
+    data = spec.data
+    options = DataOptions(
+        learn=data.learn,
+        split=data.split,
+        config=data.config,
+        files=data.files,
+        revision=data.revision or commit_before(spec),
+        max_bad=data.max_bad,
+        vocab_size=base.architecture.vocab_size,
+        cache=cache_folder(),
+    )
+    return encode_file(data.path, data.format, load_tokenizer(str(base.folder)), spec.recipe.seq_len, options)
+
+
+def commit_before(spec: RunSpec) -> str | None:
+    """The commit of the Hub's dataset that the run in the output folder was started with, if it is of that dataset."""
+    hub = hub_dataset(spec.data.path)
+    record = load_record(Path(spec.output))
+    if hub is None or hub.revision is not None or record is None:
+        return None
+    repo, _, rest = str(record.identity.get("data", "")).partition("@")
+    return rest.split(" ")[0] or None if repo == hub.repo else None
 
 
 def refuse_unbuilt(spec: RunSpec) -> None:

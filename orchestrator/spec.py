@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from clusters.errors import Problem, RequestError
 from clusters.mistakes import mistakes, shown
 from clusters.yaml_file import PlainName, parse_yaml, read_yaml
+from qlora_core.data import FormatName, Learn, has_credentials, hub_dataset, is_address, without_credentials
 from qlora_core.huggingface.adapter_config import continued, read_config
 from qlora_core.recipe import Count, Recipe
 from qlora_core.strategy import Attention, Loss, Offload, ZeroStage
@@ -45,40 +46,27 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-DataFormat = Literal[
-    "auto",
-    "messages",
-    "sharegpt",
-    "oasst1",
-    "unnatural-instructions",
-    "alpaca",
-    "prompt-completion",
-    "flan-v2",
-    "hh-rlhf",
-    "longform",
-    "guanaco",
-    "chip2",
-    "text",
-    "self-instruct",
-    "vicuna",
-]
-
-
 class DataSpec(_Section):
     """What the model learns from."""
 
     path: PathText
-    """JSON lines, JSON, CSV, TSV or Parquet, a folder of these, or what `datasets` saved on disk; relative to the
-    specification's folder."""
-    format: DataFormat = "auto"
-    """How a record is read; auto looks at the columns of the first, and says what it found."""
-    split: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "train"
-    """Of a folder whose files are named by splits, and of a dataset on disk."""
-    learn: Literal["auto", "assistant", "completion", "all"] = "auto"
-    """Which tokens have a loss: every answer, the last one, or all; auto is every answer, and all of plain text."""
+    """A file of JSON lines, JSON, CSV or Parquet, a folder of these, a dataset saved to disk, relative to the
+    specification's folder; a dataset of the Hub, ``org/name``; or an address such as ``s3://bucket/train.jsonl``."""
+    format: FormatName = "auto"
+    """How a record is read; auto looks at the columns of the first one, and says what it found."""
+    learn: Learn = "auto"
+    """Which tokens have a loss: the assistant's answers, the completion (the last answer), or all. auto: the answers,
+    and of plain text all."""
+    split: Annotated[str, Field(min_length=1)] = "train"
+    """Of a folder, a dataset on disk or of the Hub."""
+    config: str | None = None
+    """Of a dataset of the Hub: its subset."""
+    files: str | None = None
+    """A glob such as ``data/*.jsonl``: which files of a folder or of a dataset of the Hub are read."""
+    revision: str | None = None
+    """Of a dataset of the Hub: a branch, a tag or a commit. A run goes on with the commit that it started with."""
     max_bad: Annotated[float, Field(ge=0)] = 0
-    """Records that may be left out because they are bad: how many, or below 1 the fraction. One more, and the run is
-    refused."""
+    """Bad records that may be left out: how many, or below 1 their fraction; with more, nothing is started."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Part of the examples that is held out for evaluation."""
 
@@ -187,7 +175,8 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
         RequestError: with every mistake of the file and of the overrides.
     """
     fields = read_yaml(path, "run specification", START)
-    problems = apply_overrides(fields, overrides) + take_adapter(fields, path.parent) + mistakes(RunSpec, fields)
+    problems = apply_overrides(fields, overrides) + take_adapter(fields, path.parent)
+    problems += refuse_credentials(fields) + mistakes(RunSpec, fields)
     if problems:
         raise RequestError(problems)
     return resolve_paths(RunSpec.model_validate(fields), path.parent)
@@ -244,6 +233,25 @@ def absolute(folder: Path, text: str) -> str:
     return os.path.realpath(os.path.join(folder, os.path.expanduser(text)))
 
 
+def data_path(folder: Path, text: str) -> str:
+    """Where a specification's data lies: an absolute path; an address or a dataset of the Hub as it is."""
+    if is_address(text):
+        return text
+    path = absolute(folder, text)
+    return text if not os.path.exists(path) and hub_dataset(text) is not None else path
+
+
+def refuse_credentials(fields: dict[str, Any]) -> list[Problem]:
+    """What is wrong with an address that carries secrets: it would stand in records and logs. They are not shown."""
+    data = fields.get("data")
+    path = data.get("path") if isinstance(data, dict) else None
+    if not isinstance(path, str) or not is_address(path) or not has_credentials(path):
+        return []
+    rule = "an address must not carry a user, a password, a query or a fragment"
+    remedy = "Leave credentials to the environment, as the storage's own tools read them"
+    return [Problem("data.path", without_credentials(path), rule, remedy)]
+
+
 def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
     """`spec` with absolute paths; a model that is no folder there, and is not written like one, stays a name."""
     model = absolute(folder, spec.model)
@@ -251,7 +259,7 @@ def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
     return spec.model_copy(
         update={
             "model": model if is_path else spec.model,
-            "data": spec.data.model_copy(update={"path": absolute(folder, spec.data.path)}),
+            "data": spec.data.model_copy(update={"path": data_path(folder, spec.data.path)}),
             "adapter": None if spec.adapter is None else absolute(folder, spec.adapter),
             "output": absolute(folder, spec.output),
         }

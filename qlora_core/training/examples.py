@@ -32,14 +32,14 @@ class Encoded:
 
 def save_examples(examples: Sequence[Encoded], path: Path) -> None:
     """Write examples as one safetensors file: ids [T] int32, learned [T] uint8, starts [N + 1] int64."""
-    ids, learned, starts = array("i"), bytearray(), [0]
+    ids, learned, starts = array("i"), bytearray(), [0]  # five bytes a token, where lists of numbers take forty
     for example in examples:
         ids.extend(example.ids)
         learned += bytes(example.learned)
         starts.append(len(ids))
     tensors = {
         "ids": torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32),
-        "learned": torch.frombuffer(learned, dtype=torch.uint8) if learned else torch.empty(0, dtype=torch.uint8),
+        "learned": torch.frombuffer(learned, dtype=torch.uint8) if ids else torch.empty(0, dtype=torch.uint8),
         "starts": torch.tensor(starts, dtype=torch.int64),
     }
     with replace_atomically(path) as temporary:

@@ -1,24 +1,23 @@
-"""Sources: the same records wherever they lie, each with its place; and published datasets in their own layout."""
+"""Where data may lie: files, folders and splits, Arrow, the Hub's cache, fsspec; and what is said otherwise."""
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import datasets
 import pytest
-from pyarrow import Table, csv, parquet
 
 from clusters.errors import RequestError
-from orchestrator.spec import DataFormat
+from qlora_core.data import has_credentials, hub_dataset, without_credentials
+from qlora_core.huggingface.hub import HubId
 from qlora_core.training.dataset import DataOptions, encode_file
-from qlora_core.training.dataset.formats import FORMATS
-from qlora_core.training.dataset.sources import find_source
 from qlora_core.training.model import load_tokenizer
 
-ROWS = [{"prompt": f"question, {number}", "completion": f'an "answer"\n{number}'} for number in range(3)]
+ROWS = [{"prompt": f"Ada carried {number}", "completion": " a red cup"} for number in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -26,229 +25,222 @@ def tokenizer(tiny_base: Path) -> Any:
     return load_tokenizer(str(tiny_base))
 
 
-def as_json_lines(folder: Path) -> Path:
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return folder / "a.jsonl"
+def write_jsonl(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
 
 
-def as_json(folder: Path) -> Path:
-    (folder / "a.json").write_text(json.dumps(ROWS, indent=1))
-    return folder / "a.json"
+def write_csv(path: Path, separator: str = ",") -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"], delimiter=separator)
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return path
 
 
-def as_json_under_a_name(folder: Path) -> Path:
-    (folder / "a.json").write_text(json.dumps({"version": 2, "data": ROWS}))
-    return folder / "a.json"
+def write_parquet(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
 
 
-def as_lines_called_json(folder: Path) -> Path:
-    return as_json_lines(folder).rename(folder / "a.json")
+def every_kind(folder: Path) -> dict[str, Path]:
+    import datasets
+
+    kinds = {
+        "jsonl": write_jsonl(folder / "a.jsonl"),
+        "gzip": write_jsonl(folder / "a.jsonl.gz"),
+        "csv": write_csv(folder / "a.csv"),
+        "tsv": write_csv(folder / "a.tsv", "\t"),
+        "parquet": write_parquet(folder / "a.parquet"),
+        "json": folder / "array.json",
+        "object": folder / "object.json",
+        "lines": write_jsonl(folder / "lines.json"),
+        "arrow": folder / "arrow",
+        "splits": folder / "splits",
+    }
+    kinds["json"].write_text(json.dumps(ROWS))
+    kinds["object"].write_text(json.dumps({"version": 1, "data": ROWS}))
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.save_to_disk(str(kinds["arrow"]))
+    datasets.DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(str(kinds["splits"]))
+    return kinds
 
 
-def as_csv(folder: Path) -> Path:
-    csv.write_csv(Table.from_pylist(ROWS), folder / "a.csv")
-    return folder / "a.csv"
+def test_the_same_rows_are_the_same_tokens_from_every_kind_of_file(tmp_path: Path, tokenizer: Any) -> None:
+    reports = {kind: encode_file(path, "auto", tokenizer, 64)[1] for kind, path in every_kind(tmp_path).items()}
+    assert {report.examples for report in reports.values()} == {5}
+    assert len({report.token_digest for report in reports.values()}) == 1
+    assert {report.format for report in reports.values()} == {"prompt-completion"}
+    assert encode_file(tmp_path / "splits", "auto", tokenizer, 64, DataOptions(split="test"))[1].examples == 1
 
 
-def as_parquet(folder: Path) -> Path:
-    parquet.write_table(Table.from_pylist(ROWS), folder / "a.parquet")
-    return folder / "a.parquet"
-
-
-def as_the_hub_lays_it_out(folder: Path) -> Path:
-    (folder / "data").mkdir()
-    for shard, rows in enumerate((ROWS[:2], ROWS[2:])):
-        parquet.write_table(Table.from_pylist(rows), folder / "data" / f"train-0000{shard}-of-00002.parquet")
-    parquet.write_table(Table.from_pylist(ROWS[:1]), folder / "data" / "test-00000-of-00001.parquet")
-    (folder / "README.md").write_text("a card")
-    return folder
-
-
-def as_saved_by_datasets(folder: Path) -> Path:
-    datasets.Dataset.from_list(ROWS).save_to_disk(folder / "saved")
-    return folder / "saved"
-
-
-def as_splits_saved_by_datasets(folder: Path) -> Path:
-    splits = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
-    datasets.DatasetDict(splits).save_to_disk(folder / "saved")
-    return folder / "saved"
-
-
-WAYS = (
-    as_json_lines,
-    as_json,
-    as_json_under_a_name,
-    as_lines_called_json,
-    as_csv,
-    as_parquet,
-    as_the_hub_lays_it_out,
-    as_saved_by_datasets,
-    as_splits_saved_by_datasets,
+@pytest.mark.parametrize(
+    ("names", "split", "read"),
+    [
+        (["b.jsonl", "a.jsonl"], "train", 2),
+        (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000.jsonl"], "train", 2),
+        (["data/train-00000.jsonl", "data/test-00000.jsonl"], "test", 1),
+        (["harmless-base/train.jsonl.gz", "harmless-base/test.jsonl.gz", "helpful-base/train.jsonl.gz"], "train", 2),
+        (["validation/0.jsonl", "train/0.jsonl"], "validation", 1),
+        ([".hidden/a.jsonl", "constraints.jsonl"], "train", 1),  # "constraints" is no "train"
+    ],
 )
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_the_same_records_come_out_of_every_kind_of_file(tmp_path: Path, way: Callable[[Path], Path]) -> None:
-    source = find_source(way(tmp_path))
-    assert [record for _, record in source.records()] == ROWS
-    places = [place for place, _ in source.records()]
-    assert len(set(places)) == 3
-    assert all(place.split(", ")[0].startswith(str(tmp_path)) for place in places)
-    assert len(source.digest()) == 64
-
-
-def test_another_split_is_read_where_it_is_named(tmp_path: Path) -> None:
-    for number, way in enumerate((as_the_hub_lays_it_out, as_splits_saved_by_datasets)):
-        (tmp_path / str(number)).mkdir()
-        source = find_source(way(tmp_path / str(number)), split="test")
-        assert [record for _, record in source.records()] == ROWS[:1]
-    with pytest.raises(RequestError, match="has the splits train, test"):
-        find_source(tmp_path / "1" / "saved", split="dev")
-
-
-def test_a_truncated_parquet_file_and_a_row_too_long_are_told(tmp_path: Path, tokenizer: Any) -> None:
-    whole = as_parquet(tmp_path).read_bytes()
-    (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(RequestError, match=r"cannot be read.*a\.parquet"):
-        encode_file(tmp_path / "a.parquet", "auto", tokenizer, 512)
-    (tmp_path / "b.csv").write_text("prompt,completion\nx,y\nx,y,z\n")
-    with pytest.raises(RequestError, match=r"b\.csv, row 2: it has another number of fields"):
-        encode_file(tmp_path / "b.csv", "auto", tokenizer, 512)
-
-
-def test_a_specification_knows_the_formats_that_there_are() -> None:
-    assert set(get_args(DataFormat)) == {"auto", *FORMATS}
-
-
-# --- published layouts ------------------------------------------------------------------------------------------------
-
-OASST1: list[dict[str, Any]] = [
-    # columns of OpenAssistant/oasst1 (its dataset card); of two replies the one of rank 0 is the better
-    {"message_id": "m1", "parent_id": None, "role": "prompter", "text": "Name a cup.", "rank": None, "deleted": False},
-    {"message_id": "m2", "parent_id": "m1", "role": "assistant", "text": "a blue one", "rank": 1, "deleted": False},
-    {"message_id": "m3", "parent_id": "m1", "role": "assistant", "text": "a red cup", "rank": 0, "deleted": False},
-    {"message_id": "m4", "parent_id": "m3", "role": "prompter", "text": "Why?", "rank": 0, "deleted": False},
-    {"message_id": "m5", "parent_id": "m4", "role": "assistant", "text": "it is red", "rank": 0, "deleted": False},
-    {"message_id": "m6", "parent_id": "m5", "role": "prompter", "text": "So?", "rank": 0, "deleted": False},
-]
-PUBLISHED: dict[str, tuple[list[dict[str, Any]], str, list[str]]] = {
-    # format that is found, rows as published, the one that is named, and the answers that are learned
-    "oasst1": (OASST1, "auto", ["a red cup", "it is red"]),
-    "guanaco": (
-        [{"text": "### Human: Name a cup.### Assistant: a red cup### Human: Why?### Assistant: it is red"}],
-        "auto",
-        ["a red cup", "it is red"],
-    ),
-    "alpaca": (
-        [{"instruction": "Name a cup.", "input": "", "output": "a red cup", "text": "Below is ..."}],
-        "auto",
-        ["a red cup"],
-    ),
-    "flan-v2": (
-        [{"inputs": "Name a cup.\n", "targets": "a red cup", "task_source": "Flan2021", "task_name": "x"}],
-        "auto",
-        ["a red cup"],
-    ),
-    "hh-rlhf": (
-        [
-            {
-                "chosen": "\n\nHuman: Name a cup.\n\nAssistant: a red cup\n\nHuman: Why?\n\nAssistant: it is red",
-                "rejected": "\n\nHuman: Name a cup.\n\nAssistant: no",
-            }
-        ],
-        "auto",
-        ["a red cup", "it is red"],
-    ),
-    "unnatural-instructions": (
-        [
-            {
-                "instruction": "Name a thing.",
-                "instances": [
-                    {
-                        "instruction_with_input": "Name a thing.\nA cup.",
-                        "input": "A cup.",
-                        "constraints": "None.",
-                        "output": "a red cup",
-                    }
-                ],
-            }
-        ],
-        "auto",
-        ["a red cup"],
-    ),
-    "chip2": ([{"text": "<human>: Name a cup.\n<bot>: a red cup", "metadata": {"source": "x"}}], "auto", ["a red cup"]),
-    "longform": (
-        [{"input": "Name a cup.", "output": "a red cup", "source": "C4", "subset": "x"}],
-        "auto",
-        ["a red cup"],
-    ),
-    "self-instruct": (
-        [{"prompt": "Name a cup.\n\n###\n\n", "completion": " a red cup<|endoftext|>"}],
-        "self-instruct",
-        ["a red cup"],
-    ),
-    "vicuna": (
-        [
-            {
-                "id": "x_0",
-                "conversations": [{"from": "human", "value": "Name a cup."}, {"from": "gpt", "value": "a red cup"}],
-            }
-        ],
-        "vicuna",
-        ["a red cup"],
-    ),
-    "sharegpt": (
-        [{"conversations": [{"from": "human", "value": "Name a cup."}, {"from": "gpt", "value": "a red cup"}]}],
-        "auto",
-        ["a red cup"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.parametrize("template", [True, False], ids=["chat template", "no chat template"])
-def test_the_answers_of_a_published_layout_are_learned_with_their_ends(
-    tmp_path: Path, tiny_base: Path, name: str, template: bool
+def test_a_folder_is_read_by_the_splits_that_its_files_name(
+    tmp_path: Path, tokenizer: Any, names: list[str], split: str, read: int
 ) -> None:
-    tokenizer = load_tokenizer(str(tiny_base))
-    rows, asked, answers = PUBLISHED[name]
-    if not template:
-        if name in ("vicuna", "sharegpt"):
-            pytest.skip("conversations without a text of their own need a chat template")
-        tokenizer.chat_template = None
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    [example], report = encode_file(path, asked, tokenizer, 512)
-    assert report.format == name
-    learned = [""]
-    for token, flag in zip(example.ids, example.learned, strict=True):
-        if flag:
-            learned[-1] += str(tokenizer.decode([token]))
-        elif learned[-1]:
-            learned.append("")
-    pieces = [piece for piece in learned if piece]
-    ends = ("<|eos|>", "### Human:", "Human:", "<human>:", "<|end|>")
-    told = [piece.replace("<|eos|>", "").replace("### Human:", "").replace("Human:", "").strip() for piece in pieces]
-    assert told == answers
-    assert all(piece.rstrip().endswith(ends) for piece in pieces)
+    for name in names:
+        write_jsonl(tmp_path / name)
+    _, report = encode_file(tmp_path, "auto", tokenizer, 64, DataOptions(split=split))
+    assert report.examples == 5 * read
 
 
-def test_plain_text_is_learned_whole_and_has_no_answers(tmp_path: Path, tokenizer: Any) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"text": "Ada brought a red cup."}) + "\n")
-    [example], report = encode_file(path, "auto", tokenizer, 512)
-    assert (report.format, report.learn) == ("text", "all")
-    assert all(example.learned)
-    assert example.ids[-1] == tokenizer.eos_token_id
-    with pytest.raises(RequestError, match="plain text, in which nobody answers"):
-        encode_file(path, "auto", tokenizer, 512, DataOptions(learn="assistant"))
+def test_a_folder_may_hold_several_kinds_and_a_glob_chooses(tmp_path: Path, tokenizer: Any) -> None:
+    write_jsonl(tmp_path / "a.jsonl")
+    write_parquet(tmp_path / "b.parquet")
+    (tmp_path / "README.md").write_text("about it")
+    assert encode_file(tmp_path, "auto", tokenizer, 64)[1].examples == 10
+    assert encode_file(tmp_path, "auto", tokenizer, 64, DataOptions(files="*.parquet"))[1].examples == 5
+    with pytest.raises(RequestError, match=r"data\.split: the folder has no file of that split"):
+        encode_file(tmp_path, "auto", tokenizer, 64, DataOptions(split="test"))
 
 
-def test_a_conversation_without_a_chat_template_is_refused(tmp_path: Path, tiny_base: Path) -> None:
-    tokenizer = load_tokenizer(str(tiny_base))
-    tokenizer.chat_template = None
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}))
-    with pytest.raises(RequestError, match="tokenizer has no chat template"):
-        encode_file(path, "auto", tokenizer, 512)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'{"a": 1}', "an object with no array"),
+        ("a.json", b'{"a": [], "b": []}', "an object with 2 arrays"),
+        ("a.json", b'[{"prompt": "x"', "it is not JSON: .* at line 1"),
+        ("a.json", b'[{"prompt": "x", "completion": "y"}, 3]', "record 2: it is a JSON int, not an object"),
+        ("a.csv", b"prompt,completion\nx,y\nz\n", "line 3: it has another number of fields"),
+        ("a.csv", b'prompt,completion\n"x,y\n', "is no CSV"),
+        ("a.parquet", b"PAR1 no more", "it cannot be read as Parquet"),
+        ("a.jsonl.gz", b"no gzip", "it cannot be read"),
+    ],
+)
+def test_files_that_are_not_what_their_name_says_are_refused(
+    tmp_path: Path, tokenizer: Any, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RequestError, match=message):
+        encode_file(tmp_path / name, "auto", tokenizer, 64)
+
+
+def test_a_bad_row_of_parquet_is_named_by_its_number(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [*ROWS, {"prompt": "x", "completion": None}])
+    with pytest.raises(RequestError, match=r"a\.parquet, row 6: prompt and completion must be texts"):
+        encode_file(path, "auto", tokenizer, 64)
+
+
+def test_addresses_are_read_through_fsspec(tmp_path: Path, tokenizer: Any) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/one.jsonl", write_jsonl(tmp_path / "a.jsonl").read_bytes())
+    memory.pipe("/bucket/sub/train-0.parquet", write_parquet(tmp_path / "a.parquet").read_bytes())
+    memory.pipe("/bucket/sub/test-0.parquet", write_parquet(tmp_path / "a.parquet").read_bytes())
+    try:
+        local, here = encode_file(tmp_path / "a.jsonl", "auto", tokenizer, 64)
+        examples, report = encode_file("memory://bucket/one.jsonl", "auto", tokenizer, 64)
+        assert list(examples) == list(local)
+        assert (report.digest, report.source) == (here.digest, "memory://bucket/one.jsonl")
+        assert encode_file("memory://bucket/sub", "auto", tokenizer, 64)[1].examples == 5
+        with pytest.raises(RequestError, match="there is no such file"):
+            encode_file("memory://bucket/none.jsonl", "auto", tokenizer, 64)
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_an_address_whose_package_is_missing_says_which(tokenizer: Any) -> None:
+    with pytest.raises(RequestError, match=r"pip install gcsfs|cannot be read"):
+        encode_file("gs://bucket/train.jsonl", "auto", tokenizer, 64)
+    with pytest.raises(RequestError, match="cannot be understood"):
+        encode_file("xyzzy://bucket/train.jsonl", "auto", tokenizer, 64)
+
+
+def test_credentials_in_an_address_are_found_and_left_out() -> None:
+    assert has_credentials("s3://key:secret@bucket/a.jsonl")
+    assert has_credentials("https://host/a.jsonl?sig=secret")
+    assert not has_credentials("s3://bucket/a@b.jsonl")
+    assert without_credentials("s3://key:secret@bucket/a.jsonl?sig=secret") == "s3://bucket/a.jsonl"
+
+
+def test_what_is_written_like_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert hub_dataset("org/name") == HubId("org/name")
+    assert hub_dataset("org/name@v1") == HubId("org/name", "v1")
+    assert hub_dataset("data/train.jsonl") is None
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert hub_dataset("org/name") is None
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*
+  - split: test
+    path: data/test-*
+- config_name: other
+  data_files:
+  - split: train
+    path: other/*.jsonl
+---
+"""
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dataset in the Hub's cache, as huggingface_hub lays it out (docs: "Understand caching")."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "datasets--org--name"
+    snapshot = repository / "snapshots" / COMMIT
+    write_parquet(snapshot / "data" / "train-00000-of-00001.parquet")
+    write_parquet(snapshot / "data" / "test-00000-of-00001.parquet", ROWS[:1])
+    write_jsonl(snapshot / "other" / "a.jsonl", ROWS[:2])
+    (snapshot / "README.md").write_text(CARD)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+def test_a_dataset_of_the_hub_is_read_offline_from_the_cache_and_named_by_its_commit(
+    hub_cache: Path, tokenizer: Any
+) -> None:
+    def read(path: str = "org/name", **options: Any) -> Any:
+        return encode_file(path, "auto", tokenizer, 64, DataOptions(**options))[1]
+
+    report = read()
+    assert (report.examples, report.source) == (5, "org/name")
+    assert report.digest == f"org/name@{COMMIT} config=default split=train"
+    assert read(split="test").examples == 1
+    assert read(config="other").examples == 2
+    assert read(files="other/*.jsonl").examples == 2
+    assert read(f"org/name@{COMMIT}").digest == report.digest
+    with pytest.raises(RequestError, match=r"data\.split: org/name has the splits train, test"):
+        read(split="validation")
+    with pytest.raises(RequestError, match=r"data\.config: .*other"):
+        read(config="none")
+    with pytest.raises(RequestError, match="HF_HUB_OFFLINE"):
+        read("org/unknown")
+
+
+def test_code_of_a_dataset_is_not_run(hub_cache: Path, tokenizer: Any, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    shutil.rmtree(hub_cache / "data")
+    shutil.rmtree(hub_cache / "other")
+    (hub_cache / "README.md").write_text("")
+    (hub_cache / f"{COMMIT}.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    with pytest.raises(RequestError, match=r"data\.path: it cannot be read as a dataset"):
+        encode_file("org/name", "auto", tokenizer, 64)
+    assert not ran.exists()

@@ -125,22 +125,35 @@ def find_format(asked: str, record: Record, source: str) -> tuple[str, str]:
 
 
 def samples_of(
-    name: str, records: Iterable[tuple[str, Record | BadRecord]]
+    name: str, records: Iterable[tuple[str, Record | ValueError]]
 ) -> Iterator[tuple[str, Sample | ValueError]]:
     """(place, sample) of every record, or what is wrong with it: a BadRecord or an EmptyAnswer."""
     form = FORMATS[name]
-    good: list[tuple[str, Record]] = []
-    for place, record in records:
-        if isinstance(record, BadRecord):
-            yield place, record
-        elif absent := [column for column in form.columns if column not in record]:
-            yield place, BadRecord(f"format {name} needs {' and '.join(absent)}")
-        elif form.whole is not None:
-            good.append((place, record))
-        else:
-            try:
-                yield from ((place, sample) for sample in form.samples(record))
-            except (BadRecord, EmptyAnswer) as error:
-                yield place, error
     if form.whole is not None:
+        good: list[tuple[str, Record]] = []
+        for place, record in records:
+            if isinstance(record, ValueError):
+                yield place, record
+            elif (problem := missing(name, record)) is not None:
+                yield place, problem
+            else:
+                good.append((place, {column: record.get(column) for column in presets.OASST1_COLUMNS}))
         yield from form.whole(good)
+        return
+    for place, record in records:
+        if isinstance(record, ValueError):
+            yield place, record
+            continue
+        if (problem := missing(name, record)) is not None:
+            yield place, problem
+            continue
+        try:
+            yield from ((place, sample) for sample in form.samples(record))
+        except (BadRecord, EmptyAnswer) as error:
+            yield place, error
+
+
+def missing(name: str, record: Record) -> BadRecord | None:
+    """What a record lacks of a format's columns, if anything."""
+    absent = [column for column in FORMATS[name].columns if column not in record]
+    return BadRecord(f"format {name} needs {' and '.join(absent)}") if absent else None

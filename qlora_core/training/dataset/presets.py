@@ -26,6 +26,7 @@ SPEAKERS = {
     "system": "system",
 }
 """ShareGPT's names of who speaks (FastChat, data/clean_sharegpt.py, and what other exports use)."""
+OASST1_COLUMNS = ("message_id", "parent_id", "role", "text", "rank", "deleted")
 _PUBLISHED = {"prompter": "### Human:", "assistant": "### Assistant:"}
 _CHIP2 = "<human>:", "<bot>:"
 _HH_RLHF = "\n\nHuman:", "\n\nAssistant:"

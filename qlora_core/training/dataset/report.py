@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from clusters.errors import Problem, RequestError
@@ -29,10 +30,12 @@ class DataReport:
         unlearnable: left out, because no token to learn was within that length.
         longest: tokens of the longest example.
         tokens: tokens of all examples.
-        digest: SHA-256 over the data's files, which names the data in a run's identity.
+        digest: names the data in a run's identity: SHA-256 over its files, or a Hub id with commit, config and split.
         token_digest: SHA-256 over the examples as they are learned, which names the tokenizer's part in it.
+        source: what was read, as a person would recognise it.
         found: how the format was found; nothing where it was named.
         learn: which tokens are learned: assistant, completion or all.
+        layout: what conversations were written with.
         learned: tokens with a loss.
         empty_answers: left out, because the answer is empty.
         bad: left out as bad.
@@ -47,8 +50,10 @@ class DataReport:
     tokens: int
     digest: str
     token_digest: str
+    source: str = ""
     found: str = ""
     learn: str = "assistant"
+    layout: str = ""
     learned: int = 0
     empty_answers: int = 0
     bad: int = 0
@@ -100,3 +105,9 @@ class BadRecords:
 def allowed(max_bad: float) -> str:
     """A limit of bad records in words."""
     return f"{max_bad:.3%}" if 0 < max_bad < 1 else "none" if not max_bad else f"{max_bad:g}"
+
+
+def describe(report: DataReport, seq_len: int) -> Sequence[str]:
+    """The counts as clauses: examples, cut, left out."""
+    cut = [f"{report.truncated} cut off at {seq_len} tokens"] if report.truncated else []
+    return [f"{report.examples} examples in format {report.format}", *cut, *report.left_out()]

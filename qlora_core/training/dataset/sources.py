@@ -1,212 +1,154 @@
-"""Where data lies: a file, a folder of files or a dataset on disk, as records that each say where they stand."""
+"""Where data lies: a file, a folder of files, an Arrow dataset, one of the Hub, or an address of fsspec's."""
 
 from __future__ import annotations
 
-import csv
+import contextlib
+import fnmatch
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import pyarrow
-from pyarrow import ipc, parquet
 
 from clusters.errors import request_error
-from qlora_core.training.dataset.report import BadRecord
+from qlora_core.data import hub_dataset, is_address
+from qlora_core.training.dataset.options import DataOptions
+from qlora_core.training.dataset.readers import Records, first_line, kind_of, read_file
 
-Place = str
-"""A file and a line or row of it, counted from 1."""
-Records = Iterator[tuple[Place, dict[str, Any] | BadRecord]]
-"""Records, and what is wrong with those that are none."""
-STATE = "state.json"
-"""What `datasets` writes beside the Arrow files of a split (datasets 5.2, arrow_dataset.py, save_to_disk)."""
-BATCH = 1000
-"""Rows that are held as Python objects at a time."""
+INSTEAD = "Give a file of JSON lines, JSON, CSV or Parquet, a folder of these, or a dataset of the Hub"
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""The words for a split in a file's or folder's name (as `datasets` has them, data_files.py)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Data that can be read more than once.
+    """Data that can be read.
 
     Attributes:
-        name: the path that was given.
-        files: what is read of it, in that order.
+        shown: what a person would call it.
+        digest: names the content in a run's identity.
+        records: reads it from the beginning, one record after the other.
     """
 
-    name: str
-    files: tuple[Path, ...]
-
-    def records(self) -> Records:
-        """All records, a file at a time, few in memory at once (but all of a JSON array)."""
-        for path in self.files:
-            yield from reader_of(path)(path)
-
-    def digest(self) -> str:
-        """SHA-256 over the file, or over the digests of several, as hexadecimal digits."""
-        digests = [file_digest(path) for path in self.files]
-        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    shown: str
+    digest: str
+    records: Callable[[], Records]
 
 
-def find_source(path: Path, split: str = "train") -> Source:
-    """The data at a path.
-
-    Args:
-        split: of a folder whose files are named by splits, or of a dataset on disk.
+@contextlib.contextmanager
+def open_source(path: str, options: DataOptions) -> Iterator[Source]:
+    """The data at `path`; what was fetched for it from an address is gone afterwards.
 
     Raises:
-        RequestError: there is none, or it may not be read.
+        RequestError: there is none, or it cannot be read.
     """
+    if is_address(path):
+        from qlora_core.training.dataset.remote import local_copy
+
+        with local_copy(path) as local:
+            yield on_disk(local, path, options)
+        return
+    if (hub := hub_dataset(path)) is not None:
+        from qlora_core.training.dataset.hub import fetch_dataset
+
+        yield fetch_dataset(hub, options)
+        return
+    yield on_disk(Path(path), path, options)
+
+
+def on_disk(path: Path, shown: str, options: DataOptions) -> Source:
+    """The data of a file or folder of this machine."""
     if path.is_dir():
-        files = dataset_on_disk(path, split) or folder_files(path, split)
-    elif path.is_file():
-        files = [path]
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return arrow(path, shown, options)
+        return of_files(files_of(path, options), path, shown)
+    if not path.is_file():
+        raise request_error("data.path", shown, "there is no such file", INSTEAD)
+    if not os.access(path, os.R_OK):
+        raise request_error("data.path", shown, "it may not be read", "Change its permissions")
+    return Source(shown, file_digest(path), lambda: read_file(path, shown))
+
+
+def of_files(files: Sequence[Path], folder: Path, shown: str, digest: str | None = None) -> Source:
+    """Files of a folder as one source; each is named by where it lies in the folder."""
+
+    def records() -> Records:
+        for file in files:
+            yield from read_file(file, f"{shown}/{file.relative_to(folder).as_posix()}")
+
+    if digest is None:
+        whole = hashlib.sha256()
+        for file in files:
+            whole.update(f"{file.relative_to(folder).as_posix()} {file_digest(file)}\n".encode())
+        digest = whole.hexdigest()
+    return Source(shown, digest, records)
+
+
+def files_of(folder: Path, options: DataOptions) -> list[Path]:
+    """The data files of a folder that belong to the asked split, in the order of their names.
+
+    Files that name no split belong to train, if none does.
+    """
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and kind_of(path.name)]
+    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if options.files is not None:
+        found = [path for path in found if fnmatch.fnmatch(path.relative_to(folder).as_posix(), options.files)]
+    if not found:
+        rule = f"the folder holds no data file{'' if options.files is None else f' that fits {options.files!r}'}"
+        raise request_error("data.path", folder, rule, INSTEAD)
+    splits = {path: split_of(path.relative_to(folder).as_posix()) for path in found}
+    named = {split for split in splits.values() if split}
+    if not named and options.split == "train":
+        return found
+    chosen = [path for path in found if splits[path] == options.split]
+    if not chosen:
+        rule = f"the folder has no file of that split; its files name {', '.join(sorted(named)) or 'none'}"
+        raise request_error("data.split", options.split, rule, "Choose one of them, or name files with data.files")
+    return chosen
+
+
+def split_of(name: str) -> str:
+    """The split that a file's name or the nearest of its folders' names tells; nothing where none does."""
+    for part in reversed(name.lower().split("/")):
+        words = set(re.split(r"[^a-z]+", part))
+        for split, known in SPLITS.items():
+            if words & set(known):
+                return split
+    return ""
+
+
+def arrow(path: Path, shown: str, options: DataOptions) -> Source:
+    """A dataset that `datasets` has saved to disk, mapped into memory."""
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # `datasets` raises whatever its parts do
+        raise request_error("data.path", shown, f"it cannot be read as saved dataset: {first_line(error)}", INSTEAD)  # noqa: B904
+    if isinstance(dataset, datasets.DatasetDict):
+        if options.split not in dataset:
+            rule = f"the dataset has the splits {', '.join(dataset)}"
+            raise request_error("data.split", options.split, rule, "Choose one of them")
+        dataset, folder = dataset[options.split], path / options.split
     else:
-        raise request_error("data.path", path, "there is no such file", "Give the path of a file or a folder of them")
-    for file in files:
-        if not os.access(file, os.R_OK):
-            raise request_error("data.path", file, "it may not be read", "Change its permissions")
-    return Source(str(path), tuple(files))
+        folder = path
 
+    def records() -> Records:
+        for number, record in enumerate(dataset, start=1):
+            yield f"{shown}, row {number}", dict(record)
 
-def folder_files(folder: Path, split: str) -> list[Path]:
-    """The data files of a folder and those below it; of the split, where any is named by it: train-00000-of-00002."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS and path.is_file())
-    if not files:
-        rule = f"no file in it ends in {', '.join(sorted(READERS))}"
-        raise request_error("data.path", folder, rule, "Give a folder of such files, or one file")
-    of_split = [path for path in files if path.name.split(".")[0].split("-")[0] == split]
-    return of_split or files
-
-
-def dataset_on_disk(folder: Path, split: str) -> list[Path]:
-    """The Arrow files of what `datasets` saved with save_to_disk; none where the folder is no such thing."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        if split not in splits:
-            raise request_error("data.split", split, f"{folder} has the splits {', '.join(splits)}", "Name one of them")
-        folder = folder / split
-    if not (folder / STATE).is_file():
-        return []
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if state.get("_indices_data_files"):
-        rule = "it is a selection of rows that was saved without its rows"
-        raise request_error("data.path", folder, rule, "Save it after Dataset.flatten_indices()")
-    # a name, never a path: the folder may come from somebody else
-    return [folder / Path(each["filename"]).name for each in state["_data_files"]]
+    whole = hashlib.sha256()
+    for file in sorted(folder.glob("*.arrow")):
+        whole.update(file_digest(file).encode())
+    return Source(shown, whole.hexdigest(), records)
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- kinds of files ---------------------------------------------------------------------------------------------------
-
-
-def json_lines(path: Path) -> Records:
-    """A JSON object a line; blank lines are skipped."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}, line {number}", json_object(line, "utf-8-sig" if number == 1 else "utf-8")
-
-
-def json_object(line: bytes, encoding: str) -> dict[str, Any] | BadRecord:
-    """The object of a line, or what is wrong with it."""
-    try:
-        record = json.loads(line.decode(encoding))
-    except UnicodeDecodeError:
-        return BadRecord("it is not UTF-8")
-    except json.JSONDecodeError as error:
-        return BadRecord(f"it is not JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return BadRecord("it is nested too deeply")
-    return record if isinstance(record, dict) else BadRecord(f"it is a JSON {type(record).__name__}, not an object")
-
-
-def json_document(path: Path) -> Records:
-    """A JSON array of objects, or an object with one such array; an object a line is taken for what it is, too."""
-    try:
-        document = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        yield from json_lines(path)
-        return
-    if isinstance(document, dict):
-        arrays = [value for value in document.values() if isinstance(value, list) and value]
-        document = arrays[0] if len(arrays) == 1 and isinstance(arrays[0][0], dict) else [document]
-    for number, record in enumerate(document if isinstance(document, list) else [document], start=1):
-        wrong = BadRecord(f"it is a JSON {type(record).__name__}, not an object")
-        yield f"{path}, item {number}", record if isinstance(record, dict) else wrong
-
-
-def separated(path: Path, separator: str) -> Records:
-    """A table as text, whose first row names the columns."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file, delimiter=separator, strict=True), start=1):
-                wrong = None in row or None in row.values()
-                record = BadRecord("it has another number of fields than there are columns") if wrong else row
-                yield f"{path}, row {number}", record
-    except UnicodeDecodeError:
-        raise request_error("data.path", path, "it is not UTF-8", "Save it as UTF-8") from None
-    except csv.Error as error:
-        raise request_error("data.path", path, f"it is no table: {error}", "Check its quotes") from None
-
-
-def parquet_rows(path: Path) -> Records:
-    """The rows of a Parquet file."""
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield from rows_of(path, file.iter_batches(BATCH))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise unreadable(path, error) from None
-
-
-def arrow_rows(path: Path) -> Records:
-    """The rows of an Arrow stream, as `datasets` writes it."""
-    try:
-        with pyarrow.memory_map(os.fspath(path)) as file, ipc.open_stream(file) as stream:
-            yield from rows_of(path, (part for batch in stream for part in sliced(batch)))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise unreadable(path, error) from None
-
-
-def sliced(batch: Any) -> Iterator[Any]:
-    """A batch in parts of at most BATCH rows."""
-    return (batch.slice(first, BATCH) for first in range(0, batch.num_rows, BATCH))
-
-
-def rows_of(path: Path, batches: Iterator[Any]) -> Records:
-    """The rows of record batches."""
-    number = 0
-    for batch in batches:
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{path}, row {number}", record
-
-
-def unreadable(path: Path, error: Exception) -> Exception:
-    """The error of a file that is not what its name says."""
-    reason = str(error).splitlines()[0]
-    return request_error("data.path", path, f"it cannot be read: {reason}", "Write it again, or leave it out")
-
-
-READERS: dict[str, Callable[[Path], Records]] = {
-    ".jsonl": json_lines,
-    ".ndjson": json_lines,
-    ".json": json_document,
-    ".csv": partial(separated, separator=","),
-    ".tsv": partial(separated, separator="\t"),
-    ".parquet": parquet_rows,
-    ".arrow": arrow_rows,
-}
-
-
-def reader_of(path: Path) -> Callable[[Path], Records]:
-    """What reads a file: by the end of its name, and JSON lines where that says nothing."""
-    return READERS.get(path.suffix.lower(), json_lines)
