@@ -54,11 +54,12 @@ class TerminalDisplay:
         """See `Display`."""
         data, plan = prepared.data, prepared.plan
         self._console.print(plan_screen(plan))
-        left_out = f", {data.unlearnable} left out (nothing to learn within the length)" if data.unlearnable else ""
+        left_out = "".join(f", {part}" for part in data.left_out())
+        found = f" ({data.found})" if data.found else ""
         packed = "packed " if plan.recipe.packing else ""
         cut = f", {data.truncated} cut off at {plan.recipe.seq_len} tokens" if data.truncated else ""
         self._console.print(
-            f"\nData: {data.examples} examples in format {data.format}, the longest {data.longest} tokens"
+            f"\nData: {data.examples} examples in format {data.format}{found}, the longest {data.longest} tokens"
             f"{cut}{left_out}; "
             f"{len(prepared.held_out)} held out. {prepared.total_steps} steps of "
             f"{plan.recipe.sequences_per_step} {packed}sequences.",
