@@ -13,7 +13,6 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from launch.report.preview import data_words
 from launch.report.terminal import measured_table, plan_screen
 from launch.report.words import gib
 from orchestrator.prepare import Prepared
@@ -55,9 +54,13 @@ class TerminalDisplay:
         """See `Display`."""
         data, plan = prepared.data, prepared.plan
         self._console.print(plan_screen(plan))
+        left_out = "".join(f", {part}" for part in data.left_out())
+        found = f" ({data.found})" if data.found else ""
+        cut = f", {data.truncated} cut off at {plan.recipe.seq_len} tokens" if data.truncated else ""
         packed = "packed " if plan.recipe.packing else ""
         self._console.print(
-            f"\nData: {data_words(data, prepared.spec.recipe.seq_len)}; "
+            f"\nData: {data.examples} examples in format {data.format}{found}, the longest {data.longest} tokens"
+            f"{cut}{left_out}; "
             f"{len(prepared.held_out)} held out. {prepared.total_steps} steps of "
             f"{plan.recipe.sequences_per_step} {packed}sequences.",
             highlight=False,

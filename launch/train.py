@@ -19,8 +19,8 @@ from orchestrator.spec import RunSpec, load_spec, schema
 @click.argument("specification", required=False, type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Plan, show the plan, and stop. Exit code 1 if it does not fit.")
-@click.option("--preview", is_flag=True, help="Show what the data becomes, and stop: samples, labels, lengths, counts.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON.")
+@click.option("--preview", is_flag=True, help="Show the data as it would be learned, token by token, and stop.")
 @click.option("--force", is_flag=True, help="Start even if the plan says that it cannot fit.")
 @click.option("--fresh", is_flag=True, help="Start anew in a folder beside the output folder, if a run lies there.")
 @click.option("--schema", "print_schema", is_flag=True, help="Print the JSON schema of a run specification.")
@@ -30,8 +30,8 @@ def train(
     specification: Path | None,
     overrides: tuple[str, ...],
     dry_run: bool,
-    preview: bool,
     as_json: bool,
+    preview: bool,
     force: bool,
     fresh: bool,
     print_schema: bool,
@@ -48,12 +48,36 @@ def train(
         raise click.UsageError("Missing argument SPECIFICATION: the run's YAML file.")
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run.")
+    if preview and dry_run:
+        raise click.UsageError("--preview and --dry-run each stop by themselves: give one of them.")
     spec = load_spec(specification, overrides)
     require_train_extra("qlora-train")
-    return carry_out(spec, dry_run=dry_run, preview=preview, as_json=as_json, force=force, fresh=fresh)
+    if preview:
+        return show_data(spec)
+    return carry_out(spec, dry_run=dry_run, as_json=as_json, force=force, fresh=fresh)
 
 
-def carry_out(spec: RunSpec, *, dry_run: bool, preview: bool, as_json: bool, force: bool, fresh: bool) -> int:
+def show_data(spec: RunSpec) -> int:
+    """Print what the run would learn from; nothing is written into its folder."""
+    from qlora_core.quiet import quiet_libraries
+
+    quiet_libraries()
+
+    from rich.console import Console
+
+    from launch.report.preview import print_preview
+    from orchestrator.base import find_base
+    from orchestrator.prepare import read_data
+    from qlora_core.training.model import load_tokenizer
+
+    base = find_base(spec, lambda text: click.echo(text, err=True))
+    examples, report = read_data(spec, base)
+    tokenizer = load_tokenizer(str(base.folder))
+    print_preview(Console(), report, examples, examples.lengths, spec.recipe.seq_len, tokenizer)
+    return 0
+
+
+def carry_out(spec: RunSpec, *, dry_run: bool, as_json: bool, force: bool, fresh: bool) -> int:
     """Prepare and run; returns the exit code."""
     # Only now, since torch and transformers take seconds to import: a wrong specification is told at once.
     from qlora_core.quiet import quiet_libraries
@@ -63,22 +87,17 @@ def carry_out(spec: RunSpec, *, dry_run: bool, preview: bool, as_json: bool, for
     from rich.console import Console
 
     from launch.progress import TerminalDisplay, print_summary
-    from launch.report.preview import print_preview
     from launch.report.run_report import FILE_NAME, write_report
     from launch.report.terminal import print_plan
     from orchestrator.prepare import prepare
     from orchestrator.run import execute, free_output
     from orchestrator.supervisor import Interrupted
-    from qlora_core.training.model import load_tokenizer
 
     console = Console()
     if fresh:
         spec = spec.model_copy(update={"output": str(free_output(Path(spec.output)))})
         console.print(f"Output: {spec.output}", highlight=False)
     prepared = prepare(spec, tell=lambda text: click.echo(text, err=True))  # --json owns stdout
-    if preview:
-        print_preview(console, prepared, load_tokenizer(str(prepared.base.folder)))
-        return 0
     if dry_run:
         if as_json:
             click.echo(json.dumps(prepared.plan.to_json(), indent=2))

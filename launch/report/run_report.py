@@ -131,12 +131,13 @@ def data_section(data: Mapping[str, Any]) -> str:
     if "rows" in data:
         rows = f" They are trained on in {data['rows']} sequences; were all as long as the longest, "
         rows += f"{data['padding_percent']} % would be padding."
-    empty, bad = data.get("empty_answers", 0), data.get("bad", 0)
+    # records of earlier versions do not count these
+    bad = "".join(f"\n- left out: {record}" for record in data.get("bad_records", ()))
     return (
         f"## Data\n\n{data['examples']} examples in format {data['format']}, {data['tokens']} tokens, the longest "
         f"{data['longest']}; {data['truncated']} truncated, {data['unlearnable']} left out because nothing to learn "
-        f"was within the length, {empty} because the answer is empty, {bad} as bad."
-        f"{rows} SHA-256 `{data['digest']}`."
+        f"was within the length, {data.get('empty_answers', 0)} because the answer is empty, {data.get('bad', 0)} as "
+        f"bad.{rows} Digest `{data['digest']}`.{bad and chr(10)}{bad}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from clusters.errors import Problem, RequestError
@@ -105,9 +104,3 @@ class BadRecords:
 def allowed(max_bad: float) -> str:
     """A limit of bad records in words."""
     return f"{max_bad:.3%}" if 0 < max_bad < 1 else "none" if not max_bad else f"{max_bad:g}"
-
-
-def describe(report: DataReport, seq_len: int) -> Sequence[str]:
-    """The counts as clauses: examples, cut, left out."""
-    cut = [f"{report.truncated} cut off at {seq_len} tokens"] if report.truncated else []
-    return [f"{report.examples} examples in format {report.format}", *cut, *report.left_out()]
