@@ -28,6 +28,7 @@ from ray_heads import ray_head
 
 from launch.train import train
 from qlora_core.training.checkpoint import complete
+from qlora_core.training.examples import Examples
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workers")]
 
@@ -312,6 +313,43 @@ def test_the_merged_model_has_the_adapters_loss_through_plain_transformers(
     assert losses["merged"] != losses["trained"]  # the trained one has a base in NF4
     assert "differs a little from the trained one" in answer["warnings"][0]
     assert (answer["layers"], answer["shards"]) == (14, 1)
+
+
+def test_all_weights_are_trained_on_packed_rows_and_the_result_is_a_model_for_transformers_alone(
+    new_run: Callable[[str], Run],
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = new_run("full")
+    recipe = {
+        "method": "full",
+        "quantization": "none",
+        "packing": "true",
+        "optimizer": "adamw",
+        "learning_rate": "1e-3",
+    }
+    fields = [f"recipe.{name}={value}" for name, value in recipe.items()]
+    code, output = run.finish(*fields, "strategy.world_size=1", "strategy.zero_stage=0")
+    assert code == 0, output
+    record = run.record
+    assert record["weights"] == str(run.folder / "model")
+    assert not (run.folder / "adapter").exists()
+    assert record["data"]["rows"] < record["data"]["examples"] / 2
+    (tried,) = (
+        event
+        for event in map(json.loads, (run.folder / "events.jsonl").read_text().splitlines())
+        if event["event"] == "rehearsal"
+    )
+    assert 55 < tried["longest"] <= 64  # of rows of at most 64 tokens, packed from examples of at most 25
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    held_out, loss, tokens = Examples(run.folder / "data" / "eval.safetensors"), 0.0, 0
+    for ids, learned in (held_out[index] for index in range(len(held_out))):
+        labels = ids.masked_fill(~learned, -100).unsqueeze(0)
+        count = int((labels[:, 1:] != -100).sum())
+        loss += count * float(model(input_ids=ids.unsqueeze(0), labels=labels).loss.detach())
+        tokens += count
+    assert loss / tokens == pytest.approx(record["results"]["eval_after"], rel=1e-4)
+    assert record["results"]["eval_after"] < record["results"]["eval_before"]
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(
