@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -272,6 +273,18 @@ def test_bad_records_are_left_out_up_to_a_limit_and_told(read: Read) -> None:
     for max_bad in (1, 0.19):
         with pytest.raises(RequestError, match=r"line 10: .*\n.*data\.max_bad: 2 of 10 records are bad"):
             read(rows, max_bad=max_bad)
+
+
+def test_the_records_of_the_guide_are_read_by_their_presets(read: Read, chatty: Any) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \|[^|]*\| `(\{.*\})` \|$", guide, re.M))
+    assert set(rows) == set(FORMATS) - {"messages", "sharegpt", "prompt-completion", "text"}
+    for name, record in rows.items():
+        tree = [message("1", None, "prompter", "Hi", None)] if name == "oasst1" else []
+        [(_, learned)], _ = read([*tree, json.loads(record)], name, tokenizer=chatty)
+        assert learned.startswith("Hello."), name
+        if name not in ("self-instruct", "vicuna"):
+            assert read([*tree, json.loads(record)], tokenizer=chatty)[1].format == name
 
 
 def test_a_specification_knows_the_same_formats() -> None:
