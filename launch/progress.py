@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -18,6 +17,7 @@ from launch.report.words import gib
 from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord
 from orchestrator.trackers import FILE_NAME
+from qlora_core.perplexity import perplexity
 
 LINE_SECONDS = 15.0
 """Without a terminal, a line at most this often."""
@@ -124,7 +124,7 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
         change = f" ({(after - before) / before:+.0%})"
         console.print(
             f"Evaluation loss on held-out examples: {before:.4f} before, {after:.4f} after{change}; "
-            f"perplexity {math.exp(before):.2f} and {math.exp(after):.2f}",
+            f"perplexity {perplexity(before):.2f} and {perplexity(after):.2f}",
             highlight=False,
         )
     for first, last in zip(results.get("answers_before", []), results.get("answers_after", []), strict=False):

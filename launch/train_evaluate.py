@@ -107,11 +107,14 @@ def evaluate(
 
 
 def write_answers(evaluated: Sequence[Evaluated], folder: Path) -> None:
-    """Write each one's answers as JSON lines."""
+    """Write each one's answers as JSON lines; of equal questions the first, since `score` pairs answers by them."""
     from qlora_core.files import replace_atomically
 
     for row in evaluated:
-        lines = [json.dumps({"question": each.question, "answer": each.given}) + "\n" for each in row.answers]
+        given: dict[str, str] = {}
+        for each in row.answers:
+            given.setdefault(each.question, each.given)
+        lines = [json.dumps({"question": asked, "answer": answer}) + "\n" for asked, answer in given.items()]
         with replace_atomically(folder / f"{row.name}.jsonl") as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
 

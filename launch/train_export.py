@@ -34,7 +34,10 @@ CAVEAT = (
 @click.option("--base", help="The base's folder or Hub id, where it is not the one that the adapter names.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
 @click.option(
-    "--max-shard-size", default="5GB", show_default=True, help="Largest file; about as much memory is needed."
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    help="Largest file; about as much memory is needed.",
 )
 @click.option(
     "--check/--no-check",

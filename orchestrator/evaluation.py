@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from clusters.errors import request_error
 from orchestrator.machine import describe, target_of
 from orchestrator.trained import Trained
 from qlora_core.bootstrap import Interval, interval
+from qlora_core.perplexity import perplexity
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.adapters import load_adapters
@@ -102,7 +102,7 @@ def evaluate_adapters(
                 tasks = run_tasks(model, tokenizer, questions.tasks, questions.limit) if questions.tasks else {}
             loss = mean_loss(losses, examples.learned) if losses else None
             change = mean_change(losses, reference, examples.learned) if losses and name != BASE else None
-            found.append(Evaluated(name, loss, loss and loss.map(math.exp), change, answers, tasks))
+            found.append(Evaluated(name, loss, loss and loss.map(perplexity), change, answers, tasks))
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from clusters.errors import Problem, RequestError
 from orchestrator.spec import RunSpec
+from qlora_core.recipe import Recipe
 from qlora_core.training.dataset import DataReport
 
 SAMPLED_BYTES = 2**20
@@ -55,7 +56,12 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def check_same(before: Mapping[str, Any], after: Mapping[str, Any], folder: Path) -> None:
-    """Raise a RequestError that shows each difference between a run and what would resume it."""
+    """Raise a RequestError that shows each difference between a run and what would resume it.
+
+    What a recipe did not have yet when the run was started was as its default is.
+    """
+    defaults = {f"recipe.{name}": value for name, value in Recipe().to_json().items()}
+    before = {**{key: value for key, value in defaults.items() if key in after}, **before}
     problems = [
         Problem(
             key,

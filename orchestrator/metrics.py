@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_core.perplexity import perplexity
+
 MEMORY = "memory/"
 """What begins so differs from rank to rank; all else is the whole run's."""
 
@@ -35,7 +37,7 @@ def metrics_of(event: Mapping[str, Any], predicted: Mapping[str, Any]) -> dict[s
             found |= memory_of({"reserved": predicted["reserved_bytes"]}, "predicted")
     elif event["event"] == "eval" and event["eval_loss"] is not None:
         loss = event["eval_loss"]
-        found = {"eval/loss": loss, "eval/perplexity": math.exp(loss) if loss < 700 else math.inf}
+        found = {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
     else:
         found = {}
     return {name: float(value) for name, value in found.items() if math.isfinite(value)}

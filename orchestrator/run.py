@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from orchestrator.record import Attempt, RunRecord, load_record, new_id, now, sa
 from orchestrator.supervisor import Interrupted, keep_events_until, run_attempt
 from orchestrator.tracking import tracked
 from orchestrator.worker import Order
+from qlora_core.perplexity import perplexity
 from qlora_core.training.card import CardFacts
 from qlora_core.training.checkpoint import complete, load_facts
 from qlora_core.training.examples import save_examples
@@ -302,7 +302,7 @@ def finish(record: RunRecord, end: Mapping[str, Any], prepared: Prepared, output
 def perplexities(context: Mapping[str, Any]) -> dict[str, float]:
     """The exponentials of the evaluation losses, where there are any."""
     return {
-        f"perplexity_{when}": math.exp(context[f"eval_{when}"])
+        f"perplexity_{when}": perplexity(context[f"eval_{when}"])
         for when in ("before", "after")
         if context.get(f"eval_{when}") is not None
     }

@@ -242,14 +242,17 @@ def data_path(folder: Path, text: str) -> str:
 
 
 def refuse_credentials(fields: dict[str, Any]) -> list[Problem]:
-    """What is wrong with an address that carries secrets: it would stand in records and logs. They are not shown."""
+    """What is wrong with addresses that carry secrets: they would stand in records and logs. They are not shown."""
     data = fields.get("data")
-    path = data.get("path") if isinstance(data, dict) else None
-    if not isinstance(path, str) or not is_address(path) or not has_credentials(path):
-        return []
+    places = {name: fields.get(name) for name in ("model", "adapter", "output")}
+    places["data.path"] = data.get("path") if isinstance(data, dict) else None
     rule = "an address must not carry a user, a password, a query or a fragment"
     remedy = "Leave credentials to the environment, as the storage's own tools read them"
-    return [Problem("data.path", without_credentials(path), rule, remedy)]
+    return [
+        Problem(name, without_credentials(text), rule, remedy)
+        for name, text in places.items()
+        if isinstance(text, str) and is_address(text) and has_credentials(text)
+    ]
 
 
 def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:

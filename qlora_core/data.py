@@ -27,7 +27,7 @@ FormatName = Literal[
 ]
 Learn = Literal["auto", "assistant", "completion", "all"]
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_ADDRESS = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")  # chained ones of fsspec's too
 _FILE_NAMES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".arrow", ".txt")
 
 

@@ -48,6 +48,17 @@ def refusal(result: Result) -> str:
     return str(result.exception)
 
 
+def test_a_secret_in_an_address_is_refused_and_not_shown(ask: Request) -> None:
+    changes: dict[str, Any] = {
+        "model": "s3://user:SECRET@bucket/m",
+        "data": {"path": "simplecache::https://user:SECRET@host/x.jsonl"},
+        "output": "s3://bucket/out?sig=SECRET",
+    }
+    message = refusal(ask(**changes))
+    assert [message.count(where) for where in ("model: ", "data.path: ", "output: ")] == [1, 1, 1]
+    assert "SECRET" not in message
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

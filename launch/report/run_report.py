@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from launch.report.terminal import memory_rows
 from launch.report.words import gib
 from orchestrator.record import RunRecord
+from qlora_core.perplexity import perplexity
 
 FILE_NAME = "report.md"
 LOSS_ROWS = 20
@@ -61,7 +61,7 @@ def results_section(record: RunRecord) -> str:
     if before is not None and after is not None:
         lines.append(
             f"Evaluation loss on held-out examples: {before:.4f} before, {after:.4f} after; perplexity "
-            f"{math.exp(before):.2f} and {math.exp(after):.2f}."
+            f"{perplexity(before):.2f} and {perplexity(after):.2f}."
         )
     if record.adapter:
         lines.append(f"Adapter: `{record.adapter}`")
@@ -117,7 +117,7 @@ def loss_section(events: list[dict[str, Any]]) -> str:
 def evaluation_section(events: list[dict[str, Any]]) -> str:
     """Loss and perplexity on the held-out examples, each time that they were measured."""
     rows = [
-        f"| {event['step']} | {event['eval_loss']:.4f} | {math.exp(event['eval_loss']):.2f} |"
+        f"| {event['step']} | {event['eval_loss']:.4f} | {perplexity(event['eval_loss']):.2f} |"
         for event in events
         if event["event"] == "eval" and event["eval_loss"] is not None
     ]

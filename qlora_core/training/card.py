@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -10,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from qlora_core.perplexity import perplexity
 from qlora_core.recipe import Recipe
 
 GIB = 1024**3
@@ -128,7 +128,7 @@ def evaluation(results: Mapping[str, Any]) -> str:
             "| on held-out examples | before | after |",
             "| --- | ---: | ---: |",
             f"| loss | {before:.4f} | {after:.4f} |",
-            f"| perplexity | {math.exp(before):.2f} | {math.exp(after):.2f} |",
+            f"| perplexity | {perplexity(before):.2f} | {perplexity(after):.2f} |",
         ]
     )
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clusters.errors import RunFailed
 from qlora_core.memory.measure import Meter
+from qlora_core.perplexity import perplexity
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training import checkpoint
@@ -260,7 +261,7 @@ def evaluate(run: TrainingRun) -> float | None:
 
 def measures(loss: float | None) -> dict[str, float | None]:
     """What an evaluation is told as: the loss and its exponential, None for both where nothing is held out."""
-    return {"eval_loss": loss, "perplexity": None if loss is None else math.exp(loss)}
+    return {"eval_loss": loss, "perplexity": None if loss is None else perplexity(loss)}
 
 
 def answers(run: TrainingRun) -> list[dict[str, str]]:

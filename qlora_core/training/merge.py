@@ -19,13 +19,14 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from clusters.errors import RequestError, RunFailed, request_error
 from qlora_core.files import publish_folder
+from qlora_core.huggingface.adapter_config import CHANGES_BASE
 from qlora_core.training.adapters import PREFIX, WEIGHTS, read_adapter
 from qlora_core.training.model import TORCH_DTYPES
 from qlora_core.training.shards import copy_beside, copy_config, stored_shapes, write_shards
@@ -97,7 +98,7 @@ def merged_folder(
         copy_beside(base, temporary)
         yield temporary, Merged(layers=len(layers), shards=shards, bytes=size)
         publish_folder(temporary, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RunFailed(
             f"The merged model could not be written to {folder}: {error}.", "Free space, or choose another folder."
         ) from error
@@ -167,6 +168,9 @@ def refuse_unmergeable(fields: Mapping[str, Any], adapter: Path) -> None:
         if fields.get(field):
             rule = f"it has {what} ({field}), which are not merged layer by layer"
             raise request_error("adapter", adapter, rule, "Merge it with peft's merge_and_unload, in one piece")
+    if (begun := str(fields.get("init_lora_weights"))).startswith(CHANGES_BASE):
+        rule = f"it began with {begun}, which changed the base's weights too"
+        raise request_error("adapter", adapter, rule, "Convert it to plain LoRA first, as peft documents")
     if fields.get("bias", "none") != "none" or fields.get("lora_bias"):
         rule = "it has trained biases, which are not merged"
         raise request_error("adapter", adapter, rule, "Merge it with peft's merge_and_unload, in one piece")

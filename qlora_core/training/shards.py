@@ -80,6 +80,8 @@ def write_shards(
     with opened(source) as files:
         sizes = {name: stored_bytes(file.get_slice(name), dtype) for name, file in files.items()}
         try:
+            if str(max_shard_size).lstrip().startswith(("-", "0")):
+                raise ValueError(max_shard_size)
             split = split_state_dict_into_shards_factory(
                 sizes,
                 get_storage_size=lambda size: size,

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from clusters.errors import RequestError
 from orchestrator.spec import load_spec
 from qlora_core.training.adapters import check_continues, load_adapters, read_adapter
+from qlora_core.training.merge import plan_merge
 
 
 def fresh(base: Path) -> Any:
@@ -83,6 +84,16 @@ def test_what_is_no_adapter_of_this_base_is_told_all_at_once(
     assert "peft_type is 'PREFIX_TUNING'" in text
     assert "holds no adapter_config.json" in text
     assert "--adapter: an adapter's name is letters" in text
+
+
+def test_an_adapter_that_belongs_to_a_changed_base_is_neither_compared_nor_merged(
+    tiny_base: Path, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    begun = changed(trained["red"], tmp_path / "pissa", init_lora_weights="pissa_niter_4")
+    with pytest.raises(RequestError, match="began with pissa_niter_4"):
+        load_adapters(fresh(tiny_base), {"red": trained["red"], "pissa": begun})
+    with pytest.raises(RequestError, match="began with pissa_niter_4"):
+        plan_merge(tiny_base, begun)
 
 
 def test_a_config_that_its_weights_do_not_fit(tiny_base: Path, trained: dict[str, Path], tmp_path: Path) -> None:

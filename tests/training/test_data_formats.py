@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 
@@ -289,3 +289,23 @@ def test_the_records_of_the_guide_are_read_by_their_presets(read: Read, chatty: 
 
 def test_a_specification_knows_the_same_formats() -> None:
     assert set(get_args(FormatName)) == {"auto", *FORMATS}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "says"),
+    [
+        ("oasst1", message(cast(Any, ["x"]), None, "prompter", "Hi", 0), "must be texts"),
+        ("oasst1", message("2", "1", "assistant", "Hello.", 0), "answers a message that the data does not hold"),
+        ("unnatural-instructions", {"instruction": "x", "instances": {"a": 5}}, "hold something else"),
+    ],
+)
+def test_a_record_that_is_not_as_published_is_a_bad_one(read: Read, name: str, row: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        read([row], name)
+
+
+def test_a_number_of_thousands_of_digits_is_a_bad_line(tmp_path: Path, chatty: Any) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": ' + "1" * 5000 + "}\n")
+    with pytest.raises(RequestError, match="line 1: it is not JSON that Python reads"):
+        encode_file(path, "auto", chatty, 64)

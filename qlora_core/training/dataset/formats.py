@@ -151,6 +151,8 @@ def samples_of(
             yield from ((place, sample) for sample in form.samples(record))
         except (BadRecord, EmptyAnswer) as error:
             yield place, error
+        except (TypeError, KeyError, AttributeError, ValueError):
+            yield place, BadRecord(f"its columns hold something else than format {name} has there")
 
 
 def missing(name: str, record: Record) -> BadRecord | None:

@@ -127,9 +127,17 @@ def oasst1(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Sample 
     each level"). Replies of prompters carry no rank in many trees: those come last, in the order of the file.
     """
     children: dict[str | None, list[tuple[str, Record]]] = {}
+    known: set[str | None] = {None}
     for place, record in records:
+        parent = record["parent_id"] or None  # a table of text has an empty one where there is none
+        if not all(isinstance(each, str) for each in (record["message_id"], parent or "", record["role"])):
+            yield place, BadRecord("message_id, parent_id and role must be texts")
+            continue
+        known.add(record["message_id"])
         if not record.get("deleted"):
-            children.setdefault(record["parent_id"], []).append((place, record))
+            children.setdefault(parent, []).append((place, record))
+    for place, _ in (each for parent, replies in children.items() if parent not in known for each in replies):
+        yield place, BadRecord("it answers a message that the data does not hold")
     for place, root in children.get(None, []):
         try:
             yield place, branch(root, children)

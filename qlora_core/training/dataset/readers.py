@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -48,7 +49,7 @@ def read_file(path: Path, shown: str) -> Records:
                 yield from csv_rows(file, shown, "\t" if kind == ".tsv" else ",")
             else:
                 yield from json_lines(file, shown)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise request_error("data.path", shown, f"it cannot be read: {reason}", "Check the file") from error
 
@@ -70,6 +71,8 @@ def json_lines(file: BinaryIO, shown: str) -> Records:
             yield place, BadRecord("it is not UTF-8")
         except json.JSONDecodeError as error:
             yield place, BadRecord(f"it is not JSON: {error.msg} at column {error.colno}")
+        except ValueError as error:  # a number of thousands of digits
+            yield place, BadRecord(f"it is not JSON that Python reads: {first_line(error)}")
         except RecursionError:
             yield place, BadRecord("it is nested too deeply")
         else:
@@ -96,6 +99,8 @@ def json_document(file: BinaryIO, shown: str) -> Records:
             return
         reason = f"it is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         raise unreadable(shown, reason) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise unreadable(shown, f"it is not JSON that Python reads: {first_line(error)}") from None
     if isinstance(document, dict):
         arrays = [name for name, value in document.items() if isinstance(value, list)]
         if len(arrays) != 1:
