@@ -150,10 +150,8 @@ def refuse_unbuilt(spec: RunSpec) -> None:
 
 def undivided(recipe: Recipe, request: StrategySpec) -> Iterator[Problem]:
     """What a strategy names that needs a ZeRO stage which the recipe is not trained with: see `trained_stages`."""
-    stages, rule = (
-        trained_stages(recipe),
-        "it can be planned, but not trained with yet: its memory is not known well enough",
-    )
+    stages = trained_stages(recipe)
+    rule = "it can be planned, but not trained with yet: its memory is not known well enough"
     if request.offload == "all" and 3 not in stages:
         rule_of_all = f"with method {recipe.method} and ZeRO 3, which it needs, {rule}"
         remedy = "Set it to none" if request.zero_stage == 0 else "Set it to optimizer or none"
