@@ -15,7 +15,15 @@ from orchestrator.history import NOTHING_MEASURED, History
 from orchestrator.needs import Estimator, needs
 from orchestrator.plans import Alternative, Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, of_length
-from orchestrator.rules import check_attention, check_even, check_packing, check_strategy, stage_for, warnings
+from orchestrator.rules import (
+    check_attention,
+    check_even,
+    check_packing,
+    check_strategy,
+    stage_for,
+    trained_stages,
+    warnings,
+)
 from orchestrator.verdicts import doubt, verdict
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.formula import estimate
@@ -222,6 +230,8 @@ def plan_run(
     There are `devices` of the kind `target`. `longest` is the tokens of the longest example or packed row, where the
     data is known; memory is planned for it.
 
+    The specification holds nothing that `prepare.refuse_unbuilt` refuses.
+
     Raises:
         RequestError: the fixed parts contradict each other.
     """
@@ -253,7 +263,8 @@ def plan_run(
 def question_of(
     request: StrategySpec, architecture: ModelArchitecture, recipe: Recipe, world_size: int, target: Target
 ) -> Question:
-    """A specification's strategy as a question: what is auto is open."""
+    """A specification's strategy as a question: what is auto is open, as far as it can be trained with."""
+    stages = trained_stages(recipe)
     defaults = fitting_defaults(architecture, Strategy(world_size=world_size))
     given: dict[str, Any] = {
         field: getattr(defaults, field) if getattr(request, field) == "auto" else getattr(request, field)
@@ -266,8 +277,8 @@ def question_of(
     if request.offload == "auto":
         open_fields -= {"offload"}  # a run offloads only where it was asked to: the host's memory is not known
     elif request.zero_stage == "auto":
-        given["zero_stage"] = stage_for(request.offload)
-    return Question(architecture, recipe, Strategy(**given), frozenset(open_fields), whole_step=True)
+        given["zero_stage"] = stage_for(request.offload, stages)
+    return Question(architecture, recipe, Strategy(**given), frozenset(open_fields), whole_step=True, stages=stages)
 
 
 def planned_for(recipe: Recipe, longest: int | None) -> tuple[Recipe, list[Choice]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from orchestrator.machine import Machine, describe, target_of
 from orchestrator.planner import plan_run
 from orchestrator.plans import Plan
 from orchestrator.record import load_record
-from orchestrator.spec import RunSpec
+from orchestrator.rules import trained_stages
+from orchestrator.spec import RunSpec, StrategySpec
 from orchestrator.targets import check_targets
 from orchestrator.trackers import missing
 from qlora_core.data import hub_dataset
 from qlora_core.recipe import Recipe
-from qlora_core.strategy import Strategy
 from qlora_core.training.adapters import check_continues, read_adapter
 from qlora_core.training.dataset import DataOptions, DataReport, encode_file
 from qlora_core.training.dataset.cache import cache_folder
@@ -86,7 +86,6 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
     # what is held out is evaluated one example a row
     longest = max(layout.longest, data.longest)
     plan = plan_run(spec, base.architecture, target, machine.devices, longest=longest, history=known_history(tell))
-    refuse_undivided(spec.recipe, plan.strategy)
     return Prepared(
         spec=spec,
         base=base,
@@ -99,13 +98,6 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
         total_steps=spec.recipe.total_steps(len(layout.rows)),
         identity=identity(spec, base.identity, data, target.compute_dtype, None if adapter is None else adapter.digest),
     )
-
-
-def refuse_undivided(recipe: Recipe, strategy: Strategy) -> None:
-    """Raise a RequestError for all weights under ZeRO 2 and 3, where the formula says 5 % too little (two ranks)."""
-    if recipe.method == "full" and strategy.zero_stage >= 2:
-        rule = "with method full it can be planned, but not trained with yet: its memory is not known well enough"
-        raise request_error("strategy.zero_stage", strategy.zero_stage, rule, "Set it to 0 or 1")
 
 
 def read_data(spec: RunSpec, base: Base) -> tuple[EncodedExamples, DataReport]:
@@ -150,6 +142,21 @@ def refuse_unbuilt(spec: RunSpec) -> None:
         )
         if getattr(recipe, field) not in allowed
     ]
+    problems += undivided(recipe, spec.strategy_request)
     problems += missing(spec.tracking)
     if problems:
         raise RequestError(problems)
+
+
+def undivided(recipe: Recipe, request: StrategySpec) -> Iterator[Problem]:
+    """What a strategy names that needs a ZeRO stage which the recipe is not trained with: see `trained_stages`."""
+    stages = trained_stages(recipe)
+    rule = "it can be planned, but not trained with yet: its memory is not known well enough"
+    if request.offload == "all" and 3 not in stages:
+        rule_of_all = f"with method {recipe.method} and ZeRO 3, which it needs, {rule}"
+        remedy = "Set it to none" if request.zero_stage == 0 else "Set it to optimizer or none"
+        yield Problem("strategy.offload", "all", rule_of_all, remedy)
+    if request.zero_stage != "auto" and request.zero_stage not in stages:
+        # nothing is offloaded in stage 0
+        remedy = "Set it to 0 or 1" if request.offload in ("auto", "none") else "Set it to 1"
+        yield Problem("strategy.zero_stage", str(request.zero_stage), f"with method {recipe.method} {rule}", remedy)

@@ -153,6 +153,26 @@ def test_what_cannot_be_trained_with_yet_is_refused_though_it_can_be_planned(ask
     assert f"recipe.{field}: it can be planned, but not trained with yet" in refusal(ask(recipe={field: value}))
 
 
+@pytest.mark.parametrize(
+    ("strategy", "remedies"),
+    [
+        ({"zero_stage": 2}, {"strategy.zero_stage": "Set it to 0 or 1"}),
+        ({"zero_stage": 3, "offload": "optimizer"}, {"strategy.zero_stage": "Set it to 1"}),
+        ({"offload": "all"}, {"strategy.offload": "Set it to optimizer or none"}),
+        (
+            {"zero_stage": 3, "offload": "all"},
+            {"strategy.offload": "Set it to optimizer or none", "strategy.zero_stage": "Set it to 1"},
+        ),
+    ],
+)
+def test_all_weights_are_not_trained_with_zero_2_or_3_and_the_remedy_goes_with_the_offload(
+    ask: Request, strategy: dict[str, Any], remedies: dict[str, str]
+) -> None:
+    result = ask(strategy=strategy, recipe={"method": "full", "quantization": "none"})
+    assert isinstance(result.exception, RequestError)
+    assert {problem.where: problem.remedy for problem in result.exception.problems} == remedies
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_an_output_on_a_read_only_folder_is_refused(ask: Request, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)

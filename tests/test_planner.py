@@ -342,6 +342,17 @@ def test_offloading_brings_the_zero_stage_that_it_needs(offload: str, stage: int
     assert choices(plan)["zero_stage"][0] == str(stage)
 
 
+def test_a_run_of_all_weights_takes_no_zero_stage_that_it_is_refused_with() -> None:
+    full: dict[str, Any] = {"recipe": {"method": "full", "quantization": "none"}}
+    for gib in (10, 30, 50, 70):
+        assert run(gpu(workers=8, usable=gib * GIB), 8, **full).strategy.zero_stage <= 1
+    # weights, gradients, masters and moments are 16 bytes and more of each of 7 billion: undivided they do not fit
+    wanted = Recipe(method="full", quantization="none")
+    assert plan("7b", recipe=wanted, gpu="rtx-4090", gpus=8, open_fields={"zero_stage"}).strategy.zero_stage == 3
+    offloaded = run(gpu(workers=4), 4, strategy={"offload": "optimizer"}, **full).strategy
+    assert (offloaded.zero_stage, offloaded.offload) == (1, "optimizer")
+
+
 def test_offloading_without_zero_is_refused() -> None:
     with pytest.raises(RequestError) as error:
         run(strategy={"offload": "optimizer", "zero_stage": 0})
