@@ -281,7 +281,7 @@ def test_the_records_of_the_guide_are_read_by_their_presets(read: Read, chatty: 
     assert set(rows) == set(FORMATS) - {"messages", "sharegpt", "prompt-completion", "text"}
     for name, record in rows.items():
         tree = [message("1", None, "prompter", "Hi", None)] if name == "oasst1" else []
-        [(_, learned)], report = read([*tree, json.loads(record)], name, tokenizer=chatty)
+        [(_, learned)], _ = read([*tree, json.loads(record)], name, tokenizer=chatty)
         assert learned.startswith("Hello."), name
         if name not in ("self-instruct", "vicuna"):
             assert read([*tree, json.loads(record)], tokenizer=chatty)[1].format == name
