@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -17,11 +19,14 @@ from qlora_core.training.dataset.options import DataOptions
 from qlora_core.training.dataset.report import BadRecord, BadRecords, DataReport, EmptyAnswer
 from qlora_core.training.dataset.samples import Sample
 from qlora_core.training.dataset.sources import INSTEAD, Source, open_source
-from qlora_core.training.dataset.tokenize import Encoder
+from qlora_core.training.dataset.tokenize import Encoder, Outcome
 from qlora_core.training.dataset.tokens import EncodedExamples
 
-AT_ONCE = 512
+AT_ONCE = 256
 """Samples that are rendered and tokenized together."""
+THREADS = 2
+"""That render and tokenize."""
+Chunk = list[tuple[str, Sample | ValueError]]
 
 
 def encode_file(
@@ -144,12 +149,29 @@ def learned_part(name: str, options: DataOptions) -> str:
 def encoded(
     encoder: Encoder, samples: Iterator[tuple[str, Sample | ValueError]]
 ) -> Iterator[tuple[str, tuple[list[int], bytes] | ValueError]]:
-    """Samples as (ids, learned), many tokenized at once; what is wrong with a sample stays at its place."""
-    while chunk := list(itertools.islice(samples, AT_ONCE)):
-        good = [sample for _, sample in chunk if not isinstance(sample, ValueError)]
-        outcomes = iter(encoder.encode(good))
-        for place, sample in chunk:
-            yield place, sample if isinstance(sample, ValueError) else next(outcomes)
+    """Samples as (ids, learned), many tokenized at once; what is wrong with a sample stays at its place.
+
+    Tokenizing leaves Python's lock: meanwhile another thread reads and renders what comes next.
+    """
+    waiting: deque[tuple[Chunk, Future[list[Outcome]]]] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for chunk in iter(lambda: list(itertools.islice(samples, AT_ONCE)), []):
+            good = [sample for _, sample in chunk if not isinstance(sample, ValueError)]
+            future = pool.submit(encoder.encode, good)
+            if not waiting:
+                future.result()  # the first call sets the tokenizer up, which no other may be using then
+            waiting.append((chunk, future))
+            if len(waiting) > THREADS:
+                yield from in_place(*waiting.popleft())
+        while waiting:
+            yield from in_place(*waiting.popleft())
+
+
+def in_place(chunk: Chunk, future: Future[list[Outcome]]) -> Iterator[tuple[str, Outcome]]:
+    """The outcomes of a chunk's samples, each at its place."""
+    outcomes = iter(future.result())
+    for place, sample in chunk:
+        yield place, sample if isinstance(sample, ValueError) else next(outcomes)
 
 
 def check_vocabulary(examples: EncodedExamples, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
