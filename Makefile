@@ -16,7 +16,7 @@ WHEELS ?= $(wildcard wheels)
 # DeepSpeed compiles its optimizer for the CPU on first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint coverage grids fast gpu speed screens accuracy format clean
+.PHONY: help demo test lint coverage grids fast gpu speed bench screens accuracy format clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ endif
 
 speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a peer (docs/speed.md)
 	$(BIN)/python -m benchmarks.speed
+
+bench: $(INSTALLED) ## training beside TRL's and a bare loop, and its memory (docs/benchmarks.md); on a quiet machine
+	PYTHONPATH=examples $(BIN)/python -m benchmarks.training
 
 screens: $(INSTALLED) ## run the commands that README.md and docs/planning.md show, and put in what they print
 	$(BIN)/python -m benchmarks.screens

@@ -6,7 +6,8 @@ import importlib.util
 import io
 import os
 import sys
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import click
 
@@ -14,6 +15,41 @@ from clusters.errors import RequestError, RunFailed, not_installed
 
 INTERRUPTED = 130
 TRAIN_MODULES = ("torch", "ray", "deepspeed", "bitsandbytes", "transformers", "peft")
+
+
+class WithSubcommands(click.Command):
+    """A command that has others beside it: the first word is one of theirs, or else this command itself is meant.
+
+    Not a click.Group, which would take the options before the subcommand for its own.
+
+    Args:
+        subcommands: the others, in the order in which --help lists them.
+    """
+
+    def __init__(self, *arguments: Any, subcommands: Sequence[click.Command] = (), **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.subcommands = {str(command.name): command for command in subcommands}
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Parse `args` for the command that is meant."""
+        meant = self.subcommands.get(args[0]) if args else None
+        if meant is None:
+            return super().make_context(info_name, args, parent, **extra)
+        return meant.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that `make_context` found."""
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Its own options, then the subcommands with a line each."""
+        super().format_options(ctx, formatter)
+        if self.subcommands:
+            with formatter.section("Subcommands (each has its own --help)"):
+                limit = formatter.width - max(map(len, self.subcommands)) - 6
+                formatter.write_dl([(name, each.get_short_help_str(limit)) for name, each in self.subcommands.items()])
 
 
 def main(command: click.Command) -> NoReturn:

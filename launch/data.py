@@ -56,11 +56,13 @@ def by_tokenizer(path: Path, folder: Path, recipe: Recipe) -> Data | None:
 
         quiet_libraries()
         from qlora_core.training.dataset import encode_file
+        from qlora_core.training.layout import lay_out
         from qlora_core.training.model import load_tokenizer
     except ImportError:
         return None
-    examples, report = encode_file(path, "auto", load_tokenizer(str(folder)), recipe.seq_len)
-    return Data(len(examples) * min(report.longest, recipe.seq_len), report.longest)
+    examples, _ = encode_file(path, "auto", load_tokenizer(str(folder)), recipe.seq_len)
+    layout = lay_out(examples.lengths, recipe)
+    return Data(len(layout.rows) * layout.longest, layout.longest)
 
 
 def lines_of(path: Path) -> tuple[int, int]:

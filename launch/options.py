@@ -113,6 +113,8 @@ OPTIONS = (
     ),
     click.option("--lora-dtype", type=chosen("float32", "bfloat16", "float16"), default="float32", show_default=True),
     click.option("--lora-dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True),
+    click.option("--rslora", is_flag=True, help="Scale adapters by alpha / sqrt(rank); it costs nothing."),
+    click.option("--dora", is_flag=True, help="Train magnitudes too (DoRA), which costs memory and time."),
     click.option(
         "--optimizer",
         type=chosen("adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", AUTO),
@@ -127,6 +129,7 @@ OPTIONS = (
         metavar="N",
         help="Of one optimizer step, over all GPUs; micro-batches make it up.  [default: one micro-batch on each GPU]",
     ),
+    click.option("--packing", is_flag=True, help="Several samples in one sequence, none of which sees another."),
     click.option(
         "--attention", type=chosen("sdpa", "eager", "flash_attention_2", AUTO), default="sdpa", show_default=True
     ),

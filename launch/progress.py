@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +16,8 @@ from launch.report.terminal import measured_table, plan_screen
 from launch.report.words import gib
 from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord
+from orchestrator.trackers import FILE_NAME
+from qlora_core.perplexity import perplexity
 
 LINE_SECONDS = 15.0
 """Without a terminal, a line at most this often."""
@@ -37,6 +40,7 @@ class TerminalDisplay:
         self._task = self._bar.add_task("starting Ray", total=None, figures="")
         self._last_line = 0.0
         self._speed: float | None = None
+        self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -50,13 +54,15 @@ class TerminalDisplay:
         """See `Display`."""
         data, plan = prepared.data, prepared.plan
         self._console.print(plan_screen(plan))
-        left_out = f", {data.unlearnable} left out (nothing to learn within the length)" if data.unlearnable else ""
+        left_out = "".join(f", {part}" for part in data.left_out())
+        found = f" ({data.found})" if data.found else ""
         cut = f", {data.truncated} cut off at {plan.recipe.seq_len} tokens" if data.truncated else ""
+        packed = "packed " if plan.recipe.packing else ""
         self._console.print(
-            f"\nData: {data.examples} examples in format {data.format}, the longest {data.longest} tokens"
+            f"\nData: {data.examples} examples in format {data.format}{found}, the longest {data.longest} tokens"
             f"{cut}{left_out}; "
             f"{len(prepared.held_out)} held out. {prepared.total_steps} steps of "
-            f"{plan.recipe.sequences_per_step} sequences.",
+            f"{plan.recipe.sequences_per_step} {packed}sequences.",
             highlight=False,
         )
         self._bar.start()
@@ -76,6 +82,11 @@ class TerminalDisplay:
             self._bar.update(self._task, description=event["phase"])
             if self._bar.disable:
                 self._console.print(event["phase"])
+        elif event["event"] == "rehearsal":
+            largest = f"{event['sequences']} sequences of up to {event['longest']} tokens"
+            self.note(f"The run's largest micro-batch, {largest}, was tried: {gib(max(event['peaks'].values()))}")
+        elif event["event"] == "prometheus":
+            self.note(f"Metrics for Prometheus: {event['url']}")
         elif event["event"] == "step":
             self._step(event)
 
@@ -87,11 +98,21 @@ class TerminalDisplay:
             f"{gib(max(event['peaks'].values()))}"
         )
         self._bar.update(self._task, description="", completed=event["step"], total=event["total"], figures=figures)
+        first = self._first = self._first or (event["step"] - 1, event["time"] - event["seconds"])
         due = time.monotonic() - self._last_line >= LINE_SECONDS
         if self._bar.disable and (due or event["step"] == event["total"]):
             self._last_line = time.monotonic()
-            left = (event["total"] - event["step"]) * event["seconds"]
-            self._console.print(f"step {event['step']}/{event['total']}  {figures}  {left:.0f} s left", highlight=False)
+            left = timedelta(seconds=round(seconds_left(event, *first)))
+            self._console.print(f"step {event['step']}/{event['total']}  {figures}  {left} left", highlight=False)
+
+
+def seconds_left(event: Mapping[str, Any], first_step: int, first_time: float) -> float:
+    """The time that the steps after `event`'s take, going by those since `first_step` was done at `first_time`.
+
+    Evaluations and checkpoints between them count, as they will again; steps of earlier attempts do not.
+    """
+    per_step: float = (event["time"] - first_time) / (event["step"] - first_step)
+    return per_step * float(event["total"] - event["step"])
 
 
 def print_summary(console: Console, record: RunRecord, folder: Path, report: Path) -> None:
@@ -102,7 +123,9 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
     if before is not None and after is not None:
         change = f" ({(after - before) / before:+.0%})"
         console.print(
-            f"Evaluation loss on held-out examples: {before:.4f} before, {after:.4f} after{change}", highlight=False
+            f"Evaluation loss on held-out examples: {before:.4f} before, {after:.4f} after{change}; "
+            f"perplexity {perplexity(before):.2f} and {perplexity(after):.2f}",
+            highlight=False,
         )
     for first, last in zip(results.get("answers_before", []), results.get("answers_after", []), strict=False):
         console.print(f"\n  asked     {first['question']}", highlight=False, markup=False)
@@ -113,6 +136,11 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
         console.print(measured_table(record.predicted, record.measured))
         console.print(f"Measured: {record.measured['allocated_is']}.", highlight=False)
     console.print()
-    for title, path in (("adapter", record.adapter), ("checkpoints", folder / "checkpoints"), ("report", report)):
+    for title, path in (
+        ("model", record.weights) if record.weights else ("adapter", record.adapter),
+        ("checkpoints", folder / "checkpoints"),
+        ("metrics", folder / FILE_NAME),
+        ("report", report),
+    ):
         if path is not None:
             console.print(f"  {title:<12}{path}", highlight=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from orchestrator.needs import Estimator
 from orchestrator.planner import fitting_defaults, plan_question, planned_for
 from orchestrator.plans import Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Question
-from orchestrator.rules import check_architecture, check_even, check_strategy, stage_for
+from orchestrator.rules import check_attention, check_even, check_packing, check_strategy, stage_for
 from orchestrator.targets import check_targets
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
@@ -34,6 +34,8 @@ T = TypeVar("T")
 FLAGS = {
     "quantization": "--quant",
     "dropout": "--lora-dropout",
+    "use_rslora": "--rslora",
+    "use_dora": "--dora",
     "tokens_per_step": "--tokens-per-step",
 }
 """The options that are not called like the recipe's field."""
@@ -134,6 +136,7 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
     data = None
     if architecture and recipe:
         attempt(lambda: check_targets(architecture, recipe, "--targets"))
+        attempt(lambda: check_packing(architecture, recipe, "--packing"))
         data = attempt(lambda: data_of(options, recipe, choices))
     if problems or architecture is None or place is None or recipe is None or data is None:
         raise RequestError(problems)
@@ -235,14 +238,11 @@ def supported(
     Raises:
         RequestError: the person asked for what it has not.
     """
-    asked = {name: getattr(strategy, name) if name in given else "" for name in ("attention", "loss")}
-    check_architecture(architecture, asked["attention"], asked["loss"], "--{}")
+    check_attention(architecture, strategy.attention if "attention" in given else "", "--{}")
     fitting = fitting_defaults(architecture, strategy)
     if fitting.attention != strategy.attention:
         reason = f"transformers has no {strategy.attention} for {architecture.model_type}"
         choices.append(Choice("attention", fitting.attention, reason))
-    if fitting.loss != strategy.loss:
-        choices.append(Choice("loss", fitting.loss, f"{architecture.model_type} changes its logits before the loss"))
     return fitting
 
 
@@ -267,12 +267,15 @@ def recipe_of(options: Options, world_size: int) -> Recipe:
             targets="all-linear" if names == ("all-linear",) else names,
             lora_dtype=options["lora_dtype"],
             dropout=options["lora_dropout"],
+            use_rslora=options["rslora"],
+            use_dora=options["dora"],
             compute_dtype=options["compute_dtype"],
             upcast=options["upcast"],
             autocast=options["autocast"],
             optimizer="adamw_8bit" if "8bit" in options["optimizer"] else "adamw",
             seq_len=length,
             tokens_per_step=options["tokens_per_step"] or length * size * world_size,
+            packing=options["packing"],
         )
     except RecipeError as error:
         fields = {mistake.fields[0] for mistake in error.mistakes}

@@ -9,14 +9,18 @@ import click
 
 from launch import command
 from launch.command import require_train_extra
+from launch.train_evaluate import evaluate
+from launch.train_export import export
+from launch.train_score import score
 from orchestrator.spec import RunSpec, load_spec, schema
 
 
-@click.command("qlora-train")
+@click.command("qlora-train", cls=command.WithSubcommands, subcommands=(export, evaluate, score))
 @click.argument("specification", required=False, type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Plan, show the plan, and stop. Exit code 1 if it does not fit.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON.")
+@click.option("--preview", is_flag=True, help="Show the data as it would be learned, token by token, and stop.")
 @click.option("--force", is_flag=True, help="Start even if the plan says that it cannot fit.")
 @click.option("--fresh", is_flag=True, help="Start anew in a folder beside the output folder, if a run lies there.")
 @click.option("--schema", "print_schema", is_flag=True, help="Print the JSON schema of a run specification.")
@@ -27,6 +31,7 @@ def train(
     overrides: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
+    preview: bool,
     force: bool,
     fresh: bool,
     print_schema: bool,
@@ -43,9 +48,33 @@ def train(
         raise click.UsageError("Missing argument SPECIFICATION: the run's YAML file.")
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run.")
+    if preview and dry_run:
+        raise click.UsageError("--preview and --dry-run each stop by themselves: give one of them.")
     spec = load_spec(specification, overrides)
     require_train_extra("qlora-train")
+    if preview:
+        return show_data(spec)
     return carry_out(spec, dry_run=dry_run, as_json=as_json, force=force, fresh=fresh)
+
+
+def show_data(spec: RunSpec) -> int:
+    """Print what the run would learn from; nothing is written into its folder."""
+    from qlora_core.quiet import quiet_libraries
+
+    quiet_libraries()
+
+    from rich.console import Console
+
+    from launch.report.preview import print_preview
+    from orchestrator.base import find_base
+    from orchestrator.prepare import read_data
+    from qlora_core.training.model import load_tokenizer
+
+    base = find_base(spec, lambda text: click.echo(text, err=True))
+    examples, report = read_data(spec, base)
+    tokenizer = load_tokenizer(str(base.folder))
+    print_preview(Console(), report, examples, examples.lengths, spec.recipe.seq_len, tokenizer)
+    return 0
 
 
 def carry_out(spec: RunSpec, *, dry_run: bool, as_json: bool, force: bool, fresh: bool) -> int:

@@ -14,7 +14,7 @@ from orchestrator.history import NOTHING_MEASURED, History
 from orchestrator.planner import fitting_defaults, plan_question, targets_of
 from orchestrator.plans import Objective, Plan
 from orchestrator.question import OPEN_FIELDS, STRATEGY_FIELDS, Question
-from orchestrator.rules import check_architecture, check_strategy
+from orchestrator.rules import check_attention, check_packing, check_strategy
 from orchestrator.targets import check_targets
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
@@ -70,7 +70,8 @@ def plan(
         given = replace(given, gradient_accumulation=max(1, recipe.sequences_per_step // given.world_size))
     step = recipe or Recipe(tokens_per_step=512 * given.sequences_per_step)
     check_targets(architecture, step)
-    check_architecture(architecture, given.attention, given.loss, "strategy.{}")
+    check_packing(architecture, step)
+    check_attention(architecture, given.attention, "strategy.{}")
     check_strategy(step, given, "strategy.{}", [])
     question = Question(
         architecture, step, given, frozenset(opened), recipe is not None and strategy is None, objective or "fastest"

@@ -9,20 +9,25 @@ from typing import Any
 
 from clusters.errors import Problem, RequestError
 from orchestrator.spec import RunSpec
+from qlora_core.recipe import Recipe
 from qlora_core.training.dataset import DataReport
 
 SAMPLED_BYTES = 2**20
 
 
-def identity(spec: RunSpec, model: str, data: DataReport, compute_dtype: str) -> dict[str, Any]:
+def identity(
+    spec: RunSpec, model: str, data: DataReport, compute_dtype: str, adapter: str | None = None
+) -> dict[str, Any]:
     """Model, data, recipe and seed of a run, flat, by the specification's field paths.
 
     Args:
         model: a digest of the base model's folder, or its Hub id with the commit.
+        adapter: the digest of the adapter that it starts from; None for fresh ones.
     """
     return {
         "name": spec.name,
         "model": model,
+        "adapter": adapter,
         "data": data.digest,
         "data as tokens": data.token_digest,  # the tokenizer and its chat template are part of it
         "data.format": data.format,
@@ -51,7 +56,12 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def check_same(before: Mapping[str, Any], after: Mapping[str, Any], folder: Path) -> None:
-    """Raise a RequestError that shows each difference between a run and what would resume it."""
+    """Raise a RequestError that shows each difference between a run and what would resume it.
+
+    What a recipe did not have yet when the run was started was as its default is.
+    """
+    defaults = {f"recipe.{name}": value for name, value in Recipe().to_json().items()}
+    before = {**{key: value for key, value in defaults.items() if key in after}, **before}
     problems = [
         Problem(
             key,

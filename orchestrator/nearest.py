@@ -93,7 +93,7 @@ def sacrifices(architecture: ModelArchitecture, asked: Candidate, target: Target
             "some speed; the step is the same",
             tuple(Candidate(recipe, one) for one in smaller),
         )
-    if strategy.loss == "full" and architecture.plain_logits:
+    if strategy.loss == "full":
         chunked = Candidate(recipe, replace(strategy, loss="chunked"))
         yield Sacrifice("a chunked loss", "the output head is computed once more", (chunked,))
     if not strategy.paged_optimizer and cuda and strategy.offload == "none":

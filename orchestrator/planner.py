@@ -15,7 +15,15 @@ from orchestrator.history import NOTHING_MEASURED, History
 from orchestrator.needs import Estimator, needs
 from orchestrator.plans import Alternative, Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, of_length
-from orchestrator.rules import check_architecture, check_even, check_strategy, stage_for, warnings
+from orchestrator.rules import (
+    check_attention,
+    check_even,
+    check_packing,
+    check_strategy,
+    stage_for,
+    trained_stages,
+    warnings,
+)
 from orchestrator.verdicts import doubt, verdict
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.formula import estimate
@@ -37,12 +45,8 @@ def targets_of(pools: Sequence[Pool], requested_dtype: str, workers: int) -> lis
 
 
 def fitting_defaults(architecture: ModelArchitecture, strategy: Strategy) -> Strategy:
-    """`strategy` with the attention and the loss that the model's own code has."""
-    return replace(
-        strategy,
-        attention=strategy.attention if architecture.has_sdpa or strategy.attention != "sdpa" else "eager",
-        loss=strategy.loss if architecture.plain_logits else "full",
-    )
+    """`strategy` with the attention that the model's own code has."""
+    return strategy if architecture.has_sdpa or strategy.attention != "sdpa" else replace(strategy, attention="eager")
 
 
 # --- a request --------------------------------------------------------------------------------------------------------
@@ -223,8 +227,10 @@ def plan_run(
 ) -> Plan:
     """The plan of a run: what the specification fixed stays, the rest is chosen for speed.
 
-    There are `devices` of the kind `target`. `longest` is the tokens of the longest example, where the data is known;
-    memory is planned for it.
+    There are `devices` of the kind `target`. `longest` is the tokens of the longest example or packed row, where the
+    data is known; memory is planned for it.
+
+    The specification holds nothing that `prepare.refuse_unbuilt` refuses.
 
     Raises:
         RequestError: the fixed parts contradict each other.
@@ -232,7 +238,8 @@ def plan_run(
     recipe, request = spec.recipe, spec.strategy_request
     planned, choices = planned_for(recipe, longest)
     world_size = choose_world_size(request, recipe, devices, target, choices)
-    check_architecture(architecture, request.attention, request.loss, "strategy.{}")
+    check_attention(architecture, request.attention, "strategy.{}")
+    check_packing(architecture, recipe)
     check_micro_batch(request, recipe, world_size)
     question = question_of(request, architecture, planned, world_size, target)
     check_strategy(recipe, question.strategy, "strategy.{}", [target])
@@ -256,7 +263,8 @@ def plan_run(
 def question_of(
     request: StrategySpec, architecture: ModelArchitecture, recipe: Recipe, world_size: int, target: Target
 ) -> Question:
-    """A specification's strategy as a question: what is auto is open."""
+    """A specification's strategy as a question: what is auto is open, as far as it can be trained with."""
+    stages = trained_stages(recipe)
     defaults = fitting_defaults(architecture, Strategy(world_size=world_size))
     given: dict[str, Any] = {
         field: getattr(defaults, field) if getattr(request, field) == "auto" else getattr(request, field)
@@ -269,15 +277,16 @@ def question_of(
     if request.offload == "auto":
         open_fields -= {"offload"}  # a run offloads only where it was asked to: the host's memory is not known
     elif request.zero_stage == "auto":
-        given["zero_stage"] = stage_for(request.offload)
-    return Question(architecture, recipe, Strategy(**given), frozenset(open_fields), whole_step=True)
+        given["zero_stage"] = stage_for(request.offload, stages)
+    return Question(architecture, recipe, Strategy(**given), frozenset(open_fields), whole_step=True, stages=stages)
 
 
 def planned_for(recipe: Recipe, longest: int | None) -> tuple[Recipe, list[Choice]]:
-    """`recipe` at the length of the longest example, where that is known and shorter; as many sequences in a step."""
+    """`recipe` at the length of the longest row of data, where that is known and shorter; as many in a step."""
     if longest is None or longest >= recipe.seq_len:
         return recipe, []
-    reason = f"the longest example has {longest} of {recipe.seq_len} tokens"
+    kind = "packed row" if recipe.packing else "example"
+    reason = f"the longest {kind} has {longest} of {recipe.seq_len} tokens"
     planned = of_length(recipe, longest, longest * recipe.sequences_per_step)
     return planned, [Choice("planned length", str(longest), reason)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,18 @@ from orchestrator.ledger import known_history
 from orchestrator.machine import Machine, describe, target_of
 from orchestrator.planner import plan_run
 from orchestrator.plans import Plan
-from orchestrator.spec import RunSpec
+from orchestrator.record import load_record
+from orchestrator.rules import trained_stages
+from orchestrator.spec import RunSpec, StrategySpec
 from orchestrator.targets import check_targets
+from orchestrator.trackers import missing
+from qlora_core.data import hub_dataset
 from qlora_core.recipe import Recipe
-from qlora_core.training.dataset import DataReport, Encoded, encode_file
+from qlora_core.training.adapters import check_continues, read_adapter
+from qlora_core.training.dataset import DataOptions, DataReport, encode_file
+from qlora_core.training.dataset.cache import cache_folder
+from qlora_core.training.dataset.tokens import EncodedExamples
+from qlora_core.training.layout import Layout, lay_out
 from qlora_core.training.model import load_tokenizer
 from qlora_core.training.sampling import split_eval
 
@@ -29,6 +37,7 @@ class Prepared:
     Attributes:
         base: the base model, on this machine.
         train, held_out: the encoded examples.
+        layout: the rows in which the training examples lie.
         total_steps: optimizer steps of the whole run.
     """
 
@@ -37,14 +46,15 @@ class Prepared:
     plan: Plan
     machine: Machine
     data: DataReport
-    train: list[Encoded]
-    held_out: list[Encoded]
+    train: EncodedExamples
+    held_out: EncodedExamples
+    layout: Layout
     total_steps: int
     identity: dict[str, Any]
 
 
 def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> Prepared:
-    """Read model and data and make the plan; writes nothing but the Hub's cache.
+    """Read model and data and make the plan; writes nothing but the caches of the Hub and of encoded data.
 
     Args:
         tell: is told of what takes long, a line at a time.
@@ -52,11 +62,14 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
     Raises:
         RequestError: anything about the request that cannot work, found before a worker is started.
     """
-    refuse_unbuilt(spec.recipe)
+    refuse_unbuilt(spec)
     base = find_base(spec, tell)
     check_targets(base.architecture, spec.recipe)
-    tokenizer = load_tokenizer(str(base.folder))
-    examples, data = encode_file(Path(spec.data.path), spec.data.format, tokenizer, spec.recipe.seq_len)
+    adapter = None
+    if spec.adapter is not None:
+        adapter = read_adapter(Path(spec.adapter))
+        check_continues(adapter, base.folder, spec.recipe)
+    examples, data = read_data(spec, base)
     train, held_out = split_eval(len(examples), spec.data.eval_fraction, spec.seed)
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.
     machine = describe()
@@ -69,31 +82,81 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
             "its gradients underflow without loss scaling, which is not built yet",
             "Set recipe.compute_dtype to float32, or use a GPU with bfloat16",
         )
-    plan = plan_run(spec, base.architecture, target, machine.devices, longest=data.longest, history=known_history(tell))
+    layout = lay_out(examples.select(train).lengths, spec.recipe)
+    # what is held out is evaluated one example a row
+    longest = max(layout.longest, data.longest)
+    plan = plan_run(spec, base.architecture, target, machine.devices, longest=longest, history=known_history(tell))
     return Prepared(
         spec=spec,
         base=base,
         plan=plan,
         machine=machine,
         data=data,
-        train=[examples[index] for index in train],
-        held_out=[examples[index] for index in held_out],
-        total_steps=spec.recipe.total_steps(len(train)),
-        identity=identity(spec, base.identity, data, target.compute_dtype),
+        train=examples.select(train),
+        held_out=examples.select(held_out),
+        layout=layout,
+        total_steps=spec.recipe.total_steps(len(layout.rows)),
+        identity=identity(spec, base.identity, data, target.compute_dtype, None if adapter is None else adapter.digest),
     )
 
 
-def refuse_unbuilt(recipe: Recipe) -> None:
-    """Raise a RequestError for what a plan can describe and training cannot do yet."""
+def read_data(spec: RunSpec, base: Base) -> tuple[EncodedExamples, DataReport]:
+    """The data of a specification as tokens of its model.
+
+    Raises:
+        RequestError: see `encode_file`.
+    """
+    data = spec.data
+    options = DataOptions(
+        learn=data.learn,
+        split=data.split,
+        config=data.config,
+        files=data.files,
+        revision=data.revision or commit_before(spec),
+        max_bad=data.max_bad,
+        vocab_size=base.architecture.vocab_size,
+        cache=cache_folder(),
+    )
+    return encode_file(data.path, data.format, load_tokenizer(str(base.folder)), spec.recipe.seq_len, options)
+
+
+def commit_before(spec: RunSpec) -> str | None:
+    """The commit of the Hub's dataset that the run in the output folder was started with, if it is of that dataset."""
+    hub = hub_dataset(spec.data.path)
+    record = load_record(Path(spec.output))
+    if hub is None or hub.revision is not None or record is None:
+        return None
+    repo, _, rest = str(record.identity.get("data", "")).partition("@")
+    return rest.split(" ")[0] or None if repo == hub.repo else None
+
+
+def refuse_unbuilt(spec: RunSpec) -> None:
+    """Raise a RequestError for what a plan can describe and training cannot do yet, and for trackers not to be had."""
+    recipe = spec.recipe
     problems = [
         Problem(f"recipe.{field}", str(getattr(recipe, field)), "it can be planned, but not trained with yet", remedy)
         for field, allowed, remedy in (
-            ("method", ("qlora", "lora"), "Use qlora or lora"),
             ("block_size", (64,), "Leave it at 64"),
             ("upcast", ("none",), "Leave it at none, which is leaner"),
             ("autocast", (False,), "Leave it out: the compute dtype does without"),
         )
         if getattr(recipe, field) not in allowed
     ]
+    problems += undivided(recipe, spec.strategy_request)
+    problems += missing(spec.tracking)
     if problems:
         raise RequestError(problems)
+
+
+def undivided(recipe: Recipe, request: StrategySpec) -> Iterator[Problem]:
+    """What a strategy names that needs a ZeRO stage which the recipe is not trained with: see `trained_stages`."""
+    stages = trained_stages(recipe)
+    rule = "it can be planned, but not trained with yet: its memory is not known well enough"
+    if request.offload == "all" and 3 not in stages:
+        rule_of_all = f"with method {recipe.method} and ZeRO 3, which it needs, {rule}"
+        remedy = "Set it to none" if request.zero_stage == 0 else "Set it to optimizer or none"
+        yield Problem("strategy.offload", "all", rule_of_all, remedy)
+    if request.zero_stage != "auto" and request.zero_stage not in stages:
+        # nothing is offloaded in stage 0
+        remedy = "Set it to 0 or 1" if request.offload in ("auto", "none") else "Set it to 1"
+        yield Problem("strategy.zero_stage", str(request.zero_stage), f"with method {recipe.method} {rule}", remedy)

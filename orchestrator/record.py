@@ -58,9 +58,12 @@ class RunRecord(BaseModel):
     measured: dict[str, Any] | None = None
     """Bytes on the fullest rank, by phase and at the peak, and of each rank."""
     results: dict[str, Any] = {}
-    """Evaluation loss before and after, sample answers, the best checkpoint."""
+    """Evaluation loss and perplexity before and after, sample answers, the best checkpoint."""
     attempts: list[Attempt] = []
     adapter: str | None = None
+    """The folder of the result, for peft."""
+    weights: str | None = None
+    """With method full, the folder of the result, for transformers."""
     machine: dict[str, str] = {}
     versions: dict[str, str] = {}
 

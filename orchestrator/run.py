@@ -18,14 +18,18 @@ from clusters.errors import RequestError, RunFailed, request_error
 from orchestrator import ledger
 from orchestrator.history import ledger_path
 from orchestrator.identity import check_same
+from orchestrator.plans import Plan
 from orchestrator.prepare import Prepared
 from orchestrator.ray_runtime import check_reachable
 from orchestrator.record import Attempt, RunRecord, load_record, new_id, now, save_record, versions
 from orchestrator.supervisor import Interrupted, keep_events_until, run_attempt
+from orchestrator.tracking import tracked
 from orchestrator.worker import Order
+from qlora_core.perplexity import perplexity
+from qlora_core.training.card import CardFacts
 from qlora_core.training.checkpoint import complete, load_facts
-from qlora_core.training.dataset import save_examples
-from qlora_core.training.export import export_adapter
+from qlora_core.training.examples import save_examples
+from qlora_core.training.export import export_adapter, export_model
 
 
 class Display(Protocol):
@@ -67,7 +71,7 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
     record = load_record(output)
     if record is not None:
         check_same(record.identity, prepared.identity, output)
-        if record.status == "complete" and (output / "adapter").is_dir():
+        if record.status == "complete" and result_folder(prepared, output).is_dir():
             return record, True
     display.planned(prepared)
     if not prepared.plan.fits and not force:
@@ -84,6 +88,11 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
         record = open_record(prepared, record, output)
         run_to_end(prepared, record, resume, output, display)
     return record, False
+
+
+def result_folder(prepared: Prepared, output: Path) -> Path:
+    """Where the result of a run lies: an adapter, or with method full a model."""
+    return output / ("model" if prepared.spec.recipe.method == "full" else "adapter")
 
 
 @contextmanager
@@ -125,26 +134,32 @@ def run_to_end(prepared: Prepared, record: RunRecord, resume: Path | None, outpu
     record.attempts.append(Attempt(started=now(), from_step=start))
     record.status = "running"
     save(record, output, display)
-    try:
-        end = run_attempt(
-            order_of(prepared, output, resume),
-            address=None if spec.cluster == "auto" else spec.cluster.address,
-            on_event=display.event,
-        )
-        finish(record, end, prepared, output)
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-        reached = latest(output / "checkpoints")
-        close_attempt(record, status, load_facts(reached)["step"] if reached else 0, str(error) or type(error).__name__)
+    with tracked(prepared, record, output, display.note) as track:
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            display.event(event)
+            track(event)
+
+        try:
+            end = run_attempt(
+                order_of(prepared, output, resume),
+                address=None if spec.cluster == "auto" else spec.cluster.address,
+                on_event=on_event,
+            )
+            finish(record, end, prepared, output)
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+            reached = latest(output / "checkpoints")
+            step = load_facts(reached)["step"] if reached else 0
+            close_attempt(record, status, step, str(error) or type(error).__name__)
+            save(record, output, display)
+            raise
         save(record, output, display)
-        raise
-    save(record, output, display)
 
 
 def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> RunRecord:
     """The run's record for a new attempt, and its folder with the encoded data."""
     plan = prepared.plan
-    gpu, step = plan.estimate.gpu, plan.verdict.step_time
     try:
         save_examples(prepared.train, output / "data" / "train.safetensors")
         save_examples(prepared.held_out, output / "data" / "eval.safetensors")
@@ -152,16 +167,12 @@ def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> R
         raise unwritable(output, error if isinstance(error, OSError) else OSError(str(error))) from error
     fields: dict[str, Any] = {
         "plan": plan.to_json(),
-        "predicted": {
-            "allocated_bytes": gpu.allocated_bytes,
-            "reserved_bytes": gpu.reserved_bytes,
-            "peak_phase": gpu.peak_phase,
-            "peak_moment": gpu.peak_moment,
-            "phases": dataclasses.asdict(gpu.phases),
-            # as the model says it, before any correction, which later runs would else correct again
-            "step_seconds": None if step is None else step.seconds / step.correction,
+        "predicted": predicted(plan),
+        "data": {
+            **dataclasses.asdict(prepared.data),
+            "rows": len(prepared.layout.rows),
+            "padding_percent": round(100 * prepared.layout.waste, 2),
         },
-        "data": dataclasses.asdict(prepared.data),
         "machine": {"kind": prepared.machine.kind, "name": prepared.machine.name},
         "versions": versions(),
     }
@@ -170,6 +181,20 @@ def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> R
     return RunRecord(
         id=new_id(), name=prepared.spec.name, identity=prepared.identity, total_steps=prepared.total_steps, **fields
     )
+
+
+def predicted(plan: Plan) -> dict[str, Any]:
+    """What a plan says of the fullest rank, to be held against what is measured."""
+    gpu, step = plan.estimate.gpu, plan.verdict.step_time
+    return {
+        "allocated_bytes": gpu.allocated_bytes,
+        "reserved_bytes": gpu.reserved_bytes,
+        "peak_phase": gpu.peak_phase,
+        "peak_moment": gpu.peak_moment,
+        "phases": dataclasses.asdict(gpu.phases),
+        # as the model says it, before any correction, which later runs would else correct again
+        "step_seconds": None if step is None else step.seconds / step.correction,
+    }
 
 
 def save(record: RunRecord, output: Path, display: Display) -> None:
@@ -212,7 +237,9 @@ def order_of(prepared: Prepared, output: Path, resume: Path | None) -> Order:
     """What the workers are told."""
     spec, plan = prepared.spec, prepared.plan
     return Order(
+        name=spec.name,
         model=str(prepared.base.folder),
+        adapter=None if spec.adapter is None else Path(spec.adapter),
         recipe=spec.recipe,
         strategy=plan.strategy,
         compute_dtype=plan.target.compute_dtype,
@@ -220,6 +247,7 @@ def order_of(prepared: Prepared, output: Path, resume: Path | None) -> Order:
         seed=spec.seed,
         total_steps=prepared.total_steps,
         save_every=spec.checkpoints.every_steps,
+        eval_every=spec.evaluation.every_steps,
         keep=spec.checkpoints.keep,
         examples=output / "data",
         checkpoints=output / "checkpoints",
@@ -227,6 +255,7 @@ def order_of(prepared: Prepared, output: Path, resume: Path | None) -> Order:
         stop_file=output / ".stop",
         resume_from=resume,
         rendezvous=output / ".rendezvous" if spec.cluster == "auto" else None,
+        predicted=predicted(plan),
         facts={
             "plan": plan.digest,
             "zero_stage": plan.strategy.zero_stage,
@@ -244,38 +273,58 @@ def close_attempt(record: RunRecord, status: Any, step: int, reason: str | None)
 
 
 def finish(record: RunRecord, end: Mapping[str, Any], prepared: Prepared, output: Path) -> None:
-    """Put what the workers measured and learned into the record, and export the adapter of a finished run."""
+    """Put what the workers measured and learned into the record, and export the result of a finished run."""
     close_attempt(record, "complete" if end["finished"] else "interrupted", end["step"], None)
     record.measured = merged_measurement(end, record.measured)
     if record.measured is not None:
         record.measured["step_seconds"] = step_seconds(output / "events.jsonl")
-    record.results = end["context"]
+    record.results = {**end["context"], **perplexities(end["context"])}
     checkpoint = latest(output / "checkpoints")
     if not end["finished"] or checkpoint is None:
         return
-    folder = output / "adapter"
-    results = {
-        title: f"{end['context'][key]:.4f}"
-        for title, key in (("evaluation loss before", "eval_before"), ("evaluation loss after", "eval_after"))
-        if end["context"].get(key) is not None
-    }
+    folder, facts = result_folder(prepared, output), card_facts(record, prepared)
     try:
-        export_adapter(
-            checkpoint,
-            folder,
-            name=record.name,
-            base=prepared.base.name,
-            commit=prepared.base.commit,
-            recipe=prepared.spec.recipe,
-            compute_dtype=prepared.plan.target.compute_dtype,
-            results=results,
-        )
+        if prepared.spec.recipe.method == "full":
+            export_model(checkpoint, folder, prepared.base.folder, facts)
+        else:
+            export_adapter(checkpoint, folder, facts)
     except OSError as error:
         raise RunFailed(
-            f"The adapter could not be written to {folder}: {error}.",
+            f"The result could not be written to {folder}: {error}.",
             "Put that right and start the same run again: the last checkpoint holds it.",
         ) from error
-    record.adapter = str(folder)
+    if prepared.spec.recipe.method == "full":
+        record.weights = str(folder)
+    else:
+        record.adapter = str(folder)
+
+
+def perplexities(context: Mapping[str, Any]) -> dict[str, float]:
+    """The exponentials of the evaluation losses, where there are any."""
+    return {
+        f"perplexity_{when}": perplexity(context[f"eval_{when}"])
+        for when in ("before", "after")
+        if context.get(f"eval_{when}") is not None
+    }
+
+
+def card_facts(record: RunRecord, prepared: Prepared) -> CardFacts:
+    """What the result's card tells of its run."""
+    return CardFacts(
+        name=record.name,
+        base=prepared.base.name,
+        commit=prepared.base.commit,
+        recipe=prepared.spec.recipe,
+        compute_dtype=prepared.plan.target.compute_dtype,
+        steps=record.total_steps,
+        data_name=Path(prepared.spec.data.path).name,
+        data=record.data,
+        strategy=record.plan["strategy"],
+        predicted=record.predicted,
+        measured=record.measured,
+        results=record.results,
+        versions=record.versions,
+    )
 
 
 def step_seconds(events: Path) -> float | None:

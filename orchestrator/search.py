@@ -239,7 +239,7 @@ def leanest(question: Question, candidate: Candidate) -> Candidate:
     """A candidate with all that is open at its smallest, but sharding, attention and checkpointing as they are."""
     recipe, strategy = candidate
     open_ = question.open
-    if "loss" in open_ and question.architecture.plain_logits:
+    if "loss" in open_:
         strategy = replace(strategy, loss="chunked")
     if "paged_optimizer" in open_ and strategy.offload == "none":
         strategy = replace(strategy, paged_optimizer=True)

@@ -32,7 +32,7 @@ SHARDINGS: tuple[tuple[ZeroStage, Offload], ...] = (
 )
 """What DeepSpeed can do, the simplest first: it decides between candidates of the same speed.
 
-It offloads the optimizer from stage 1 on, but stage 2 is never worse at that.
+It offloads the optimizer from stage 1 on, but stage 2, where it may be taken, is never worse at that.
 """
 
 
@@ -93,7 +93,7 @@ def shapes(question: Question, world: int) -> Iterator[Candidate]:
         attentions = ["sdpa", "eager"] if architecture.has_sdpa else ["eager"]
     losses: list[Loss] = [given.loss]
     if "loss" in open_:
-        losses = ["chunked", "full"] if architecture.plain_logits else ["full"]
+        losses = ["chunked", "full"]
     optimizers = ["adamw", "adamw_8bit"] if "optimizer" in open_ else [question.recipe.optimizer]
     paging = [True, False] if "paged_optimizer" in open_ else [given.paged_optimizer]
     checkpointing = [True, False] if "gradient_checkpointing" in open_ else [given.gradient_checkpointing]
@@ -131,10 +131,10 @@ def shardings(question: Question, world: int) -> list[tuple[ZeroStage, Offload]]
     return [
         (stage, offload)
         for stage, offload in SHARDINGS
-        if (stage == given.zero_stage or "zero_stage" in question.open)
+        if (stage in question.stages if "zero_stage" in question.open else stage == given.zero_stage)
         and (stage < 3 or can_be_divided(question.recipe))
         and (offload == given.offload or "offload" in question.open)
-        and (stage != 1 or offload == "none" or "zero_stage" not in question.open)
+        and (stage != 1 or offload == "none" or "zero_stage" not in question.open or 2 not in question.stages)
         and (world > 1 or stage in (0, given.zero_stage) or offload != "none")
     ]
 

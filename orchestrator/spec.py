@@ -16,6 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from clusters.errors import Problem, RequestError
 from clusters.mistakes import mistakes, shown
 from clusters.yaml_file import PlainName, parse_yaml, read_yaml
+from qlora_core.data import FormatName, Learn, has_credentials, hub_dataset, is_address, without_credentials
+from qlora_core.huggingface.adapter_config import continued, read_config
 from qlora_core.recipe import Count, Recipe
 from qlora_core.strategy import Attention, Loss, Offload, ZeroStage
 
@@ -30,6 +32,13 @@ def _path(value: str) -> str:
     return value
 
 
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    """A validator: no name comes twice."""
+    if len(set(names)) < len(names):
+        raise ValueError("each should be named once")
+    return names
+
+
 PathText = Annotated[str, AfterValidator(_path)]
 
 
@@ -41,9 +50,23 @@ class DataSpec(_Section):
     """What the model learns from."""
 
     path: PathText
-    """A JSONL file, one example a line; relative to the specification's folder."""
-    format: Literal["auto", "messages", "alpaca", "prompt-completion"] = "auto"
-    """How a line is read; auto looks at the columns of the first line, and says what it found."""
+    """A file of JSON lines, JSON, CSV or Parquet, a folder of these, a dataset saved to disk, relative to the
+    specification's folder; a dataset of the Hub, ``org/name``; or an address such as ``s3://bucket/train.jsonl``."""
+    format: FormatName = "auto"
+    """How a record is read; auto looks at the columns of the first one, and says what it found."""
+    learn: Learn = "auto"
+    """Which tokens have a loss: the assistant's answers, the completion (the last answer), or all. auto: the answers,
+    and of plain text all."""
+    split: Annotated[str, Field(min_length=1)] = "train"
+    """Of a folder, a dataset on disk or of the Hub."""
+    config: str | None = None
+    """Of a dataset of the Hub: its subset."""
+    files: str | None = None
+    """A glob such as ``data/*.jsonl``: which files of a folder or of a dataset of the Hub are read."""
+    revision: str | None = None
+    """Of a dataset of the Hub: a branch, a tag or a commit. A run goes on with the commit that it started with."""
+    max_bad: Annotated[float, Field(ge=0)] = 0
+    """Bad records that may be left out: how many, or below 1 their fraction; with more, nothing is started."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Part of the examples that is held out for evaluation."""
 
@@ -76,6 +99,19 @@ class ClusterSpec(_Section):
     """HOST:PORT of its head node."""
 
 
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
+
+
+class TrackingSpec(_Section):
+    """Who is told the figures of the run, beside metrics.jsonl. Addresses and keys come by environment alone."""
+
+    to: Annotated[tuple[TrackerName, ...], AfterValidator(_once)] = ("tensorboard",)
+    """TensorBoard writes into the run's folder. MLflow goes to MLFLOW_TRACKING_URI, else into the run's folder; Weights
+    & Biases takes WANDB_API_KEY, or WANDB_MODE=offline."""
+    project: PlainName = "qlora-orchestrator"
+    """The experiment of MLflow and the project of Weights & Biases that the run belongs to."""
+
+
 class CheckpointSpec(_Section):
     """When the trainable state is saved, and how much of it stays."""
 
@@ -83,6 +119,13 @@ class CheckpointSpec(_Section):
     """Optimizer steps between two checkpoints; one more is written at the end and at an interrupt."""
     keep: Count = 2
     """Checkpoints that stay: the last so many, and the one with the best evaluation loss beside them."""
+
+
+class EvaluationSpec(_Section):
+    """When the held-out examples are looked at, besides before the run and at each checkpoint."""
+
+    every_steps: Count | None = None
+    """Optimizer steps between two evaluations; nothing leaves it at the checkpoints."""
 
 
 class RunSpec(_Section):
@@ -93,6 +136,9 @@ class RunSpec(_Section):
     model: PathText
     """A folder with a model in the Hugging Face layout, relative to the specification's folder; else a name of the
     catalogue or a Hub id, ``org/name``, both with or without ``@revision``."""
+    adapter: PathText | None = None
+    """A trained LoRA adapter to go on with, a folder in peft's layout, relative to the specification's folder. What the
+    recipe does not say of it (rank, alpha, targets, dropout, DoRA, rsLoRA) is the adapter's."""
     data: DataSpec
     """What the model learns from."""
     recipe: Recipe = Recipe()
@@ -103,6 +149,10 @@ class RunSpec(_Section):
     """Where it runs: auto is this machine."""
     checkpoints: CheckpointSpec = CheckpointSpec()
     """When state is saved, and how much of it stays."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """When held-out loss and perplexity are measured."""
+    tracking: TrackingSpec = TrackingSpec()
+    """Who is told the figures of the run."""
     output: PathText
     """The run's folder, relative to the specification's folder."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -125,7 +175,8 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
         RequestError: with every mistake of the file and of the overrides.
     """
     fields = read_yaml(path, "run specification", START)
-    problems = apply_overrides(fields, overrides) + mistakes(RunSpec, fields)
+    problems = apply_overrides(fields, overrides) + take_adapter(fields, path.parent)
+    problems += refuse_credentials(fields) + mistakes(RunSpec, fields)
     if problems:
         raise RequestError(problems)
     return resolve_paths(RunSpec.model_validate(fields), path.parent)
@@ -162,19 +213,58 @@ def apply_overrides(fields: dict[str, Any], overrides: Sequence[str]) -> list[Pr
     return problems
 
 
+def take_adapter(fields: dict[str, Any], folder: Path) -> list[Problem]:
+    """Put what an adapter says of itself into a specification's recipe; returns what is wrong with the two."""
+    adapter, recipe = fields.get("adapter"), fields.setdefault("recipe", {})
+    if not isinstance(adapter, str) or not adapter.strip() or not isinstance(recipe, dict):
+        return []  # told with the other fields' mistakes, if it is one
+    if recipe.get("method") == "full":
+        rule = "method full trains no adapter"
+        return [Problem("adapter", shown(adapter), rule, "Leave it out, or choose method qlora or lora")]
+    path = Path(absolute(folder, adapter))
+    try:
+        return continued(read_config(path), recipe, path)
+    except RequestError as error:
+        return list(error.problems)
+
+
+def absolute(folder: Path, text: str) -> str:
+    """A specification's path, which is relative to its folder."""
+    return os.path.realpath(os.path.join(folder, os.path.expanduser(text)))
+
+
+def data_path(folder: Path, text: str) -> str:
+    """Where a specification's data lies: an absolute path; an address or a dataset of the Hub as it is."""
+    if is_address(text):
+        return text
+    path = absolute(folder, text)
+    return text if not os.path.exists(path) and hub_dataset(text) is not None else path
+
+
+def refuse_credentials(fields: dict[str, Any]) -> list[Problem]:
+    """What is wrong with addresses that carry secrets: they would stand in records and logs. They are not shown."""
+    data = fields.get("data")
+    places = {name: fields.get(name) for name in ("model", "adapter", "output")}
+    places["data.path"] = data.get("path") if isinstance(data, dict) else None
+    rule = "an address must not carry a user, a password, a query or a fragment"
+    remedy = "Leave credentials to the environment, as the storage's own tools read them"
+    return [
+        Problem(name, without_credentials(text), rule, remedy)
+        for name, text in places.items()
+        if isinstance(text, str) and is_address(text) and has_credentials(text)
+    ]
+
+
 def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
     """`spec` with absolute paths; a model that is no folder there, and is not written like one, stays a name."""
-
-    def absolute(text: str) -> str:
-        return os.path.realpath(os.path.join(folder, os.path.expanduser(text)))
-
-    model = absolute(spec.model)
+    model = absolute(folder, spec.model)
     is_path = os.path.isdir(model) or spec.model.startswith(("/", "./", "../", "~"))
     return spec.model_copy(
         update={
             "model": model if is_path else spec.model,
-            "data": spec.data.model_copy(update={"path": absolute(spec.data.path)}),
-            "output": absolute(spec.output),
+            "data": spec.data.model_copy(update={"path": data_path(folder, spec.data.path)}),
+            "adapter": None if spec.adapter is None else absolute(folder, spec.adapter),
+            "output": absolute(folder, spec.output),
         }
     )
 
@@ -182,7 +272,8 @@ def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
 def schema() -> dict[str, Any]:
     """The JSON schema of a run specification, for editors; it describes every field."""
     document = RunSpec.model_json_schema()
-    for section in (RunSpec, DataSpec, Recipe, StrategySpec, ClusterSpec, CheckpointSpec):
+    sections = (RunSpec, DataSpec, Recipe, StrategySpec, ClusterSpec, CheckpointSpec, EvaluationSpec, TrackingSpec)
+    for section in sections:
         described = document if section is RunSpec else document["$defs"][section.__name__]
         for name, text in field_docs(section).items():
             described["properties"][name]["description"] = text

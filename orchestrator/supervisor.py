@@ -50,6 +50,8 @@ def run_attempt(order: Order, *, address: str | None, on_event: EventHandler) ->
     # Ray's own handler of SIGTERM, which ends the process, is installed by ray.init: ours must come after it.
     with ray_session(address, order.strategy.world_size), interrupts(order.stop_file) as interrupt:
         check_resources(order, address)
+        if address is None and (port := ray.nodes()[0].get("MetricsExportPort")):
+            on_event({"event": "prometheus", "url": f"http://127.0.0.1:{port}/metrics"})
         on_event({"event": "phase", "phase": "starting workers"})
         fit = FitThread(trainer_of(order))
         fit.start()
@@ -59,7 +61,7 @@ def run_attempt(order: Order, *, address: str | None, on_event: EventHandler) ->
             for event in events.new():
                 last = event
                 on_event(event)
-            if interrupt.is_set() and last.get("event") not in ("step", "eval", "end"):
+            if interrupt.is_set() and last.get("event") not in ("step", "rehearsal", "eval", "end"):
                 raise Interrupted
         for event in events.new():
             last = event

@@ -65,7 +65,10 @@ def _problems_of_experts(architecture: ModelArchitecture, recipe: Recipe, where:
         (other,) = set(fused) - {one}
         rule = f"peft adapts no {one} without {other}: transformers has both of an expert in one parameter"
         yield Problem(where, given, rule, f"Add {other}, or leave {one} out")
+    attention = ", ".join(linear.name for linear in architecture.linears if linear.part == "attention")
+    if recipe.use_dora:
+        rule = "peft has no DoRA for routers and experts"
+        yield Problem(where, given, rule, f"Leave DoRA out, or name attention's layers only: {attention}")
     if recipe.dropout:
-        attention = ", ".join(linear.name for linear in architecture.linears if linear.part == "attention")
         rule = f"peft has no dropout for routers and experts, and LoRA's dropout is {recipe.dropout}"
         yield Problem(where, given, rule, f"Set the dropout to 0, or name attention's layers only: {attention}")

@@ -15,21 +15,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from ray import train as ray_train
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
+from orchestrator.gauges import Gauges
+from orchestrator.metrics import metrics_of
 from qlora_core.files import publish_folder
 from qlora_core.memory.measure import meter_for
 from qlora_core.quiet import quiet_libraries
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.checkpoint import complete, expired, load_adapter
-from qlora_core.training.dataset import Examples
 from qlora_core.training.engines import build_engine
+from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.loop import TrainingRun, train
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import attach_adapters, load_base, load_tokenizer
+from qlora_core.training.model import load_base, load_tokenizer, make_trainable
 
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
@@ -39,17 +42,22 @@ class Order:
     """What a worker is told to do: data only, all paths absolute and seen by every node.
 
     Attributes:
+        name: the run's, by which its figures are found among those of others.
         device: "cuda" or "cpu".
         examples: the folder with train.safetensors and eval.safetensors.
+        adapter: a trained adapter to start from, in peft's layout.
         events: the file to which rank 0 appends what happens, a JSON object a line.
         stop_file: the run ends after the step in which this file appears.
         keep: checkpoints that stay.
         facts: what identifies the run inside its checkpoints.
         rendezvous: the file through which workers of this machine find each other; None where Ray Train, whose store
             listens on all interfaces, has joined them over the network.
+        predicted: the plan's bytes, as `metrics_of` takes them.
     """
 
+    name: str
     model: str
+    adapter: Path | None
     recipe: Recipe
     strategy: Strategy
     compute_dtype: Dtype
@@ -65,21 +73,25 @@ class Order:
     resume_from: Path | None
     facts: Mapping[str, Any]
     rendezvous: Path | None
+    predicted: Mapping[str, Any]
+    eval_every: int | None = None
 
 
 class RunObserver:
-    """Passes on what the loop tells: events into the run's file, checkpoints to Ray Train, old ones to the bin."""
+    """Passes on what the loop tells: events into the run's file, figures to Ray, checkpoints to Ray Train."""
 
     def __init__(self, order: Order, rank: int) -> None:
         self._order = order
         self._rank = rank
         # Line buffered: the file is read while it grows.
         self._file = order.events.open("a", encoding="utf-8", buffering=1) if rank == 0 else None
+        self._gauges = Gauges(order.name, rank)
 
     def event(self, kind: str, **facts: Any) -> None:
         """See `loop.Observer`."""
         if self._file is not None:
             self._file.write(json.dumps({"event": kind, "time": time.time(), **facts}) + "\n")
+        self._gauges.show(metrics_of({"event": kind, **facts}, self._order.predicted))
 
     def stop_requested(self) -> bool:
         """See `loop.Observer`."""
@@ -161,10 +173,15 @@ def usable_cores() -> int:
 def prepare(order: Order, rank: int, device: torch.device) -> TrainingRun:
     """Load, quantize, adapt and wrap the model; map the data."""
     meter = meter_for(device)
-    base = load_base(order.model, order.recipe, order.strategy, order.compute_dtype, device)
-    model = attach_adapters(base, order.recipe, order.seed)
-    if order.resume_from is not None:
-        load_adapter(model, order.resume_from)
+    folder = order.model
+    if order.resume_from is not None and order.recipe.method == "full":
+        folder = str(order.resume_from / "model")
+    base = load_base(folder, order.recipe, order.strategy, order.compute_dtype, device)
+    model = make_trainable(base, order.recipe, order.seed)
+    if isinstance(model, PeftModel):
+        start = order.adapter if order.resume_from is None else order.resume_from / "adapter"
+        if start is not None:
+            load_adapter(model, start)
     model.train()
     meter.loaded(model)
     with meter.setup():
@@ -175,10 +192,11 @@ def prepare(order: Order, rank: int, device: torch.device) -> TrainingRun:
         seed=order.seed,
         total_steps=order.total_steps,
         save_every=order.save_every,
+        eval_every=order.eval_every,
         model=model,
         engine=engine,
         tokenizer=load_tokenizer(order.model),
-        train_data=Examples(order.examples / "train.safetensors"),
+        train_data=Rows(Examples(order.examples / "train.safetensors"), order.recipe, order.seed),
         eval_data=Examples(order.examples / "eval.safetensors"),
         meter=meter,
         device=device,

@@ -8,6 +8,9 @@ from typing import Literal
 
 EAGER_ONLY = frozenset({"bloom", "codegen", "gemma2", "gpt_oss", "gptj", "mpt"})
 """Model types whose attention has no sdpa form (transformers 5.23: `_supports_sdpa` of their classes)."""
+MIXES_PACKED = frozenset({"bloom", "falcon", "gpt_oss", "mpt", "opt"})
+"""Model types whose code makes its attention mask without the positions (transformers 5.23, the calls of
+create_causal_mask in their modeling_*.py), so that packed examples would see each other."""
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config fields of models that change the output head's logits before the loss (Gemma 2, Cohere, Granite)."""
 
@@ -113,8 +116,13 @@ class ModelArchitecture:
         return self.model_type not in EAGER_ONLY
 
     @property
+    def keeps_packed_apart(self) -> bool:
+        """Whether packed examples are hidden from each other; tests/training/test_packing.py shows it."""
+        return self.model_type not in MIXES_PACKED
+
+    @property
     def plain_logits(self) -> bool:
-        """Whether the output head's product is what the loss is taken of, so that it can be made in chunks."""
+        """Whether the output head's product is what the loss is taken of."""
         return all(self.config.get(name) in (None, 1, 1.0) for name in LOGIT_CHANGES)
 
     @property

@@ -78,6 +78,17 @@ class Recipe:
     """LoRA alpha: the adapter's output is scaled by alpha / rank."""
     dropout: Annotated[float, Bounds(ge=0, lt=1)] = 0.0
     """LoRA dropout probability."""
+    use_rslora: bool = False
+    """Scale the adapter's output by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023), so that a high rank learns too."""
+    use_dora: bool = False
+    """Train a magnitude for each output beside the adapter's direction (DoRA, Liu et al. 2024); it costs memory and
+    time in every step."""
+    loraplus_lr_ratio: Annotated[float, Bounds(ge=1)] = 1.0
+    """The adapters' second matrices, B, learn at so many times the learning rate (LoRA+, Hayou et al. 2024); 1 is plain
+    LoRA, the paper has 16."""
+    neftune_alpha: Annotated[float, Bounds(ge=0)] = 0.0
+    """Uniform noise on the embeddings while training, up to alpha / sqrt(length x hidden size) (NEFTune, Jain et al.
+    2023, which has 5 to 15); 0 is none."""
     targets: Targets = "all-linear"
     """Which linear layers get an adapter: all but the output head, or those whose module names end in a name of the
     list or match a regular expression of it."""
@@ -95,6 +106,10 @@ class Recipe:
     """The longest sequence in tokens; longer samples are truncated, and counted."""
     tokens_per_step: Count = 8192
     """Tokens of one optimizer step over all GPUs: sequences per step x seq_len, padding counted."""
+    packing: bool = False
+    """Lay several samples into one sequence of up to seq_len tokens, none of which sees another."""
+    group_by_length: bool = False
+    """Put samples of alike length into one step, so that less of it is padding; packing leaves nothing to gain."""
     learning_rate: Annotated[float, Bounds(gt=0, lt=1)] = 2e-4
     """Peak learning rate."""
     schedule: Schedule = "constant"
@@ -141,10 +156,14 @@ class Recipe:
         if self.method != "qlora" and self.quantization != "none":
             rule, remedy = f"method {self.method} keeps the base unquantized", "Set it to none, or choose method qlora"
             yield Mistake(("quantization", "method"), self.quantization, rule, remedy)
+        yield from self._conflicts_of_adapters()
         if self.tokens_per_step % self.seq_len:
             nearest = max(1, (2 * self.tokens_per_step + self.seq_len) // (2 * self.seq_len)) * self.seq_len
             rule = f"a step holds whole sequences, so it must be a multiple of seq_len {self.seq_len}"
             yield Mistake(("tokens_per_step", "seq_len"), self.tokens_per_step, rule, f"The nearest is {nearest}")
+        if self.packing and self.group_by_length:
+            rule, remedy = "packed sequences are all about seq_len long", "Leave one of the two out"
+            yield Mistake(("group_by_length", "packing"), self.group_by_length, rule, remedy)
         if not self.targets:
             rule, remedy = "it must name at least one linear layer", "Name some, or say all-linear"
             yield Mistake(("targets",), self.targets, rule, remedy)
@@ -152,6 +171,21 @@ class Recipe:
             target, reason = found
             rule, remedy = f"it is neither a name nor a regular expression: {reason}", "Correct it"
             yield Mistake(("targets",), target, rule, remedy)
+
+    def _conflicts_of_adapters(self) -> Iterator[Mistake]:
+        """What of the adapters does not go together with the rest."""
+        if self.method == "full":
+            for name in ("use_rslora", "use_dora", "loraplus_lr_ratio"):
+                value = getattr(self, name)
+                if value not in (False, 1):
+                    rule, remedy = "it is about adapters, and method full has none", "Leave it out, or choose lora"
+                    yield Mistake((name, "method"), value, rule, remedy)
+        if self.use_dora and self.quantization == "int8":
+            rule = "what DoRA makes of int8 layers, whose weights bitsandbytes unpacks in another way, is not modelled"
+            yield Mistake(("use_dora", "quantization"), True, rule, "Quantize to nf4 or fp4, or leave it out")
+        if self.use_dora and self.autocast:
+            rule = "what autocast makes of DoRA's products is not modelled"
+            yield Mistake(("use_dora", "autocast"), True, rule, "Leave autocast out: the compute dtype does without")
 
     def _conflicts_beside(self, mistakes: list[Mistake]) -> list[Mistake]:
         """What does not go together among the fields that are right."""
@@ -172,14 +206,14 @@ class Recipe:
         """Sequences of one optimizer step over all GPUs and micro-batches."""
         return self.tokens_per_step // self.seq_len
 
-    def total_steps(self, examples: int) -> int:
-        """Optimizer steps of a run over `examples` training examples (the last, incomplete step is dropped).
+    def total_steps(self, sequences: int) -> int:
+        """Optimizer steps of a run over `sequences` examples or packed rows (the last, incomplete step is dropped).
 
         At least 1, so that a data set smaller than one step still trains: its step then wraps around the data.
         """
         if self.steps is not None:
             return self.steps
-        return max(1, math.floor(self.epochs * examples / self.sequences_per_step))
+        return max(1, math.floor(self.epochs * sequences / self.sequences_per_step))
 
 
 @functools.cache

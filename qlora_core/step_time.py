@@ -314,8 +314,8 @@ def times(asked: Load, strategy: Strategy, seq_len: int, rates: Rates, pace: int
     wide = rates.wide_flops * WIDE_PRODUCTS[pace]
     moving = rates.memory_bytes * MEMORY[pace]
     variables = (1, seq_len, tokens, tokens * seq_len, 0)
-    products = max(done.products * tokens / tensor_cores, value(done.product_bytes, variables) / moving)
-    adapters = done.wide_products * tokens / wide
+    products = max((done.products * tokens + done.fixed) / tensor_cores, value(done.product_bytes, variables) / moving)
+    adapters = (done.wide_products * tokens + done.wide_fixed) / wide
     attention = done.attention * tokens * seq_len
     if done.wide_attention:
         attention /= wide

@@ -43,6 +43,7 @@ class Work(NamedTuple):
         products: operations of matrix products in the compute dtype, per token.
         product_bytes: bytes that the products of the base model and its head read and write meanwhile.
         wide_products: those in float32, for which there are no tensor cores unless TF32 is allowed, per token.
+        fixed, wide_fixed: those of the compute dtype and of float32 that are made whatever the tokens: DoRA's norms.
         attention: operations of attention's products, per token and position (B*S*S).
         wide_attention: whether attention computes in float32.
         fused: whether attention is one kernel that never holds the scores.
@@ -54,6 +55,8 @@ class Work(NamedTuple):
     products: float
     product_bytes: Size
     wide_products: float
+    fixed: float
+    wide_fixed: float
     attention: float
     wide_attention: bool
     fused: bool
@@ -66,7 +69,7 @@ def work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, de
     """The work of a micro-batch of `recipe`, run as `strategy` says on `device`; the same for all lengths and sizes."""
     return _work(
         architecture,
-        _of_any_step(recipe, ENDLESS if is_masked(architecture, recipe.seq_len) else 1),
+        _of_any_step(recipe, ENDLESS if is_masked(architecture, recipe.seq_len, recipe.packing) else 1),
         Strategy(
             micro_batch=min(strategy.micro_batch, 2),
             gradient_checkpointing=strategy.gradient_checkpointing,
@@ -100,11 +103,15 @@ def _work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, d
     products, wide = _products(architecture, recipe, device, passes)
     outputs, weights = _of_products(architecture, recipe, device, passes)
     made = _made(step)
+    fixed = _norms(architecture, recipe, passes)
+    wide_fixed = fixed if _are_wide(recipe, device) else 0
     stream = exact.stored_dtype(recipe, device.compute_dtype)
     return Work(
         products=products,
         product_bytes=outputs.times(READ_PER_WRITTEN).plus(weights),
         wide_products=wide,
+        fixed=fixed - wide_fixed,
+        wide_fixed=wide_fixed,
         attention=scores * (1 + again + backward) / (CAUSAL if kernel in SKIPPING else 1),
         wide_attention=kernel == "math" or (stream == "float32" and not recipe.autocast),
         fused=kernel in FUSED,
@@ -159,18 +166,40 @@ def _products(architecture: ModelArchitecture, recipe: Recipe, device: Device, p
     if not passes.trained:
         adapters = sum(size * count for size, count in exact.trainable_tensors(architecture, recipe))
         adapters = min(adapters, linear) if architecture.experts else adapters
+    again_wide = 0
+    if recipe.use_dora and recipe.dropout:
+        # what dropout left of the input is multiplied with the base's weight once more, in the adapter's dtype
+        targets = (each for each in architecture.linears if exact.is_target(each, recipe))
+        again_wide = (passes.forward + 1) * layers * sum(each.weight_numel * each.count for each in targets)
     base, unquantized = _product_dtypes(recipe, device)
     wide = narrow = 0
     for numel, is_wide in (
         (multiplied, base == "float32"),
         (head, unquantized == "float32"),
-        (adapters * passes.adapters, recipe.lora_dtype == "float32" and not recipe.autocast),
+        (adapters * passes.adapters + again_wide, _are_wide(recipe, device)),
     ):
         if is_wide:
             wide += 2 * numel
         else:
             narrow += 2 * numel
     return (0, wide + narrow) if device.compute_dtype == "float32" else (narrow, wide)
+
+
+def _norms(architecture: ModelArchitecture, recipe: Recipe, passes: _Passes) -> float:
+    """Operations of DoRA's B A, which peft makes by sending the identity through both: the first has [in, in] rows."""
+    if not recipe.use_dora:
+        return 0
+    of_a_layer = sum(
+        linear.count * recipe.rank * linear.in_features * (linear.in_features + linear.out_features)
+        for linear in architecture.linears
+        if exact.is_target(linear, recipe)
+    )
+    return 2 * passes.forward * architecture.num_layers * of_a_layer
+
+
+def _are_wide(recipe: Recipe, device: Device) -> bool:
+    """Whether the adapters' products are in float32."""
+    return device.compute_dtype == "float32" or (recipe.lora_dtype == "float32" and not recipe.autocast)
 
 
 def _expert_weights_of_a_token(architecture: ModelArchitecture) -> int:

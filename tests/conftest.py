@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # What this user's own runs measured must not change what a test plans, nor a test's runs what this user plans.
 LEDGER = tempfile.TemporaryDirectory(prefix="ledger-")
 os.environ["QLORA_LEDGER"] = os.path.join(LEDGER.name, "ledger.sqlite")
+os.environ["QLORA_CACHE"] = os.path.join(LEDGER.name, "tokens")
 
 
 @pytest.hookimpl(tryfirst=True)

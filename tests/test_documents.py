@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from benchmarks import screens
+from clusters.gpu import GIB, find_gpu
+from orchestrator.devices import gpu_target
+from qlora_core.architecture import ModelArchitecture
+from qlora_core.catalogue import find_model
+from qlora_core.huggingface.config import architecture_from_config
+from qlora_core.memory import trace
+from qlora_core.memory.device import Device
+from qlora_core.memory.formula import estimate
+from qlora_core.recipe import Recipe
+from qlora_core.strategy import Strategy
 
 ROOT = Path(__file__).parents[1]
+A100 = gpu_target(find_gpu("a100-80gb"), "auto", 1).device
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
@@ -39,6 +52,62 @@ def test_the_python_of_the_planning_guide_runs() -> None:
     fits, allocated = printed.split()
     assert fits == "True"
     assert 38e9 < int(allocated) < 44e9  # the paper: 41 GB (QLoRA, section 1)
+
+
+class Dora(NamedTuple):
+    """What docs/methods.md says of DoRA's memory, and of what it says it."""
+
+    model: ModelArchitecture
+    recipe: Recipe
+    strategy: Strategy
+    gib: str
+    plain_gib: str
+    traced_more: str
+
+
+@pytest.fixture
+def dora() -> Dora:
+    [(model, rank, micro_batch, seq_len, *figures)] = re.findall(
+        r"DoRA: (\S+), NF4, rank (\d+), (\d+) x (\d+) on an A100 is ([\d.]+) GiB in place of ([\d.]+) \(allocated, "
+        r"formula; the trace says ([\d.]+) % more\)",
+        methods(),
+    )
+    tokens = int(micro_batch) * int(seq_len)
+    recipe = Recipe(rank=int(rank), seq_len=int(seq_len), tokens_per_step=tokens, use_dora=True)
+    return Dora(find_model(model), recipe, Strategy(micro_batch=int(micro_batch)), *figures)
+
+
+def methods() -> str:
+    """docs/methods.md in one line."""
+    return " ".join((ROOT / "docs" / "methods.md").read_text().split())
+
+
+def test_the_memory_of_dora_is_what_the_formula_says(dora: Dora) -> None:
+    for recipe, shown in ((dora.recipe, dora.gib), (dataclasses.replace(dora.recipe, use_dora=False), dora.plain_gib)):
+        said = estimate(dora.model, recipe, dora.strategy, A100).gpu.allocated_bytes
+        assert shown == f"{said / GIB:.2f}"
+
+
+@pytest.mark.slow  # it follows a model of 8 billion through all of its layers
+def test_the_memory_of_dora_is_what_the_trace_says(dora: Dora) -> None:
+    said, traced = (
+        of(dora.model, dora.recipe, dora.strategy, A100).gpu.allocated_bytes for of in (estimate, trace.estimate)
+    )
+    assert dora.traced_more == f"{100 * (traced / said - 1):.1f}"
+
+
+def test_the_formulas_figure_for_all_weights_in_zero_3_is_what_it_says() -> None:
+    shown = r"In ZeRO 3 ([\d.]+) MB were taken where it said ([\d.]+), ([\d.]+) % more"
+    [(real, said, more)] = re.findall(shown, methods())
+    # the model of tests/training/test_measured_ranks.py and its steps: 2 ranks of 2 micro-batches of 2 x 128 in float32
+    llama = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+    llama |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2048, "max_position_embeddings": 1024}
+    tiny = architecture_from_config({**llama, "tie_word_embeddings": False}, name="tiny", source="tiny")
+    recipe = Recipe(method="full", quantization="none", seq_len=128, tokens_per_step=8 * 128)
+    strategy = Strategy(world_size=2, micro_batch=2, gradient_accumulation=2, paged_optimizer=False, zero_stage=3)
+    needed = estimate(tiny, recipe, strategy, Device(kind="cpu", compute_dtype="float32")).gpu.allocated_bytes
+    assert said == f"{needed / 1e6:.1f}"
+    assert more == f"{100 * (float(real) / float(said) - 1):.1f}"  # the real one is of a measurement
 
 
 def test_the_specification_of_the_demo_and_of_the_readme_are_valid(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def measured_second_step(folder: Path, asked: Recipe, strategy: Strategy, dtype:
     base = load_base(str(folder), asked, strategy, dtype, torch.device("cpu"))
     adapted = attach_adapters(base, asked, seed=0).train()
     loss_of = SummedLoss(adapted, strategy.loss)
-    optimizer = build_optimizer(list(trainable(adapted).values()), asked, strategy)
+    optimizer = build_optimizer(trainable(adapted), asked, strategy)
     tokens = torch.randint(0, TINY.vocab_size, (strategy.micro_batch, asked.seq_len))
     for _ in range(2):
         meter = StorageMeter()
@@ -85,7 +85,10 @@ def measured_second_step(folder: Path, asked: Recipe, strategy: Strategy, dtype:
             if isinstance(tensor, torch.Tensor)
         )
         with meter.phase("forward"), torch.autocast("cpu", torch.bfloat16, enabled=asked.autocast):
-            loss = loss_of(tokens, torch.ones_like(tokens), tokens)
+            if asked.packing:
+                loss = loss_of(tokens, None, tokens, torch.arange(asked.seq_len).expand_as(tokens) % 40)
+            else:
+                loss = loss_of(tokens, torch.ones_like(tokens), tokens)
         with meter.phase("backward"):
             loss.backward()
         with meter.phase("optimizer"):
@@ -109,6 +112,11 @@ def measured_second_step(folder: Path, asked: Recipe, strategy: Strategy, dtype:
         (recipe(rank=16, seq_len=128, quantization="fp4", double_quantization=False), Strategy(), "float32"),
         (recipe(rank=16, seq_len=128, method="lora", quantization="none"), Strategy(micro_batch=2), "float32"),
         (recipe(rank=16, seq_len=128, method="lora", quantization="none"), Strategy(attention="eager"), "bfloat16"),
+        (recipe(rank=16, seq_len=512, packing=True), Strategy(micro_batch=2), "float32"),
+        (recipe(rank=8, seq_len=256, packing=True), Strategy(micro_batch=2, gradient_checkpointing=False), "float32"),
+        (recipe(rank=16, seq_len=256, packing=True), Strategy(micro_batch=2, attention="eager"), "bfloat16"),
+        (recipe(rank=16, seq_len=128, use_dora=True, dropout=0.1), Strategy(micro_batch=2), "float32"),
+        (recipe(rank=16, seq_len=128, use_dora=True), Strategy(gradient_checkpointing=False), "bfloat16"),
     ],
 )
 def test_a_real_step_on_this_cpu_needs_what_the_formula_says(

@@ -373,6 +373,12 @@ def test_a_run_from_a_stand_in_hub_resumes_at_its_commit_and_its_adapter_names_i
     assert f"'org/tiny', revision='{commit}'" in (user.folder / "out" / "adapter" / "README.md").read_text()
 
     newer = stand_in_hub.publish("org/tiny", {**files, "README.md": b"A new commit."})
+    # the base is the one that the adapter names, at its commit, from the cache
+    merged = user.run(
+        "qlora-train", "export", "out/adapter", "--merge", "--out", "merged", "--json", HF_HUB_OFFLINE="1"
+    )
+    assert merged.returncode == 0, merged.stderr
+    assert json.loads(merged.stdout)["merged"] is True
     again = user.run("qlora-train", path)
     assert again.returncode == 0, again.stderr
     assert "is complete already" in again.stdout

@@ -26,6 +26,7 @@ PLANNING = (
     "qlora_core/architecture.py",
     "qlora_core/catalogue.py",
     "qlora_core/checks.py",
+    "qlora_core/data.py",
     "qlora_core/files.py",
     "qlora_core/huggingface",
     "qlora_core/recipe.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sqlite3
 from pathlib import Path
@@ -13,6 +14,7 @@ from clusters.errors import RequestError
 from orchestrator import history, ledger
 from orchestrator.identity import check_same, model_fingerprint
 from orchestrator.record import Attempt, RunRecord, load_record, save_record
+from qlora_core.perplexity import perplexity
 
 
 def record(**changes: Any) -> RunRecord:
@@ -85,3 +87,14 @@ def test_a_model_is_known_by_its_config_and_by_both_ends_of_its_weights(tmp_path
         assert model_fingerprint(folder) != before
     shutil.copytree(tiny_base, tmp_path / "copy")
     assert model_fingerprint(tmp_path / "copy") == before
+
+
+def test_a_run_of_an_earlier_version_is_the_same_where_what_is_new_is_as_its_default(tmp_path: Path) -> None:
+    check_same({"recipe.rank": 8}, {"recipe.rank": 8, "recipe.packing": False}, tmp_path)
+    with pytest.raises(RequestError, match=r"recipe\.packing"):
+        check_same({"recipe.rank": 8}, {"recipe.rank": 8, "recipe.packing": True}, tmp_path)
+
+
+def test_the_perplexity_of_a_run_that_diverged_is_infinite_and_no_error() -> None:
+    assert perplexity(0.0) == 1
+    assert perplexity(800.0) == math.inf

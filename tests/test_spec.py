@@ -219,7 +219,9 @@ def test_the_nearest_name_is_offered(load: Load, text: str, where: str, near: st
 
 
 def test_a_name_like_none_gets_the_list(load: Load) -> None:
-    assert problems(load, MINIMAL + "xyzzy: 1")["xyzzy"].remedy.startswith("Known are name, model, data, recipe")
+    assert problems(load, MINIMAL + "xyzzy: 1")["xyzzy"].remedy.startswith(
+        "Known are name, model, adapter, data, recipe"
+    )
 
 
 @pytest.mark.parametrize(

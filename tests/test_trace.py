@@ -44,6 +44,7 @@ UNDER_AUTOCAST = recipe(rank=16, seq_len=32, autocast=True)
         ),
         (recipe(rank=8, seq_len=256), Strategy(micro_batch=2, loss="full"), "float32"),
         (recipe(rank=16, seq_len=128, method="lora", quantization="none"), Strategy(), "float32"),
+        (recipe(rank=16, seq_len=256, packing=True), Strategy(micro_batch=2), "float32"),
     ],
 )
 def test_a_real_step_on_this_cpu_needs_what_the_trace_says(

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
+from click.testing import CliRunner
 from ray_heads import ray_head
 
+from launch.train import train
 from qlora_core.training.checkpoint import complete
+from qlora_core.training.examples import Examples
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workers")]
 
@@ -30,6 +36,8 @@ COMMAND = Path(sys.executable).with_name("qlora-train")
 STEPS = 6
 TIMEOUT = 240
 MARK = "QLORA_TEST_MARK"
+Shown = dict[tuple[str, str, str], float]
+"""Ray's gauges by name, run and rank."""
 
 
 @dataclass
@@ -39,6 +47,7 @@ class Run:
     folder: Path
     specification: Path
     environment: dict[str, str]
+    listened_on: set[str] = field(default_factory=set)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -97,6 +106,19 @@ class Run:
     def workers(self) -> list[psutil.Process]:
         return [process for process in self.processes() if "RayTrainWorker" in " ".join(process.cmdline())]
 
+    def ray_metrics(self) -> Shown:
+        """What our gauges say at the node's metrics endpoint."""
+        for process in self.processes():
+            found = re.search(r"--session[-_]dir=(\S+)", " ".join(process.cmdline()))
+            ports = sorted(Path(found[1]).glob("metrics_export_port_*")) if found else []
+            if not ports:
+                continue
+            with urllib.request.urlopen(f"http://127.0.0.1:{ports[0].read_text()}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+            pattern = r'^(ray_qlora_\w+){.*rank="(\d)".*run="(\w+)".*} (\S+)$'
+            return {(name, run, rank): float(value) for name, rank, run, value in re.findall(pattern, text, re.M)}
+        return {}
+
     def assert_nothing_is_left(self) -> None:
         deadline = time.monotonic() + 15
         while (left := self.processes()) and time.monotonic() < deadline:
@@ -123,6 +145,7 @@ def new_run(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, conversat
             },
             "strategy": {"world_size": 2, "zero_stage": 2, "micro_batch": 2},
             "checkpoints": {"every_steps": 2, "keep": 2},
+            "evaluation": {"every_steps": 3},
             "output": "out",
         }
         specification = folder / "run.yaml"
@@ -136,9 +159,17 @@ def new_run(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, conversat
 @pytest.fixture(scope="module")
 def finished(new_run: Callable[[str], Run]) -> tuple[Run, str]:
     run = new_run("finished")
-    code, output = run.finish()
-    assert code == 0, output
+    process = run.start()
+    run.wait_for_step(1, process)
+    run.listened_on |= run.listening()
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, output
     return run, output
+
+
+def test_it_listens_on_loopback_alone(finished: tuple[Run, str]) -> None:
+    assert finished[0].listened_on
+    assert finished[0].listened_on <= {"127.0.0.1", "::1"}
 
 
 def test_a_run_leaves_adapter_checkpoints_record_report_and_a_row(finished: tuple[Run, str]) -> None:
@@ -152,6 +183,15 @@ def test_a_run_leaves_adapter_checkpoints_record_report_and_a_row(finished: tupl
         assert shown in output
     report = (run.folder / "report.md").read_text()
     assert f"{record['results']['eval_after']:.4f}" in report
+    events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    evaluated = {event["step"]: event for event in events if event["event"] == "eval"}
+    assert list(evaluated) == [0, 2, 3, 4, 6]  # before, at each checkpoint, and every third step
+    assert evaluated[3]["perplexity"] == pytest.approx(math.exp(evaluated[3]["eval_loss"]))
+    assert f"| 3 | {evaluated[3]['eval_loss']:.4f} | {evaluated[3]['perplexity']:.2f} |" in report
+    card = (run.folder / "adapter" / "README.md").read_text()
+    assert f"| loss | {record['results']['eval_before']:.4f} | {record['results']['eval_after']:.4f} |" in card
+    assert str(run.folder.parent) not in card
+    assert record["identity"]["data"] in card
     assert "Traceback" not in output
     with sqlite3.connect(run.environment["QLORA_LEDGER"]) as ledger:
         rows = ledger.execute("SELECT name, status, predicted_allocated_bytes, measured_allocated_bytes FROM runs")
@@ -183,7 +223,7 @@ def test_a_complete_run_says_so_and_does_nothing(finished: tuple[Run, str]) -> N
     run, _ = finished
     before = (run.folder / "run.json").read_bytes()
     code, output = run.finish()
-    assert (code, "complete already" in output) == (0, True)
+    assert (code, "complete already" in " ".join(output.split())) == (0, True)
     assert (run.folder / "run.json").read_bytes() == before
 
 
@@ -205,7 +245,7 @@ ALONE = """
 import json, sys, torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 base, run = sys.argv[1:]
 quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                   bnb_4bit_compute_dtype=torch.float32)
@@ -221,16 +261,95 @@ for first, last in zip(starts, starts[1:]):
         total += float(model(input_ids=ids[None, first:last], labels=labels[None]).loss) * count
     tokens += count
 assert not any(name.split(".")[0] in ("qlora_core", "orchestrator", "launch") for name in sys.modules)
-print(json.dumps(total / tokens))
+prompt = ids[None, : int(learned[: starts[1]].nonzero()[0])]
+answer = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=48, do_sample=False)
+text = AutoTokenizer.from_pretrained(base).decode(answer[0, prompt.shape[1] :], skip_special_tokens=True).strip()
+print(json.dumps({"loss": total / tokens, "answer": text}))
 """
 
 
-def test_peft_and_transformers_alone_reproduce_the_evaluation_loss(finished: tuple[Run, str], tiny_base: Path) -> None:
+def test_peft_and_transformers_alone_reproduce_the_evaluation_loss_and_the_answer(
+    finished: tuple[Run, str], tiny_base: Path
+) -> None:
     run, _ = finished
     answer = subprocess.run(
         [sys.executable, "-c", ALONE, str(tiny_base), str(run.folder)], capture_output=True, text=True, check=True
     )
-    assert json.loads(answer.stdout) == pytest.approx(run.record["results"]["eval_after"], abs=1e-3)
+    given = json.loads(answer.stdout)
+    assert given["loss"] == pytest.approx(run.record["results"]["eval_after"], abs=1e-3)
+    assert given["answer"] == run.record["results"]["answers_after"][0]["given"]
+
+
+def invoke(*arguments: str) -> dict[str, Any]:
+    """What a subcommand of qlora-train prints as JSON."""
+    result = CliRunner().invoke(train, [*arguments, "--json"], standalone_mode=False)
+    assert result.exception is None, result.output
+    answer: dict[str, Any] = json.loads(result.stdout)
+    return answer
+
+
+def test_evaluate_measures_what_the_run_measured(finished: tuple[Run, str]) -> None:
+    run, _ = finished
+    base, adapter = invoke("evaluate", str(run.folder))["evaluated"]
+    results = run.record["results"]
+    assert base["loss"]["value"] == pytest.approx(results["eval_before"], abs=1e-3)
+    assert adapter["loss"]["value"] == pytest.approx(results["eval_after"], abs=1e-3)
+    assert adapter["perplexity"]["value"] == pytest.approx(math.exp(results["eval_after"]), rel=1e-3)
+    assert adapter["change"]["value"] == pytest.approx(results["eval_after"] - results["eval_before"], abs=1e-3)
+    assert adapter["loss"]["low"] < adapter["loss"]["value"] < adapter["loss"]["high"]
+    assert [answer["given"] for answer in adapter["answers"]] == [
+        answer["given"] for answer in results["answers_after"]
+    ]
+
+
+def test_the_merged_model_has_the_adapters_loss_through_plain_transformers(
+    finished: tuple[Run, str], tmp_path: Path
+) -> None:
+    run, _ = finished
+    answer = invoke("export", str(run.folder), "--merge", "--out", str(tmp_path / "merged"), "--dtype", "float32")
+    losses = answer["held_out_loss"]
+    assert losses["merged"] == pytest.approx(losses["unmerged"], abs=1e-5)
+    assert losses["trained"] == run.record["results"]["eval_after"]
+    assert losses["merged"] != losses["trained"]  # the trained one has a base in NF4
+    assert "differs a little from the trained one" in answer["warnings"][0]
+    assert (answer["layers"], answer["shards"]) == (14, 1)
+
+
+def test_all_weights_are_trained_on_packed_rows_and_the_result_is_a_model_for_transformers_alone(
+    new_run: Callable[[str], Run],
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = new_run("full")
+    recipe = {
+        "method": "full",
+        "quantization": "none",
+        "packing": "true",
+        "optimizer": "adamw",
+        "learning_rate": "1e-3",
+    }
+    fields = [f"recipe.{name}={value}" for name, value in recipe.items()]
+    code, output = run.finish(*fields, "strategy.world_size=1", "strategy.zero_stage=0")
+    assert code == 0, output
+    record = run.record
+    assert record["weights"] == str(run.folder / "model")
+    assert not (run.folder / "adapter").exists()
+    assert record["data"]["rows"] < record["data"]["examples"] / 2
+    (tried,) = (
+        event
+        for event in map(json.loads, (run.folder / "events.jsonl").read_text().splitlines())
+        if event["event"] == "rehearsal"
+    )
+    assert 55 < tried["longest"] <= 64  # of rows of at most 64 tokens, packed from examples of at most 25
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    held_out, loss, tokens = Examples(run.folder / "data" / "eval.safetensors"), 0.0, 0
+    for ids, learned in (held_out[index] for index in range(len(held_out))):
+        labels = ids.masked_fill(~learned, -100).unsqueeze(0)
+        count = int((labels[:, 1:] != -100).sum())
+        loss += count * float(model(input_ids=ids.unsqueeze(0), labels=labels).loss.detach())
+        tokens += count
+    assert loss / tokens == pytest.approx(record["results"]["eval_after"], rel=1e-4)
+    assert record["results"]["eval_after"] < record["results"]["eval_before"]
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(
@@ -238,8 +357,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(
 ) -> None:
     run = new_run("interrupted")
     process = run.start()
-    run.wait_for_step(2, process)
-    assert run.listening() <= {"127.0.0.1", "::1"}
+    run.wait_for_step(1, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130, output
@@ -260,6 +378,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(
         if event["event"] == "step"
     ]
     assert steps == list(range(1, STEPS + 1))
+    told = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told if "train/loss" in line] == steps
+    assert len(list((run.folder / "tensorboard").iterdir())) == 2  # one of each attempt, which TensorBoard shows as one
 
 
 def test_a_killed_worker_fails_the_run_which_then_goes_on_bit_for_bit(
@@ -299,14 +420,44 @@ def test_a_sudden_end_leaves_no_process_and_no_half_checkpoint(new_run: Callable
         json.loads((folder / "checkpoint.json").read_text())
 
 
-def test_another_number_of_workers_cannot_resume_yet_and_says_so(new_run: Callable[[str], Run]) -> None:
+@pytest.fixture(scope="module")
+def terminated(new_run: Callable[[str], Run]) -> tuple[Run, Shown]:
+    """A long run, stopped by SIGTERM once both its ranks were seen at the node's metrics endpoint; what was there."""
     run = new_run("resized")
-    process = run.start()
+    run.environment["RAY_metrics_report_interval_ms"] = "500"
+    process = run.start("recipe.steps=5000")
     run.wait_for_step(1, process)
+    deadline = time.monotonic() + 60
+    shown: Shown = {}
+    while {rank for _, _, rank in shown} < {"0", "1"} and time.monotonic() < deadline:
+        time.sleep(0.5)
+        shown = run.ray_metrics()
     process.send_signal(signal.SIGTERM)  # as a scheduler does before it takes a node
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130, output
-    code, output = run.finish("strategy.world_size=4")
+    assert "Metrics for Prometheus: http://127.0.0.1:" in output
+    return run, shown
+
+
+def test_the_metrics_of_the_node_carry_the_figures_of_the_run(terminated: tuple[Run, Shown]) -> None:
+    run, shown = terminated
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    names = {name for line in lines for name in line} - {"step", "time"}
+    assert {"train/loss", "train/learning_rate", "train/tokens_per_second", "train/step_seconds"} <= names
+    of_first = {name for name, _, rank in shown if rank == "0"}
+    assert of_first == {f"ray_qlora_{name.replace('/', '_')}" for name in names}
+    of_second = {name for name, _, rank in shown if rank == "1"}
+    assert of_second == {name for name in of_first if name.startswith("ray_qlora_memory_")}
+    assert {tag for _, tag, _ in shown} == {"tiny"}
+    predicted = run.record["predicted"]["phases"]
+    for phase, size in predicted.items():
+        assert shown[f"ray_qlora_memory_{phase}_predicted_bytes", "tiny", "0"] == size
+    assert shown["ray_qlora_train_loss", "tiny", "0"] in [line.get("train/loss") for line in lines]
+
+
+def test_another_number_of_workers_cannot_resume_yet_and_says_so(terminated: tuple[Run, Shown]) -> None:
+    run, _ = terminated
+    code, output = run.finish("recipe.steps=5000", "strategy.world_size=4")
     assert code == 2
     assert "strategy.world_size: the checkpoint" in output
     assert "was written with 2" in output

@@ -27,10 +27,20 @@ from qlora_core.training.model import attach_adapters
 class HeldOutput(SummedLoss):
     """The stock loss of a plain loop over transformers, whose output lives until the loop comes round again."""
 
-    def forward(self, input_ids_BS: torch.Tensor, attention_mask_BS: torch.Tensor, labels_BS: torch.Tensor) -> Any:
+    def forward(
+        self,
+        input_ids_BS: torch.Tensor,
+        attention_mask_BS: torch.Tensor | None,
+        labels_BS: torch.Tensor,
+        position_ids_BS: torch.Tensor | None = None,
+    ) -> Any:
         """The summed loss, as `SummedLoss` gives it."""
         self.output: Any = self.model(
-            input_ids=input_ids_BS, attention_mask=attention_mask_BS, labels=labels_BS, use_cache=False
+            input_ids=input_ids_BS,
+            attention_mask=attention_mask_BS,
+            position_ids=position_ids_BS,
+            labels=labels_BS,
+            use_cache=False,
         )
         return self.output.loss * (labels_BS[:, 1:] != IGNORED).sum()
 

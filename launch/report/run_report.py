@@ -10,6 +10,7 @@ from typing import Any
 from launch.report.terminal import memory_rows
 from launch.report.words import gib
 from orchestrator.record import RunRecord
+from qlora_core.perplexity import perplexity
 
 FILE_NAME = "report.md"
 LOSS_ROWS = 20
@@ -44,6 +45,7 @@ def run_report(record: RunRecord, events: list[dict[str, Any]]) -> str:
         results_section(record),
         memory_section(record),
         loss_section(events),
+        evaluation_section(events),
         data_section(record.data),
         choices_section(record.plan["choices"]),
         versions_section(record.versions),
@@ -57,9 +59,14 @@ def results_section(record: RunRecord) -> str:
     before, after = results.get("eval_before"), results.get("eval_after")
     lines = ["## Result"]
     if before is not None and after is not None:
-        lines.append(f"Evaluation loss on held-out examples: {before:.4f} before, {after:.4f} after.")
+        lines.append(
+            f"Evaluation loss on held-out examples: {before:.4f} before, {after:.4f} after; perplexity "
+            f"{perplexity(before):.2f} and {perplexity(after):.2f}."
+        )
     if record.adapter:
         lines.append(f"Adapter: `{record.adapter}`")
+    if record.weights:
+        lines.append(f"Model: `{record.weights}`")
     for first, last in zip(results.get("answers_before", []), results.get("answers_after", []), strict=False):
         lines += [
             f"> {first['question']}",
@@ -107,12 +114,30 @@ def loss_section(events: list[dict[str, Any]]) -> str:
     )
 
 
+def evaluation_section(events: list[dict[str, Any]]) -> str:
+    """Loss and perplexity on the held-out examples, each time that they were measured."""
+    rows = [
+        f"| {event['step']} | {event['eval_loss']:.4f} | {perplexity(event['eval_loss']):.2f} |"
+        for event in events
+        if event["event"] == "eval" and event["eval_loss"] is not None
+    ]
+    head = ["## Evaluation", "", "| step | held-out loss | perplexity |", "| ---: | ---: | ---: |"]
+    return "\n".join([*head, *rows]) if rows else ""
+
+
 def data_section(data: Mapping[str, Any]) -> str:
     """What became of the data."""
+    rows = ""
+    if "rows" in data:
+        rows = f" They are trained on in {data['rows']} sequences; were all as long as the longest, "
+        rows += f"{data['padding_percent']} % would be padding."
+    # records of earlier versions do not count these
+    bad = "".join(f"\n- left out: {record}" for record in data.get("bad_records", ()))
     return (
         f"## Data\n\n{data['examples']} examples in format {data['format']}, {data['tokens']} tokens, the longest "
         f"{data['longest']}; {data['truncated']} truncated, {data['unlearnable']} left out because nothing to learn "
-        f"was within the length. SHA-256 `{data['digest']}`."
+        f"was within the length, {data.get('empty_answers', 0)} because the answer is empty, {data.get('bad', 0)} as "
+        f"bad.{rows} Digest `{data['digest']}`.{bad and chr(10)}{bad}"
     )
 
 

@@ -176,7 +176,7 @@ def trained_words(plan: Plan) -> str:
     what = (
         "all weights"
         if recipe.method == "full"
-        else f"LoRA of rank {recipe.rank} in {recipe.lora_dtype} on {targets(plan)}"
+        else f"{'DoRA' if recipe.use_dora else 'LoRA'} of rank {recipe.rank} in {recipe.lora_dtype} on {targets(plan)}"
     )
     state = "8-bit AdamW" if recipe.optimizer == "adamw_8bit" else "AdamW"
     return f"{what}, {'paged ' if plan.strategy.paged_optimizer else ''}{state}"

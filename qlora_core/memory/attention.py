@@ -19,10 +19,10 @@ AttentionKernel = Literal["eager", "flash", "efficient", "masked", "math", "flas
 """masked: the memory-efficient one with a mask that is not just causal."""
 
 
-def is_masked(architecture: ModelArchitecture, seq_len: int) -> bool:
-    """Whether a sliding window needs a mask of its own at this length (transformers' masking_utils.py)."""
+def is_masked(architecture: ModelArchitecture, seq_len: int, packing: bool) -> bool:
+    """Whether packing, or a sliding window at this length, needs a mask of its own (transformers' masking_utils.py)."""
     window = architecture.sliding_window
-    return window is not None and architecture.sliding_layers > 0 and seq_len >= window
+    return packing or (window is not None and architecture.sliding_layers > 0 and seq_len >= window)
 
 
 def kernel_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> AttentionKernel:
@@ -130,7 +130,7 @@ def fused(tape: Tape, kernel: AttentionKernel, query: Tensor, key: Tensor, value
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
         made: list[Tensor] = []
         results = tuple(tape.new(numel, dtype) for numel in sizes)
-        if kernel != "flash_cpu":
+        if shape.cuda:
             made.append(tape.new(rows, "float32"))
         if kernel == "flash":
             made.append(tape.new(wide, "float32"))

@@ -124,6 +124,8 @@ def trainable_tensors(architecture: ModelArchitecture, recipe: Recipe) -> tuple[
             count = architecture.num_layers * linear.count
             tensors.append((recipe.rank * linear.in_features, count))
             tensors.append((recipe.rank * linear.out_features, count))
+            if recipe.use_dora:
+                tensors.append((linear.out_features, count))
     tensors += _expert_adapters(architecture, recipe)
     if not tensors:
         raise ValueError("nothing is trained: the recipe's targets name no linear layer of the model")

@@ -8,110 +8,14 @@ Shapes: T tokens, H hidden, h query heads, k key and value heads, D head, F feed
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial, wraps
-from typing import Literal, NamedTuple, ParamSpec, TypeVar
+from functools import partial
 
 from qlora_core.memory import operators as op
-from qlora_core.memory.attention import AttentionKernel, Heads, attend
+from qlora_core.memory.adapter import adapter, with_magnitude
+from qlora_core.memory.attention import attend
 from qlora_core.memory.experts import Experts, compute, route
-from qlora_core.memory.tape import DType, Size, Tape, Tensor
-
-P = ParamSpec("P")
-R = TypeVar("R")
-Storage = Literal["4bit", "8bit", "plain"]
-Activation = Literal["kernel", "relu", "composed"]
-
-ROW = Size(per_token=1)
-"""One element per token."""
-
-
-class Projection(NamedTuple):
-    """A linear layer as the tape needs it.
-
-    Attributes:
-        name: its name, for the words of a moment.
-        in_features, out_features: its weight is [out_features, in_features].
-        storage: how bitsandbytes keeps it.
-        blocks: absmax constants of its weight, dequantized on the way when `nested`.
-        nested: whether its constants are quantized again.
-        adapter: whether it has a LoRA adapter.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    storage: Storage
-    blocks: int
-    nested: bool
-    adapter: bool
-
-
-class Layer(NamedTuple):
-    """What decides the timeline of one decoder layer.
-
-    Attributes:
-        qkv, output, feed_forward: its projections; one `qkv` is a fused one. With experts, the feed-forward is the
-            shared expert's, or none.
-        experts: its mixture of experts.
-        shared_gate: what weighs the shared expert.
-        compute, stream, lora: dtypes of matrix products, of the unquantized weights and with them the residual stream,
-            and of the adapters.
-        scaled_norm: RMSNorm; LayerNorm otherwise.
-        norms: norms of a layer: four where the outputs of attention and feed-forward are normalised too (Gemma 2, 3);
-            in a parallel layer one or two.
-        activation: how it is computed.
-        scaled: what is added to the residual stream, and the embedding, are multiplied by a number (Granite).
-        dropped_residual: what is added to the residual stream passes a dropout of the base model's own.
-        trained: all weights are trained (method full).
-    """
-
-    hidden: int
-    shape: Heads
-    qkv: tuple[Projection, ...]
-    output: Projection
-    feed_forward: tuple[Projection, ...]
-    gated: bool
-    parallel: bool
-    experts: Experts | None
-    shared_gate: Projection | None
-    scaled_norm: bool
-    norms: int
-    activation: Activation
-    scaled: bool
-    dropped_residual: bool
-    head_norms: bool
-    compute: DType
-    stream: DType
-    lora: DType
-    rank: int
-    dropout: bool
-    autocast: bool
-    trained: bool
-    kernel: AttentionKernel
-
-    @property
-    def narrow(self) -> DType | None:
-        """The dtype of products under autocast; None without."""
-        return self.compute if self.autocast else None
-
-
-class Positions(NamedTuple):
-    """What all layers share: rotary tables [S, D] and, for eager attention, the mask [B, 1, S, S]."""
-
-    cosine: Tensor
-    sine: Tensor
-    mask: Tensor | None
-
-
-def module(call: Callable[P, R]) -> Callable[P, R]:
-    """nn.Module.__call__: the caller's arguments stay alive until the module returns."""
-
-    @wraps(call)
-    def held(*args: P.args, **kwargs: P.kwargs) -> R:
-        return call(*args, **kwargs)
-
-    return held
+from qlora_core.memory.layer import ROW, Layer, Positions, Projection, module, parameter
+from qlora_core.memory.tape import Size, Tape, Tensor
 
 
 @module
@@ -263,6 +167,8 @@ def linear(tape: Tape, layer: Layer, x: Tensor, projection: Projection, rows: Si
         converts = projection.storage == "plain" or not (layer.autocast and layer.shape.cuda)
         if converts:
             x = op.cast(tape, x, layer.lora)
+        if layer.dora:
+            return op.cast(tape, with_magnitude(tape, layer, x, result, projection, rows), expected)
         if projection.storage == "plain":
             result = op.add(tape, result, adapter(tape, layer, x, projection, rows))
             return op.cast(tape, result, expected)
@@ -286,39 +192,3 @@ def base_linear(tape: Tape, layer: Layer, x: Tensor, projection: Projection, row
     weight = parameter(tape, layer, into * out, layer.stream)
     x, weight = op.narrowed(tape, x, layer.narrow), op.narrowed(tape, weight, layer.narrow)
     return op.matmul_weight(tape, x, weight, rows, into, out)
-
-
-def adapter(tape: Tape, layer: Layer, x: Tensor, projection: Projection, rows: Size) -> Tensor:
-    """lora_B(lora_A(dropout(x))) * scaling."""
-    rank = layer.rank
-    return op.scale(
-        tape,
-        adapter_linear(
-            tape,
-            layer,
-            adapter_linear(tape, layer, dropped(tape, layer, x), rows, projection.in_features, rank),
-            rows,
-            rank,
-            projection.out_features,
-        ),
-    )
-
-
-@module
-def dropped(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
-    """LoRA dropout; peft puts an identity there at probability 0."""
-    return op.dropout(tape, x, layer.shape.cuda) if layer.dropout else x
-
-
-@module
-def adapter_linear(tape: Tape, layer: Layer, x: Tensor, rows: Size, into: int, out: int) -> Tensor:
-    """One of an adapter's two linears; under autocast its input and weight are cast to the compute dtype."""
-    weight = tape.leaf(Tensor(None, Size(into * out), layer.lora), "gradients")
-    x, weight = op.narrowed(tape, x, layer.narrow), op.narrowed(tape, weight, layer.narrow)
-    return op.matmul_weight(tape, x, weight, rows, into, out)
-
-
-def parameter(tape: Tape, layer: Layer, numel: int, dtype: DType) -> Tensor:
-    """A weight of the base model: trained with method full only."""
-    weight = Tensor(None, Size(numel), dtype)
-    return tape.leaf(weight, "gradients") if layer.trained else weight

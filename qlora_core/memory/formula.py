@@ -15,10 +15,10 @@ from typing import Any, Literal
 from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, Heads, is_masked, kernel_of
-from qlora_core.memory.decoder import Activation, Layer, Projection
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.experts import Experts, Scores
+from qlora_core.memory.layer import Activation, Layer, Projection
 from qlora_core.memory.residents import fetched_ahead, residents, shard_of
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.sizes import Sizes
@@ -79,7 +79,7 @@ class Prepared:
     """A recipe and a strategy whose micro-batch and sequence length are open.
 
     Two kinds of each are prepared apart, when they are first asked for: a micro-batch of 1 needs fewer copies in eager
-    attention, and from a sliding window on there are masks.
+    attention, and with packing or from a sliding window on there are masks.
 
     Raises:
         ValueError: by its methods; nothing is trained.
@@ -102,7 +102,10 @@ class Prepared:
 
     def at(self, micro_batch: int, seq_len: int) -> Sizes:
         """The sizes that hold for these, among others."""
-        kind = self._single_is_special and micro_batch == 1, is_masked(self._architecture, seq_len)
+        kind = (
+            self._single_is_special and micro_batch == 1,
+            is_masked(self._architecture, seq_len, self._recipe["packing"]),
+        )
         if kind not in self._of_kind:
             self._of_kind[kind] = self._prepare(*kind)
         return self._of_kind[kind]
@@ -122,6 +125,8 @@ OPEN = frozenset({"seq_len", "tokens_per_step", "micro_batch"})
 LEARNING = frozenset(
     {
         "alpha",
+        "use_rslora",
+        "neftune_alpha",
         "learning_rate",
         "schedule",
         "warmup_fraction",
@@ -131,6 +136,7 @@ LEARNING = frozenset(
         "max_grad_norm",
         "epochs",
         "steps",
+        "group_by_length",
     }
 )
 """Fields of a recipe that no size depends on."""
@@ -161,7 +167,7 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
     layer = _layer_of(architecture, recipe, strategy, device)
     # while they are checkpointed, all layers keep the same
     unlike = None
-    if layer.kernel == "masked" and not strategy.gradient_checkpointing:
+    if layer.kernel == "masked" and not recipe.packing and not strategy.gradient_checkpointing:
         unlike = layer._replace(kernel=kernel_of(architecture, recipe, strategy, device))
     shard = shard_of(architecture, recipe, strategy, device)
     stage, several = strategy.zero_stage, strategy.gradient_accumulation > 1
@@ -176,7 +182,7 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
         layers=architecture.num_layers,
         unlike=unlike,
         unlike_layers=architecture.num_layers - architecture.sliding_layers if unlike is not None else 0,
-        masks=2 if 0 < architecture.sliding_layers < architecture.num_layers else 1,
+        masks=_masks(architecture, recipe, strategy),
         vocab=architecture.vocab_size,
         tied=architecture.tied_embeddings,
         checkpointing=strategy.gradient_checkpointing,
@@ -243,9 +249,16 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         rank=recipe.rank,
         dropout=recipe.dropout > 0,
         autocast=_casts(recipe, device),
+        dora=recipe.use_dora,
         trained=recipe.method == "full",
         kernel=kernel_in_use(architecture, recipe, strategy, device),
     )
+
+
+def _masks(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy) -> int:
+    """How many attention masks there are, where there are any; sdpa needs none that is just causal."""
+    both = 0 < architecture.sliding_layers < architecture.num_layers
+    return 2 if both and (strategy.attention == "eager" or recipe.packing) else 1
 
 
 def _casts(recipe: Recipe, device: Device) -> bool:
@@ -276,12 +289,15 @@ def kernel_in_use(
 ) -> AttentionKernel:
     """The kernel of the layers that need the most: those with a mask, where there are any.
 
-    flash_attention_2 knows windows without a mask. Where layers without a window hold all scores, one of those needs
-    more than one with a mask; but where all layers' activations are kept, the many with a mask decide, and what the
-    others keep is counted beside theirs (`step_of`).
+    flash_attention_2 knows windows and packed examples without a mask; sdpa takes a mask for all packed layers, with
+    which it can neither be flash attention nor take grouped keys as they are. Where layers without a window hold all
+    scores, one of those needs more than one with a mask; but where all layers' activations are kept, the many with a
+    mask decide, and what the others keep is counted beside theirs (`step_of`).
     """
     kernel = kernel_of(architecture, recipe, strategy, device)
-    if strategy.attention != "sdpa" or kernel == "flash_cpu" or not is_masked(architecture, recipe.seq_len):
+    if strategy.attention == "sdpa" and recipe.packing:
+        return "masked"
+    if strategy.attention != "sdpa" or kernel == "flash_cpu" or not is_masked(architecture, recipe.seq_len, False):
         return kernel
     scores = kernel == "math" and architecture.sliding_layers < architecture.num_layers
     return "math" if scores and strategy.gradient_checkpointing else "masked"
@@ -333,4 +349,5 @@ def _projection(recipe: Recipe, linear: Linear) -> Projection:
         blocks=exact.absmax_count(linear.weight_numel, recipe.block_size),
         nested=recipe.double_quantization,
         adapter=exact.is_target(linear, recipe),
+        bias=linear.bias,
     )

@@ -221,7 +221,12 @@ def _step_buffers(
     if recipe.optimizer == "adamw_8bit" or paged or not tensors:
         return 0
     if device.kind == "cuda":
-        return itemsize * sum(numel * count for numel, count in tensors)
+        parts = [tensors]
+        if recipe.loraplus_lr_ratio != 1 and len(tensors) > 1:  # group by group: A, then B and the magnitudes
+            of_one = 3 if recipe.use_dora else 2
+            first = tensors[::of_one]
+            parts = [first, [each for index, each in enumerate(tensors) if index % of_one]]
+        return itemsize * max(sum(numel * count for numel, count in part) for part in parts)
     return 2 * itemsize * max(numel for numel, _ in tensors)
 
 

@@ -80,13 +80,13 @@ def settled(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> 
         device.emptied_after_load,
     )
     item = DTYPE_BYTES[exact.trainable_dtype(recipe, device.compute_dtype)]
-    features = [
-        features
-        for linear in architecture.linears
-        if exact.is_target(linear, recipe)
-        for features in (linear.in_features, linear.out_features)
-    ]
-    return _settled(architecture, loading, tuple(recipe.rank * each * item for each in features))
+    adapters: list[int] = []
+    for linear in architecture.linears:
+        if exact.is_target(linear, recipe):
+            adapters += (recipe.rank * linear.in_features * item, recipe.rank * linear.out_features * item)
+            if recipe.use_dora:
+                adapters.append(linear.out_features * item)
+    return _settled(architecture, loading, tuple(adapters))
 
 
 @lru_cache(maxsize=256)

@@ -9,8 +9,9 @@ from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
 from qlora_core.memory import operators as op
-from qlora_core.memory.decoder import ROW, Layer, Positions, decoder_layer, module, norm, parameter
+from qlora_core.memory.decoder import decoder_layer, norm
 from qlora_core.memory.experts import trainable_numel
+from qlora_core.memory.layer import ROW, Layer, Positions, module, parameter
 from qlora_core.memory.tape import (
     ITEMSIZE,
     LEAF_ORDER,
@@ -45,7 +46,8 @@ class Step(NamedTuple):
         layers: how many there are.
         unlike: a layer that keeps something else for the backward pass; None where all are alike.
         unlike_layers: how many of those there are among the others.
-        masks: kinds of eager attention masks: of layers with a sliding window, of those without.
+        masks: how many attention masks there are where the kernel takes any: of layers with a sliding window, and of
+            those without.
         vocab: V.
         tied: the output head is the token embedding.
         checkpointing: gradient checkpointing of each layer.
@@ -210,7 +212,7 @@ def _mask(tape: Tape, step: Step) -> Tensor | None:
     layer = step.layer
     if layer.kernel == "eager":
         return tape.new(Size(per_score=step.masks), layer.stream)
-    return tape.new(Size(per_score=1), "bool") if layer.kernel == "masked" else None
+    return tape.new(Size(per_score=step.masks), "bool") if layer.kernel == "masked" else None
 
 
 def embedding(tape: Tape, step: Step) -> Tensor:
@@ -243,6 +245,13 @@ def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:
     return op.negative_log_likelihood(tape, op.log_softmax(tape, wide))
 
 
+def changed(tape: Tape, step: Step, logits: Tensor) -> Tensor:
+    """What the model makes of its output head's product."""
+    if step.logits == "plain":
+        return logits
+    return op.scale(tape, logits) if step.logits == "scaled" else op.soft_capped(tape, logits)
+
+
 def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
     """The loss of all logits at once, and the logits where the caller holds the model's output.
 
@@ -252,11 +261,7 @@ def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
         logits = head(tape, step, held[0], ROW)
         if not step.output_held:
             held.clear()
-        if step.logits == "scaled":
-            logits = op.scale(tape, logits)
-        elif step.logits == "capped":
-            logits = op.soft_capped(tape, logits)
-        loss = cross_entropy(tape, logits)
+        loss = cross_entropy(tape, logits := changed(tape, step, logits))
         return (loss, logits) if step.output_held else (loss,)
 
 
@@ -266,7 +271,9 @@ def chunked_loss(tape: Tape, step: Step, hidden: Tensor) -> Tensor:
         hidden = op.gather_rows(tape, hidden, hidden.numel)
         with tape.into("logits_and_loss"):
             chunk = op.slice_of(tape, hidden, CHUNK_ROW.times(step.layer.hidden))
-            return tape.checkpoint(lambda x: cross_entropy(tape, head(tape, step, x, CHUNK_ROW)), chunk)
+            return tape.checkpoint(
+                lambda x: cross_entropy(tape, changed(tape, step, head(tape, step, x, CHUNK_ROW))), chunk
+            )
 
 
 def gradient_bytes(layer: Layer) -> int:
@@ -278,5 +285,7 @@ def gradient_bytes(layer: Layer) -> int:
     if layer.trained:
         norms = (2 - layer.parallel) * layer.hidden if layer.scaled_norm else 0
         return (sum(p.in_features * p.out_features for p in projections) + of_experts + norms) * ITEMSIZE[layer.stream]
-    numel = sum(layer.rank * (p.in_features + p.out_features) for p in projections if p.adapter)
+    numel = sum(
+        layer.rank * (p.in_features + p.out_features) + layer.dora * p.out_features for p in projections if p.adapter
+    )
     return (numel + of_experts) * ITEMSIZE[layer.lora]

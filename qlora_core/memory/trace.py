@@ -168,7 +168,8 @@ def on_meta(recipe: Recipe, device: Device) -> Iterator[list[int]]:
 
     # functions, not mocks that return a value: those would keep the tensors that they were called with
     replaced: list[tuple[Any, str, Any]] = [
-        (masking_utils, "find_packed_sequence_indices", lambda *_, **__: None),  # reads the positions' values
+        # reads the positions' values; the mask of any two packed examples is as large as that of others
+        (masking_utils, "find_packed_sequence_indices", lambda ids: torch.zeros_like(ids) if recipe.packing else None),
         (bnb_functional, "get_paged", get_paged),
         (bnb_functional, "fill", lambda *_: None),
         (bnb_functional, "is_on_gpu", lambda *_: True),
@@ -198,11 +199,9 @@ class Run:
     ) -> None:
         self.kernel, self.dtype = kernel, TORCH_DTYPES[device.compute_dtype]
         self.model, self.recipe, self.strategy, self.device, self.recorder = model, recipe, strategy, device, recorder
-        if recipe.method == "full":
-            model.get_base_model = lambda: model  # type: ignore[assignment]  # as a peft model answers
         self.loss_of = SummedLoss(model, strategy.loss)
         self.parameters = trainable(model)
-        self.optimizer = build_optimizer(list(self.parameters.values()), recipe, strategy)
+        self.optimizer = build_optimizer(self.parameters, recipe, strategy)
         for group in self.optimizer.param_groups:
             if isinstance(self.optimizer, torch.optim.AdamW):
                 group["foreach"] = device.kind == "cuda"
@@ -263,7 +262,7 @@ class Run:
             output = self.model(input_ids=tokens, labels=tokens, use_cache=False)
             held.append(output)
             return cast(torch.Tensor, output.loss)
-        return cast(torch.Tensor, self.loss_of(tokens, None, tokens))
+        return cast(torch.Tensor, self.loss_of(tokens, None, tokens, tokens if self.recipe.packing else None))
 
     def _make_buckets(self) -> None:
         """DistributedDataParallel's buckets, of which all gradients are views from then on."""

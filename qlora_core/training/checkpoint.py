@@ -3,6 +3,7 @@
 Layout of ``step-00000040/`` (format version 1); a folder of that name is complete, since it gets its name last::
 
     adapter/adapter_model.safetensors, adapter_config.json    what peft loads
+    model/model*.safetensors, config.json, ...                with method full in its place: what transformers loads
     optimizer-00000.safetensors                               one per rank: raw optimizer state
     rank-00000.json                                           one per rank: random states, plain numbers, and
                                                               which parameter lies where in the optimizer state
@@ -19,19 +20,22 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from clusters.errors import RunFailed
 from qlora_core.files import publish_folder, write_json
 from qlora_core.training.engine import Engine, OptimizerState, Span
 
 FORMAT_VERSION = 1
+SHARD_SIZE = "5GB"
+"""Of a file of a whole model's weights, as on the Hub."""
 REQUIRED = {"format_version", "step", "world_size", "zero_stage", "identity", "scheduler", "context"}
 """What checkpoint.json must hold."""
 FOLDER = re.compile(r"step-(\d{8})")
@@ -75,7 +79,7 @@ def expired(steps: list[int], keep: int) -> list[int]:
 def save(
     folder: Path,
     *,
-    model: PeftModel,
+    model: nn.Module,
     engine: Engine,
     progress: Progress,
     facts: Mapping[str, Any],
@@ -96,9 +100,9 @@ def save(
     state = engine.optimizer_state()
     failure = ""
     try:
-        (temporary / "adapter").mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(parents=True, exist_ok=True)
         if rank == 0:
-            save_adapter(model, weights, temporary / "adapter")
+            save_weights(model, weights, temporary)
         save_file(state.tensors, temporary / f"optimizer-{rank:05d}.safetensors")
         rank_facts = {
             "numbers": state.numbers,
@@ -153,25 +157,48 @@ def gather(value: str, world_size: int) -> list[str]:
     return values
 
 
-def save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write the adapter as peft does: adapter_model.safetensors and adapter_config.json.
+def save_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write the trained weights into `folder`: as ``adapter/``, or as ``model/`` where all are trained.
 
     Args:
         weights: the trained parameters by their names in `engine.module`, whole.
     """
     named = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    adapter = get_peft_model_state_dict(model, state_dict=named)
+    if isinstance(model, PeftModel):
+        (folder / "adapter").mkdir()
+        save_adapter(model, named, folder / "adapter")
+    else:
+        save_model(model, named, folder / "model")
+
+
+def save_model(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write a whole model as transformers does: config.json and safetensors, in several files where it is large.
+
+    A weight that is tied to another has one name in `weights`, and is tied again when it is loaded.
+    """
+    held = {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+    cast(Any, model).save_pretrained(folder, state_dict={**weights, **held}, max_shard_size=SHARD_SIZE)
+
+
+def save_adapter(model: PeftModel, named: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write the adapter as peft does: adapter_model.safetensors and adapter_config.json."""
+    adapter = get_peft_model_state_dict(model, state_dict=dict(named))
     save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, folder / "adapter_model.safetensors")
     config = dataclasses.replace(model.peft_config["default"], inference_mode=True)
     config.save_pretrained(str(folder))
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Put the adapter of a checkpoint into `model`, before an engine is built around it."""
+    """Put the adapter in `folder`, a checkpoint's or another, into `model`, before an engine is built around it."""
     try:
-        adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+        adapter = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
-        raise damaged(folder, f"its adapter cannot be read: {error}") from error
+        raise damaged(folder.parent, f"its adapter cannot be read: {error}") from error
     outcome = set_peft_model_state_dict(model, adapter)
     missing = [name for name in outcome.missing_keys if "lora_" in name]
     if outcome.unexpected_keys or missing:

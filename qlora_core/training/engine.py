@@ -68,7 +68,10 @@ class Engine(Protocol):
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         """The forward and backward pass of one micro-batch run inside; `last` of its optimizer step or not."""
 
-    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """A forward and a backward pass run inside that are of no step: the gradient of their loss must be 0."""
+
+    def loss(self, batch: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """The summed loss of one micro-batch, shape []."""
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -23,6 +23,9 @@ from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import trainable
 from qlora_core.training.optimizer import build_optimizer, restore_state
 
+MASTER = "master"
+"""Key of a slot's float32 weights among its optimizer state, where the weights themselves have 16 bits."""
+
 
 def deepspeed_config(recipe: Recipe, strategy: Strategy, trainable: int) -> dict[str, Any]:
     """The configuration of a recipe and a strategy.
@@ -68,12 +71,13 @@ class DeepSpeedEngine:
         # DeepSpeed averages over ranks and divides by the micro-batches of a step; the engine's contract is a sum
         self._undo_mean = strategy.world_size * strategy.gradient_accumulation
         parameters = list(self._parameters.values())
+        self._weights_are_wide = all(parameter.dtype == torch.float32 for parameter in parameters)
         config = deepspeed_config(recipe, strategy, sum(map(elements, parameters)))
         if self._stage == 3:
             divide(module, config)
         self._engine: Any = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(parameters, recipe, strategy),
+            optimizer=build_optimizer(self._parameters, recipe, strategy),
             config=config,
             model_parameters=parameters,
         )[0]
@@ -87,7 +91,15 @@ class DeepSpeedEngine:
         if not last:
             self._engine.step()  # counts the micro-batch; the update comes with the last
 
-    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """See `Engine`. The zeros stay in ZeRO's buffers, to which the step's gradients are added."""
+        self._engine.set_gradient_accumulation_boundary(False)
+        yield
+        # the way back to counting micro-batches, which set_gradient_accumulation_boundary has not (0.19.8)
+        self._engine._is_gradient_accumulation_boundary = None
+
+    def loss(self, batch: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """See `Engine`."""
         return cast(torch.Tensor, self._engine(**batch))
 
@@ -114,7 +126,9 @@ class DeepSpeedEngine:
         """See `Engine`."""
         state = OptimizerState(spans=tuple(self._spans()))
         for slot, flat in enumerate(self._slots()):
-            add_slot(state, slot, self.optimizer.state[flat])
+            # float32 masters say more than 16-bit weights do
+            masters = {} if self._weights_are_wide else {MASTER: flat}
+            add_slot(state, slot, {**self.optimizer.state[flat], **masters})
         return state
 
     def restore_optimizer(self, state: OptimizerState) -> None:
@@ -124,8 +138,11 @@ class DeepSpeedEngine:
             group = self.optimizer.param_groups[group_index]
             # ZeRO-3 puts a sub-group's flat partition into the optimizer only while it steps
             held, group["params"] = group["params"], [flat]
+            tensors, numbers = state.slot(slot)
+            if (master := tensors.pop(MASTER, None)) is not None:
+                flat.data.copy_(master)
             try:
-                restore_state(self.optimizer, group_index, 0, *state.slot(slot))
+                restore_state(self.optimizer, group_index, 0, tensors, numbers)
             finally:
                 group["params"] = held
 

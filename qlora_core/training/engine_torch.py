@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
 import torch
@@ -16,7 +16,7 @@ from qlora_core.strategy import Strategy
 from qlora_core.training.engine import OptimizerState, Span, add_slot
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import trainable
-from qlora_core.training.optimizer import build_optimizer, restore_state
+from qlora_core.training.optimizer import build_optimizer, place_in_groups, restore_state
 
 
 class TorchEngine:
@@ -27,7 +27,7 @@ class TorchEngine:
         self._parameters = trainable(module)
         self._max_grad_norm = recipe.max_grad_norm
         self._world_size = strategy.world_size
-        self.optimizer = build_optimizer(list(self._parameters.values()), recipe, strategy)
+        self.optimizer = build_optimizer(self._parameters, recipe, strategy)
         self._replica: nn.Module = module
         if strategy.world_size > 1:
             # The ranks start from the same seed, so nothing is broadcast: the frozen base would be tens of GB.
@@ -41,7 +41,14 @@ class TorchEngine:
             return cast(AbstractContextManager[None], self._replica.no_sync())
         return nullcontext()
 
-    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """See `Engine`."""
+        with self.micro_step(last=False):
+            yield
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def loss(self, batch: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """See `Engine`."""
         return cast(torch.Tensor, self._replica(**batch))
 
@@ -76,5 +83,6 @@ class TorchEngine:
 
     def restore_optimizer(self, state: OptimizerState) -> None:
         """See `Engine`."""
-        for slot in range(len(self._parameters)):
-            restore_state(self.optimizer, 0, slot, *state.slot(slot))
+        places = place_in_groups(self.optimizer)
+        for slot, parameter in enumerate(self._parameters.values()):
+            restore_state(self.optimizer, *places[id(parameter)], *state.slot(slot))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qlora_core.training.dataset import Examples, iterate_eval_batches
+from qlora_core.training.examples import Examples, iterate_eval_batches
 from qlora_core.training.loss import SummedLoss
 
 MAX_ANSWER_TOKENS = 48
@@ -67,8 +67,24 @@ def eval_loss(
     return total(loss, device) / sum(examples.learned)
 
 
+def example_losses(model: nn.Module, examples: Examples, device: torch.device) -> list[float]:
+    """-log p summed over the learned tokens of each example, by the model's own loss: transformers', one at a time."""
+    losses = []
+    with evaluation(model):
+        for index, learned in enumerate(examples.learned):
+            batch = examples.batch([index], 0, device)  # alone, so that nothing is padded
+            mean = cast(Any, model)(input_ids=batch["input_ids_BS"], labels=batch["labels_BS"], use_cache=False).loss
+            losses.append(float(mean) * learned)
+    return losses
+
+
 def sample_answers(
-    module: SummedLoss, tokenizer: PreTrainedTokenizerBase, examples: Examples, count: int, device: torch.device
+    module: SummedLoss,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Examples,
+    count: int,
+    device: torch.device,
+    max_tokens: int = MAX_ANSWER_TOKENS,
 ) -> list[Answer]:
     """Greedy answers to the first `count` held-out questions; every rank must call it, all compute the same."""
     answers = []
@@ -84,7 +100,7 @@ def sample_answers(
             output_BS = model.generate(
                 input_ids=prompt_BS,
                 attention_mask=torch.ones_like(prompt_BS),
-                max_new_tokens=MAX_ANSWER_TOKENS,
+                max_new_tokens=max_tokens,
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,

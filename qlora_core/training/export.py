@@ -1,82 +1,38 @@
-"""The result of a run: a peft adapter folder that transformers and peft load without us."""
+"""The result of a run, which transformers and peft load without us: an adapter's folder, or a whole model's."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from qlora_core.files import publish_folder, write_json
-from qlora_core.recipe import Recipe
-
-CARD = """---
-library_name: peft
----
-# {name}
-
-A LoRA adapter (rank {rank}) for `{base}`, trained on a base in {quantization}.
-{results}
-```python
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer{import_quantization}
-
-base = AutoModelForCausalLM.from_pretrained(
-    {base!r}{revision}, dtype=torch.{compute_dtype}{load_quantization}
-)
-model = PeftModel.from_pretrained(base, {folder!r})
-tokenizer = AutoTokenizer.from_pretrained({base!r}{revision})
-```
-"""
-
-QUANTIZATION = """,
-    quantization_config=BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type={type!r}, bnb_4bit_use_double_quant={double},
-        bnb_4bit_compute_dtype=torch.{compute_dtype},
-    ),"""
+from qlora_core.huggingface.adapter_config import CONFIG
+from qlora_core.training.card import CardFacts, card
+from qlora_core.training.shards import copy_beside
 
 
-def export_adapter(
-    checkpoint: Path,
-    folder: Path,
-    *,
-    name: str,
-    base: str,
-    commit: str | None,
-    recipe: Recipe,
-    compute_dtype: str,
-    results: Mapping[str, Any],
-) -> None:
-    """Copy the adapter of a checkpoint to `folder`, with a card that says how to load it; whole or not at all.
-
-    Args:
-        base: the base model's folder, or its Hub id.
-        commit: the Hub's commit of it, or None for a folder.
-    """
+def export_adapter(checkpoint: Path, folder: Path, facts: CardFacts) -> None:
+    """Copy the adapter of a checkpoint to `folder`, with its card; whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(checkpoint / "adapter", temporary)
-    four_bit = recipe.quantization in ("nf4", "fp4")
-    card = CARD.format(
-        base=base,
-        revision="" if commit is None else f", revision={commit!r}",
-        name=name,
-        rank=recipe.rank,
-        quantization=f"4-bit {recipe.quantization.upper()}" if four_bit else compute_dtype,
-        results="".join(f"\n- {key}: {value}" for key, value in results.items()) + ("\n" if results else ""),
-        import_quantization=", BitsAndBytesConfig" if four_bit else "",
-        compute_dtype=compute_dtype,
-        load_quantization=QUANTIZATION.format(
-            type=recipe.quantization, double=recipe.double_quantization, compute_dtype=compute_dtype
-        )
-        if four_bit
-        else "",
-        folder=str(folder),
-    )
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    name_base(temporary / "adapter_config.json", base, commit)
+    (temporary / "README.md").write_text(card(facts), encoding="utf-8")
+    name_base(temporary / CONFIG, facts.base, facts.commit)
+    publish_folder(temporary, folder)
+
+
+def export_model(checkpoint: Path, folder: Path, base: Path, facts: CardFacts) -> None:
+    """Copy the model of a checkpoint to `folder`, with the base's tokenizer and a card; whole or not at all.
+
+    Args:
+        base: the base model's folder on this machine.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(checkpoint / "model", temporary)
+    copy_beside(base, temporary)
+    (temporary / "README.md").write_text(card(facts), encoding="utf-8")
     publish_folder(temporary, folder)
 
 

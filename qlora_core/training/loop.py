@@ -8,26 +8,32 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from clusters.errors import RunFailed
 from qlora_core.memory.measure import Meter
+from qlora_core.perplexity import perplexity
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training import checkpoint
 from qlora_core.training.checkpoint import Progress
-from qlora_core.training.dataset import Examples
 from qlora_core.training.engine import Engine
-from qlora_core.training.evaluate import eval_loss, sample_answers
+from qlora_core.training.evaluate import decode, eval_loss, sample_answers
+from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.optimizer import build_scheduler
-from qlora_core.training.sampling import micro_batches, step_examples
+from qlora_core.training.rehearsal import largest_micro_batch, same_random_numbers_afterwards
+from qlora_core.training.sampling import micro_batches
 
 SAMPLED_QUESTIONS = 2
+NAMED_EXAMPLES = 8
+"""Examples of a bad micro-batch that are named by number; the rest are counted."""
+BEGINNING = 32
+"""Tokens by which a bad example is shown."""
 
 
 class Observer(Protocol):
@@ -49,7 +55,8 @@ class TrainingRun:
 
     Attributes:
         total_steps: optimizer steps of the whole run.
-        save_every: steps between two checkpoints; one more is written at the end.
+        save_every: steps between two checkpoints; one more is written at the end. Each comes with an evaluation.
+        eval_every: steps between two evaluations besides; None for no others.
         facts: what identifies the run inside its checkpoints.
     """
 
@@ -58,16 +65,17 @@ class TrainingRun:
     seed: int
     total_steps: int
     save_every: int
-    model: PeftModel
+    model: nn.Module
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
-    train_data: Examples
+    train_data: Rows
     eval_data: Examples
     meter: Meter
     device: torch.device
     rank: int
     checkpoints: Path
     facts: Mapping[str, Any]
+    eval_every: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +87,24 @@ class Outcome:
     context: dict[str, Any]
 
 
+class Step(NamedTuple):
+    """What an optimizer step was.
+
+    Attributes:
+        loss: mean over all its learned tokens.
+        norm: of its gradient, before clipping.
+        stop: the run is to end here.
+        tokens: in all its rows.
+        losses: of this rank's micro-batches: their rows, and the summed loss, float64, shape [].
+    """
+
+    loss: float
+    norm: float
+    stop: bool
+    tokens: int
+    losses: list[tuple[list[int], torch.Tensor]]
+
+
 def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Outcome:
     """Train from the start, or from a checkpoint, to the end or until a stop is requested.
 
@@ -87,8 +113,9 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
     """
     scheduler = build_scheduler(run.engine.optimizer, run.recipe, run.total_steps)
     if resume_from is None:
-        step, context = 0, {"eval_before": evaluate(run), "answers_before": answers(run)}
-        observer.event("eval", step=0, eval_loss=context["eval_before"])
+        before = evaluate(run)
+        step, context = 0, {"eval_before": before, "answers_before": answers(run)}
+        observer.event("eval", step=0, **measures(before))
         # Evaluation draws no random numbers, but a library might: training starts from a state of its own either way.
         torch.manual_seed(run.seed * 1_000_003 + run.rank)
     else:
@@ -99,11 +126,13 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
             group["lr"] = rate
         checkpoint.restore(resume_from, run.engine, rank=run.rank)
 
-    stop = False
+    first, stop = step, False
     while step < run.total_steps and not stop:
+        if step == first + 1:  # the optimizer's state is there now, and the largest micro-batch must fit beside it
+            rehearse(run, observer)
         started = time.perf_counter()
         rate = scheduler.get_last_lr()[0]
-        loss, norm, stop, tokens = one_step(run, step, observer.stop_requested())
+        loss, norm, stop, tokens, losses = one_step(run, step, observer.stop_requested())
         scheduler.step()
         step += 1
         observer.event(
@@ -120,46 +149,99 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
         )
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RunFailed(
-                f"The loss of step {step} is {loss} and its gradient's norm {norm}.",
-                "Look at the data around that step, or lower recipe.learning_rate and start anew with --fresh.",
+                f"The loss of step {step} is {loss} and its gradient's norm {norm}.{culprits(run, losses)}",
+                "Look at these examples, or lower recipe.learning_rate and start anew with --fresh.",
             )
         if step == run.total_steps or stop or step % run.save_every == 0:
             if step == run.total_steps:
                 context["answers_after"] = answers(run)
             context = save(run, observer, step, scheduler.state_dict(), context)
+        elif run.eval_every is not None and step % run.eval_every == 0:
+            observer.event("eval", step=step, **measures(evaluate(run)))
     return Outcome(step=step, finished=step == run.total_steps, context=context)
 
 
-def one_step(run: TrainingRun, step: int, stop: bool) -> tuple[float, float, bool, int]:
-    """One optimizer step over all ranks: (mean loss, gradient norm, whether to stop, tokens)."""
-    indexes = step_examples(step, examples=len(run.train_data), per_step=run.recipe.sequences_per_step, seed=run.seed)
+def rehearse(run: TrainingRun, observer: Observer) -> None:
+    """Compute the largest micro-batch of the run, and leave everything as it was but the measured peaks.
+
+    Raises:
+        RunFailed: its loss is not finite.
+    """
+    rows = largest_micro_batch(run.train_data, run.total_steps, run.strategy.micro_batch)
+    batch = run.train_data.batch(rows, int(run.tokenizer.pad_token_id), run.device)
+    with same_random_numbers_afterwards(run.device), run.engine.rehearsal():
+        with run.meter.phase("forward"):
+            loss = run.engine.loss(batch)
+        with run.meter.phase("backward"):
+            run.engine.backward(loss * 0)
+    if not math.isfinite(value := float(loss.detach())):
+        raise RunFailed(
+            f"The loss of the run's largest micro-batch is {value}. {named(run, rows)}",
+            "Look at these examples, or lower recipe.learning_rate and start anew with --fresh.",
+        )
+    observer.event(
+        "rehearsal",
+        sequences=len(rows),
+        longest=run.train_data.lengths[rows[0]],
+        peaks=dataclasses.asdict(run.meter.peaks()),
+        reserved=run.meter.reserved(),
+    )
+
+
+def one_step(run: TrainingRun, step: int, stop: bool) -> Step:
+    """One optimizer step over all ranks."""
+    data = run.train_data
+    rows = data.order.step(step)
     # The divisor is the labelled tokens of the WHOLE step, which every rank knows without asking: a mean per
     # micro-batch would weigh a token by the length of its neighbours.
-    learned = sum(run.train_data.learned[index] for index in indexes)
+    learned = sum(data.learned[row] for row in rows)
     batches = micro_batches(
-        indexes,
-        run.train_data.lengths,
+        rows,
+        data.lengths,
         rank=run.rank,
         world_size=run.strategy.world_size,
         micro_batch=run.strategy.micro_batch,
     )
     pad_token = int(run.tokenizer.pad_token_id)
-    summed = torch.zeros(2, dtype=torch.float64, device=run.device)
+    losses: list[tuple[list[int], torch.Tensor]] = []
     for position, batch in enumerate(batches):
         with run.engine.micro_step(last=position == len(batches) - 1):
             with run.meter.phase("forward"):
-                loss = run.engine.loss(run.train_data.batch(batch, pad_token, run.device))
+                loss = run.engine.loss(data.batch(batch, pad_token, run.device))
             with run.meter.phase("backward"):
                 run.engine.backward(loss / learned)
-            summed[0] += loss.detach()
+            losses.append((batch, loss.detach().double()))
             del loss
     with run.meter.phase("optimizer"):
         norm = run.engine.step()
-    summed[1] = float(stop and run.rank == 0)
+    stopping = losses[0][1].new_tensor(float(stop and run.rank == 0))
+    summed = torch.stack([torch.stack([loss for _, loss in losses]).sum(), stopping])
     if dist.is_initialized():
         dist.all_reduce(summed)
-    loss_sum, stopping = summed.tolist()
-    return loss_sum / learned, norm, stopping > 0, sum(run.train_data.lengths[index] for index in indexes)
+    loss_sum, stopped = summed.tolist()
+    return Step(loss_sum / learned, norm, stopped > 0, sum(data.lengths[row] for row in rows), losses)
+
+
+def culprits(run: TrainingRun, losses: list[tuple[list[int], torch.Tensor]]) -> str:
+    """The first micro-batch of a step whose loss is not finite, as a sentence; every rank must call it."""
+    mine = next((rows for rows, loss in losses if not math.isfinite(float(loss))), None)
+    found = [mine]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+    for rank, rows in enumerate(found):
+        if rows is not None:
+            return f" It is so first on rank {rank}. {named(run, rows)}"
+    return " The losses of all its micro-batches are finite: it is the gradient that is not."
+
+
+def named(run: TrainingRun, rows: list[int]) -> str:
+    """The examples of rows, as a sentence, and how the first of them begins."""
+    examples = [index for row in rows for index in run.train_data.members[row]]
+    numbers = ", ".join(str(index + 1) for index in examples[:NAMED_EXAMPLES])
+    more = f" and {len(examples) - NAMED_EXAMPLES} more" if len(examples) > NAMED_EXAMPLES else ""
+    begins = decode(run.tokenizer, run.train_data.example(examples[0])[:BEGINNING])
+    return f"It holds the training examples {numbers}{more}, of which the first begins {begins!r}."
 
 
 def evaluate(run: TrainingRun) -> float | None:
@@ -175,6 +257,11 @@ def evaluate(run: TrainingRun) -> float | None:
         world_size=run.strategy.world_size,
         device=run.device,
     )
+
+
+def measures(loss: float | None) -> dict[str, float | None]:
+    """What an evaluation is told as: the loss and its exponential, None for both where nothing is held out."""
+    return {"eval_loss": loss, "perplexity": None if loss is None else perplexity(loss)}
 
 
 def answers(run: TrainingRun) -> list[dict[str, str]]:
@@ -202,5 +289,5 @@ def save(
         world_size=run.strategy.world_size,
     )
     observer.checkpoint_saved(path, {"step": step, "eval_loss": value, "best": best})
-    observer.event("eval", step=step, eval_loss=value, checkpoint=str(path))
+    observer.event("eval", step=step, checkpoint=str(path), **measures(value))
     return context

@@ -5,9 +5,10 @@ Shapes: B micro-batch, S sequence, H hidden, V vocabulary, N labelled tokens.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +23,7 @@ class SummedLoss(nn.Module):
     """A causal language model with its loss as the output, so that engines see a single forward pass.
 
     Args:
-        model: a peft model over a transformers causal language model.
+        model: a causal language model of transformers, with peft's adapters or without.
         kind: "full" lets transformers make all logits; "chunked" makes LOSS_CHUNK_TOKENS tokens' at a time, only for
             labelled tokens, and makes them again in the backward pass instead of keeping them.
     """
@@ -32,30 +33,88 @@ class SummedLoss(nn.Module):
         self.model = model
         self.kind = kind
 
-    def forward(self, input_ids_BS: torch.Tensor, attention_mask_BS: torch.Tensor, labels_BS: torch.Tensor) -> Any:
-        """The sum of -log p(label) over all labelled tokens, float32, shape []."""
+    def forward(
+        self,
+        input_ids_BS: torch.Tensor,
+        attention_mask_BS: torch.Tensor | None,
+        labels_BS: torch.Tensor,
+        position_ids_BS: torch.Tensor | None = None,
+    ) -> Any:
+        """The sum of -log p(label) over all labelled tokens, float32, shape [].
+
+        Args:
+            attention_mask_BS: None without padding, and for packed rows.
+            position_ids_BS: of packed rows: where they begin anew, another example does.
+        """
         causal = cast(Any, self.model)
+        transformer = causal.get_base_model() if isinstance(causal, PeftModel) else causal
+        inputs = {"input_ids": input_ids_BS, "attention_mask": attention_mask_BS, "use_cache": False}
+        if position_ids_BS is not None:
+            if transformer.config._attn_implementation == "flash_attention_2":
+                # transformers tells packed examples apart for flash attention in a single row only
+                # (modeling_flash_attention_utils.py, _is_packed_sequence); in several they would see each other
+                input_ids_BS, position_ids_BS, labels_BS = (
+                    each.reshape(1, -1) for each in (input_ids_BS, position_ids_BS, labels_BS)
+                )
+            inputs |= {"input_ids": input_ids_BS, "position_ids": position_ids_BS}
+        # The labels are shifted, not the logits: a slice of the logits would be a copy of them.
         if self.kind == "full":
-            logits_BSV = causal(input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False).logits
-            # The labels are shifted, not the logits: a slice of the logits would be a copy of them.
             shifted_BS = F.pad(labels_BS, (0, 1), value=IGNORED)[:, 1:]
-            return summed_cross_entropy(logits_BSV.flatten(0, 1), shifted_BS.flatten())
-        transformer = causal.get_base_model()
-        hidden_BSH = transformer.get_decoder()(
-            input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False
-        ).last_hidden_state
+            return summed_cross_entropy(causal(**inputs).logits.flatten(0, 1), shifted_BS.flatten())
+        hidden_BSH = transformer.get_decoder()(**inputs).last_hidden_state
         labels_BS = labels_BS[:, 1:]
         learned_BS = labels_BS != IGNORED
         return chunked_cross_entropy(
-            transformer.get_output_embeddings(), hidden_BSH[:, :-1][learned_BS], labels_BS[learned_BS]
+            transformer.get_output_embeddings(),
+            hidden_BSH[:, :-1][learned_BS],
+            labels_BS[learned_BS],
+            LogitChange.of(transformer.config),
         )
 
 
-def chunked_cross_entropy(head: nn.Module, hidden_NH: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy of `head(hidden)`; at most LOSS_CHUNK_TOKENS rows of logits exist at a time."""
+class LogitChange(NamedTuple):
+    """What a model makes of its output head's product, in the order in which the models' forward passes do.
+
+    Attributes:
+        factor: Cohere's logit_scale.
+        divisor: Granite's logits_scaling.
+        cap: Gemma's final_logit_softcapping: they become cap * tanh(logits / cap).
+    """
+
+    factor: float | None = None
+    divisor: float | None = None
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitChange:
+        """That of a model (transformers 5.23, models/*/modeling_*.py; MPT's code ignores its logit_scale)."""
+        return cls(
+            getattr(config, "logit_scale", None) if config.model_type != "mpt" else None,
+            getattr(config, "logits_scaling", None),
+            getattr(config, "final_logit_softcapping", None),
+        )
+
+    def __call__(self, logits_NV: torch.Tensor) -> torch.Tensor:
+        """The logits that the loss is taken of."""
+        if self.factor is not None:
+            logits_NV = logits_NV * self.factor
+        if self.divisor is not None:
+            logits_NV = logits_NV / self.divisor
+        if self.cap is not None:
+            logits_NV = torch.tanh(logits_NV / self.cap) * self.cap
+        return logits_NV
+
+
+UNCHANGED = LogitChange()
+
+
+def chunked_cross_entropy(
+    head: nn.Module, hidden_NH: torch.Tensor, labels_N: torch.Tensor, change: LogitChange = UNCHANGED
+) -> torch.Tensor:
+    """Summed cross-entropy of `change(head(hidden))`; at most LOSS_CHUNK_TOKENS rows of logits exist at a time."""
 
     def of_chunk(hidden_CH: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
-        return summed_cross_entropy(head(hidden_CH), labels_C)
+        return summed_cross_entropy(change(head(hidden_CH)), labels_C)
 
     total = hidden_NH.new_zeros((), dtype=torch.float32)
     for hidden_CH, labels_C in zip(

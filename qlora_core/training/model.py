@@ -1,4 +1,4 @@
-"""The model of a run: the frozen base as bitsandbytes stores it, and peft's adapters on its linear layers."""
+"""The model of a run: the base as bitsandbytes stores it, and what is trained: peft's adapters, or all weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from clusters.errors import request_error
 from qlora_core.recipe import Dtype, Recipe
@@ -121,6 +122,29 @@ def keep_weights_trainable_through(base: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def make_trainable(base: nn.Module, recipe: Recipe, seed: int) -> nn.Module:
+    """`base`, all frozen, with what the recipe trains: adapters on it, or with method full all its weights.
+
+    With method full the weights, their gradients and torch's optimizer state have the dtype that the base was loaded
+    in, as the memory model has it; ZeRO keeps float32 masters beside weights of 16 bits.
+    """
+    model = base.requires_grad_(True) if recipe.method == "full" else attach_adapters(base, recipe, seed)
+    if recipe.neftune_alpha:
+        add_noise(model, recipe.neftune_alpha)
+    return model
+
+
+def add_noise(model: nn.Module, alpha: float) -> None:
+    """Let the token embedding add NEFTune's noise to its output while it is in training mode.
+
+    transformers' own hook (integrations/neftune.py); its random numbers are PyTorch's, whose state a checkpoint holds.
+    It goes before the hook that makes the output a leaf for gradient checkpointing, which would else be held besides.
+    """
+    embedding = cast(Any, model).get_input_embeddings()
+    embedding.neftune_noise_alpha = alpha
+    embedding.register_forward_hook(neftune_post_forward_hook, prepend=True)
+
+
 def attach_adapters(base: nn.Module, recipe: Recipe, seed: int) -> PeftModel:
     """`base` with freshly initialised LoRA adapters; the same seed gives the same adapters on every rank."""
     config = LoraConfig(
@@ -128,6 +152,8 @@ def attach_adapters(base: nn.Module, recipe: Recipe, seed: int) -> PeftModel:
         lora_alpha=cast(int, recipe.alpha),
         lora_dropout=recipe.dropout,
         target_modules=for_peft(recipe.targets),
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):

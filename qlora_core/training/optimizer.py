@@ -17,20 +17,52 @@ CODE_BOOKS = ("qmap1", "qmap2")
 """State of bitsandbytes' 8-bit optimizers that is the same constant in every run; it is not saved."""
 
 
-def build_optimizer(parameters: list[nn.Parameter], recipe: Recipe, strategy: Strategy) -> torch.optim.Optimizer:
-    """AdamW as the recipe and the strategy name it: torch's for unpaged 32-bit state, bitsandbytes' otherwise."""
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], recipe: Recipe, strategy: Strategy
+) -> torch.optim.Optimizer:
+    """AdamW as the recipe and the strategy name it: torch's for unpaged 32-bit state, bitsandbytes' otherwise.
+
+    Args:
+        parameters: the trained ones by name.
+    """
     common: dict[str, Any] = {
         "lr": recipe.learning_rate,
         "betas": (recipe.beta1, recipe.beta2),
         "weight_decay": recipe.weight_decay,
     }
+    groups = parameter_groups(parameters, recipe)
     if recipe.optimizer == "adamw" and not strategy.paged_optimizer:
-        return torch.optim.AdamW(parameters, **common)
+        return torch.optim.AdamW(groups, **common)
     bits = 8 if recipe.optimizer == "adamw_8bit" else 32
     return cast(
         torch.optim.Optimizer,
-        bnb.optim.AdamW(parameters, optim_bits=bits, is_paged=strategy.paged_optimizer, **common),
+        bnb.optim.AdamW(groups, optim_bits=bits, is_paged=strategy.paged_optimizer, **common),
     )
+
+
+def parameter_groups(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> list[dict[str, Any]]:
+    """All in one group; with LoRA+ two, of which the second, the adapters' B and DoRA's magnitudes, learns faster.
+
+    As peft.optimizers.create_loraplus_optimizer divides them (0.21.2, optimizers/loraplus.py), with the recipe's weight
+    decay for both.
+    """
+    if recipe.loraplus_lr_ratio == 1:
+        return [{"params": list(parameters.values())}]
+    faster = {name for name, parameter in parameters.items() if "lora_B" in name or "lora_magnitude_vector" in name}
+    rates = (recipe.learning_rate, recipe.learning_rate * recipe.loraplus_lr_ratio)
+    return [
+        {"params": [value for name, value in parameters.items() if (name in faster) is fast], "lr": rate}
+        for fast, rate in zip((False, True), rates, strict=True)
+    ]
+
+
+def place_in_groups(optimizer: torch.optim.Optimizer) -> dict[int, tuple[int, int]]:
+    """The group and the index in it of each parameter, by its id."""
+    return {
+        id(parameter): (number, index)
+        for number, group in enumerate(optimizer.param_groups)
+        for index, parameter in enumerate(group["params"])
+    }
 
 
 def build_scheduler(

@@ -1,4 +1,4 @@
-"""Which examples a step trains on. It depends on the seed and the step alone, never on how many workers there are."""
+"""Which rows a step trains on. It depends on the seed and the step alone, never on how many workers there are."""
 
 from __future__ import annotations
 
@@ -6,25 +6,49 @@ import random
 from collections.abc import Sequence
 from functools import lru_cache
 
-
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, examples: int) -> tuple[int, ...]:
-    """The order of all `examples` in one epoch."""
-    order = list(range(examples))
-    random.Random(f"order/{seed}/{epoch}").shuffle(order)
-    return tuple(order)
+MEGABATCH_STEPS = 50
+"""Steps whose rows are sorted together by length, as in transformers' LengthGroupedSampler (trainer_pt_utils.py)."""
 
 
-def step_examples(step: int, *, examples: int, per_step: int, seed: int) -> list[int]:
-    """The examples of optimizer step `step` (from 0), over all ranks and micro-batches.
+class Order:
+    """The order of a run's rows: shuffled anew in every epoch, or grouped by length.
 
     Epochs follow each other without a gap: a step may hold the end of one and the beginning of the next.
+
+    Args:
+        lengths: tokens of each row.
+        per_step: rows of one optimizer step, over all ranks and micro-batches.
+        grouped: put rows of alike length into one step.
     """
-    first = step * per_step
-    return [
-        epoch_order(seed, position // examples, examples)[position % examples]
-        for position in range(first, first + per_step)
-    ]
+
+    def __init__(self, lengths: Sequence[int], per_step: int, seed: int, grouped: bool = False) -> None:
+        self._lengths, self._per_step, self._seed, self._grouped = lengths, per_step, seed, grouped
+        self._epoch = lru_cache(maxsize=2)(self.epoch)
+
+    def step(self, step: int) -> list[int]:
+        """The rows of optimizer step `step`, from 0."""
+        rows, first = len(self._lengths), step * self._per_step
+        return [self._epoch(position // rows)[position % rows] for position in range(first, first + self._per_step)]
+
+    def epoch(self, epoch: int) -> list[int]:
+        """The order of all rows in one epoch."""
+        order = list(range(len(self._lengths)))
+        shuffle = random.Random(f"order/{self._seed}/{epoch}").shuffle
+        shuffle(order)
+        if not self._grouped:
+            return order
+        # Rows are cut into steps where the steps really begin, and the steps shuffled: sorted by length, the long rows
+        # would all come at the beginning of a megabatch, and with them the high losses.
+        per_step = self._per_step
+        lead = min(-epoch * len(order) % per_step, len(order))
+        steps: list[list[int]] = []
+        for start in range(lead, len(order), per_step * MEGABATCH_STEPS):
+            megabatch = order[start : start + per_step * MEGABATCH_STEPS]
+            megabatch.sort(key=lambda row: -self._lengths[row])
+            steps += [megabatch[first : first + per_step] for first in range(0, len(megabatch), per_step)]
+        rest = [steps.pop()] if steps and len(steps[-1]) < per_step else []
+        shuffle(steps)
+        return order[:lead] + [row for rows in [*steps, *rest] for row in rows]
 
 
 def split_eval(examples: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -38,7 +62,7 @@ def split_eval(examples: int, fraction: float, seed: int) -> tuple[list[int], li
 
 
 def micro_batches(
-    indexes: Sequence[int], lengths: Sequence[int], *, rank: int, world_size: int, micro_batch: int
+    rows: Sequence[int], lengths: Sequence[int], *, rank: int, world_size: int, micro_batch: int
 ) -> list[list[int]]:
     """The micro-batches of one rank for one optimizer step, the longest first.
 
@@ -46,9 +70,9 @@ def micro_batches(
     micro-batch (less padding), gives all ranks alike work, and meets the step's memory peak at once.
 
     Args:
-        indexes: the examples of the step.
-        lengths: tokens of each example of the data set, by index.
+        rows: those of the step.
+        lengths: tokens of each row of the run, by index.
     """
-    ordered = sorted(indexes, key=lambda index: (-lengths[index], index))
+    ordered = sorted(rows, key=lambda row: (-lengths[row], row))
     chunks = [ordered[start : start + micro_batch] for start in range(0, len(ordered), micro_batch)]
     return chunks[rank::world_size]

@@ -9,22 +9,24 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 
 from clusters.errors import RunFailed
 from qlora_core.memory.measure import StorageMeter
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.training import checkpoint
-from qlora_core.training.dataset import Examples, encode_file, save_examples
+from qlora_core.training import checkpoint, loop
+from qlora_core.training.dataset import encode_file
 from qlora_core.training.engines import build_engine
+from qlora_core.training.examples import Encoded, Examples, Rows, save_examples
 from qlora_core.training.loop import TrainingRun, train
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import attach_adapters, load_base, load_tokenizer
+from qlora_core.training.model import load_base, load_tokenizer, make_trainable
 
 CPU = torch.device("cpu")
 
@@ -58,9 +60,10 @@ def data(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, conversation
 
 def build(base: Path, data: Path, checkpoints: Path, recipe: Recipe, resume: Path | None = None) -> TrainingRun:
     strategy = Strategy(micro_batch=2, gradient_accumulation=2, paged_optimizer=False)
-    model = attach_adapters(load_base(str(base), recipe, strategy, "float32", CPU), recipe, seed=0)
-    if resume is not None:
-        checkpoint.load_adapter(model, resume)
+    folder = base if resume is None or recipe.method != "full" else resume / "model"
+    model = make_trainable(load_base(str(folder), recipe, strategy, "float32", CPU), recipe, seed=0)
+    if resume is not None and isinstance(model, PeftModel):
+        checkpoint.load_adapter(model, resume / "adapter")
     model.train()
     return TrainingRun(
         recipe=recipe,
@@ -71,7 +74,7 @@ def build(base: Path, data: Path, checkpoints: Path, recipe: Recipe, resume: Pat
         model=model,
         engine=build_engine(SummedLoss(model, "chunked"), recipe, strategy),
         tokenizer=load_tokenizer(str(base)),
-        train_data=Examples(data / "train.safetensors"),
+        train_data=Rows(Examples(data / "train.safetensors"), recipe, seed=0),
         eval_data=Examples(data / "eval.safetensors"),
         meter=StorageMeter(),
         device=CPU,
@@ -86,16 +89,22 @@ def recipe_of(**changes: Any) -> Recipe:
     return Recipe(**{**fields, "schedule": "cosine", **changes})
 
 
-def adapter(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+def tensors(folder: Path) -> dict[str, bytes]:
+    """All safetensors of a checkpoint, by path: weights and optimizer state."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
-@pytest.fixture(params=["adamw", "adamw_8bit"])
-def recipe(request: pytest.FixtureRequest) -> Recipe:
-    return recipe_of(optimizer=request.param, dropout=0.1)
+NOISY = {"neftune_alpha": 5.0, "dropout": 0.1}
+METHODS = [
+    {"optimizer": "adamw_8bit", "loraplus_lr_ratio": 4.0, **NOISY},
+    {"optimizer": "adamw", "use_dora": True, "use_rslora": True, "loraplus_lr_ratio": 4.0, "dropout": 0.1},
+    {"method": "full", "quantization": "none", "learning_rate": 1e-3, "neftune_alpha": 5.0},
+]
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, tiny_base: Path, data: Path, recipe: Recipe) -> None:
+@pytest.mark.parametrize("method", METHODS, ids=["lora+ with noise", "dora", "full"])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, tiny_base: Path, data: Path, method: dict[str, Any]) -> None:
+    recipe = recipe_of(**method)
     whole = train(build(tiny_base, data, tmp_path / "whole", recipe), Watcher(), None)
     assert whole.finished
 
@@ -109,13 +118,24 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, tiny_base: Path, data
     assert [event["step"] for event in watcher.events if event["event"] == "step"] == [4, 5, 6]
 
     final = checkpoint.folder_name(6)
-    assert adapter(tmp_path / "parts" / final) == adapter(tmp_path / "whole" / final)
-    optimizer = "optimizer-00000.safetensors"
-    assert (tmp_path / "parts" / final / optimizer).read_bytes() == (
-        tmp_path / "whole" / final / optimizer
-    ).read_bytes()
+    assert tensors(tmp_path / "parts" / final) == tensors(tmp_path / "whole" / final)
+    assert whole.context["eval_after"] < whole.context["eval_before"]
     assert resumed.context["eval_before"] == whole.context["eval_before"]
     assert resumed.context["eval_after"] == whole.context["eval_after"]
+
+
+def test_the_rehearsal_of_the_largest_micro_batch_leaves_no_trace_but_its_peak(
+    tmp_path: Path, tiny_base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, watcher = recipe_of(**METHODS[0], packing=True), Watcher()
+    run = build(tiny_base, data, tmp_path / "with", recipe)
+    train(run, watcher, None)
+    (told,) = (event for event in watcher.events if event["event"] == "rehearsal")
+    assert (told["sequences"], told["longest"]) == (2, max(run.train_data.lengths))
+    monkeypatch.setattr(loop, "rehearse", lambda *_: None)
+    train(build(tiny_base, data, tmp_path / "without", recipe), Watcher(), None)
+    final = checkpoint.folder_name(6)
+    assert tensors(tmp_path / "with" / final) == tensors(tmp_path / "without" / final)
 
 
 def test_it_holds_the_trainable_state_and_no_base_weight(tmp_path: Path, tiny_base: Path, data: Path) -> None:
@@ -127,8 +147,7 @@ def test_it_holds_the_trainable_state_and_no_base_weight(tmp_path: Path, tiny_ba
     assert names
     assert all("lora_" in name for name in names)
     trained = sum(parameter.numel() for parameter in run.engine.trained_weights().values())
-    tensors = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    assert tensors <= 20 * trained  # 4 weight + 8 Adam + headers
+    assert sum(map(len, tensors(folder).values())) <= 20 * trained  # 4 weight + 8 Adam + headers
     spans = json.loads((folder / "rank-00000.json").read_text())["spans"]
     assert sum(numel for _, _, numel, _, _ in spans) == trained
 
@@ -219,3 +238,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_harms_no_checkpoint(
     with pytest.raises(RunFailed, match="is nan"):
         train(dataclasses.replace(run, eval_data=Examples(data / "eval.safetensors")), Watcher(), None)
     assert checkpoint.complete(tmp_path) == {}
+
+
+def test_a_loss_that_is_not_finite_names_the_examples_that_it_came_with(
+    tmp_path: Path, tiny_base: Path, data: Path
+) -> None:
+    poisoned = 77
+    examples = [Encoded([10 + place % 5 for place in range(4 + index)], [True] * (4 + index)) for index in range(24)]
+    examples[5].ids[2] = poisoned
+    save_examples(examples, tmp_path / "poisoned.safetensors")
+    run = build(tiny_base, data, tmp_path, recipe_of())
+    rows = Rows(Examples(tmp_path / "poisoned.safetensors"), run.recipe, seed=0)
+    step = next(step for step in range(6) if 5 in rows.order.step(step))
+    with torch.no_grad():
+        cast(Any, run.model).get_input_embeddings().weight[poisoned] = float("nan")
+    with pytest.raises(RunFailed, match=rf"loss of step {step + 1} is nan.*rank 0.*training examples (\d+, )?6\b"):
+        train(dataclasses.replace(run, train_data=rows), Watcher(), None)
+    assert checkpoint.complete(tmp_path).keys() == ({4} if step >= 4 else set())

@@ -10,15 +10,10 @@ import pytest
 import torch
 
 from clusters.errors import RequestError
-from qlora_core.training.dataset import (
-    Encoded,
-    Examples,
-    encode_file,
-    file_digest,
-    iterate_eval_batches,
-    read_records,
-    save_examples,
-)
+from qlora_core.training.dataset import encode_file
+from qlora_core.training.dataset.readers import read_file
+from qlora_core.training.dataset.sources import file_digest
+from qlora_core.training.examples import Encoded, Examples, iterate_eval_batches, save_examples
 from qlora_core.training.loss import IGNORED
 from qlora_core.training.model import load_tokenizer
 
@@ -78,18 +73,19 @@ def test_alpaca_uses_the_published_prompt(tmp_path: Path, tokenizer: Any) -> Non
     assert learned_text(tokenizer, with_input).strip() == "a clock<|eos|>"
 
 
-def test_a_line_that_is_not_json_is_named_by_its_number(tmp_path: Path) -> None:
+def test_a_line_that_is_not_json_is_named_by_its_number(tmp_path: Path, tokenizer: Any) -> None:
     path = write(tmp_path / "a.jsonl", {"messages": TURNS}, "", '{"messages": [', {"messages": TURNS})
     with pytest.raises(RequestError, match=r"a\.jsonl, line 3: it is not JSON"):
-        read_records(path)
+        encode_file(path, "auto", tokenizer, 512)
 
 
-def test_a_hundred_bad_lines_give_one_summary(tmp_path: Path) -> None:
+def test_a_hundred_bad_lines_give_one_summary(tmp_path: Path, tokenizer: Any) -> None:
     path = write(tmp_path / "a.jsonl", *["no json"] * 100)
     with pytest.raises(RequestError) as error:
-        read_records(path)
-    assert len(error.value.problems) == 6
-    assert "95 more lines are bad" in str(error.value)
+        encode_file(path, "auto", tokenizer, 512)
+    assert len(error.value.problems) == 7
+    assert "95 more records are bad" in str(error.value)
+    assert "data.max_bad: 100 of 100 records are bad, and none may be" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -99,12 +95,12 @@ def test_a_hundred_bad_lines_give_one_summary(tmp_path: Path) -> None:
         (b"\n  \n", "holds no example"),
         (b"[1, 2]\n", "line 1: it is a JSON list, not an object"),
         (b'{"a": "\xff"}\n', "line 1: it is not UTF-8"),
-        (b'{"text": "x"}\n', "the columns text"),
+        (b'{"prose": "x"}\n', "the columns prose"),
         (b'{"messages": []}\n', "line 1: messages is no list of turns"),
         (b'{"messages": [{"role": "user", "content": "x"}]}\n', "no turn of the assistant"),
         (b'{"messages": [{"role": "user"}]}\n', 'needs a "role" and a "content"'),
         (b'{"prompt": "x", "completion": 3}\n', "must be texts"),
-        (b'{"prompt": "x", "completion": " "}\n', "the answer is empty"),
+        (b'{"prompt": "x", "completion": " "}\n', r"1 left out \(empty answer\)"),
         (b'{"prompt": "", "completion": "y"}\n', "the question is empty"),
         (b'{"prompt": "\\ud800", "completion": "y"}\n', "line 1: it cannot be made into tokens"),
         (b"[" * 100_000, "nested too deeply"),
@@ -121,10 +117,10 @@ def test_unusable_files_are_refused_with_the_reason(
         encode_file(path, "auto", tokenizer, 512)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    for path, message in ((tmp_path / "none.jsonl", "there is no such file"), (tmp_path, "it is a folder")):
+def test_a_missing_file_and_an_empty_folder_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+    for path, message in ((tmp_path / "none.jsonl", "there is no such file"), (tmp_path, "holds no data file")):
         with pytest.raises(RequestError, match=message):
-            read_records(path)
+            encode_file(path, "auto", tokenizer, 512)
 
 
 def test_a_conversation_may_begin_with_an_answer(tmp_path: Path, tokenizer: Any) -> None:
@@ -144,7 +140,7 @@ def test_a_template_that_refuses_a_conversation_is_told_with_the_line(tmp_path: 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "x", "completion": "y"}\n')
-    assert read_records(path) == [(1, {"prompt": "x", "completion": "y"})]
+    assert list(read_file(path, "a")) == [("a, line 1", {"prompt": "x", "completion": "y"})]
 
 
 def test_long_examples_are_cut_and_counted_and_unlearnable_ones_left_out(tmp_path: Path, tokenizer: Any) -> None:
@@ -175,9 +171,11 @@ def test_examples_come_back_from_their_file_and_are_padded_on_the_right(tmp_path
     assert (len(examples), examples.lengths) == (2, [3, 2])
     assert examples.learned == [2, 1]  # nothing stands before the first token of the second example
     batch = examples.batch([0, 1], pad_token=0, device=torch.device("cpu"))
-    assert batch["input_ids_BS"].tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch["attention_mask_BS"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels_BS"].tolist() == [[IGNORED, 6, 7], [8, 9, IGNORED]]
+    assert {name: tensor.tolist() for name, tensor in batch.items() if tensor is not None} == {
+        "input_ids_BS": [[5, 6, 7], [8, 9, 0]],
+        "attention_mask_BS": [[1, 1, 1], [1, 1, 0]],
+        "labels_BS": [[IGNORED, 6, 7], [8, 9, IGNORED]],
+    }
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -27,13 +27,17 @@ if world > 1:
 from qlora_core.memory.measure import StorageMeter
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.training.dataset import Examples
+from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.engines import build_engine
 from qlora_core.training.evaluate import eval_loss
-from qlora_core.training.loop import one_step, TrainingRun
+from qlora_core.training.loop import one_step, rehearse, TrainingRun
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import attach_adapters, load_base, load_tokenizer
 from pathlib import Path
+
+class Silent:
+    def event(self, kind, **facts):
+        pass
 
 recipe = Recipe(**spec["recipe"])
 strategy = Strategy(world_size=world, micro_batch=2, gradient_accumulation=4 // world, zero_stage=spec["stage"],
@@ -45,9 +49,13 @@ data = Examples(Path(spec["data"]))
 rank = int(os.environ.get("RANK", 0))
 run = TrainingRun(recipe=recipe, strategy=strategy, seed=0, total_steps=9, save_every=9, model=model,
                   engine=build_engine(SummedLoss(model, "chunked"), recipe, strategy),
-                  tokenizer=load_tokenizer(spec["base"]), train_data=data, eval_data=data, meter=StorageMeter(),
-                  device=cpu, rank=rank, checkpoints=Path("none"), facts={})
-steps = [one_step(run, step, False)[:2] for step in range(spec["steps"])]
+                  tokenizer=load_tokenizer(spec["base"]), train_data=Rows(data, recipe, 0), eval_data=data,
+                  meter=StorageMeter(), device=cpu, rank=rank, checkpoints=Path("none"), facts={})
+steps = []
+for step in range(spec["steps"]):
+    if step == 1 and world > 1:
+        rehearse(run, Silent())
+    steps.append(one_step(run, step, False)[:2])
 after = eval_loss(run.engine.module, data, pad_token=0, micro_batch=3, rank=rank, world_size=world, device=cpu)
 weights = run.engine.trained_weights()
 spans = [list(vars(s).values()) if hasattr(s, "__dict__") else [s.parameter, s.parameter_start, s.numel, s.slot,
@@ -66,7 +74,8 @@ os._exit(0)  # gloo's threads sometimes abort a process that takes its interpret
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, conversations: Path) -> Path:
-    from qlora_core.training.dataset import encode_file, save_examples
+    from qlora_core.training.dataset import encode_file
+    from qlora_core.training.examples import save_examples
     from qlora_core.training.model import load_tokenizer
 
     path = tmp_path_factory.mktemp("encoded") / "train.safetensors"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.evaluate import evaluation
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import attach_adapters, load_base, trainable
+from qlora_core.training.model import attach_adapters, load_base, make_trainable, trainable
+from qlora_core.training.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -102,3 +104,26 @@ def test_pickled_weights_are_not_read(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Boom()))
     with pytest.raises(OSError, match="safetensors"):
         load_base(str(tmp_path), Recipe(), Strategy(), "float32", CPU)
+
+
+def test_lora_plus_has_the_groups_of_peft(tiny_base: Path) -> None:
+    recipe = Recipe(rank=4, use_dora=True, loraplus_lr_ratio=16, learning_rate=1e-4)
+    module = qlora(tiny_base, recipe)
+    ours = build_optimizer(trainable(module), recipe, Strategy(paged_optimizer=False))
+    theirs = create_loraplus_optimizer(cast(Any, module.model), torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16)
+
+    def rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+        return {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+
+    assert rates(ours) == rates(theirs)
+    assert set(rates(ours).values()) == {1e-4, 16e-4}
+
+
+def test_neftune_adds_bounded_noise_in_training_only(tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), Recipe(), Strategy(), "float32", CPU)
+    model: Any = make_trainable(base, Recipe(rank=4, neftune_alpha=5), seed=0)
+    embedding, ids = model.get_input_embeddings(), torch.arange(5, 25).unsqueeze(0)
+    plain = torch.nn.functional.embedding(ids, embedding.weight)
+    assert torch.equal(embedding.eval()(ids), plain)
+    noise = (embedding.train()(ids) - plain).abs().max()
+    assert 0.9 * 5 / (20 * 64) ** 0.5 < noise <= 1.01 * 5 / (20 * 64) ** 0.5

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_core.training.sampling import epoch_order, micro_batches, split_eval, step_examples
+from qlora_core.training.sampling import Order, micro_batches, split_eval
 
 SHAPES = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4, 8]))
 
 
-@given(examples=st.integers(1, 50), per_step=st.integers(1, 20), seed=st.integers(0, 5))
-def test_each_epoch_sees_every_example_once(examples: int, per_step: int, seed: int) -> None:
-    steps = -(-examples * 2 // per_step)
-    seen = [
-        index for step in range(steps) for index in step_examples(step, examples=examples, per_step=per_step, seed=seed)
-    ]
-    assert sorted(seen[:examples]) == list(range(examples))
-    assert sorted(seen[examples : 2 * examples]) == list(range(examples))
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    per_step=st.integers(1, 20),
+    seed=st.integers(0, 5),
+    grouped=st.booleans(),
+)
+def test_each_epoch_sees_every_row_once(lengths: list[int], per_step: int, seed: int, grouped: bool) -> None:
+    order, rows = Order(lengths, per_step, seed, grouped), len(lengths)
+    seen = [row for step in range(-(-rows * 2 // per_step)) for row in order.step(step)]
+    assert sorted(seen[:rows]) == list(range(rows))
+    assert sorted(seen[rows : 2 * rows]) == list(range(rows))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    orders = {epoch_order(seed, epoch, 30) for seed in range(3) for epoch in range(3)}
+    orders = {tuple(Order([1] * 30, 5, seed).epoch(epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
+
+
+def test_grouped_by_length_a_step_is_of_alike_rows_and_the_long_ones_come_at_any_time() -> None:
+    lengths = [random.Random(row).randint(1, 1000) for row in range(512)]  # within one megabatch
+    order = Order(lengths, 16, seed=0, grouped=True)
+    steps = [[lengths[row] for row in order.step(step)] for step in range(32)]
+    padding = sum(max(step) * 16 - sum(step) for step in steps) / sum(max(step) * 16 for step in steps)
+    assert padding < 0.05  # a sixteenth of 32 evenly spread lengths lies between one step's shortest and longest
+    assert [max(step) for step in steps] != sorted((max(step) for step in steps), reverse=True)
 
 
 @given(shape=SHAPES, lengths=st.lists(st.integers(1, 100), min_size=32, max_size=32))

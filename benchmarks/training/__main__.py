@@ -1,0 +1,199 @@
+"""`make bench`: our training beside TRL's and beside a bare loop, with and without Ray; writes docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.speed import ROOT, machine
+from benchmarks.training import memory, page
+from benchmarks.training.case import Case, make_model, write_spec
+from clusters.errors import RunFailed
+from launch.command import main as run_command
+from qlora_core.files import write_json
+
+WORK = ROOT / ".cache" / "bench"
+TRL = ROOT / ".cache" / "bench-trl"
+TRL_VERSION = "1.16.0"
+WARM_UP = 2
+"""First steps of each run, which are left out."""
+CURVE_STEPS = 50
+CURVE_LENGTH = 128
+RAY_STEPS = 20
+OUR_DTYPES = {page.OURS: "float32", page.OURS_BF16: "bfloat16"}
+
+
+@click.command(name="benchmarks.training")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each loop, in turn.")
+@click.option("--steps", type=click.IntRange(min=WARM_UP + 1), default=8, show_default=True, help="Steps of a run.")
+@click.option("--tiny", is_flag=True, help="A model of a few layers, and no results kept: to try the benchmark itself.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def command(rounds: int, steps: int, tiny: bool, debug: bool) -> int:
+    """Measure how training compares; exit code 0, whatever is reached."""
+    case = Case(layers=2, hidden=128, vocabulary=1024, seq_len=64) if tiny else Case()
+    work = WORK / ("tiny" if tiny else "full")
+    model = make_model(case, work / "model")
+    install_trl()
+    results = {
+        "schema_version": 1,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), "trl": TRL_VERSION, **versions()},
+        "case": asdict(case),
+        "rounds": rounds,
+        "steps": steps - WARM_UP,
+        "speed": speed(case, work, model, rounds, steps),
+        "curve": curve(replace(case, seq_len=min(case.seq_len, CURVE_LENGTH)), work, model, 8 if tiny else CURVE_STEPS),
+        "ray": beside_ray(case, work, model, rounds, steps if tiny else RAY_STEPS),
+        "memory": [*memory_measured(case, work, model), *memory.rows(traced=not tiny)],
+    }
+    if not tiny:
+        page.RESULTS.parent.mkdir(exist_ok=True)
+        write_json(page.RESULTS, results)
+        page.write()
+    click.echo(page.tables(results))
+    return 0
+
+
+# --- the loops, each in a process of its own --------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """That of the loops: each decides for itself how many threads it takes, and nothing is asked of the Hub."""
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
+    ledger = {"QLORA_LEDGER": str(WORK / "ledger.sqlite")}
+    return {**kept, **ledger, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def finished(argv: list[str]) -> None:
+    """Run a process to its end.
+
+    Raises:
+        RunFailed: it ended with another code than 0.
+    """
+    done = subprocess.run(argv, env=environment(), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RunFailed(f"{' '.join(argv[:4])} ended with {done.returncode}: {last}.", "Run it by itself to see why.")
+
+
+def loop(role: str, specification: Path) -> dict[str, Any]:
+    """What a loop of `benchmarks.training.loops` measured."""
+    answer = specification.with_name("answer.json")
+    finished([sys.executable, "-m", "benchmarks.training.loops", role, str(specification), str(answer)])
+    found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    return found
+
+
+def trl_loop(case: Case, specification: Path, model: Path, dtype: str, *, exact: bool = False) -> dict[str, Any]:
+    """What TRL measured, over the micro-batches that our last run of the specification left."""
+    folder = specification.parent
+    order = {
+        "model": str(model),
+        "batches": str(folder / "batches.safetensors"),
+        "adapter": str(folder / "adapter.safetensors"),
+        "rank": case.rank,
+        "alpha": 16,
+        "learning_rate": case.learning_rate,
+        "beta2": 0.999,
+        "max_grad_norm": 0.3,
+        "dtype": dtype,
+        "exact": exact,
+    }
+    write_json(folder / "order.json", order)
+    script = ROOT / "benchmarks" / "training" / "trl_loop.py"
+    finished([str(TRL / "bin" / "python"), str(script), str(folder / "order.json"), str(folder / "answer.json")])
+    found: dict[str, Any] = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+    return found
+
+
+def speed(case: Case, work: Path, model: Path, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Tokens a second of each loop, a figure per round: of the median step after the warm-up."""
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, dtype in OUR_DTYPES.items():
+            specification = write_spec(case, work / dtype, model, steps=steps, compute_dtype=dtype)
+            add(found, name, case, loop("ours", specification))
+        specification = work / "float32" / "run.yaml"
+        add(found, page.BARE, case, loop("bare", specification))
+        add(found, page.TRL, case, trl_loop(case, specification, model, "bfloat16"))
+        add(found, page.TRL_F32, case, trl_loop(case, specification, model, "float32"))
+    return found
+
+
+def add(found: dict[str, list[float]], name: str, case: Case, measured: dict[str, Any]) -> None:
+    """One round's figure of a loop."""
+    found.setdefault(name, []).append(case.tokens / statistics.median(measured["seconds"][WARM_UP:]))
+
+
+def curve(case: Case, work: Path, model: Path, steps: int) -> dict[str, Any]:
+    """The losses of the same steps, all in float32: ours, TRL's and the bare loop's."""
+    specification = write_spec(case, work / "curve", model, steps=steps, compute_dtype="float32")
+    ours = loop("ours", specification)["losses"]
+    bare = loop("bare", specification)["losses"]
+    trl = trl_loop(case, specification, model, "float32", exact=True)["losses"]
+    return {"seq_len": case.seq_len, "ours": ours, "trl": trl, "bare": bare}
+
+
+def beside_ray(case: Case, work: Path, model: Path, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds of the median step of our loop, launched by Ray and not, in turn."""
+    found: dict[str, list[float]] = {"with": [], "without": []}
+    short = replace(case, seq_len=min(case.seq_len, 256))
+    specification = write_spec(short, work / "ray", model, steps=steps, compute_dtype="float32")
+    for _ in range(rounds):
+        without = loop("ours", specification)["seconds"]
+        finished(["rm", "-rf", str(specification.with_name("out"))])
+        finished([str(Path(sys.executable).with_name("qlora-train")), str(specification)])
+        lines = specification.with_name("out").joinpath("events.jsonl").read_text(encoding="utf-8").splitlines()
+        launched = [event["seconds"] for event in map(json.loads, lines) if event["event"] == "step"]
+        finished(["rm", "-rf", str(specification.with_name("out"))])
+        found["without"].append(statistics.median(without[WARM_UP:]))
+        found["with"].append(statistics.median(launched[WARM_UP:]))
+    return found
+
+
+def memory_measured(case: Case, work: Path, model: Path) -> list[dict[str, Any]]:
+    """Tensor bytes of our run and of plain peft's on this machine, both in bfloat16."""
+    short = replace(case, micro_batch=1)
+    specification = write_spec(short, work / "memory", model, steps=2, compute_dtype="bfloat16")
+    return memory.measured_rows(loop("ours", specification)["peaks"], loop("plain peft", specification)["peaks"])
+
+
+# --- the peer ---------------------------------------------------------------------------------------------------------
+
+
+def install_trl() -> None:
+    """TRL in an environment of its own, with our versions of all that both use.
+
+    Raises:
+        RunFailed: it cannot be installed.
+    """
+    if (TRL / "installed").exists():
+        return
+    python = str(TRL / "bin" / "python")
+    wanted = [f"trl=={TRL_VERSION}", "torch", "transformers", "peft", "bitsandbytes"]
+    finished([sys.executable, "-m", "venv", "--clear", str(TRL)])
+    finished([python, "-m", "pip", "install", "-q", *wanted, "--constraint", str(ROOT / "constraints.txt")])
+    (TRL / "installed").touch()
+
+
+def versions() -> dict[str, str]:
+    """Of what both sides train with."""
+    names = ("torch", "transformers", "peft", "bitsandbytes", "ray")
+    return {name: metadata.version(name) for name in names}
+
+
+if __name__ == "__main__":
+    run_command(command)

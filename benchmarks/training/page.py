@@ -1,0 +1,156 @@
+"""docs/benchmarks.md: the goals and tables of benchmarks/results/training.json, between two marks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.speed import ROOT, spread
+from benchmarks.training import memory
+
+RESULTS = ROOT / "benchmarks" / "results" / "training.json"
+TOKENIZATION = ROOT / "benchmarks" / "results" / "tokenization.json"
+PADDING = ROOT / "benchmarks" / "results" / "padding.json"
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- make bench writes from here -->\n", "<!-- to here -->\n"
+
+OURS, OURS_BF16 = "ours, float32", "ours, bfloat16"
+BARE, TRL, TRL_F32 = "bare loop, float32", "TRL as documented (bfloat16)", "TRL given float32"
+NOT_MEASURED = "not measured yet"
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What was promised, and what was measured.
+
+    Attributes:
+        sense: "least" or "most".
+        measured: None where it could not be measured.
+    """
+
+    text: str
+    sense: str
+    bound: float
+    measured: float | None
+
+    @property
+    def row(self) -> str:
+        """Of the table."""
+        if self.measured is None:
+            return f"| {self.text} | at {self.sense} {self.bound:g} | - | {NOT_MEASURED} |"
+        reached = self.measured >= self.bound if self.sense == "least" else self.measured <= self.bound
+        verdict = "reached" if reached else "**missed**"
+        return f"| {self.text} | at {self.sense} {self.bound:g} | {self.measured:.3g} | {verdict} |"
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """The spread of the ratios, each taken within a round."""
+    return spread([one / other for one, other in zip(ours, theirs, strict=True)])
+
+
+def goals(results: Mapping[str, Any]) -> Iterator[Goal]:
+    """What the training is to keep to."""
+    speed, ray = results["speed"], results["ray"]
+    yield Goal(f"tokens/s: {OURS}, of {TRL}", "least", 2.0, ratios(speed[OURS], speed[TRL])["median"])
+    yield Goal(f"tokens/s: {OURS}, of {TRL_F32}", "least", 1.5, ratios(speed[OURS], speed[TRL_F32])["median"])
+    yield Goal("largest difference of the loss from TRL's", "most", 1e-3, difference(results["curve"], "trl"))
+    yield Goal(
+        "step time launched by Ray, of the loop's without", "most", 1.03, ratios(ray["with"], ray["without"])["median"]
+    )
+    for model in memory.MODELS:
+        for stack in (memory.PLAIN, memory.PLAIN_PAGED):
+            text = f"memory above the weights of {model}, less than {stack.name}, %"
+            yield Goal(text, "least", 35, 100 * memory.saving(results["memory"], model, stack.name))
+    yield Goal("padding waste with packing, %", "most", 3, elsewhere(PADDING, "packed_waste_percent"))
+    yield Goal("tokenization, of datasets' map with two processes", "least", 0.9, elsewhere(TOKENIZATION, "ratio"))
+    yield Goal("tokens/s on a GPU, of TRL's, 8B shape", "least", 1.15, None)
+    yield Goal("tokens/s on a GPU, of Unsloth's, 8B shape", "least", 1.0, None)
+
+
+def elsewhere(path: Any, field: str) -> float | None:
+    """A figure that another benchmark left; None where it did not run."""
+    if not path.exists():
+        return None
+    value = json.loads(path.read_text(encoding="utf-8")).get(field)
+    return float(value["median"] if isinstance(value, dict) else value) if value is not None else None
+
+
+def difference(curve: Mapping[str, Any], other: str) -> float:
+    """The largest difference of our losses from another loop's over all steps."""
+    return max(abs(float(one) - float(their)) for one, their in zip(curve["ours"], curve[other], strict=True))
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """The results as they stand in the document."""
+    on, case, curve = results["machine"], results["case"], results["curve"]
+    installed = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    speed = results["speed"]
+    lines = [
+        f"Measured on {results['date']}: {on['processor']}, {on['cores']} cores, {on['system']}, load {on['load']};",
+        f"{installed}.",
+        f"The model: {case['layers']} layers of width {case['hidden']}, {case['vocabulary']} words, NF4 with double",
+        f"quantization, rank {case['rank']}; {case['micro_batch']} x {case['seq_len']} tokens a step, checkpointed.",
+        f"{results['rounds']} rounds; a figure is the median of {results['steps']} steps after the warm-up.",
+        "",
+        "| goal | | measured | |",
+        "| --- | --- | ---: | --- |",
+        *(goal.row for goal in goals(results)),
+        "",
+        f"| loop | tokens/s | {OURS} is faster by | {OURS_BF16} is faster by | quartiles of these |",
+        "| --- | ---: | ---: | ---: | --- |",
+        *(speed_row(name, speed) for name in speed),
+        "",
+        f"Ray: {1000 * spread(results['ray']['with'])['median']:.0f} ms a step launched by Ray, "
+        f"{1000 * spread(results['ray']['without'])['median']:.0f} ms without.",
+        "",
+        f"Loss of the same {len(curve['ours'])} steps of {case['micro_batch']} x {curve['seq_len']}, all in float32:",
+        "",
+        "| step | ours | TRL | bare loop |",
+        "| ---: | ---: | ---: | ---: |",
+        *(
+            f"| {step + 1} | {curve['ours'][step]:.5f} | {curve['trl'][step]:.5f} | {curve['bare'][step]:.5f} |"
+            for step in sorted({0, *range(9, len(curve["ours"]), 10), len(curve["ours"]) - 1})
+        ),
+        "",
+        f"Largest difference over all steps: {difference(curve, 'trl'):.1e} from TRL, "
+        f"{difference(curve, 'bare'):.1e} from the bare loop.",
+        "",
+        "| memory of a step | peak, MiB | above the weights, MiB | ours takes less by |",
+        "| --- | ---: | ---: | ---: |",
+        *(memory_row(row, results["memory"]) for row in results["memory"]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def speed_row(name: str, speed: Mapping[str, Sequence[float]]) -> str:
+    """A loop's line: its tokens a second, and ours' against it."""
+    cells = [name, f"{spread(speed[name])['median']:,.0f}"]
+    quartiles = []
+    for ours in (OURS, OURS_BF16):
+        found = ratios(speed[ours], speed[name])
+        cells.append(f"{found['median']:.2f}x")
+        quartiles.append(f"{found['low']:.2f} to {found['high']:.2f}")
+    return f"| {' | '.join([*cells, ', '.join(quartiles)])} |"
+
+
+def memory_row(row: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    """A stack's line."""
+    less = "" if row["stack"] == memory.OURS.name else f"{memory.saving(rows, row['model'], row['stack']):.0%}"
+    mib = (f"{row[key] / 2**20:,.0f}" for key in ("peak_bytes", "above_bytes"))
+    return f"| {row['model']}: {row['stack']} | {' | '.join(mib)} | {less} |"
+
+
+def current() -> str:
+    """What the document is to show: the tables of the results that are written down, where there are any."""
+    if not RESULTS.exists():
+        return f"{NOT_MEASURED.capitalize()}.\n"
+    return tables(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+def write() -> None:
+    """Put the tables into the document."""
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + current() + END + rest.split(END)[1], encoding="utf-8")

@@ -1,0 +1,99 @@
+"""What a run would learn from: the data's counts, the lengths of its examples, and some of them token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from launch.report.terminal import Bar
+from qlora_core.training.dataset import DataReport
+from qlora_core.training.examples import Encoded
+
+SAMPLES = 3
+BINS = 10
+SHOWN_TOKENS = 60
+"""Of a run of tokens that are all learned, or all not; its middle is left out."""
+LEARN_WORDS = {"assistant": "the answers", "completion": "the last answer", "all": "all tokens"}
+
+
+def print_preview(
+    console: Console,
+    report: DataReport,
+    examples: Sequence[Encoded],
+    lengths: Sequence[int],
+    seq_len: int,
+    tokenizer: Any,
+) -> None:
+    """Print counts, a histogram of the lengths, and samples from the data's beginning, middle and end."""
+    console.print(Group(counts(report, seq_len), histogram(lengths)), highlight=False, markup=False, emoji=False)
+    console.print(
+        "\n+ is learned; - is not, its label is -100. | stands between tokens.", highlight=False, markup=False
+    )
+    for index in chosen(len(examples)):
+        example = examples[index]
+        flags = [False, *example.learned[1:]]  # nothing stands before the first token to predict it from
+        heading = f"\nExample {index + 1} of {len(examples)}: {len(flags)} tokens, {sum(flags)} learned"
+        console.print(heading, highlight=False, markup=False)
+        for line in lines_of(example.ids, flags, lambda token: tokenizer.decode([token])):
+            console.print(Padding(line, (0, 0, 0, 2)), highlight=False, markup=False, emoji=False)
+
+
+def counts(report: DataReport, seq_len: int) -> RenderableType:
+    """What was found, and what became of it."""
+    table = Table.grid(padding=(0, 2))
+    rows = [
+        ("data", report.source),
+        ("format", report.format + (f": {report.found}" if report.found else "")),
+        ("written with", report.layout),
+        ("learned", f"{LEARN_WORDS[report.learn]}: {report.learned:,} of {report.tokens:,} tokens"),
+        ("examples", f"{report.examples:,}, the longest {report.longest:,} tokens"),
+        ("cut off", f"{report.truncated:,} at {seq_len:,} tokens"),
+        ("left out", ", ".join(report.left_out()).replace(" left out", "") or "none"),
+        *(("", bad) for bad in report.bad_records),
+    ]
+    for name, value in rows:
+        if value:
+            table.add_row(Text(name), Text(visible(value)))
+    return table
+
+
+def histogram(lengths: Sequence[int]) -> RenderableType:
+    """How many examples are how long, in bins of one width."""
+    width = max(1, -(-max(lengths) // BINS))
+    bins = [0] * -(-max(lengths) // width)
+    for length in lengths:
+        bins[(length - 1) // width] += 1
+    table = Table(box=None, pad_edge=False, title="\nTokens of an example", title_justify="left", title_style="")
+    table.add_column("tokens", justify="right")
+    table.add_column("examples", justify="right")
+    table.add_column("")
+    for index, count in enumerate(bins):
+        span = f"{index * width + 1:,} to {(index + 1) * width:,}" if width > 1 else f"{index + 1:,}"
+        table.add_row(span, f"{count:,}", Bar(count / max(bins)))
+    return table
+
+
+def chosen(examples: int) -> list[int]:
+    """The indexes of the samples: spread over all examples."""
+    return sorted({index * (examples - 1) // max(1, SAMPLES - 1) for index in range(SAMPLES)})
+
+
+def lines_of(ids: Sequence[int], flags: Sequence[bool], decode: Callable[[int], str]) -> Iterator[Text]:
+    """A line for each run of tokens that are learned, or are not."""
+    for learned, run in groupby(zip(ids, flags, strict=True), key=lambda pair: pair[1]):
+        tokens = [visible(decode(token)) for token, _ in run]
+        if (more := len(tokens) - SHOWN_TOKENS) > 0:
+            half = SHOWN_TOKENS // 2
+            tokens = [*tokens[:half], f"... {more} more ...", *tokens[-half:]]
+        yield Text(f"{'+' if learned else '-'} {'|'.join(tokens)}", style="green" if learned else "dim")
+
+
+def visible(text: str) -> str:
+    """Text on one line: line breaks and other control characters, which could steer a terminal, are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

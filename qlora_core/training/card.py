@@ -1,0 +1,174 @@
+"""The card of what a run made: what it was made from, how, at what cost, what it can do, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from qlora_core.perplexity import perplexity
+from qlora_core.recipe import Recipe
+
+GIB = 1024**3
+METHOD_TAGS = {"qlora": ["lora", "qlora"], "lora": ["lora"], "full": []}
+LOADING = """```python
+import torch
+from peft import PeftModel
+from transformers import {imported}
+
+base = AutoModelForCausalLM.from_pretrained(
+    {base!r}{revision}, dtype=torch.{compute_dtype}{quantization}
+)
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained({base!r}{revision})
+```"""
+LOADING_MODEL = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```"""
+QUANTIZATION = """,
+    quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type={type!r}, bnb_4bit_use_double_quant={double},
+        bnb_4bit_compute_dtype=torch.{compute_dtype},
+    ),"""
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What a card tells of a run, as its record has it. No path of the machine gets into a card.
+
+    Attributes:
+        base: the base model's folder, or its Hub id.
+        commit: the Hub's commit of it, or None for a folder.
+        data_name: what the data is called.
+        data: what became of it: examples, tokens, digest and so on.
+        strategy: how the plan spread the step.
+        predicted, measured: bytes of the fullest rank, by phase and at the peak, and seconds of a step.
+        results: evaluation before and after.
+        versions: of the packages.
+    """
+
+    name: str
+    base: str
+    commit: str | None
+    recipe: Recipe
+    compute_dtype: str
+    steps: int
+    data_name: str
+    data: Mapping[str, Any]
+    strategy: Mapping[str, Any]
+    predicted: Mapping[str, Any]
+    measured: Mapping[str, Any] | None
+    results: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    @property
+    def public_base(self) -> str:
+        """The base as others may know it: its Hub id, or the folder's own name."""
+        return self.base if self.commit else PurePath(self.base).name
+
+
+def card(facts: CardFacts) -> str:
+    """The whole card, with the front matter that the Hub reads."""
+    recipe = facts.recipe
+    relation = "finetune" if recipe.method == "full" else "adapter"
+    front = ModelCardData(
+        base_model=facts.base if facts.commit else None,
+        library_name="transformers" if recipe.method == "full" else "peft",
+        pipeline_tag="text-generation",
+        tags=[f"base_model:{relation}:{facts.base}"] * bool(facts.commit) + METHOD_TAGS[recipe.method],
+    )
+    sections = [
+        f"# {facts.name}",
+        summary(facts),
+        evaluation(facts.results),
+        data(facts),
+        "## Recipe\n\n" + table({**recipe.to_json(), "compute_dtype": facts.compute_dtype, "steps": facts.steps}),
+        "## Plan\n\n" + table(facts.strategy),
+        measurements(facts.predicted, facts.measured),
+        "## Loading\n\n" + loading(facts),
+        "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
+    ]
+    return str(ModelCard(f"---\n{front.to_yaml()}\n---\n" + "\n\n".join(filter(None, sections)) + "\n"))
+
+
+def summary(facts: CardFacts) -> str:
+    """What it is, in a sentence."""
+    recipe = facts.recipe
+    if recipe.method == "full":
+        return f"All weights of `{facts.public_base}`, trained further in {facts.compute_dtype}."
+    stored = recipe.quantization.upper() if recipe.quantization != "none" else facts.compute_dtype
+    return f"A LoRA adapter of rank {recipe.rank} for `{facts.public_base}`, trained on a base in {stored}."
+
+
+def table(fields: Mapping[str, Any]) -> str:
+    """Names and values; lists as text, and what is nothing left out."""
+    rows = [
+        f"| {name} | {', '.join(map(str, value)) if isinstance(value, list | tuple) else value} |"
+        for name, value in fields.items()
+        if value is not None
+    ]
+    return "\n".join(["| | |", "| --- | --- |", *rows])
+
+
+def evaluation(results: Mapping[str, Any]) -> str:
+    """Loss and perplexity on held-out examples, before and after."""
+    losses = (results.get("eval_before"), results.get("eval_after"))
+    if None in losses:
+        return ""
+    before, after = (float(loss) for loss in losses if loss is not None)
+    return "\n".join(
+        [
+            "## Evaluation\n",
+            "| on held-out examples | before | after |",
+            "| --- | ---: | ---: |",
+            f"| loss | {before:.4f} | {after:.4f} |",
+            f"| perplexity | {perplexity(before):.2f} | {perplexity(after):.2f} |",
+        ]
+    )
+
+
+def data(facts: CardFacts) -> str:
+    """What it learned from, by name, size and digest."""
+    known = facts.data
+    return (
+        f"## Data\n\n`{facts.data_name}`: {known['examples']} examples in format {known['format']}, {known['tokens']} "
+        f"tokens; {known['truncated']} cut off at {facts.recipe.seq_len} tokens. SHA-256 `{known['digest']}`."
+    )
+
+
+def measurements(predicted: Mapping[str, Any], measured: Mapping[str, Any] | None) -> str:
+    """Memory and time, predicted beside measured."""
+    if measured is None:
+        return ""
+    rows = [(phase, bytes_, measured["phases"][phase]) for phase, bytes_ in predicted["phases"].items()]
+    rows.append(("peak", predicted["allocated_bytes"], measured["allocated_bytes"]))
+    lines = [f"| {title}, GiB | {guess / GIB:.3f} | {found / GIB:.3f} |" for title, guess, found in rows]
+    seconds = predicted.get("step_seconds"), measured.get("step_seconds")
+    if None not in seconds:
+        lines.append(f"| a step, seconds | {seconds[0]:.3f} | {seconds[1]:.3f} |")
+    head = ["| fullest rank | predicted | measured |", "| --- | ---: | ---: |"]
+    return "\n".join([f"## Measurements\n\nMemory: {measured['allocated_is']}.\n", *head, *lines])
+
+
+def loading(facts: CardFacts) -> str:
+    """How plain transformers and peft load it."""
+    recipe = facts.recipe
+    if recipe.method == "full":
+        return LOADING_MODEL
+    four_bit = recipe.quantization in ("nf4", "fp4")
+    quantization = QUANTIZATION.format(
+        type=recipe.quantization, double=recipe.double_quantization, compute_dtype=facts.compute_dtype
+    )
+    return LOADING.format(
+        imported="AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if four_bit else ""),
+        base=facts.base if facts.commit else f"path/to/{facts.public_base}",
+        revision=f", revision={facts.commit!r}" if facts.commit else "",
+        compute_dtype=facts.compute_dtype,
+        quantization=quantization if four_bit else "",
+    )

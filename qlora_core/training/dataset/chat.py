@@ -1,0 +1,144 @@
+"""The chat template's part: a conversation as one text, and where its answers stand in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from qlora_core.training.dataset.report import BadRecord
+from qlora_core.training.dataset.samples import Span, Written
+
+Turns = Sequence[dict[str, str]]
+PAD = "\u2003"
+"""A space that templates do not write: what stays of it around a content tells whether the template strips it."""
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """What a template writes around the contents of turns with certain roles.
+
+    Attributes:
+        pieces: the text before, between and after the contents; one more than there are contents.
+        stripped: for each content, whether spaces at its beginning, and at its end, are dropped.
+        reach: for each turn of the assistant, its index, and the characters before the content and after it that belong
+            to the answer too.
+    """
+
+    pieces: tuple[str, ...]
+    stripped: tuple[tuple[bool, bool], ...]
+    reach: tuple[tuple[int, int, int], ...]
+
+
+class ChatTemplate:
+    """Conversations in the tokenizer's chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._skeletons: dict[tuple[str, ...], Skeleton | None] = {}
+        template = tokenizer.chat_template
+        self.marks_answers = isinstance(template, str) and bool(_GENERATION.search(template))
+        """Whether the template itself says what the assistant generates."""
+
+    def write(self, turns: Turns) -> Written:
+        """The text of a conversation and its answers; an answer is what follows the prompt for it, to its turn's end.
+
+        What surrounds the contents is learned once for each sequence of roles. Where the conversation is exactly that
+        with its own contents put in, the answers' places follow; else each prefix of it is written out.
+
+        Raises:
+            BadRecord: the template writes a turn differently once another follows.
+        """
+        text = self._rendered(turns)
+        roles = tuple(turn["role"] for turn in turns)
+        if roles not in self._skeletons:
+            self._skeletons[roles] = self._skeleton(roles)
+        skeleton = self._skeletons[roles]
+        answers = None if skeleton is None else placed(skeleton, turns, text)
+        return Written(text, self._by_prefixes(turns, text) if answers is None else answers)
+
+    def generated(self, turns: Turns) -> tuple[list[int], list[bool]]:
+        """Token ids, and those inside the template's generation blocks, as transformers marks them.
+
+        Raises:
+            BadRecord: the blocks hold no token.
+        """
+        encoded = self._tokenizer.apply_chat_template(
+            list(turns), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        mask = [bool(flag) for flag in encoded["assistant_masks"]]
+        if not any(mask):
+            raise BadRecord("the chat template's generation blocks hold no token of it")
+        return cast(list[int], encoded["input_ids"]), mask
+
+    def _rendered(self, turns: Turns, prompt: bool = False) -> str:
+        text = self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt)
+        return cast(str, text)
+
+    def _by_prefixes(self, turns: Turns, text: str) -> tuple[Span, ...]:
+        """The answers' places from the text of every prefix."""
+        spans = []
+        for position, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            before = self._rendered(turns[:position], prompt=True) if position else ""
+            upto = self._rendered(turns[: position + 1])
+            if not text.startswith(upto) or not upto.startswith(before):
+                raise BadRecord(
+                    "the chat template renders a turn differently once another follows, so answers cannot be found"
+                )
+            spans.append((len(before), len(upto)))
+        return tuple(spans)
+
+    def _skeleton(self, roles: tuple[str, ...]) -> Skeleton | None:
+        """What surrounds contents of turns with these roles; None where that cannot be told."""
+        marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
+        turns = [{"role": role, "content": PAD + mark + PAD} for role, mark in zip(roles, marks, strict=True)]
+        try:
+            text = self._rendered(turns)
+            answers = self._by_prefixes(turns, text)
+        except (BadRecord, TemplateError):  # the template looks at contents, which these are not
+            return None
+        if any(text.count(mark) != 1 for mark in marks):
+            return None
+        contents, stripped = [], []
+        for mark in marks:
+            start = text.index(mark)
+            end = start + len(mark)
+            kept = text[:start].endswith(PAD), text[end:].startswith(PAD)
+            contents.append((start - kept[0], end + kept[1]))
+            stripped.append((not kept[0], not kept[1]))
+        if contents != sorted(contents):
+            return None
+        edges = [0, *(edge for content in contents for edge in content), len(text)]
+        pieces = tuple(text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))
+        asked = (index for index, role in enumerate(roles) if role == "assistant")
+        reach = tuple(
+            (index, contents[index][0] - start, end - contents[index][1])
+            for index, (start, end) in zip(asked, answers, strict=True)
+        )
+        return Skeleton(pieces, tuple(stripped), reach)
+
+
+def placed(skeleton: Skeleton, turns: Turns, text: str) -> tuple[Span, ...] | None:
+    """The answers' places, if `text` is the skeleton with the contents of `turns`; else None."""
+    at = 0
+    contents: list[Span] = []
+    for piece, (left, right), turn in zip(skeleton.pieces, skeleton.stripped, turns, strict=False):
+        content = turn["content"]
+        content = content.lstrip() if left else content
+        content = content.rstrip() if right else content
+        start = at + len(piece)
+        end = start + len(content)
+        if not text.startswith(piece, at) or not text.startswith(content, start):
+            return None
+        contents.append((start, end))
+        at = end
+    if text[at:] != skeleton.pieces[-1]:
+        return None
+    return tuple((contents[index][0] - before, contents[index][1] + after) for index, before, after in skeleton.reach)

@@ -1,0 +1,94 @@
+"""Datasets of the Hugging Face Hub: their files, all of one commit, laid out as `datasets` reads the repository."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from clusters.errors import RequestError, request_error
+from qlora_core.huggingface.hub import HubId
+from qlora_core.training.dataset.options import DataOptions
+from qlora_core.training.dataset.readers import PACKED, SUFFIXES, first_line, kind_of
+from qlora_core.training.dataset.sources import Source, of_files
+
+PATTERNS = [f"*{suffix}{packed}" for suffix in SUFFIXES for packed in ("", PACKED)]
+CARD = "README.md"
+"""Says which files belong to which config and split."""
+
+
+def fetch_dataset(hub: HubId, options: DataOptions) -> Source:
+    """The dataset ``org/name`` or ``org/name@revision``; fetched into huggingface_hub's cache, and read from there.
+
+    Raises:
+        RequestError: there is no such dataset, config or split, the Hub does not give it, or it is code.
+    """
+    revision = hub.revision or options.revision
+    folder = snapshot(hub.repo, revision, options)
+    commit = folder.name
+    files = data_files(folder, hub.repo, options)
+    digest = f"{hub.repo}@{commit} config={options.config or 'default'} split={options.split}"
+    if options.files is not None:
+        digest += f" files={options.files}"
+    return of_files(files, folder, hub.repo, digest)
+
+
+def snapshot(repo: str, revision: str | None, options: DataOptions) -> Path:
+    """The folder of a dataset's files at one commit, which is the folder's name."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    wanted = [CARD, *(PATTERNS if options.files is None else [options.files])]
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted)
+        )
+    except errors.RevisionNotFoundError:
+        rule, remedy = "the Hub has no such revision of it", "Give a branch, a tag or a commit"
+    except errors.GatedRepoError:
+        rule, remedy = "access to it has to be granted", "Ask for it on the Hub, and set HF_TOKEN"
+    except errors.RepositoryNotFoundError:
+        rule, remedy = "the Hub has no dataset of that name, or shows it to nobody else", "Check it; set HF_TOKEN"
+    except errors.LocalEntryNotFoundError:
+        rule = (
+            "it is neither a file or folder here nor in the Hub's cache, and the Hub was not asked or does not answer"
+        )
+        remedy = "Check the path, or connect and leave HF_HUB_OFFLINE out"
+    except Exception as error:  # the HTTP client's errors have no common base that is ours to import
+        rule, remedy = f"the Hub does not give it ({type(error).__name__})", "Try again, or give a folder"
+    shown = repo if revision is None else f"{repo}@{revision}"
+    raise request_error("data.path", shown, rule, remedy)
+
+
+def data_files(folder: Path, repo: str, options: DataOptions) -> list[Path]:
+    """The files of the asked config and split, as the dataset's card or their names say."""
+    if options.files is not None:
+        found = sorted(path for path in folder.glob(options.files) if path.is_file() and kind_of(path.name))
+        if not found:
+            raise request_error("data.files", options.files, f"{repo} has no data file that fits", "Check the pattern")
+        return found
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        # a local folder: nothing is fetched, and no code of it is run
+        builder = datasets.load_dataset_builder(str(folder), name=options.config)
+    except Exception as error:  # `datasets` raises whatever its parts do
+        raise refused(repo, options, error) from None
+    splits: dict[str, Any] = dict(builder.config.data_files or {})
+    if options.split not in splits:
+        rule = f"{repo} has the splits {', '.join(map(str, splits)) or '(none)'}"
+        raise request_error("data.split", options.split, rule, "Choose one of them")
+    return [Path(file) for file in splits[options.split]]
+
+
+def refused(repo: str, options: DataOptions, error: Exception) -> RequestError:
+    """The error of a repository that `datasets` cannot lay out."""
+    reason = first_line(error)
+    if "BuilderConfig" in reason or "Config name" in reason:
+        return request_error("data.config", options.config or "(none)", reason, "Choose one of those")
+    return request_error(
+        "data.path", repo, f"it cannot be read as a dataset: {reason}", "Name its files with data.files"
+    )

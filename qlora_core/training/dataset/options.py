@@ -1,0 +1,33 @@
+"""What a request for data may say besides its path and format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_core.data import Learn
+
+
+@dataclass(frozen=True, slots=True)
+class DataOptions:
+    """How data is read and learned from.
+
+    Attributes:
+        learn: assistant: every answer; completion: the last one; all: every token; auto: assistant, and for text all.
+        split: of a folder, a dataset on disk or of the Hub.
+        config: of a dataset of the Hub: its subset.
+        files: a glob, of a folder or a dataset of the Hub: what is read of it.
+        revision: of a dataset of the Hub; None is that of its default branch.
+        max_bad: records that may be left out as bad: how many, or below 1 the fraction.
+        vocab_size: rows of the model's embedding, which no token id may pass; None is not known.
+        cache: the folder of encoded data; None keeps nothing.
+    """
+
+    learn: Learn = "auto"
+    split: str = "train"
+    config: str | None = None
+    files: str | None = None
+    revision: str | None = None
+    max_bad: float = 0
+    vocab_size: int | None = None
+    cache: Path | None = None

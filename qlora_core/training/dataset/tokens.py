@@ -1,0 +1,76 @@
+"""Encoded examples in flat arrays: five bytes a token, however many there are."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qlora_core.training.examples import Encoded
+
+
+class EncodedExamples(Sequence[Encoded]):
+    """Examples as ids [T] int32 and learned [T] uint8, of all examples one after the other, and starts [N + 1].
+
+    Attributes:
+        ids, learned, starts: the arrays, shared by all selections of them.
+    """
+
+    def __init__(self, ids: array[int], learned: bytearray, starts: array[int], order: Sequence[int] | None = None):
+        self.ids, self.learned, self.starts = ids, learned, starts
+        self._order: Sequence[int] = range(len(starts) - 1) if order is None else order
+
+    @classmethod
+    def empty(cls) -> EncodedExamples:
+        """None yet; see `append`."""
+        return cls(array("i"), bytearray(), array("q", [0]))
+
+    def append(self, ids: Sequence[int], learned: bytes) -> None:
+        """One more example."""
+        self.ids.extend(ids)
+        self.learned += learned
+        self.starts.append(len(self.ids))
+        self._order = range(len(self.starts) - 1)
+
+    def select(self, indexes: Sequence[int]) -> EncodedExamples:
+        """The examples at `indexes`, in that order, without copying a token."""
+        return EncodedExamples(self.ids, self.learned, self.starts, array("q", (self._order[i] for i in indexes)))
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        span = self._span(index)
+        return Encoded(self.ids[span].tolist(), [bool(flag) for flag in self.learned[span]])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [self.starts[at + 1] - self.starts[at] for at in self._order]
+
+    def learned_count(self) -> int:
+        """Tokens with a loss: all learned but the first of an example, which nothing predicts."""
+        flags = np.frombuffer(self.learned, dtype=np.uint8)
+        return sum(int(flags[self.starts[at] + 1 : self.starts[at + 1]].sum()) for at in self._order)
+
+    def highest(self) -> int:
+        """The highest token id."""
+        return int(np.frombuffer(self.ids, dtype=np.int32).max())
+
+    def digest(self) -> str:
+        """SHA-256 over all ids and which of them are learned, as hexadecimal digits."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            span = self._span(index)
+            wide = np.frombuffer(self.ids, dtype=np.int32)[span].astype("<i8")
+            digest.update(wide.tobytes() + bytes(self.learned[span]) + b"|")
+        return digest.hexdigest()
+
+    def _span(self, index: int) -> slice:
+        at = self._order[index]
+        return slice(self.starts[at], self.starts[at + 1])

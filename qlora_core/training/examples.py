@@ -1,0 +1,150 @@
+"""Examples as tokens: one safetensors file that every worker maps, its rows, and the batches made from them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qlora_core.files import replace_atomically
+from qlora_core.recipe import Recipe
+from qlora_core.training.layout import lay_out
+from qlora_core.training.loss import IGNORED
+from qlora_core.training.sampling import Order
+
+Batch = Mapping[str, torch.Tensor | None]
+"""A micro-batch: what `SummedLoss` is called with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example: token ids, and which of them are learned."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+def save_examples(examples: Sequence[Encoded], path: Path) -> None:
+    """Write examples as one safetensors file: ids [T] int32, learned [T] uint8, starts [N + 1] int64."""
+    ids, learned, starts = array("i"), bytearray(), [0]  # five bytes a token, where lists of numbers take forty
+    for example in examples:
+        ids.extend(example.ids)
+        learned += bytes(example.learned)
+        starts.append(len(ids))
+    tensors = {
+        "ids": torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32),
+        "learned": torch.frombuffer(learned, dtype=torch.uint8) if ids else torch.empty(0, dtype=torch.uint8),
+        "starts": torch.tensor(starts, dtype=torch.int64),
+    }
+    with replace_atomically(path) as temporary:
+        save_file(tensors, temporary)
+
+
+class Examples(Sequence[tuple[torch.Tensor, torch.Tensor]]):
+    """Examples of a file that `save_examples` wrote, memory-mapped: (ids, learned) by index.
+
+    Attributes:
+        lengths: tokens of each example.
+        learned: tokens with a loss of each example.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            self._ids, self._learned = file.get_tensor("ids"), file.get_tensor("learned").bool()
+            self._starts: list[int] = file.get_tensor("starts").tolist()
+        self.lengths = [end - start for start, end in zip(self._starts, self._starts[1:], strict=False)]
+        # the first token of an example is never predicted
+        self.learned = [int(self[index][1][1:].sum()) for index in range(len(self))]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        span = slice(self._starts[index], self._starts[index + 1])
+        return self._ids[span].long(), self._learned[span]
+
+    def batch(self, indexes: Sequence[int], pad_token: int, device: torch.device) -> Batch:
+        """The examples of a micro-batch as [B, S] tensors, padded on the right to its longest."""
+        width = max(self.lengths[index] for index in indexes)
+        ids_BS = torch.full((len(indexes), width), pad_token)
+        mask_BS = torch.zeros((len(indexes), width), dtype=torch.long)
+        labels_BS = torch.full((len(indexes), width), IGNORED)
+        for row, index in enumerate(indexes):
+            ids, learned = self[index]
+            ids_BS[row, : len(ids)] = ids
+            mask_BS[row, : len(ids)] = 1
+            labels_BS[row, : len(ids)] = torch.where(learned, ids, IGNORED)
+        return {
+            "input_ids_BS": ids_BS.to(device),
+            "attention_mask_BS": mask_BS.to(device),
+            "labels_BS": labels_BS.to(device),
+        }
+
+
+class Rows:
+    """What training batches are made of: the examples of a file one by one, or packed into rows (see `layout`).
+
+    Attributes:
+        members: the examples of each row, by their indexes.
+        lengths: tokens of each row.
+        learned: tokens with a loss of each row.
+        order: in which steps see them.
+    """
+
+    def __init__(self, examples: Examples, recipe: Recipe, seed: int) -> None:
+        self._examples, self._packed = examples, recipe.packing
+        layout = lay_out(examples.lengths, recipe)
+        self.members, self.lengths = layout.rows, layout.lengths
+        self.learned = [sum(examples.learned[index] for index in row) for row in layout.rows]
+        self.order = Order(self.lengths, recipe.sequences_per_step, seed, recipe.group_by_length)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def example(self, index: int) -> torch.Tensor:
+        """The tokens of an example, [S]."""
+        return cast(torch.Tensor, self._examples[index][0])
+
+    def batch(self, rows: Sequence[int], pad_token: int, device: torch.device) -> Batch:
+        """The rows of a micro-batch as [B, S] tensors, padded on the right to its longest.
+
+        Packed rows have positions that begin anew with each example instead of an attention mask: by these
+        transformers tells examples apart (masking_utils.py, find_packed_sequence_indices), in padding too.
+        """
+        if not self._packed:
+            return self._examples.batch([self.members[row][0] for row in rows], pad_token, device)
+        width = max(self.lengths[row] for row in rows)
+        ids_BS = torch.full((len(rows), width), pad_token)
+        positions_BS = torch.zeros((len(rows), width), dtype=torch.long)
+        labels_BS = torch.full((len(rows), width), IGNORED)
+        for place, row in enumerate(rows):
+            start = 0
+            for index in self.members[row]:
+                ids, learned = self._examples[index]
+                span = slice(start, start + len(ids))
+                ids_BS[place, span] = ids
+                positions_BS[place, span] = torch.arange(len(ids))
+                labels_BS[place, span] = torch.where(learned, ids, IGNORED)
+                labels_BS[place, start] = IGNORED  # before it stands another example
+                start += len(ids)
+            positions_BS[place, start:] = torch.arange(width - start)
+        return {
+            "input_ids_BS": ids_BS.to(device),
+            "attention_mask_BS": None,
+            "position_ids_BS": positions_BS.to(device),
+            "labels_BS": labels_BS.to(device),
+        }
+
+
+def iterate_eval_batches(count: int, *, rank: int, world_size: int, micro_batch: int) -> Iterator[list[int]]:
+    """Batches of evaluation examples for one rank; all ranks get the same number of batches, some perhaps empty."""
+    per_round = world_size * micro_batch
+    for start in range(0, count, per_round):
+        first = start + rank * micro_batch
+        yield list(range(first, min(first + micro_batch, count)))

@@ -1,0 +1,87 @@
+"""The model card, read as the Hub reads it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+from huggingface_hub import ModelCard
+
+from qlora_core.recipe import Recipe
+from qlora_core.training.card import CardFacts, card
+
+PHASES = {"after_load": 2**30, "forward": 2**31, "backward": 3 * 2**30, "optimizer": 2**31}
+FACTS = CardFacts(
+    name="guanaco",
+    base="org/base",
+    commit="c" * 40,
+    recipe=Recipe(rank=16),
+    compute_dtype="bfloat16",
+    steps=120,
+    data_name="oasst1.jsonl",
+    data={"examples": 9, "format": "messages", "tokens": 900, "truncated": 1, "digest": "d1"},
+    strategy={"world_size": 2, "micro_batch": 4, "attention": "sdpa"},
+    predicted={"phases": PHASES, "allocated_bytes": 3 * 2**30, "step_seconds": 1.5},
+    measured={
+        "phases": {**PHASES, "backward": 2**32},
+        "allocated_bytes": 2**32,
+        "allocated_is": "tensor bytes",
+        "step_seconds": 2.0,
+    },
+    results={"eval_before": 2.0, "eval_after": 1.0},
+    versions={"torch": "2.13.0"},
+)
+
+
+def front(card: str) -> dict[str, Any]:
+    fields: dict[str, Any] = cast(Any, ModelCard(card).data).to_dict()
+    return fields
+
+
+def test_the_hub_reads_its_front_matter() -> None:
+    data = front(card(FACTS))
+    assert data["base_model"] == "org/base"
+    assert data["library_name"] == "peft"
+    assert data["pipeline_tag"] == "text-generation"
+    assert data["tags"] == ["base_model:adapter:org/base", "lora", "qlora"]
+
+
+def test_it_tells_data_recipe_plan_measurements_and_results() -> None:
+    text = ModelCard(card(FACTS)).text
+    for shown in (
+        "| perplexity | 7.39 | 2.72 |",  # e squared and e
+        "`oasst1.jsonl`: 9 examples in format messages, 900 tokens; 1 cut off at 512 tokens. SHA-256 `d1`",
+        "| rank | 16 |",
+        "| steps | 120 |",
+        "| micro_batch | 4 |",
+        "| backward, GiB | 3.000 | 4.000 |",
+        "| peak, GiB | 3.000 | 4.000 |",
+        "| a step, seconds | 1.500 | 2.000 |",
+        "torch 2.13.0",
+        f"'org/base', revision='{'c' * 40}', dtype=torch.bfloat16",
+        "bnb_4bit_quant_type='nf4'",
+    ):
+        assert shown in text
+
+
+def test_no_path_of_the_machine_gets_into_it() -> None:
+    text = card(replace(FACTS, base="/home/ada/secret/tiny", commit=None))
+    assert "/home/ada" not in text
+    assert "path/to/tiny" in text
+    assert "base_model" not in front(text)
+
+
+def test_what_was_not_measured_or_evaluated_is_left_out() -> None:
+    text = card(replace(FACTS, measured=None, results={}, recipe=Recipe(method="lora", quantization="none")))
+    assert "## Measurements" not in text
+    assert "## Evaluation" not in text
+    assert "BitsAndBytesConfig" not in text
+    assert "on a base in bfloat16" in text
+
+
+def test_a_model_of_which_all_weights_were_trained_is_no_adapter() -> None:
+    text = card(replace(FACTS, recipe=Recipe(method="full", quantization="none")))
+    data = front(text)
+    assert (data["library_name"], data["tags"]) == ("transformers", ["base_model:finetune:org/base"])
+    assert "All weights of `org/base`" in text
+    assert "PeftModel" not in text

@@ -1,0 +1,218 @@
+"""Answers in chat templates, tokens in flat arrays, the cache of encoded data, and what a model has no row for."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from clusters.errors import RequestError
+from qlora_core.training.dataset import DataOptions, cache, encode_file
+from qlora_core.training.dataset.samples import Conversation
+from qlora_core.training.dataset.tokenize import Encoder, tokens_of
+from qlora_core.training.examples import Examples, save_examples
+from qlora_core.training.model import load_tokenizer
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TRIMMED = (  # as Llama 3 has it
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>\n\n' + m['content'] | trim + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n\n' }}{% endif %}"
+)
+WORDS = (  # no special token stands between the turns
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}"
+    "{% else %}{{ m['role'] | upper + ': ' + m['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+THINKING = (  # as Qwen 3 has it: what stands before </think> goes once another question follows
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
+    "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] }}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path) -> Any:
+    return load_tokenizer(str(tiny_base))
+
+
+def by_ids_of_prefixes(turns: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], bytes] | None:
+    """The reference: every prefix is rendered and tokenized for itself; None where one is no prefix of the whole."""
+
+    def ids_of(part: list[dict[str, str]], prompt: bool) -> list[int]:
+        return list(tokenizer.apply_chat_template(part, add_generation_prompt=prompt, tokenize=True, return_dict=False))
+
+    ids = ids_of(turns, False)
+    flags = bytearray(len(ids))
+    for index, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            before = ids_of(turns[:index], True) if index else []
+            upto = ids_of(turns[: index + 1], False)
+            if ids[: len(upto)] != upto or upto[: len(before)] != before:
+                return None
+            flags[len(before) : len(upto)] = b"\1" * (len(upto) - len(before))
+    return ids, bytes(flags)
+
+
+CONTENT = st.text(st.sampled_from(list("ab .:\n\tÄ😀-<|>")) | st.characters(codec="utf-8"), min_size=1, max_size=12)
+
+
+@pytest.mark.parametrize("template", [None, CHATML, TRIMMED, WORDS, THINKING])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(contents=st.lists(CONTENT.filter(str.strip), min_size=2, max_size=5), system=st.booleans())
+def test_answers_found_by_characters_are_those_found_by_the_tokens_of_every_prefix(
+    tiny_base: Path, tokenizer: Any, template: str | None, contents: list[str], system: bool
+) -> None:
+    own = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = template or own
+        roles = (["system"] if system else []) + ["user", "assistant"] * 3
+        turns = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+        if not any(turn["role"] == "assistant" for turn in turns):
+            return
+        reference = by_ids_of_prefixes(turns, tokenizer)
+        [outcome] = Encoder(tokenizer, "assistant").encode([Conversation(turns)])
+        if reference is not None:  # else a token reaches over a border, where only characters tell
+            assert outcome == reference
+    finally:
+        tokenizer.chat_template = own
+
+
+def test_a_token_that_begins_before_an_answer_is_none_of_it() -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    words = Tokenizer(WordLevel({"ab": 0, "c": 1, "d": 2}))
+    words.pre_tokenizer = WhitespaceSplit()
+    text = "ab c d"
+    encoding = words.encode(text)
+    assert tokens_of(encoding, text, (1, 4)) == (1, 2)  # "ab" reaches over the border
+    assert tokens_of(encoding, text, (2, 4)) == (1, 2)  # the space before "c" is no token
+    assert tokens_of(encoding, text, (0, 6)) == (0, 3)
+
+
+def test_a_template_that_changes_answers_afterwards_is_refused(tmp_path: Path, tiny_base: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_base))
+    tokenizer.chat_template = THINKING
+    turns = [("user", "a"), ("assistant", "hm</think>b"), ("user", "c"), ("assistant", "d")]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
+    with pytest.raises(RequestError, match="renders a turn differently once another follows"):
+        encode_file(path, "auto", tokenizer, 64)
+
+
+def test_a_template_s_own_marks_say_what_is_generated(tmp_path: Path, tiny_base: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_base))
+    tokenizer.chat_template = MARKED
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
+
+    def learned(learn: Any) -> str:
+        [example], _ = encode_file(path, "auto", tokenizer, 64, DataOptions(learn=learn))
+        return str(tokenizer.decode([token for token, flag in zip(example.ids, example.learned, strict=True) if flag]))
+
+    assert learned("assistant").replace(" ", "") == "b<|eos|>d<|eos|>"
+    assert learned("completion").replace(" ", "") == "d<|eos|>"
+
+
+def test_examples_are_selected_without_being_copied_and_saved_as_they_are(
+    tmp_path: Path, conversations: Path, tokenizer: Any
+) -> None:
+    examples, report = encode_file(conversations, "auto", tokenizer, 64)
+    chosen = examples.select([3, 1])
+    assert list(chosen) == [examples[3], examples[1]]
+    assert chosen.ids is examples.ids
+    assert list(chosen[1:]) == [examples[1]]
+    assert examples.lengths == [len(example.ids) for example in examples]
+    assert report.learned == sum(sum(example.learned[1:]) for example in examples)
+    save_examples(chosen, tmp_path / "x.safetensors")
+    assert Examples(tmp_path / "x.safetensors")[0][0].tolist() == examples[3].ids
+
+
+def test_memory_grows_with_the_tokens_and_not_with_the_data(tmp_path: Path, tokenizer: Any) -> None:
+    def peak(records: int) -> tuple[int, int]:
+        path = tmp_path / f"{records}.jsonl"
+        row = json.dumps({"prompt": "Ada carried", "completion": " a red cup", "unused": "x" * 4000})
+        path.write_text(f"{row}\n" * records)
+        tracemalloc.start()
+        try:
+            _, report = encode_file(path, "auto", tokenizer, 64)
+            return tracemalloc.get_traced_memory()[1], report.tokens
+        finally:
+            tracemalloc.stop()
+
+    peak(10)  # what is imported and compiled on first use
+    (few, few_tokens), (many, many_tokens) = peak(1000), peak(3000)
+    # 8 MB more of data; by token 5 bytes of arrays, and as much again while they grow and are digested
+    assert many - few < 20 * (many_tokens - few_tokens) + 100_000
+
+
+def test_data_is_encoded_once_and_again_where_anything_of_it_changes(
+    tmp_path: Path, conversations: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_base))
+    folder = tmp_path / "cache"
+    kept = DataOptions(cache=folder)
+
+    def entries() -> int:
+        return len(list(folder.glob("*")))
+
+    examples, report = encode_file(conversations, "auto", tokenizer, 64, kept)
+    assert entries() == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_core.training.dataset.encode.encode_source", None)  # nothing is encoded now
+        again, same = encode_file(conversations, "auto", tokenizer, 64, kept)
+    assert (list(again), same) == (list(examples), report)
+    encode_file(conversations, "auto", tokenizer, 32, kept)
+    encode_file(conversations, "auto", tokenizer, 64, DataOptions(cache=folder, learn="all"))
+    tokenizer.chat_template += "{# another #}"
+    encode_file(conversations, "auto", tokenizer, 64, kept)
+    assert entries() == 4
+
+
+def test_a_damaged_entry_is_made_anew(tmp_path: Path, conversations: Path, tokenizer: Any) -> None:
+    kept = DataOptions(cache=tmp_path)
+    examples, _ = encode_file(conversations, "auto", tokenizer, 64, kept)
+    [entry] = tmp_path.glob("*")
+    whole = entry.read_bytes()
+    for damaged in (whole[:100], b"", whole[:-8] + bytes(8)):
+        entry.write_bytes(damaged)
+        assert list(encode_file(conversations, "auto", tokenizer, 64, kept)[0]) == list(examples)
+        assert entry.read_bytes() == whole
+    assert load_file(entry)["ids"].dtype == np.int32
+
+
+def test_what_was_not_used_for_longest_leaves_the_cache_first(tmp_path: Path) -> None:
+    import os
+
+    for age, name in enumerate(("new", "old", "oldest")):
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(10))
+        os.utime(tmp_path / f"{name}.safetensors", (1000 - age, 1000 - age))
+    cache.shrink(tmp_path, 20)
+    assert sorted(path.stem for path in tmp_path.glob("*")) == ["new", "old"]
+
+
+def test_a_token_that_the_embedding_has_no_row_for_is_refused(conversations: Path, tokenizer: Any) -> None:
+    examples, _ = encode_file(conversations, "auto", tokenizer, 64)
+    highest = max(max(example.ids) for example in examples)
+    encode_file(conversations, "auto", tokenizer, 64, DataOptions(vocab_size=highest + 1))
+    with pytest.raises(RequestError, match=rf"token {highest} \(.*\), and the model's embedding has {highest} rows"):
+        encode_file(conversations, "auto", tokenizer, 64, DataOptions(vocab_size=highest))
