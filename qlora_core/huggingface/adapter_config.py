@@ -27,6 +27,16 @@ ELSEWHERE = (
 """Fields of peft's LoraConfig (0.21.2) that change what is trained, and that a recipe does not have."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How adapters are begun (`init_lora_weights`) that changes the base's weights too."""
+PLAIN = "Convert it to plain LoRA first, as peft documents"
+"""What to do with such an adapter."""
+
+
+def changed_base(config: Mapping[str, Any]) -> str | None:
+    """How an adapter began, as a rule that it broke, where that changed the base's weights too; else None."""
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.startswith(CHANGES_BASE):
+        return f"it began with {begun}, which changed the base's weights too"
+    return None
 
 
 def read_config(folder: Path, where: str = "adapter") -> dict[str, Any]:
@@ -93,7 +103,5 @@ def _untrainable(config: Mapping[str, Any], folder: Path) -> Iterator[Problem]:
             yield Problem("adapter", str(folder), rule, start)
     if config.get("bias", "none") != "none":
         yield Problem("adapter", str(folder), f"it trains biases too (bias: {config['bias']})", start)
-    begun = config.get("init_lora_weights")
-    if isinstance(begun, str) and begun.startswith(CHANGES_BASE):
-        rule = f"it began with {begun}, which changes the base's weights"
-        yield Problem("adapter", str(folder), rule, "Convert it to plain LoRA first, as peft documents")
+    if begun := changed_base(config):
+        yield Problem("adapter", str(folder), begun, PLAIN)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clusters.errors import Problem, RequestError, request_error
-from qlora_core.huggingface.adapter_config import CHANGES_BASE, CONFIG, read_config
+from qlora_core.huggingface.adapter_config import CONFIG, PLAIN, changed_base, read_config
 from qlora_core.recipe import Recipe
 from qlora_core.training.model import attach_adapters
 
@@ -88,9 +88,8 @@ def load_adapters(base: nn.Module, folders: Mapping[str, Path]) -> PeftModel:
         try:
             adapters[name] = read_adapter(folder, f"--adapter {name}")
             check_fits(adapters[name], base, f"--adapter {name}")
-            if (begun := str(adapters[name].config.get("init_lora_weights"))).startswith(CHANGES_BASE):
-                rule = f"it began with {begun}, which changed the base's weights: no other adapter would fit beside it"
-                problems.append(Problem(f"--adapter {name}", str(folder), rule, "Convert it to plain LoRA first"))
+            if rule := changed_base(adapters[name].config):  # the other adapters belong to the base as it is
+                problems.append(Problem(f"--adapter {name}", str(folder), rule, PLAIN))
         except RequestError as error:
             problems += error.problems
     if problems:

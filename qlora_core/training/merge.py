@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clusters.errors import RequestError, RunFailed, request_error
 from qlora_core.files import publish_folder
-from qlora_core.huggingface.adapter_config import CHANGES_BASE
+from qlora_core.huggingface.adapter_config import PLAIN, changed_base
 from qlora_core.training.adapters import PREFIX, WEIGHTS, read_adapter
 from qlora_core.training.model import TORCH_DTYPES
 from qlora_core.training.shards import copy_beside, copy_config, stored_shapes, write_shards
@@ -168,9 +168,8 @@ def refuse_unmergeable(fields: Mapping[str, Any], adapter: Path) -> None:
         if fields.get(field):
             rule = f"it has {what} ({field}), which are not merged layer by layer"
             raise request_error("adapter", adapter, rule, "Merge it with peft's merge_and_unload, in one piece")
-    if (begun := str(fields.get("init_lora_weights"))).startswith(CHANGES_BASE):
-        rule = f"it began with {begun}, which changed the base's weights too"
-        raise request_error("adapter", adapter, rule, "Convert it to plain LoRA first, as peft documents")
+    if begun := changed_base(fields):
+        raise request_error("adapter", adapter, begun, PLAIN)
     if fields.get("bias", "none") != "none" or fields.get("lora_bias"):
         rule = "it has trained biases, which are not merged"
         raise request_error("adapter", adapter, rule, "Merge it with peft's merge_and_unload, in one piece")
