@@ -87,18 +87,15 @@ def export(
 
 def export_adapter(trained: Trained, out: Path) -> dict[str, Any]:
     """Copy the adapter as it is, and say what vLLM would make of it."""
-    from qlora_core.files import publish_folder
+    from qlora_core.files import replace_folder
     from qlora_core.training.vllm import outside_vllm, vllm_rank
 
     outside = outside_vllm(trained.adapter.config, trained.adapter.shapes)
     rank = vllm_rank(trained.adapter.config)
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(trained.adapter.folder, temporary)
-        publish_folder(temporary, out)
+        with replace_folder(out) as temporary:
+            shutil.copytree(trained.adapter.folder, temporary)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"The adapter could not be written to {out}: {error}.", "Choose another --out.") from error
     lines = [f"The adapter is in {out}, in peft's layout."]
     if not outside:

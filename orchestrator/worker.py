@@ -22,7 +22,7 @@ from ray.train.torch import get_device
 
 from orchestrator.gauges import Gauges
 from orchestrator.metrics import metrics_of
-from qlora_core.files import publish_folder
+from qlora_core.files import replace_folder
 from qlora_core.memory.measure import meter_for
 from qlora_core.quiet import quiet_libraries
 from qlora_core.recipe import Dtype, Recipe
@@ -115,10 +115,8 @@ class RunObserver:
 
 def keep_best(path: Path) -> None:
     """Copy a checkpoint to ``best`` beside it, so that it outlives the last few."""
-    temporary = path.with_name(".best.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(path, temporary)
-    publish_folder(temporary, path.with_name("best"))
+    with replace_folder(path.with_name("best")) as temporary:
+        shutil.copytree(path, temporary)
 
 
 def work(config: Mapping[str, Any]) -> None:

@@ -43,6 +43,18 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+@contextlib.contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Give a name beside `folder`; when the block ends well, the folder made there takes the name `folder`."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
+        yield temporary
+        publish_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def publish_folder(temporary: Path, final: Path) -> None:
     """Sync a finished folder and all its files, and give it its final name; an older folder of that name goes."""
     for file in sorted(temporary.rglob("*"), reverse=True):

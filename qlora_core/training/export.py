@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from qlora_core.files import publish_folder, write_json
+from qlora_core.files import replace_folder, write_json
 from qlora_core.huggingface.adapter_config import CONFIG
 from qlora_core.training.card import CardFacts, card
 from qlora_core.training.shards import copy_beside
@@ -14,12 +14,10 @@ from qlora_core.training.shards import copy_beside
 
 def export_adapter(checkpoint: Path, folder: Path, facts: CardFacts) -> None:
     """Copy the adapter of a checkpoint to `folder`, with its card; whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint / "adapter", temporary)
-    (temporary / "README.md").write_text(card(facts), encoding="utf-8")
-    name_base(temporary / CONFIG, facts.base, facts.commit)
-    publish_folder(temporary, folder)
+    with replace_folder(folder) as temporary:
+        shutil.copytree(checkpoint / "adapter", temporary)
+        (temporary / "README.md").write_text(card(facts), encoding="utf-8")
+        name_base(temporary / CONFIG, facts.base, facts.commit)
 
 
 def export_model(checkpoint: Path, folder: Path, base: Path, facts: CardFacts) -> None:
@@ -28,12 +26,10 @@ def export_model(checkpoint: Path, folder: Path, base: Path, facts: CardFacts) -
     Args:
         base: the base model's folder on this machine.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint / "model", temporary)
-    copy_beside(base, temporary)
-    (temporary / "README.md").write_text(card(facts), encoding="utf-8")
-    publish_folder(temporary, folder)
+    with replace_folder(folder) as temporary:
+        shutil.copytree(checkpoint / "model", temporary)
+        copy_beside(base, temporary)
+        (temporary / "README.md").write_text(card(facts), encoding="utf-8")
 
 
 def name_base(config: Path, base: str, commit: str | None) -> None:

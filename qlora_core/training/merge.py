@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from clusters.errors import RequestError, RunFailed, request_error
-from qlora_core.files import publish_folder
+from qlora_core.files import replace_folder
 from qlora_core.huggingface.adapter_config import PLAIN, changed_base
 from qlora_core.training.adapters import PREFIX, WEIGHTS, read_adapter
 from qlora_core.training.model import TORCH_DTYPES
@@ -82,11 +81,9 @@ def merged_folder(
         RunFailed: a merged weight is not finite, or the disk is full.
     """
     layers = plan_merge(base, adapter)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        with safe_open(adapter / WEIGHTS, framework="pt") as trained:
+        with replace_folder(folder) as temporary, safe_open(adapter / WEIGHTS, framework="pt") as trained:
+            temporary.mkdir(parents=True)
 
             def change(name: str, weight: torch.Tensor) -> torch.Tensor:
                 return merged_weight(layers[name], weight, trained, TORCH_DTYPES[dtype]) if name in layers else weight
@@ -94,16 +91,13 @@ def merged_folder(
             shards, size = write_shards(
                 base, temporary, change=change, dtype=TORCH_DTYPES[dtype], max_shard_size=max_shard_size
             )
-        copy_config(base, temporary, dtype)
-        copy_beside(base, temporary)
-        yield temporary, Merged(layers=len(layers), shards=shards, bytes=size)
-        publish_folder(temporary, folder)
+            copy_config(base, temporary, dtype)
+            copy_beside(base, temporary)
+            yield temporary, Merged(layers=len(layers), shards=shards, bytes=size)
     except (OSError, SafetensorError) as error:
         raise RunFailed(
             f"The merged model could not be written to {folder}: {error}.", "Free space, or choose another folder."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def plan_merge(base: Path, adapter: Path) -> dict[str, Layer]:
