@@ -71,8 +71,8 @@ def show_data(spec: RunSpec) -> int:
     from qlora_core.training.model import load_tokenizer
 
     base = find_base(spec, lambda text: click.echo(text, err=True))
-    examples, report = read_data(spec, base)
     tokenizer = load_tokenizer(str(base.folder))
+    examples, report = read_data(spec, base, tokenizer)
     print_preview(Console(), report, examples, examples.lengths, spec.recipe.seq_len, tokenizer)
     return 0
 

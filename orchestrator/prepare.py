@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from clusters.errors import Problem, RequestError, request_error
 from orchestrator.base import Base, find_base
 from orchestrator.identity import identity
@@ -69,8 +71,8 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
     if spec.adapter is not None:
         adapter = read_adapter(Path(spec.adapter))
         check_continues(adapter, base.folder, spec.recipe)
-    examples, data = read_data(spec, base)
-    train, held_out = split_eval(len(examples), spec.data.eval_fraction, spec.seed)
+    examples, data = read_data(spec, base, load_tokenizer(str(base.folder)))
+    train, held_out = map(examples.select, split_eval(len(examples), spec.data.eval_fraction, spec.seed))
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.
     machine = describe()
     workers = spec.strategy_request.world_size
@@ -82,7 +84,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
             "its gradients underflow without loss scaling, which is not built yet",
             "Set recipe.compute_dtype to float32, or use a GPU with bfloat16",
         )
-    layout = lay_out(examples.select(train).lengths, spec.recipe)
+    layout = lay_out(train.lengths, spec.recipe)
     # what is held out is evaluated one example a row
     longest = max(layout.longest, data.longest)
     plan = plan_run(spec, base.architecture, target, machine.devices, longest=longest, history=known_history(tell))
@@ -92,15 +94,15 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
         plan=plan,
         machine=machine,
         data=data,
-        train=examples.select(train),
-        held_out=examples.select(held_out),
+        train=train,
+        held_out=held_out,
         layout=layout,
         total_steps=spec.recipe.total_steps(len(layout.rows)),
         identity=identity(spec, base.identity, data, target.compute_dtype, None if adapter is None else adapter.digest),
     )
 
 
-def read_data(spec: RunSpec, base: Base) -> tuple[EncodedExamples, DataReport]:
+def read_data(spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedExamples, DataReport]:
     """The data of a specification as tokens of its model.
 
     Raises:
@@ -117,14 +119,13 @@ def read_data(spec: RunSpec, base: Base) -> tuple[EncodedExamples, DataReport]:
         vocab_size=base.architecture.vocab_size,
         cache=cache_folder(),
     )
-    return encode_file(data.path, data.format, load_tokenizer(str(base.folder)), spec.recipe.seq_len, options)
+    return encode_file(data.path, data.format, tokenizer, spec.recipe.seq_len, options)
 
 
 def commit_before(spec: RunSpec) -> str | None:
     """The commit of the Hub's dataset that the run in the output folder was started with, if it is of that dataset."""
     hub = hub_dataset(spec.data.path)
-    record = load_record(Path(spec.output))
-    if hub is None or hub.revision is not None or record is None:
+    if hub is None or hub.revision is not None or (record := load_record(Path(spec.output))) is None:
         return None
     repo, _, rest = str(record.identity.get("data", "")).partition("@")
     return rest.split(" ")[0] or None if repo == hub.repo else None

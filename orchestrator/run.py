@@ -286,17 +286,15 @@ def finish(record: RunRecord, end: Mapping[str, Any], prepared: Prepared, output
     try:
         if prepared.spec.recipe.method == "full":
             export_model(checkpoint, folder, prepared.base.folder, facts)
+            record.weights = str(folder)
         else:
             export_adapter(checkpoint, folder, facts)
+            record.adapter = str(folder)
     except OSError as error:
         raise RunFailed(
             f"The result could not be written to {folder}: {error}.",
             "Put that right and start the same run again: the last checkpoint holds it.",
         ) from error
-    if prepared.spec.recipe.method == "full":
-        record.weights = str(folder)
-    else:
-        record.adapter = str(folder)
 
 
 def perplexities(context: Mapping[str, Any]) -> dict[str, float]:

@@ -61,7 +61,7 @@ def run_attempt(order: Order, *, address: str | None, on_event: EventHandler) ->
             for event in events.new():
                 last = event
                 on_event(event)
-            if interrupt.is_set() and last.get("event") not in ("step", "rehearsal", "eval", "end"):
+            if interrupt.is_set() and last.get("event", "phase") == "phase":  # the loop has not begun
                 raise Interrupted
         for event in events.new():
             last = event

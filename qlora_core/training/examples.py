@@ -16,7 +16,7 @@ from qlora_core.files import replace_atomically
 from qlora_core.recipe import Recipe
 from qlora_core.training.layout import lay_out
 from qlora_core.training.loss import IGNORED
-from qlora_core.training.sampling import Order
+from qlora_core.training.sampling import Order, micro_batches
 
 Batch = Mapping[str, torch.Tensor | None]
 """A micro-batch: what `SummedLoss` is called with."""
@@ -110,6 +110,21 @@ class Rows:
     def example(self, index: int) -> torch.Tensor:
         """The tokens of an example, [S]."""
         return cast(torch.Tensor, self._examples[index][0])
+
+    def largest_micro_batch(self, total_steps: int, micro_batch: int) -> list[int]:
+        """The rows of the micro-batch, over a whole run, with most positions, and among those with most to learn."""
+
+        def size(batch: list[int]) -> tuple[int, int]:
+            return self.lengths[batch[0]] * len(batch), sum(self.learned[row] for row in batch)
+
+        # of each step the first: it has the step's longest rows
+        return max(
+            (
+                micro_batches(self.order.step(step), self.lengths, rank=0, world_size=1, micro_batch=micro_batch)[0]
+                for step in range(total_steps)
+            ),
+            key=size,
+        )
 
     def batch(self, rows: Sequence[int], pad_token: int, device: torch.device) -> Batch:
         """The rows of a micro-batch as [B, S] tensors, padded on the right to its longest.

@@ -26,7 +26,6 @@ from qlora_core.training.engine import Engine
 from qlora_core.training.evaluate import decode, eval_loss, sample_answers
 from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.optimizer import build_scheduler
-from qlora_core.training.rehearsal import largest_micro_batch, same_random_numbers_afterwards
 from qlora_core.training.sampling import micro_batches
 
 SAMPLED_QUESTIONS = 2
@@ -167,9 +166,11 @@ def rehearse(run: TrainingRun, observer: Observer) -> None:
     Raises:
         RunFailed: its loss is not finite.
     """
-    rows = largest_micro_batch(run.train_data, run.total_steps, run.strategy.micro_batch)
+    rows = run.train_data.largest_micro_batch(run.total_steps, run.strategy.micro_batch)
     batch = run.train_data.batch(rows, int(run.tokenizer.pad_token_id), run.device)
-    with same_random_numbers_afterwards(run.device), run.engine.rehearsal():
+    devices = [run.device] if run.device.type == "cuda" else []
+    # what is drawn for dropout and noise is drawn once more by the step that follows
+    with torch.random.fork_rng(devices=devices), run.engine.rehearsal():
         with run.meter.phase("forward"):
             loss = run.engine.loss(batch)
         with run.meter.phase("backward"):

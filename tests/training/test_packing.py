@@ -19,7 +19,6 @@ from qlora_core.recipe import Recipe
 from qlora_core.training.examples import Encoded, Examples, Rows, save_examples
 from qlora_core.training.layout import lay_out, pack
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.rehearsal import largest_micro_batch
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -159,6 +158,6 @@ def test_the_largest_micro_batch_of_a_run_is_found_among_those_it_will_see(tmp_p
     rows = Rows(written(tmp_path, lengths), recipe(False), seed=0)
     for steps in (1, 3):
         seen = [sorted((lengths[row] for row in rows.order.step(step)), reverse=True) for step in range(steps)]
-        found = largest_micro_batch(rows, steps, micro_batch=2)
+        found = rows.largest_micro_batch(steps, micro_batch=2)
         assert lengths[found[0]] == max(step[0] for step in seen)
         assert len(found) == 2
