@@ -20,7 +20,7 @@ from qlora_core.architecture import ModelArchitecture
 from qlora_core.huggingface.config import architecture_from_file
 
 if TYPE_CHECKING:
-    from qlora_core.huggingface.hub_refusals import Asked
+    from qlora_core.huggingface.hub_refusals import Asked, Kind
 
 ANSWER_WITHIN_SECONDS = 5
 """For each address of the Hub, unless HF_HUB_ETAG_TIMEOUT says otherwise; a Hub that is there answers within one."""
@@ -108,7 +108,7 @@ def find_on_hub(hub: HubId, where: str, instead: str) -> HubModel:
         RequestError: there is no such model or revision, access to it is refused, it has no config.json, or it is not
             in the cache and the Hub does not answer.
     """
-    asked = _asked(hub, where, instead)
+    asked = well_asked(hub, where, instead)
     cached = _cached(hub)
     if cached is not None and hub.revision is not None and _COMMIT.fullmatch(hub.revision):
         return cached  # a commit never changes
@@ -128,7 +128,7 @@ def fetch_model(model: HubModel, where: str, instead: str, tell: Callable[[str],
     """
     if _is_whole(model.folder):
         return model.folder
-    asked = _asked(HubId(model.repo, model.commit), where, instead)
+    asked = well_asked(HubId(model.repo, model.commit), where, instead)
 
     from huggingface_hub import hf_hub_download
 
@@ -154,7 +154,7 @@ def fetch_model(model: HubModel, where: str, instead: str, tell: Callable[[str],
     return model.folder
 
 
-def _asked(hub: HubId, where: str, instead: str) -> Asked:
+def well_asked(hub: HubId, where: str, instead: str, kind: Kind = "model") -> Asked:
     """What is asked for, found to be well written; the library is imported and quiet from here on."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Or else the first request of a day is preceded by one for a list of coding agents, which waits too.
@@ -168,7 +168,7 @@ def _asked(hub: HubId, where: str, instead: str) -> Asked:
 
     from qlora_core.huggingface.hub_refusals import Asked, refusal
 
-    asked = Asked(where, hub.repo, hub.revision, instead)
+    asked = Asked(where, hub.repo, hub.revision, instead, kind)
     try:
         huggingface_hub.hf_hub_url(hub.repo, CONFIG)
     except ValueError as error:

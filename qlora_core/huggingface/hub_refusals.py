@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
@@ -25,6 +26,7 @@ from huggingface_hub.errors import (
 
 from clusters.errors import RequestError, request_error
 
+Kind = Literal["model", "dataset"]
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 
 
@@ -37,20 +39,27 @@ class Asked:
         repo: the repository, ``org/name``.
         revision: the branch, tag or commit, or None for the default branch.
         instead: what to do where the Hub cannot help, as a sentence without a full stop.
+        kind: of repository.
     """
 
     where: str
     repo: str
     revision: str | None
     instead: str
+    kind: Kind = "model"
 
     @property
     def text(self) -> str:
         """As it was written."""
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
 
+    @property
+    def page(self) -> str:
+        """The address at which a person sees it."""
+        return f"{endpoint()}/{'datasets/' if self.kind == 'dataset' else ''}{self.repo}"
+
     def refuse(self, rule: str, remedy: str) -> RequestError:
-        """The error of a rule that this model breaks."""
+        """The error of a rule that this repository breaks."""
         return request_error(self.where, self.text, rule, remedy)
 
 
@@ -62,8 +71,7 @@ def endpoint() -> str:
 
 def refusal(asked: Asked, error: Exception) -> RequestError:
     """The error to raise for one that ``huggingface_hub`` raised, or its HTTP client."""
-    error = cause_of(error)
-    page = f"{endpoint()}/{asked.repo}"
+    error, page = cause_of(error), asked.page
     if isinstance(error, OfflineModeIsEnabled):
         name = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
         rule = f"its files are not all in the Hub's cache ({constants.HF_HUB_CACHE}), and {name} is set"
@@ -75,7 +83,7 @@ def refusal(asked: Asked, error: Exception) -> RequestError:
         rule = f"the repository has no branch, tag or commit {asked.revision or constants.DEFAULT_REVISION}"
         return asked.refuse(rule, f"{page}/tree/main lists its branches")
     if isinstance(error, RepositoryNotFoundError):
-        rule = f"there is no folder of that name, and no model on {endpoint()} that may be read"
+        rule = f"there is no folder of that name, and no {asked.kind} on {endpoint()} that may be read"
         return asked.refuse(rule, f"If it is private, set HF_TOKEN to a token that may read it. {asked.instead}")
     if isinstance(error, RemoteEntryNotFoundError):
         return asked.refuse("a file that it should have is not in the repository", f"{page}/tree/main shows what is")
@@ -92,7 +100,7 @@ def refusal(asked: Asked, error: Exception) -> RequestError:
 
 
 def is_silence(error: Exception) -> bool:
-    """Whether the Hub told nothing about the model, so that what lies in the cache still counts.
+    """Whether the Hub told nothing about the repository, so that what lies in the cache still counts.
 
     A Hub that refuses access counts as silent too, as in ``huggingface_hub``: the files were given once.
     """
@@ -129,7 +137,7 @@ def _refused_with(asked: Asked, status: int) -> RequestError:
     """The error of an HTTP status that tells no more than itself."""
     if status in (401, 403):
         rule = f"the Hub refuses access ({status})"
-        remedy = f"Set HF_TOKEN to a token that is valid and may read {endpoint()}/{asked.repo} ({TOKENS_PAGE})"
+        remedy = f"Set HF_TOKEN to a token that is valid and may read {asked.page} ({TOKENS_PAGE})"
         return asked.refuse(rule, remedy)
     rule = f"the Hub at {endpoint()} answered with {status}"
     return asked.refuse(rule, f"Try again later. {asked.instead}")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from clusters.errors import RequestError, request_error
-from qlora_core.huggingface.hub import HubId
+from qlora_core.huggingface.hub import HubId, well_asked
 from qlora_core.training.dataset.options import DataOptions
 from qlora_core.training.dataset.readers import PACKED, SUFFIXES, first_line, kind_of
-from qlora_core.training.dataset.sources import Source, of_files
+from qlora_core.training.dataset.sources import INSTEAD, Source, of_files
 
 PATTERNS = [f"*{suffix}{packed}" for suffix in SUFFIXES for packed in ("", PACKED)]
 CARD = "README.md"
@@ -23,8 +22,7 @@ def fetch_dataset(hub: HubId, options: DataOptions) -> Source:
     Raises:
         RequestError: there is no such dataset, config or split, the Hub does not give it, or it is code.
     """
-    revision = hub.revision or options.revision
-    folder = snapshot(hub.repo, revision, options)
+    folder = snapshot(HubId(hub.repo, hub.revision or options.revision), options)
     commit = folder.name
     files = data_files(folder, hub.repo, options)
     digest = f"{hub.repo}@{commit} config={options.config or 'default'} split={options.split}"
@@ -33,33 +31,18 @@ def fetch_dataset(hub: HubId, options: DataOptions) -> Source:
     return of_files(files, folder, hub.repo, digest)
 
 
-def snapshot(repo: str, revision: str | None, options: DataOptions) -> Path:
+def snapshot(hub: HubId, options: DataOptions) -> Path:
     """The folder of a dataset's files at one commit, which is the folder's name."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import huggingface_hub
-    from huggingface_hub import errors
+    asked = well_asked(hub, "data.path", INSTEAD, "dataset")
+    from huggingface_hub import snapshot_download
+
+    from qlora_core.huggingface.hub_refusals import refusal
 
     wanted = [CARD, *(PATTERNS if options.files is None else [options.files])]
     try:
-        return Path(
-            huggingface_hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=wanted)
-        )
-    except errors.RevisionNotFoundError:
-        rule, remedy = "the Hub has no such revision of it", "Give a branch, a tag or a commit"
-    except errors.GatedRepoError:
-        rule, remedy = "access to it has to be granted", "Ask for it on the Hub, and set HF_TOKEN"
-    except errors.RepositoryNotFoundError:
-        rule, remedy = "the Hub has no dataset of that name, or shows it to nobody else", "Check it; set HF_TOKEN"
-    except errors.LocalEntryNotFoundError:
-        rule = (
-            "it is neither a file or folder here nor in the Hub's cache, and the Hub was not asked or does not answer"
-        )
-        remedy = "Check the path, or connect and leave HF_HUB_OFFLINE out"
+        return Path(snapshot_download(hub.repo, repo_type="dataset", revision=hub.revision, allow_patterns=wanted))
     except Exception as error:  # the HTTP client's errors have no common base that is ours to import
-        rule, remedy = f"the Hub does not give it ({type(error).__name__})", "Try again, or give a folder"
-    shown = repo if revision is None else f"{repo}@{revision}"
-    raise request_error("data.path", shown, rule, remedy)
+        raise refusal(asked, error) from None
 
 
 def data_files(folder: Path, repo: str, options: DataOptions) -> list[Path]:
