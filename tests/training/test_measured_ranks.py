@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from orchestrator.rules import trained_stages
 from qlora_core.huggingface.config import architecture_from_config
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Phase, Phases
@@ -97,18 +99,22 @@ TOGETHER = [
         Case(stage, accumulation=2, optimizer="adamw_8bit"),
         Case(stage, checkpointing=False, loss="full"),
         Case(stage, dtype="bfloat16", micro_batch=4),
-        # A rank that trains all weights took 5.3 % more than the formula says in ZeRO 3; ZeRO 2 is not established
         *([Case(stage, accumulation=2, changes=FULL)] if stage < 2 else []),
     )
 ]
 
 
+BEYOND = {2: 80.3e6, 3: 93.3e6}
+"""What a rank that trains all weights takes by ZeRO stage, in bytes: more than the formula says."""
+
+
 class TidyMeter(StorageMeter):
-    """Without what waits for Python's cycle collector, which runs at no certain time."""
+    """Without what waits for the cycle collector or for gloo's threads, which let go at no certain time."""
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
         gc.collect()
+        sleep(0.05)
         with super().phase(name):
             yield
 
@@ -176,10 +182,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> list[list[Phases]]:
     """The peaks of each of two ranks, for each case of TOGETHER."""
+    return on_two_ranks(folder, TOGETHER)
+
+
+def on_two_ranks(folder: Path, cases: list[Case]) -> list[list[Phases]]:
+    """The peaks of each of two ranks, for each case."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(measure_rank, (2, port, folder, TOGETHER), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(measure_rank, (2, port, folder, cases), nprocs=2)  # type: ignore[no-untyped-call]
     return [pickle.loads((folder / f"peaks-{rank}.pickle").read_bytes()) for rank in (0, 1)]  # noqa: S301 - our own
 
 
@@ -191,9 +202,10 @@ def assert_said(case: Case, world_size: int, real: Phases) -> None:
     assert said.allocated_bytes == pytest.approx(peak, rel=0.02)
     for phase in ("after_load", "forward", "backward"):
         assert getattr(said.phases, phase) == pytest.approx(getattr(real, phase), rel=0.03), phase
-    # Under ZeRO 1 and 2 a rank's partition of reduced gradients is sometimes still held when the optimizer runs, in one
-    # run and not in the next; whoever holds it has not been found. It is never the peak, and is let pass here.
-    late = said.components.lora_weights // world_size if case.zero_stage in (1, 2) else 0
+    # A rank's partition of reduced gradients is sometimes still held when the optimizer runs, once in some fifty cases
+    # on a busy machine; probably by gloo's thread, which lets go of an operation only after it told that it is done. It
+    # is never the peak, and is let pass here.
+    late = said.components.lora_weights // world_size if case.zero_stage else 0
     assert 0.97 * said.phases.optimizer <= real.optimizer <= 1.03 * (said.phases.optimizer + late)
 
 
@@ -208,3 +220,14 @@ def test_one_process_needs_what_the_formula_says(folder: Path, case: Case) -> No
 @pytest.mark.parametrize("index", range(len(TOGETHER)), ids=[str(case) for case in TOGETHER])
 def test_each_of_two_ranks_needs_what_the_formula_says(two_ranks: list[list[Phases]], index: int, rank: int) -> None:
     assert_said(TOGETHER[index], 2, two_ranks[rank][index])
+
+
+@pytest.mark.grid
+@pytest.mark.xdist_group("workers")
+def test_all_weights_under_zero_2_and_3_take_what_docs_methods_says_and_are_no_stage_of_a_run(folder: Path) -> None:
+    cases = [Case(stage, accumulation=2, changes=FULL) for stage in BEYOND]
+    for peaks in on_two_ranks(folder, cases):
+        for case, real in zip(cases, peaks, strict=True):
+            peak = max(real.forward, real.backward, real.optimizer)
+            assert peak == pytest.approx(BEYOND[case.zero_stage], rel=0.01)
+            assert case.zero_stage not in trained_stages(case.recipe(2))
