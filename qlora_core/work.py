@@ -129,7 +129,7 @@ class _Passes(NamedTuple):
 
     Attributes:
         forward, last: of a linear layer, and of the last one of a decoder layer: once, and once more in recomputation.
-        head: of the output head; the chunks of a chunked loss are recomputed, too.
+        head: of the output head; the chunks of a chunked loss are recomputed where it is trained.
         adapters: of an adapter in all: forward, both gradients, recomputation.
         trained: 1 where weights of the base have a gradient, too.
     """
@@ -150,7 +150,7 @@ def _passes(step: Step, strategy: Strategy) -> _Passes:
     return _Passes(
         forward=1 + again,
         last=1 + again if saved_behind or layer.feed_forward[-1].adapter else 1,
-        head=1 + (strategy.loss == "chunked"),
+        head=1 + (strategy.loss == "chunked" and layer.trained),
         adapters=3 + again,
         trained=int(layer.trained),
     )

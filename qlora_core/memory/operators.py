@@ -8,9 +8,9 @@ Shapes: T tokens (B*S), H hidden, D head, h heads, r rank. A `Size` given as num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from qlora_core.memory.tape import LEAF_ORDER, DType, Gradients, Room, Size, Tape, Tensor
+from qlora_core.memory.tape import LEAF_ORDER, DType, Gradients, Node, Room, Size, Tape, Tensor
 
 
 def promoted(a: Tensor, b: Tensor) -> DType:
@@ -413,3 +413,24 @@ def negative_log_likelihood(tape: Tape, x: Tensor) -> Tensor:
     """nll_loss: a scalar from log-probabilities; its gradient is as large as they are."""
     numel, dtype = x.numel, x.dtype
     return tape.apply((x,), Size(fixed=1), dtype, lambda gradient, saved: (tape.new(numel, dtype),), (x,))
+
+
+def differentiated(tape: Tape, x: Tensor, program: Callable[[Tensor], Tensor], rows: Size) -> Tensor:
+    """The sum of program(part of x), a scalar whose gradient by x is made in the forward pass, part by part."""
+    if x.node is None:
+        return program(x.alias(rows))
+    gradient = tape.new(x.numel, x.dtype)
+    arrived: list[Tensor] = []
+
+    def arrive(of_part: Tensor) -> Gradients:
+        arrived.append(of_part)
+        return ()
+
+    part = program(x.alias(rows, Node(LEAF_ORDER, (), arrive, tape.where[1:])))
+    if part.node is not None:
+        tape.backward_from(part.node, tape.new(Size(fixed=1), "float32"))
+    del part
+    arrived.clear()
+    return tape.apply(
+        (x,), Size(fixed=1), "float32", lambda of_sum, saved: (tape.new(saved[0].numel, saved[0].dtype),), (gradient,)
+    )

@@ -78,15 +78,16 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     if shard.stage == 3:
         between["communication_buffers"] = shard.bucket_bytes
         between["gradients"] = shard.kept_gradient_bytes
-        gathered = _gathered(architecture, recipe, device)
-        if not (strategy.gradient_checkpointing or architecture.tied_embeddings or recipe.method == "full"):
-            # nothing in the backward pass leads to the embedding: it is released as soon as it has been used
-            embedding = (
-                architecture.embedding_parameters * DTYPE_BYTES[exact.stored_dtype(recipe, device.compute_dtype)]
-            )
-            gathered = gathered._replace(whole=max(gathered.whole - embedding, 0))
+        # nothing in the backward pass leads to the embedding: it is released as soon as it has been used
+        unused = not (strategy.gradient_checkpointing or architecture.tied_embeddings or recipe.method == "full")
+        gone = architecture.embedding_parameters * unused
         # what is fetched ahead in the forward pass is used up before the loss: the timeline has it
+        gathered = _gathered(architecture, recipe, device, gone)
         added["forward"] = {**whole, "communication_buffers": gathered.whole}
+        if strategy.loss == "chunked" and recipe.method != "full":
+            # a frozen head has had its backward pass within the forward pass, and is released after it
+            gone += architecture.head_parameters or architecture.embedding_parameters
+        gathered = _gathered(architecture, recipe, device, gone)
         added["backward"] = {**whole, "communication_buffers": gathered.whole + gathered.ahead_backward}
         if sum(whole.values()) > step:
             # all weights are divided for the optimizer's step, and the small ones fetched again right after it
@@ -193,8 +194,12 @@ def fetched_ahead(architecture: ModelArchitecture, recipe: Recipe, device: Devic
     return _gathered(architecture, recipe, device).ahead_forward
 
 
-def _gathered(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> Gathered:
-    """Bytes of weights, adapters among them, that ZeRO-3 fetches: those that it does not keep whole anyway."""
+def _gathered(architecture: ModelArchitecture, recipe: Recipe, device: Device, gone: int = 0) -> Gathered:
+    """Bytes of weights, adapters among them, that ZeRO-3 fetches: those that it does not keep whole anyway.
+
+    Args:
+        gone: elements of unquantized weights that nothing fetches any more.
+    """
     item = DTYPE_BYTES[exact.stored_dtype(recipe, device.compute_dtype)]
     lora_item = DTYPE_BYTES[recipe.lora_dtype]
     weights = exact.weights(architecture, recipe, device.compute_dtype)
@@ -205,8 +210,9 @@ def _gathered(architecture: ModelArchitecture, recipe: Recipe, device: Device) -
         tensors = exact.trainable_tensors(architecture, recipe)
         fetched += [(numel * lora_item, lora_item, count) for numel, count in tensors]
     fetched = [(size, each, count) for size, each, count in fetched if not stays_whole(size, each)]
-    elements = sum(size // each * count for size, each, count in fetched)
-    total = sum(size * count for size, _, count in fetched)
+    gone = 0 if stays_whole(gone * item, item) else gone
+    elements = sum(size // each * count for size, each, count in fetched) - gone
+    total = sum(size * count for size, _, count in fetched) - gone * item
     at_once = gathered_elements(elements)
     return Gathered(*(total * share // max(elements, 1) for share in at_once))
 

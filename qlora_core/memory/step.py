@@ -266,14 +266,21 @@ def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def chunked_loss(tape: Tape, step: Step, hidden: Tensor) -> Tensor:
-    """The loss of LOSS_CHUNK_TOKENS labelled tokens at a time, each chunk checkpointed; one chunk stands for all."""
+    """The loss of LOSS_CHUNK_TOKENS labelled tokens at a time; one chunk stands for all.
+
+    A frozen head's chunk has its backward pass inside the forward pass; a trained one's is checkpointed.
+    """
+
+    def program(x: Tensor) -> Tensor:
+        return cross_entropy(tape, changed(tape, step, head(tape, step, x, CHUNK_ROW)))
+
+    rows = CHUNK_ROW.times(step.layer.hidden)
     with tape.at("forward", "loss"):
         hidden = op.gather_rows(tape, hidden, hidden.numel)
         with tape.into("logits_and_loss"):
-            chunk = op.slice_of(tape, hidden, CHUNK_ROW.times(step.layer.hidden))
-            return tape.checkpoint(
-                lambda x: cross_entropy(tape, changed(tape, step, head(tape, step, x, CHUNK_ROW))), chunk
-            )
+            if step.layer.trained:
+                return tape.checkpoint(program, op.slice_of(tape, hidden, rows))
+            return op.differentiated(tape, hidden, program, rows)
 
 
 def gradient_bytes(layer: Layer) -> int:

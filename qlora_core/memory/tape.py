@@ -320,11 +320,10 @@ class Tape:
         if root.node is None:
             return
         with self.at("backward", *root.node.where), self.into(root.node.room):
-            gradient = self.new(Size(fixed=1), "float32")
-        self.backward_from(root.node, gradient)
+            self.backward_from(root.node, self.new(Size(fixed=1), "float32"))
 
     def backward_from(self, root: Node, gradient: Tensor) -> None:
-        """Run the backward pass from the node `root`, whose output has this gradient."""
+        """Run the backward pass from the node `root`, whose output has this gradient, within the phase of now."""
         waiting = _dependencies(root)
         buffers = {root: gradient}
         del gradient
@@ -333,7 +332,7 @@ class Tape:
         outer = self.where, self.room
         while ready:
             node = heapq.heappop(ready)[2]
-            self.where, self.room = ("backward", *node.where), node.room
+            self.where, self.room = (outer[0][0], *node.where), node.room
             edges, gradients = self._run(node, buffers)
             while edges:
                 edge, arrived = edges.pop(), gradients.pop()

@@ -5,6 +5,7 @@ Shapes: B micro-batch, S sequence, H hidden, V vocabulary, N labelled tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,7 +26,7 @@ class SummedLoss(nn.Module):
     Args:
         model: a causal language model of transformers, with peft's adapters or without.
         kind: "full" lets transformers make all logits; "chunked" makes LOSS_CHUNK_TOKENS tokens' at a time, only for
-            labelled tokens, and makes them again in the backward pass instead of keeping them.
+            labelled tokens, and keeps none of them.
     """
 
     def __init__(self, model: nn.Module, kind: Loss) -> None:
@@ -111,19 +112,64 @@ UNCHANGED = LogitChange()
 def chunked_cross_entropy(
     head: nn.Module, hidden_NH: torch.Tensor, labels_N: torch.Tensor, change: LogitChange = UNCHANGED
 ) -> torch.Tensor:
-    """Summed cross-entropy of `change(head(hidden))`; at most LOSS_CHUNK_TOKENS rows of logits exist at a time."""
+    """Summed cross-entropy of `change(head(hidden))`; at most LOSS_CHUNK_TOKENS rows of logits exist at a time.
+
+    Where the head is frozen, the gradient of a chunk is taken while its logits are there, in the forward pass, and they
+    are made once. A head that is trained has its logits made again in the backward pass.
+    """
 
     def of_chunk(hidden_CH: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
         return summed_cross_entropy(change(head(hidden_CH)), labels_C)
 
+    if not any(parameter.requires_grad for parameter in head.parameters()):
+        return cast(torch.Tensor, FrozenHeadLoss.apply(hidden_NH, labels_N, of_chunk))  # type: ignore[no-untyped-call]
     total = hidden_NH.new_zeros((), dtype=torch.float32)
-    for hidden_CH, labels_C in zip(
-        torch.split(hidden_NH, LOSS_CHUNK_TOKENS), torch.split(labels_N, LOSS_CHUNK_TOKENS), strict=True
-    ):
+    for hidden_CH, labels_C in chunks(hidden_NH, labels_N):
         total = total + cast(
             torch.Tensor, checkpoint(of_chunk, hidden_CH, labels_C, use_reentrant=False, preserve_rng_state=False)
         )
     return total
+
+
+def chunks(hidden_NH: torch.Tensor, labels_N: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Views of LOSS_CHUNK_TOKENS tokens, and of what is left at the end."""
+    return zip(torch.split(hidden_NH, LOSS_CHUNK_TOKENS), torch.split(labels_N, LOSS_CHUNK_TOKENS), strict=True)
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """The sum of a loss over chunks, differentiated by the hidden states alone, in the forward pass.
+
+    The idea is Liger's (fused_linear_cross_entropy.py): what is kept is one gradient as large as the hidden states.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        labels_N: torch.Tensor,
+        of_chunk: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """The loss, float32, shape []."""
+        total = hidden_NH.new_zeros((), dtype=torch.float32)
+        if not ctx.needs_input_grad[0]:
+            return total + sum(of_chunk(*chunk) for chunk in chunks(hidden_NH, labels_N))
+        gradient_NH = torch.empty_like(hidden_NH)
+        parts = torch.split(gradient_NH, LOSS_CHUNK_TOKENS)
+        for (hidden_CH, labels_C), part_CH in zip(chunks(hidden_NH, labels_N), parts, strict=True):
+            with torch.enable_grad():
+                leaf_CH = hidden_CH.detach().requires_grad_()
+                loss = of_chunk(leaf_CH, labels_C)
+                part_CH.copy_(torch.autograd.grad(loss, leaf_CH)[0])
+            total += loss.detach()
+            del loss
+        ctx.save_for_backward(gradient_NH)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *of_loss: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient by the hidden states."""
+        (gradient_NH,) = ctx.saved_tensors
+        return gradient_NH * of_loss[0].to(gradient_NH.dtype), None, None
 
 
 def summed_cross_entropy(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:

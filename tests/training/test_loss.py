@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from qlora_core.memory.measure import StorageTracker
@@ -29,33 +31,58 @@ def test_it_is_the_sum_that_transformers_takes_the_mean_of(tiny_base: Path, kind
     assert float(loss.detach()) / learned == pytest.approx(float(expected.detach()), rel=1e-6)
 
 
-def test_chunked_gradients_equal_those_of_the_whole() -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_chunked_gradients_equal_those_of_the_whole(trained: bool) -> None:
     torch.manual_seed(0)
     rows = 2 * LOSS_CHUNK_TOKENS + 7  # an uneven number of chunks
-    head = nn.Linear(16, 50, bias=False)
+    head = nn.Linear(16, 50, bias=False).requires_grad_(trained)
     hidden, labels = torch.randn(rows, 16), torch.randint(0, 50, (rows,))
     gradients = []
     for chunked in (False, True):
         leaf = hidden.clone().requires_grad_()
         whole = nn.functional.cross_entropy(head(leaf), labels, reduction="sum")
-        (chunked_cross_entropy(head, leaf, labels) if chunked else whole).backward()  # type: ignore[no-untyped-call]
-        gradients.append(leaf.grad)
-    whole_gradient, chunked_gradient = gradients
-    assert whole_gradient is not None
-    assert chunked_gradient is not None
-    assert torch.allclose(whole_gradient, chunked_gradient, rtol=1e-5, atol=1e-6)
+        loss = chunked_cross_entropy(head, leaf, labels) if chunked else whole
+        assert float(loss.detach()) == pytest.approx(float(whole.detach()), rel=1e-6)
+        head.zero_grad()
+        (loss / 3).backward()  # type: ignore[no-untyped-call]
+        gradients.append([leaf.grad, head.weight.grad] if trained else [leaf.grad])
+    for of_whole, of_chunks in zip(*gradients, strict=True):
+        assert of_whole is not None
+        assert of_chunks is not None
+        assert torch.allclose(of_whole, of_chunks, rtol=1e-5, atol=1e-6)
 
 
-def test_chunked_never_holds_the_logits_of_all_tokens() -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_chunked_never_holds_the_logits_of_all_tokens(trained: bool) -> None:
     vocabulary, chunks = 512, 8
     rows = chunks * LOSS_CHUNK_TOKENS
-    head = nn.Linear(4, vocabulary, bias=False)
+    head = nn.Linear(4, vocabulary, bias=False).requires_grad_(trained)
     hidden = torch.randn(rows, 4, requires_grad=True)
     labels = torch.zeros(rows, dtype=torch.long)
     with StorageTracker() as tracker:
         chunked_cross_entropy(head, hidden, labels).backward()  # type: ignore[no-untyped-call]
     all_logits = rows * vocabulary * 4
     assert tracker.peak < 0.5 * all_logits
+
+
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves __init_subclass__ untyped
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("trained", "products"), [(False, 2), (True, 4)])
+def test_a_frozen_head_makes_its_logits_once(trained: bool, products: int) -> None:
+    """Forward, and by the hidden states; a trained head's once more, and by itself."""
+    head, chunks = nn.Linear(8, 16, bias=False).requires_grad_(trained), 3
+    hidden = torch.randn(chunks * LOSS_CHUNK_TOKENS, 8, requires_grad=True)
+    with Products() as made:  # type: ignore[no-untyped-call]
+        chunked_cross_entropy(head, hidden, torch.zeros(len(hidden), dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
+    assert made.count == chunks * products
 
 
 def test_a_batch_with_nothing_to_learn_adds_nothing() -> None:
