@@ -109,15 +109,16 @@ def target_named(name: str, options: Options) -> Target:
         return pool_target(pool, compute_dtype, workers)
     import psutil  # only where the CPU is asked for: it costs the start of every other plan
 
-    return cpu_target(compute_dtype, workers, psutil.virtual_memory().available, has_amx())
+    return cpu_target(compute_dtype, workers, psutil.virtual_memory().available, has_bfloat16())
 
 
-def has_amx() -> bool:
-    """Whether this processor has AMX tiles; only Linux says so without asking the processor."""
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16; only Linux says so without asking the processor."""
     try:
-        return "amx_tile" in Path("/proc/cpuinfo").read_text()
+        known = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+    return "amx_bf16" in known or "avx512_bf16" in known
 
 
 def of_cluster(options: Options) -> Devices:

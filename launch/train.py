@@ -12,10 +12,11 @@ from launch.command import require_train_extra
 from launch.train_evaluate import evaluate
 from launch.train_export import export
 from launch.train_score import score
+from launch.train_sweep import sweep
 from orchestrator.spec import RunSpec, load_spec, schema
 
 
-@click.command("qlora-train", cls=command.WithSubcommands, subcommands=(export, evaluate, score))
+@click.command("qlora-train", cls=command.WithSubcommands, subcommands=(export, evaluate, score, sweep))
 @click.argument("specification", required=False, type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Plan, show the plan, and stop. Exit code 1 if it does not fit.")

@@ -22,7 +22,7 @@ CORE_BYTES_PER_S = 10e9
 so that strategies can be compared on a CPU and a ledger has something to correct."""
 
 
-def compute_dtype(requested: str, kind: str, capability: tuple[int, int], has_amx: bool = False) -> Choice:
+def compute_dtype(requested: str, kind: str, capability: tuple[int, int], has_bfloat16: bool = False) -> Choice:
     """The dtype of activations and dequantized weights, with its reason."""
     if requested != "auto":
         reason = "asked for"
@@ -30,11 +30,10 @@ def compute_dtype(requested: str, kind: str, capability: tuple[int, int], has_am
             reason = f"asked for, though compute capability {capability[0]}.{capability[1]} only emulates it"
         return Choice("compute_dtype", requested, reason)
     if kind == "cpu":
-        if has_amx:
-            return Choice("compute_dtype", "bfloat16", "this CPU has AMX tiles for bfloat16")
-        return Choice(
-            "compute_dtype", "float32", "a CPU without AMX computes about 1.5 times faster in it than in bfloat16"
-        )
+        if has_bfloat16:
+            return Choice("compute_dtype", "bfloat16", "this CPU multiplies it faster, by AMX or AVX512-BF16")
+        reason = "a CPU without AMX and AVX512-BF16 computes about 1.5 times faster in it than in bfloat16"
+        return Choice("compute_dtype", "float32", reason)
     if capability >= (8, 0):
         return Choice("compute_dtype", "bfloat16", "the GPU has bfloat16 (Ampere and later)")
     return Choice("compute_dtype", "float16", "the GPU is older than Ampere and has no bfloat16")
@@ -83,9 +82,9 @@ def pool_target(pool: Pool, requested_dtype: str, ranks: int = 1) -> Target:
     return Target(pool.name, device, pool.usable_bytes, choice, pool)
 
 
-def cpu_target(requested_dtype: str, workers: int, memory_bytes: int, has_amx: bool = False) -> Target:
+def cpu_target(requested_dtype: str, workers: int, memory_bytes: int, has_bfloat16: bool = False) -> Target:
     """A host's CPU as the target of a plan: `workers` processes share its free memory."""
-    choice = compute_dtype(requested_dtype, "cpu", (0, 0), has_amx)
+    choice = compute_dtype(requested_dtype, "cpu", (0, 0), has_bfloat16)
     device = Device(kind="cpu", compute_dtype=as_dtype(choice.value), ranks_per_host=workers)
     return Target("cpu", device, memory_bytes // workers, choice)
 

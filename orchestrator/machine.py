@@ -26,7 +26,7 @@ class Machine:
     Attributes:
         devices: GPUs, or 1 for the CPU.
         memory_bytes: of the fullest GPU as the driver reports it free, or the host's available memory.
-        has_amx: whether the CPU has AMX tiles.
+        has_bfloat16: whether the CPU multiplies bfloat16: it has AMX or AVX512-BF16.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -34,7 +34,7 @@ class Machine:
     devices: int
     memory_bytes: int
     compute_capability: tuple[int, int] = (0, 0)
-    has_amx: bool = False
+    has_bfloat16: bool = False
 
 
 def describe() -> Machine:
@@ -54,14 +54,14 @@ def describe() -> Machine:
         name=f"CPU with {os.cpu_count()} cores",
         devices=1,
         memory_bytes=psutil.virtual_memory().available,
-        has_amx=torch.cpu._is_amx_tile_supported(),
+        has_bfloat16=torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported(),
     )
 
 
 def target_of(machine: Machine, requested_dtype: str, workers: int) -> Target:
     """The target of a plan for `workers` on this machine; on a CPU they share its memory."""
     if machine.kind == "cpu":
-        return cpu_target(requested_dtype, workers, machine.memory_bytes, machine.has_amx)
+        return cpu_target(requested_dtype, workers, machine.memory_bytes, machine.has_bfloat16)
     try:
         pool = any_nodes(find_gpu(machine.name), machine.devices)
     except RequestError:  # its memory is known all the same, and nothing else of it

@@ -30,6 +30,8 @@ CONNECT_SECONDS = 5.0
 def ray_session(address: str | None, workers: int) -> Iterator[None]:
     """Ray for the length of the block; no process of a Ray started here outlives it.
 
+    In a process that is part of a Ray already, as a trial of a sweep is, it is that one.
+
     Args:
         address: HOST:PORT of a running Ray, or None to start one.
         workers: processes that must be placed on a Ray that is started here.
@@ -37,6 +39,9 @@ def ray_session(address: str | None, workers: int) -> Iterator[None]:
     Raises:
         RequestError: no Ray answers at `address`, or it refuses the token.
     """
+    if ray.is_initialized():
+        yield
+        return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

@@ -179,6 +179,8 @@ class EventReader:
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
+            if self._offset > os.fstat(file.fileno()).st_size:  # its last steps are about to be done again
+                self._offset = 0
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):

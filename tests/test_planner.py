@@ -61,7 +61,7 @@ def choices(plan: Plan) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("requested", "kind", "capability", "has_amx", "dtype", "why"),
+    ("requested", "kind", "capability", "has_bfloat16", "dtype", "why"),
     [
         ("auto", "cuda", (7, 5), False, "float16", "older than Ampere"),  # Turing: no bfloat16 tensor cores
         ("auto", "cuda", (7, 0), False, "float16", "older than Ampere"),
@@ -77,9 +77,9 @@ def choices(plan: Plan) -> dict[str, tuple[str, str]]:
     ],
 )
 def test_the_compute_dtype_and_its_reason(
-    requested: str, kind: str, capability: tuple[int, int], has_amx: bool, dtype: str, why: str
+    requested: str, kind: str, capability: tuple[int, int], has_bfloat16: bool, dtype: str, why: str
 ) -> None:
-    choice = compute_dtype(requested, kind, capability, has_amx)
+    choice = compute_dtype(requested, kind, capability, has_bfloat16)
     assert (choice.field, choice.value) == ("compute_dtype", dtype)
     assert why in choice.reason
 

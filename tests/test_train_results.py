@@ -168,7 +168,7 @@ def test_adapters_on_one_base_are_compared(
     (tmp_path / "one.jsonl").write_text(first + "\n")
     one = told("evaluate", adapters / "much", "--data", tmp_path / "one.jsonl", "--samples", 0)["evaluated"][1]
     assert one["loss"]["low"] is None
-    assert one["loss"]["value"] == pytest.approx(plain_loss(model, tiny_base, json.loads(first)), abs=1e-4)
+    assert one["loss"]["value"] == pytest.approx(plain_loss(model, tiny_base, json.loads(first)), abs=1e-3)
 
 
 def plain_loss(model: Any, base: Path, record: dict[str, Any]) -> float:

@@ -30,7 +30,7 @@ A rank runs kernels one after another, so their times add up. Of one micro-batch
 
 - **products**: 2 operations a token, weight and pass, over the tensor cores' rate; or the bytes that these products
   read and write over the memory's rate, if that takes longer. Passes: forward, the input's gradient, the weight's
-  gradient if it is trained, recomputation; the chunked loss recomputes the head.
+  gradient if it is trained, recomputation; the chunked loss recomputes a head that is trained.
 - **adapters**: products in float32, over the CUDA cores' float32 rate: TF32 is off unless somebody allows it.
 - **attention**: 4 x heads x head size x layers operations a token and position; forward 1, backward 2.5 (fused) or 2,
   recomputation 1; half of that where the kernel skips what is above the diagonal.

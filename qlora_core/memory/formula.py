@@ -115,8 +115,9 @@ class Prepared:
         recipe = Recipe(**self._recipe, seq_len=length, tokens_per_step=length)
         strategy = Strategy(**self._strategy, micro_batch=1 if single else 2)
         asked = self._architecture, recipe, strategy, self._device
+        step = step_of(*asked)
         return Sizes(
-            residents(*asked), timeline(step_of(*asked)), self._device, strategy, self._architecture.num_layers
+            residents(*asked), timeline(step), self._device, strategy, self._architecture.num_layers, step.layer.trained
         )
 
 

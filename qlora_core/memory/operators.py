@@ -428,7 +428,8 @@ def differentiated(tape: Tape, x: Tensor, program: Callable[[Tensor], Tensor], r
 
     part = program(x.alias(rows, Node(LEAF_ORDER, (), arrive, tape.where[1:])))
     if part.node is not None:
-        tape.backward_from(part.node, tape.new(Size(fixed=1), "float32"))
+        phase, where, *_ = tape.where
+        tape.backward_from(part.node, tape.new(Size(fixed=1), "float32"), (phase, f"{where} gradient"))
     del part
     arrived.clear()
     return tape.apply(

@@ -363,6 +363,10 @@ def attention(
         attn_mask = narrowed(attn_mask)
     if kernel == "math" and attn_mask is None:
         return composed(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = bias.masked_fill_(attn_mask.logical_not(), float("-inf"))
+        del bias
     if kernel == "flash_cpu":
         outputs = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
@@ -374,13 +378,9 @@ def attention(
     if enable_gqa and query.shape[1] != key.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    bias = None
     if attn_mask is not None:
-        bias = attn_mask
-        if attn_mask.dtype == torch.bool:
-            bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
-        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     outputs = aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, True, dropout_p, is_causal, scale=scale
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
     )
     return cast(torch.Tensor, outputs[0])

@@ -46,7 +46,7 @@ class Fragmentation(NamedTuple):
     high: int
 
 
-CHECKPOINTED = Fragmentation(-5, 45, 220)
+CHECKPOINTED = Fragmentation(0, 45, 225)
 KEPT = Fragmentation(-20, 10, 70)
 """Without gradient checkpointing, where most of what a step allocates stays to the backward pass."""
 
@@ -103,7 +103,8 @@ class Growth:
     def at(self, variables: Sequence[int], last_chunk: int) -> int:
         """Bytes, where the polynomials' variables have these values.
 
-        The last chunk of the loss has `last_chunk` tokens if it is smaller than others; 0 otherwise.
+        The last chunk of a loss that is computed again in the backward pass has `last_chunk` tokens if it is smaller
+        than others; 0 otherwise.
         """
         _, positions, tokens, scores, chunk = variables
         scenes = tuple([highest(scenes, variables) for scenes in self._stretches])

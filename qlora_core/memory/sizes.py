@@ -24,11 +24,15 @@ class Sizes:
         times: the step as polynomials in both.
         strategy: of any micro-batch.
         layers: of the model, for the words of a moment.
+        head_trained: the output head is, so that a chunked loss is computed again in the backward pass.
     """
 
-    def __init__(self, stays: Residents, times: Timeline, device: Device, strategy: Strategy, layers: int) -> None:
+    def __init__(
+        self, stays: Residents, times: Timeline, device: Device, strategy: Strategy, layers: int, head_trained: bool
+    ) -> None:
         self._stays, self._layers, self._context = stays, layers, device.context_bytes
-        self._checkpointing, self._chunked = strategy.gradient_checkpointing, strategy.loss == "chunked"
+        self._checkpointing = strategy.gradient_checkpointing
+        self._chunks_again = strategy.loss == "chunked" and head_trained
         self._growth: Growth | None = None
         """None on a CPU, where the reserved is the allocated."""
         if device.kind == "cuda":
@@ -75,7 +79,7 @@ class Sizes:
         if self._growth is None:
             return 0
         labels = micro_batch * (seq_len - 1)  # no sample's first token is one
-        last_chunk = labels % LOSS_CHUNK_TOKENS if self._chunked and labels > LOSS_CHUNK_TOKENS else 0
+        last_chunk = labels % LOSS_CHUNK_TOKENS if self._chunks_again and labels > LOSS_CHUNK_TOKENS else 0
         return self._stays.segments + self._growth.at(_variables(micro_batch, seq_len), last_chunk)
 
     def estimate(self, micro_batch: int, seq_len: int) -> Estimate:

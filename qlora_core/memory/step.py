@@ -177,7 +177,7 @@ def forward(tape: Tape, step: Step, marks: list[int]) -> tuple[Tensor, ...]:
     held = [decoder(tape, step, marks)]
     del fetched
     if step.loss == "chunked":
-        return (chunked_loss(tape, step, held[0]),)
+        return (chunked_loss(tape, step, held),)
     return full_loss(tape, step, held)
 
 
@@ -265,10 +265,11 @@ def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
         return (loss, logits) if step.output_held else (loss,)
 
 
-def chunked_loss(tape: Tape, step: Step, hidden: Tensor) -> Tensor:
+def chunked_loss(tape: Tape, step: Step, held: list[Tensor]) -> Tensor:
     """The loss of LOSS_CHUNK_TOKENS labelled tokens at a time; one chunk stands for all.
 
-    A frozen head's chunk has its backward pass inside the forward pass; a trained one's is checkpointed.
+    The hidden states, which are `held`, are let go of when those of labelled tokens are copied. A frozen head's chunk
+    has its backward pass inside the forward pass; a trained one's is checkpointed.
     """
 
     def program(x: Tensor) -> Tensor:
@@ -276,7 +277,8 @@ def chunked_loss(tape: Tape, step: Step, hidden: Tensor) -> Tensor:
 
     rows = CHUNK_ROW.times(step.layer.hidden)
     with tape.at("forward", "loss"):
-        hidden = op.gather_rows(tape, hidden, hidden.numel)
+        hidden = op.gather_rows(tape, held[0], held[0].numel)
+        held.clear()
         with tape.into("logits_and_loss"):
             if step.layer.trained:
                 return tape.checkpoint(program, op.slice_of(tape, hidden, rows))

@@ -322,8 +322,11 @@ class Tape:
         with self.at("backward", *root.node.where), self.into(root.node.room):
             self.backward_from(root.node, self.new(Size(fixed=1), "float32"))
 
-    def backward_from(self, root: Node, gradient: Tensor) -> None:
-        """Run the backward pass from the node `root`, whose output has this gradient, within the phase of now."""
+    def backward_from(self, root: Node, gradient: Tensor, where: Where = ()) -> None:
+        """Run the backward pass from the node `root`, whose output has this gradient, within the phase of now.
+
+        It is `where` is said, or else where each node was made.
+        """
         waiting = _dependencies(root)
         buffers = {root: gradient}
         del gradient
@@ -332,7 +335,7 @@ class Tape:
         outer = self.where, self.room
         while ready:
             node = heapq.heappop(ready)[2]
-            self.where, self.room = (outer[0][0], *node.where), node.room
+            self.where, self.room = where or (outer[0][0], *node.where), node.room
             edges, gradients = self._run(node, buffers)
             while edges:
                 edge, arrived = edges.pop(), gradients.pop()

@@ -32,9 +32,16 @@ from qlora_core.memory.tape import (
     totals,
 )
 
-LOSS = ("final norm", "loss")
 Part = tuple[str, str]
 """A phase and one of its parts, the first two words of a `Where`."""
+STRETCHES: tuple[tuple[Part, ...], ...] = (
+    (("forward", FIRST), ("forward", LAST)),
+    (("forward", "final norm"), ("forward", "loss")),
+    # a frozen head's chunks have their backward pass in the forward pass
+    (("forward", "loss gradient"), ("backward", "final norm"), ("backward", "loss")),
+    (("backward", LAST),),
+)
+"""Layers, loss, loss backward and last layer backward."""
 Kept = tuple[Room, Size]
 """A storage that a layer keeps: what it is counted in, and its bytes."""
 
@@ -294,13 +301,12 @@ def highest(candidates: Sequence[Moving], variables: Sequence[int]) -> Moving:
 
 def _stretches(parts: Mapping[Part, Sequence[Peak]], alive: Mapping[int, Alive]) -> Stretches:
     """The candidate peaks of four stretches of a step, in their order."""
-    stretches = (("forward", (FIRST, LAST)), ("forward", LOSS), ("backward", LOSS), ("backward", (LAST,)))
     return tuple(
         tuple(
             Scene(peak.total, _large(alive[peak.place]))
             for peak in above_others(
-                sorted((peak for name in names for peak in parts.get((phase, name), ())), key=lambda p: p.place)
+                sorted((peak for part in stretch for peak in parts.get(part, ())), key=lambda p: p.place)
             )
         )
-        for phase, names in stretches
+        for stretch in STRETCHES
     )

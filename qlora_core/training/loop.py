@@ -274,8 +274,17 @@ def answers(run: TrainingRun) -> list[dict[str, str]]:
 def save(
     run: TrainingRun, observer: Observer, step: int, scheduler: dict[str, Any], context: dict[str, Any]
 ) -> dict[str, Any]:
-    """Evaluate, write a checkpoint, and return the context with the evaluation in it."""
+    """Evaluate, write a checkpoint, and return the context with the evaluation in it.
+
+    Raises:
+        RunFailed: the evaluation's loss is not finite, or the checkpoint cannot be written.
+    """
     value = evaluate(run)
+    if value is not None and not math.isfinite(value):
+        raise RunFailed(
+            f"The loss on the held-out examples is {value} after step {step}, so that step was not saved.",
+            "Lower recipe.learning_rate and start anew with --fresh; the last checkpoint is from before.",
+        )
     best = context.get("best")
     if value is not None and (best is None or value < best["eval_loss"]):
         best = {"step": step, "eval_loss": value}

@@ -65,12 +65,10 @@ class SummedLoss(nn.Module):
         hidden_BSH = transformer.get_decoder()(**inputs).last_hidden_state
         labels_BS = labels_BS[:, 1:]
         learned_BS = labels_BS != IGNORED
-        return chunked_cross_entropy(
-            transformer.get_output_embeddings(),
-            hidden_BSH[:, :-1][learned_BS],
-            labels_BS[learned_BS],
-            LogitChange.of(transformer.config),
-        )
+        hidden_NH = hidden_BSH[:, :-1][learned_BS]
+        del hidden_BSH  # or it would lie beside the logits
+        head = transformer.get_output_embeddings()
+        return chunked_cross_entropy(head, hidden_NH, labels_BS[learned_BS], LogitChange.of(transformer.config))
 
 
 class LogitChange(NamedTuple):

@@ -240,6 +240,28 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_harms_no_checkpoint(
     assert checkpoint.complete(tmp_path) == {}
 
 
+def test_a_step_after_which_the_held_out_loss_is_not_finite_is_not_saved(
+    tmp_path: Path, tiny_base: Path, data: Path
+) -> None:
+    """What is learned from stays finite, what is held out does not: nobody would notice before the next evaluation."""
+    poisoned, watcher = 77, Watcher()
+    save_examples([Encoded([5, poisoned, 6, 7], [True] * 4)], tmp_path / "held-out.safetensors")
+    run = build(tiny_base, data, tmp_path, recipe_of())
+    run = dataclasses.replace(run, eval_data=Examples(tmp_path / "held-out.safetensors"))
+    learned = {token for index in range(32) for token in run.train_data.example(index)}
+    assert poisoned not in learned
+
+    def poison(kind: str, **facts: Any) -> None:
+        if kind == "step" and facts["step"] == 5:
+            with torch.no_grad():
+                cast(Any, run.model).get_input_embeddings().weight[poisoned] = float("nan")
+
+    watcher.event = poison  # type: ignore[method-assign]
+    with pytest.raises(RunFailed, match=r"held-out examples is nan after step 6, .*not saved"):
+        train(run, watcher, None)
+    assert checkpoint.complete(tmp_path).keys() == {4}
+
+
 def test_a_loss_that_is_not_finite_names_the_examples_that_it_came_with(
     tmp_path: Path, tiny_base: Path, data: Path
 ) -> None:

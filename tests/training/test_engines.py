@@ -32,7 +32,8 @@ from qlora_core.training.engines import build_engine
 from qlora_core.training.evaluate import eval_loss
 from qlora_core.training.loop import one_step, rehearse, TrainingRun
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import attach_adapters, load_base, load_tokenizer
+from qlora_core.training.model import attach_adapters, load_base, load_tokenizer, trainable
+from safetensors.torch import save_file
 from pathlib import Path
 
 class Silent:
@@ -40,8 +41,8 @@ class Silent:
         pass
 
 recipe = Recipe(**spec["recipe"])
-strategy = Strategy(world_size=world, micro_batch=2, gradient_accumulation=4 // world, zero_stage=spec["stage"],
-                    paged_optimizer=False)
+strategy = Strategy(world_size=world, micro_batch=spec["micro_batch"], zero_stage=spec["stage"], paged_optimizer=False,
+                    gradient_accumulation=recipe.sequences_per_step // world // spec["micro_batch"])
 cpu = torch.device("cpu")
 model = attach_adapters(load_base(spec["base"], recipe, strategy, "float32", cpu), recipe, 0)
 model.train()
@@ -51,7 +52,13 @@ run = TrainingRun(recipe=recipe, strategy=strategy, seed=0, total_steps=9, save_
                   engine=build_engine(SummedLoss(model, "chunked"), recipe, strategy),
                   tokenizer=load_tokenizer(spec["base"]), train_data=Rows(data, recipe, 0), eval_data=data,
                   meter=StorageMeter(), device=cpu, rank=rank, checkpoints=Path("none"), facts={})
-steps = []
+steps, gradients, optimize = [], {}, run.engine.step
+def optimize_noting():
+    if not gradients:
+        gradients.update({name: weight.grad.clone() for name, weight in trainable(model).items()
+                          if weight.grad is not None})
+    return optimize()
+run.engine.step = optimize_noting
 for step in range(spec["steps"]):
     if step == 1 and world > 1:
         rehearse(run, Silent())
@@ -66,6 +73,7 @@ result = {"share": sum(getattr(p, "ds_tensor", p).numel() for p in packed) /
           "steps": steps, "after": after, "spans": spans, "numel": {n: w.numel() for n, w in weights.items()},
           "sum": float(sum(w.double().sum() for w in weights.values()))}
 Path(spec["out"], f"{rank}.json").write_text(json.dumps(result))
+save_file(gradients, Path(spec["out"], f"{rank}.safetensors"))
 if world > 1:
     dist.barrier()
 os._exit(0)  # gloo's threads sometimes abort a process that takes its interpreter down while they live
@@ -84,15 +92,32 @@ def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, conversat
     return path
 
 
-def learn(folder: Path, base: Path, data: Path, stage: int, world_size: int, optimizer: str) -> list[dict[str, Any]]:
-    """What each rank saw and learned in a few steps of 8 sequences."""
-    recipe = {"rank": 4, "seq_len": 64, "tokens_per_step": 512, "learning_rate": 1e-3, "optimizer": optimizer}
+def learn(
+    folder: Path,
+    base: Path,
+    data: Path,
+    stage: int,
+    world_size: int,
+    optimizer: str = "adamw",
+    *,
+    micro_batch: int = 2,
+    sequences: int = 8,
+) -> list[dict[str, Any]]:
+    """What each rank saw and learned in a few steps of so many sequences, and the first step's gradient in a file."""
+    recipe = {
+        "rank": 4,
+        "seq_len": 64,
+        "tokens_per_step": 64 * sequences,
+        "learning_rate": 1e-3,
+        "optimizer": optimizer,
+    }
     spec = {
         "base": str(base),
         "data": str(data),
         "out": str(folder),
         "stage": stage,
         "world_size": world_size,
+        "micro_batch": micro_batch,
         "steps": STEPS,
         "recipe": recipe,
     }
@@ -123,7 +148,7 @@ def learn(folder: Path, base: Path, data: Path, stage: int, world_size: int, opt
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, encoded: Path) -> dict[str, Any]:
-    return learn(tmp_path_factory.mktemp("alone"), tiny_base, encoded, 0, 1, "adamw")[0]
+    return learn(tmp_path_factory.mktemp("alone"), tiny_base, encoded, 0, 1)[0]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -131,7 +156,7 @@ def test_two_ranks_learn_what_one_process_learns(
     stage: int, alone: dict[str, Any], tmp_path: Path, tiny_base: Path, encoded: Path
 ) -> None:
     """The same losses, gradient norms and evaluation: the mean is over the step's tokens, however it is split."""
-    ranks = learn(tmp_path, tiny_base, encoded, stage, 2, "adamw")
+    ranks = learn(tmp_path, tiny_base, encoded, stage, 2)
     for rank in ranks:
         for (loss, norm), (loss_alone, norm_alone) in zip(rank["steps"], alone["steps"], strict=True):
             assert loss == pytest.approx(loss_alone, rel=1e-5)
@@ -139,6 +164,25 @@ def test_two_ranks_learn_what_one_process_learns(
         assert rank["after"] == pytest.approx(alone["after"], rel=1e-5)
         assert rank["share"] == (0.5 if stage == 3 else 1)  # of the packed base
     assert ranks[0]["sum"] == ranks[1]["sum"] == pytest.approx(alone["sum"], rel=1e-4)
+
+
+def test_a_batch_of_32_has_the_gradient_of_8_by_4_and_of_2_ranks_by_4_by_4(
+    tmp_path: Path, tiny_base: Path, encoded: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    gradients = []
+    for name, world_size, micro_batch in (("one", 1, 32), ("accumulated", 1, 8), ("ranks", 2, 4)):
+        (folder := tmp_path / name).mkdir()
+        learn(folder, tiny_base, encoded, 0, world_size, micro_batch=micro_batch, sequences=32)
+        gradients += [load_file(folder / f"{rank}.safetensors") for rank in range(world_size)]
+    whole, *others = gradients
+    assert len(whole) == 2 * 2 * 7  # layers x (A, B) x linears
+    largest = max(float(gradient.abs().max()) for gradient in whole.values())
+    for other in others:
+        assert other.keys() == whole.keys()
+        for name, gradient in whole.items():
+            assert float((gradient - other[name]).abs().max()) <= 1e-5 * largest, name
 
 
 def test_what_zero_3_leaves_whole_goes_to_the_rank_s_device(tiny_base: Path) -> None:

@@ -94,6 +94,19 @@ def test_checkpointing_and_the_chunked_loss_change_no_gradient(tiny_base: Path) 
         assert torch.allclose(gradient, lean[name], rtol=1e-4, atol=1e-6), name
 
 
+def test_the_residual_stream_stays_in_the_compute_dtype_though_adapters_are_float32(tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), Recipe(rank=4), Strategy(), "bfloat16", CPU)
+    model: Any = attach_adapters(base, Recipe(rank=4), seed=0).train()
+    seen: list[torch.dtype] = []
+    for layer in model.get_base_model().model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    ids = torch.arange(5, 25).unsqueeze(0)
+    SummedLoss(model, "chunked")(ids, torch.ones_like(ids), ids).backward()
+    assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
+    assert len(seen) >= 2  # once more where they are recomputed
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_pickled_weights_are_not_read(tiny_base: Path, tmp_path: Path) -> None:
     class Boom:
         def __reduce__(self) -> tuple[object, tuple[str]]:
