@@ -90,7 +90,7 @@ def run(console: Console, outcomes: Sequence[Outcome], output: Path) -> list[Out
         ended = run_trials(outcomes, output, on_step)
     for outcome in ended:
         folder = Path(outcome.trial.spec.output)
-        if outcome.plan.fits and (record := load_record(folder)) is not None:
+        if outcome.status in ("complete", "interrupted") and (record := load_record(folder)) is not None:
             write_report(record, folder)
     return ended
 

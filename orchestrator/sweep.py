@@ -238,16 +238,17 @@ def last_line(error: BaseException) -> str:
 
 
 def end(outcome: Outcome, reason: str | None) -> None:
-    """Put into an outcome why its trial failed, and what its record says."""
-    outcome.reason = reason
-    record = load_record(Path(outcome.trial.spec.output))
-    if record is not None:
-        outcome.status = record.status if record.status in ("complete", "failed") else "interrupted"
-        measured = record.measured or {}
-        outcome.measured_bytes, outcome.step_seconds = measured.get("allocated_bytes"), measured.get("step_seconds")
+    """Put into an outcome why its trial failed, or what its record says."""
     if reason is not None:
-        outcome.status = "failed"
-    elif record is not None and record.status == "complete":
+        outcome.status, outcome.reason = "failed", reason
+        return
+    record = load_record(Path(outcome.trial.spec.output))
+    if record is None:
+        return
+    outcome.status = record.status if record.status in ("complete", "failed") else "interrupted"
+    measured = record.measured or {}
+    outcome.measured_bytes, outcome.step_seconds = measured.get("allocated_bytes"), measured.get("step_seconds")
+    if record.status == "complete":
         outcome.eval_loss = record.results.get("eval_after")
         outcome.perplexity = record.results.get("perplexity_after")
         outcome.result = record.adapter or record.weights

@@ -45,6 +45,7 @@ def results(**changes: Any) -> dict[str, Any]:
         "machine": {"processor": "a processor", "cores": 2, "system": "Linux", "load": 0.5},
         "versions": {"python": "3.11"},
         "case": {"layers": 8, "hidden": 512, "vocabulary": 8192, "rank": 16, "micro_batch": 2, "seq_len": 512},
+        "auto": "float32",
         "rounds": 2,
         "steps": 6,
         "speed": {name: [value, value] for name, value in speed.items()},

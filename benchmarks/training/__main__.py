@@ -21,6 +21,7 @@ from benchmarks.training import memory, page
 from benchmarks.training.case import Case, make_model, write_spec
 from clusters.errors import RunFailed
 from launch.command import main as run_command
+from orchestrator.machine import describe, target_of
 from qlora_core.files import write_json
 
 WORK = ROOT / ".cache" / "bench"
@@ -51,6 +52,7 @@ def command(rounds: int, steps: int, tiny: bool, debug: bool) -> int:
         "machine": machine(),
         "versions": {"python": platform.python_version(), "trl": TRL_VERSION, **versions()},
         "case": asdict(case),
+        "auto": target_of(describe(), "auto", 1).compute_dtype,
         "rounds": rounds,
         "steps": steps - WARM_UP,
         "speed": speed(case, work, model, rounds, steps),
