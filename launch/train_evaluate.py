@@ -6,12 +6,13 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from clusters.errors import request_error
 from launch import command
+from qlora_core.data import FormatName, Learn
 
 if TYPE_CHECKING:
     from orchestrator.evaluation import Evaluated
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 @click.command("evaluate")
 @click.argument("trained", type=click.Path(path_type=Path), metavar="RUN|ADAPTER")
 @click.option("--adapter", "others", multiple=True, metavar="NAME=FOLDER", help="Another on the same base; repeatable.")
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="Examples to evaluate on. Default: the run's held-out ones."
-)
+@click.option("--data", help="Examples to evaluate on, as data.path says them. Default: the run's held-out ones.")
+@click.option("--format", "format_", type=click.Choice(get_args(FormatName)), default="auto", help="Of --data.")
+@click.option("--learn", type=click.Choice(get_args(Learn)), help="Tokens of --data that count. Default: the run's.")
+@click.option("--split", help="Of --data, where it has any. Default: train.")
 @click.option("--base", help="The base's folder or Hub id, where it is not the one that the adapter names.")
 @click.option(
     "--quantization",
@@ -49,7 +51,10 @@ if TYPE_CHECKING:
 def evaluate(
     trained: Path,
     others: tuple[str, ...],
-    data: Path | None,
+    data: str | None,
+    format_: FormatName,
+    learn: Learn | None,
+    split: str | None,
     base: str | None,
     quantization: Any,
     seq_len: int | None,
@@ -87,6 +92,9 @@ def evaluate(
     folder = base_of(found, base, lambda text: click.echo(text, err=True))
     if seq_len is None:
         seq_len = 2048 if found.record is None else int(found.record.plan["recipe"]["seq_len"])
+    if learn is None:
+        before = None if found.record is None else found.record.data.get("learn")
+        learn = before if before in ("completion", "all") else "auto"
     if samples is None:
         samples = 2 if answers is None else 2**31
     evaluated = evaluate_adapters(
@@ -94,7 +102,7 @@ def evaluate(
         {name: find_trained(where) for name, where in named.items()},
         folder,
         quantization,
-        Questions(data, seq_len, samples, answer_tokens, chosen, limit),
+        Questions(data, seq_len, samples, answer_tokens, format_, learn, split, chosen, limit),
     )
     if answers is not None:
         write_answers(evaluated, answers)

@@ -15,8 +15,11 @@ from orchestrator.record import load_record
 from orchestrator.spec import RunSpec
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import hub_id, near_on_hub
+from qlora_core.data import is_address
 from qlora_core.huggingface.config import architecture_from_folder
 from qlora_core.huggingface.hub import HubId, fetch_model, find_on_hub
+from qlora_core.remote import model_folder
+from qlora_core.training.dataset.cache import models_folder
 
 INSTEAD = "Give a folder with config.json, *.safetensors and the tokenizer"
 
@@ -27,8 +30,8 @@ class Base:
 
     Attributes:
         folder: where they lie.
-        name: what others load it by: the folder, or the Hub id.
-        commit: of the Hub's repository; None for a folder.
+        name: what others load it by: the folder, its address, or the Hub id.
+        commit: of the Hub's repository; None for any other.
         identity: what a resume must find unchanged.
         architecture: its shapes.
     """
@@ -41,21 +44,21 @@ class Base:
 
 
 def find_base(spec: RunSpec, tell: Callable[[str], None]) -> Base:
-    """The base model of a specification: a folder, else the catalogue's or the Hub's model, fetched if need be.
+    """The base model of a specification: a folder, an address, else the catalogue's or the Hub's; fetched if need be.
 
     Args:
-        tell: is told of each weight file before it is fetched from the Hub.
+        tell: is told of each weight file before it is fetched.
 
     Raises:
         RequestError: there is none, the Hub does not give it, it cannot be modelled, its weights are not whole, or the
             run in the output folder was started with another commit.
     """
+    if is_address(spec.model):
+        return base_in(model_folder(spec.model, models_folder(), tell), spec.model)
     folder = Path(spec.model)
     # A specification's folders are absolute; what is not was no folder beside it, though it may be one from here.
     if folder.is_absolute() and folder.is_dir():
-        architecture = architecture_from_folder(folder)
-        check_weights(folder)
-        return Base(folder, spec.model, None, model_fingerprint(folder), architecture)
+        return base_in(folder, spec.model)
     hub = hub_id(spec.model)
     if hub is None:
         rule = "training needs a folder with the model's weights, a name of the catalogue or a Hub id (org/name)"
@@ -65,6 +68,17 @@ def find_base(spec: RunSpec, tell: Callable[[str], None]) -> Base:
     else:
         instead = f"The catalogue's {spec.model} is {hub.repo} on the Hub. {INSTEAD}"
     return base_from_hub(hub, instead, Path(spec.output), tell)
+
+
+def base_in(folder: Path, name: str) -> Base:
+    """The model in a folder.
+
+    Raises:
+        RequestError: it cannot be modelled, or its weights are not whole.
+    """
+    architecture = architecture_from_folder(folder)
+    check_weights(folder)
+    return Base(folder, name, None, model_fingerprint(folder), architecture)
 
 
 def base_from_hub(hub: HubId, instead: str, output: Path, tell: Callable[[str], None]) -> Base:

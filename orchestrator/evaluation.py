@@ -6,22 +6,23 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 
-from clusters.errors import request_error
+from clusters.errors import Problem, RequestError, request_error
 from orchestrator.machine import describe, target_of
 from orchestrator.trained import Trained
 from qlora_core.bootstrap import Interval, interval
+from qlora_core.data import FormatName, Learn
 from qlora_core.perplexity import perplexity
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.adapters import load_adapters
-from qlora_core.training.dataset import encode_file
+from qlora_core.training.dataset import DataOptions, encode_file
 from qlora_core.training.evaluate import Answer, example_losses, sample_answers
 from qlora_core.training.examples import Encoded, Examples, save_examples
 from qlora_core.training.loss import SummedLoss
@@ -57,17 +58,21 @@ class Questions:
     """What to evaluate on.
 
     Attributes:
-        data: a file of examples; None for those that the run held out.
+        data: what `data.path` of a specification may be; None for the examples that the run held out.
+        format, learn, split: how it is read; see `DataOptions`.
         samples: questions that are answered.
         answer_tokens: of the longest answer.
         tasks: of lm-evaluation-harness: names, or YAML files of one's own.
         limit: examples of each task; None for all.
     """
 
-    data: Path | None
+    data: str | None
     seq_len: int
     samples: int
     answer_tokens: int
+    format: FormatName = "auto"
+    learn: Learn = "auto"
+    split: str | None = None
     tasks: Sequence[str] = ()
     limit: int | None = None
 
@@ -149,9 +154,19 @@ def examples_of(trained: Trained, questions: Questions, tokenizer: Any) -> Itera
     with tempfile.TemporaryDirectory() as folder:
         examples: Sequence[Encoded] = []
         if questions.data is not None:
-            examples, _ = encode_file(questions.data, "auto", tokenizer, questions.seq_len)
+            options = DataOptions(learn=questions.learn, split=questions.split)
+            try:
+                examples, _ = encode_file(questions.data, questions.format, tokenizer, questions.seq_len, options)
+            except RequestError as error:
+                raise RequestError([flag(problem) for problem in error.problems]) from None
         save_examples(examples, Path(folder) / "examples.safetensors")
         yield Examples(Path(folder) / "examples.safetensors")
+
+
+def flag(problem: Problem) -> Problem:
+    """A mistake of a specification's field, told of the flag that says the same here."""
+    named = {"data.path": "--data", "data.format": "--format", "data.learn": "--learn", "data.split": "--split"}
+    return replace(problem, where=named.get(problem.where, problem.where))
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def read_data(spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase) -> 
     data = spec.data
     options = DataOptions(
         learn=data.learn,
-        split=data.split,
+        split=data.split if "split" in data.model_fields_set else None,
         config=data.config,
         files=data.files,
         revision=data.revision or commit_before(spec),

@@ -32,6 +32,13 @@ def _path(value: str) -> str:
     return value
 
 
+def _pattern(value: str) -> str:
+    """A validator: `value` names files inside a folder."""
+    if not value.strip() or value.startswith(("/", "~")) or ".." in value.split("/"):
+        raise ValueError("it should be a pattern of names inside the data's folder, such as data/*.jsonl")
+    return value
+
+
 def _once(names: tuple[str, ...]) -> tuple[str, ...]:
     """A validator: no name comes twice."""
     if len(set(names)) < len(names):
@@ -61,7 +68,7 @@ class DataSpec(_Section):
     """Of a folder, a dataset on disk or of the Hub."""
     config: str | None = None
     """Of a dataset of the Hub: its subset."""
-    files: str | None = None
+    files: Annotated[str, AfterValidator(_pattern)] | None = None
     """A glob such as ``data/*.jsonl``: which files of a folder or of a dataset of the Hub are read."""
     revision: str | None = None
     """Of a dataset of the Hub: a branch, a tag or a commit. A run goes on with the commit that it started with."""
@@ -134,8 +141,8 @@ class RunSpec(_Section):
     name: PlainName
     """Names the run; starting the same name again resumes it."""
     model: PathText
-    """A folder with a model in the Hugging Face layout, relative to the specification's folder; else a name of the
-    catalogue or a Hub id, ``org/name``, both with or without ``@revision``."""
+    """A folder with a model in the Hugging Face layout, relative to the specification's folder, or the address of one,
+    ``s3://bucket/model``; else a catalogue's name or a Hub id, ``org/name``, both with or without ``@revision``."""
     adapter: PathText | None = None
     """A trained LoRA adapter to go on with, a folder in peft's layout, relative to the specification's folder. What the
     recipe does not say of it (rank, alpha, targets, dropout, DoRA, rsLoRA) is the adapter's."""

@@ -102,6 +102,12 @@ def test_absolute_paths_and_the_home_folder_are_kept(load: Load) -> None:
     assert spec.output == os.path.realpath(os.path.expanduser("~/runs/demo"))
 
 
+@pytest.mark.parametrize("pattern", ["''", "/etc/*", "../*.jsonl", "a/../../b", "~/x"])
+def test_a_pattern_of_files_stays_in_its_folder(load: Load, pattern: str) -> None:
+    with pytest.raises(RequestError, match=r"data\.files: it should be a pattern of names inside the data's folder"):
+        load(f"name: a\nmodel: b\ndata: {{path: c, files: {pattern}}}\noutput: d\n")
+
+
 def test_a_specification_survives_the_way_through_json() -> None:
     spec = RunSpec.model_validate(yaml.safe_load(MINIMAL))
     assert RunSpec.model_validate_json(spec.model_dump_json()) == spec

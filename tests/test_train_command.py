@@ -470,6 +470,26 @@ def running_ray() -> Iterator[tuple[str, dict[str, str]]]:
         yield head
 
 
+def test_a_run_goes_on_with_an_adapter_that_another_made(
+    new_run: Callable[[str], Run], finished: tuple[Run, str]
+) -> None:
+    before = finished[0]
+    run = new_run("continued")
+    # what the adapter says of itself need not be said again, and must not be said otherwise
+    fields = yaml.safe_load(run.specification.read_text())
+    del fields["recipe"]["rank"], fields["recipe"]["dropout"]
+    run.specification.write_text(yaml.safe_dump({**fields, "adapter": str(before.folder / "adapter")}))
+    code, output = run.finish()
+    assert code == 0, output
+    assert run.record["plan"]["recipe"]["rank"] == 4
+    results = run.record["results"]
+    assert results["eval_before"] == pytest.approx(before.record["results"]["eval_after"], rel=1e-3)
+    assert results["eval_after"] < results["eval_before"]
+    code, output = run.finish("recipe.rank=8")
+    assert code == 2
+    assert "recipe.rank" in output
+
+
 def test_a_ray_that_is_running_is_used_and_left_running(
     new_run: Callable[[str], Run], finished: tuple[Run, str], running_ray: tuple[str, dict[str, str]]
 ) -> None:

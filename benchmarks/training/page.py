@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.speed import ROOT, spread
+from benchmarks.tokenization import BATCHED
 from benchmarks.training import memory
 
 RESULTS = ROOT / "benchmarks" / "results" / "training.json"
 TOKENIZATION = ROOT / "benchmarks" / "results" / "tokenization.json"
-PADDING = ROOT / "benchmarks" / "results" / "padding.json"
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- make bench writes from here -->\n", "<!-- to here -->\n"
 
@@ -66,18 +66,17 @@ def goals(results: Mapping[str, Any]) -> Iterator[Goal]:
         for stack in (memory.PLAIN, memory.PLAIN_PAGED):
             text = f"memory above the weights of {model}, less than {stack.name}, %"
             yield Goal(text, "least", 35, 100 * memory.saving(results["memory"], model, stack.name))
-    yield Goal("padding waste with packing, %", "most", 3, elsewhere(PADDING, "packed_waste_percent"))
-    yield Goal("tokenization, of datasets' map with two processes", "least", 0.9, elsewhere(TOKENIZATION, "ratio"))
+    yield Goal("padding waste with packing, %", "most", 3, results["padding_percent"])
+    yield Goal("tokenization, of datasets' map with two processes", "least", 0.9, tokenization())
     yield Goal("tokens/s on a GPU, of TRL's, 8B shape", "least", 1.15, None)
     yield Goal("tokens/s on a GPU, of Unsloth's, 8B shape", "least", 1.0, None)
 
 
-def elsewhere(path: Any, field: str) -> float | None:
-    """A figure that another benchmark left; None where it did not run."""
-    if not path.exists():
+def tokenization() -> float | None:
+    """The figure that `benchmarks.tokenization` left; None where it did not run."""
+    if not TOKENIZATION.exists():
         return None
-    value = json.loads(path.read_text(encoding="utf-8")).get(field)
-    return float(value["median"] if isinstance(value, dict) else value) if value is not None else None
+    return float(json.loads(TOKENIZATION.read_text(encoding="utf-8"))["median of that"][BATCHED])
 
 
 def difference(curve: Mapping[str, Any], other: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ ELSEWHERE = (
 """Fields of peft's LoraConfig (0.21.2) that change what is trained, and that a recipe does not have."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How adapters are begun (`init_lora_weights`) that changes the base's weights too."""
+IN_A_LAYER = re.compile(r"^.*?\.\d+\.")
+"""What stands before a module's name in its layer."""
 PLAIN = "Convert it to plain LoRA first, as peft documents"
 """What to do with such an adapter."""
 
@@ -81,7 +84,8 @@ def continued(config: Mapping[str, Any], recipe: dict[str, Any], folder: Path) -
         "use_dora": bool(config.get("use_dora", False)),
     }
     if isinstance(targets, list):
-        said["targets"] = sorted(targets)
+        # of fewer than 20 modules peft writes each with its layer; whether all layers have them is seen at the base
+        said["targets"] = sorted({IN_A_LAYER.sub("", str(target)) for target in targets})
     elif isinstance(targets, str):
         said["targets"] = targets if targets == "all-linear" else [targets]
     else:

@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_core.memory.estimate import Phase, Phases
 
+FOLLOWED_STEPS = 4
+"""Optimizer steps in which a storage tracker follows every tensor, for a tenth of their time. The run's largest
+micro-batch is among what they compute (`loop.rehearse`), so later ones need no more."""
 PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
 
 
@@ -107,6 +110,7 @@ class StorageMeter:
     It sees what passes PyTorch's dispatcher in the training thread: every operator's result, bitsandbytes' kernels and
     the backward pass included. What native code allocates for itself (gloo, BLAS) is no tensor and is not counted, and
     neither is Python: that is what "tensor bytes" means, and why it equals what a GPU's allocator would be asked for.
+    It looks at the first `FOLLOWED_STEPS` steps.
     """
 
     allocated_is = "tensor bytes by the storage tracker"
@@ -114,6 +118,7 @@ class StorageMeter:
     def __init__(self) -> None:
         self._peaks = _Peaks()
         self._tracker = StorageTracker()
+        self._steps = 0
 
     def loaded(self, model: nn.Module) -> None:
         """See `Meter`."""
@@ -129,12 +134,16 @@ class StorageMeter:
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
         """See `Meter`."""
+        if self._steps >= FOLLOWED_STEPS:
+            yield
+            return
         self._tracker.peak = self._tracker.current
         try:
             with self._tracker:
                 yield
         finally:
             self._peaks.note(name, self._tracker.peak)
+            self._steps += name == "optimizer"
 
     def peaks(self) -> Phases:
         """See `Meter`."""

@@ -156,6 +156,59 @@ def test_addresses_are_read_through_fsspec(tmp_path: Path, tokenizer: Any) -> No
         memory.rm("/bucket", recursive=True)
 
 
+def test_some_files_of_a_folder_that_name_no_split_are_not_passed_over(tmp_path: Path, tokenizer: Any) -> None:
+    for name in ("train.jsonl", "test.jsonl", "more.jsonl"):
+        write_jsonl(tmp_path / name)
+    with pytest.raises(
+        RequestError, match=r"some of its files name a split and others do not: more\.jsonl.*data\.files"
+    ):
+        encode_file(tmp_path, "auto", tokenizer, 64)
+    assert encode_file(tmp_path, "auto", tokenizer, 64, DataOptions(files="t*.jsonl"))[1].examples == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "wrong"),
+    [
+        (
+            "file",
+            {"split": "test", "config": "x", "files": "*", "revision": "v1"},
+            ("split", "config", "files", "revision"),
+        ),
+        ("folder", {"config": "x", "revision": "v1", "files": "*.jsonl", "split": "train"}, ("config", "revision")),
+        ("saved", {"split": "train", "revision": "v1"}, ("split", "revision")),
+        ("saved splits", {"split": "train", "files": "*"}, ("files",)),
+    ],
+)
+def test_what_means_nothing_for_the_data_is_refused_all_at_once(
+    tmp_path: Path, tokenizer: Any, kind: str, given: dict[str, Any], wrong: tuple[str, ...]
+) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list(ROWS)
+    path = tmp_path / "data"
+    if kind == "saved":
+        rows.save_to_disk(path)
+    elif kind == "saved splits":
+        datasets.DatasetDict({"train": rows}).save_to_disk(path)
+    else:
+        path = write_jsonl(path / "train.jsonl")
+        path = path.parent if kind == "folder" else path
+    with pytest.raises(RequestError) as told:
+        encode_file(path, "auto", tokenizer, 64, DataOptions(**given))
+    assert [problem.where for problem in told.value.problems] == [f"data.{name}" for name in wrong]
+
+
+def test_a_saved_dataset_keeps_the_columns_that_its_format_leaves_out(tmp_path: Path, tokenizer: Any) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.set_format("numpy", columns=["prompt"])
+    rows.save_to_disk(tmp_path / "saved")
+    examples, report = encode_file(tmp_path / "saved", "auto", tokenizer, 64)
+    assert report.format == "prompt-completion"
+    assert list(examples) == list(encode_file(write_jsonl(tmp_path / "a.jsonl"), "auto", tokenizer, 64)[0])
+
+
 def test_an_address_whose_package_is_missing_says_which(tokenizer: Any) -> None:
     with pytest.raises(RequestError, match=r"pip install gcsfs|cannot be read"):
         encode_file("gs://bucket/train.jsonl", "auto", tokenizer, 64)

@@ -41,6 +41,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-orchestrator" / "tokens"
 
 
+def models_folder() -> Path:
+    """Where models by address are kept, beside the encoded data."""
+    return cache_folder().with_name("models")
+
+
 def key_of(
     source: Source, format_: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, options: DataOptions
 ) -> str | None:
@@ -62,7 +67,7 @@ def key_of(
         format_,
         seq_len,
         options.learn,
-        options.split,
+        options.split or "train",
         options.max_bad,
     ]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()

@@ -25,7 +25,7 @@ def fetch_dataset(hub: HubId, options: DataOptions) -> Source:
     folder = snapshot(HubId(hub.repo, hub.revision or options.revision), options)
     commit = folder.name
     files = data_files(folder, hub.repo, options)
-    digest = f"{hub.repo}@{commit} config={options.config or 'default'} split={options.split}"
+    digest = f"{hub.repo}@{commit} config={options.config or 'default'} split={options.split or 'train'}"
     if options.files is not None:
         digest += f" files={options.files}"
     return of_files(files, folder, hub.repo, digest)
@@ -61,10 +61,11 @@ def data_files(folder: Path, repo: str, options: DataOptions) -> list[Path]:
     except Exception as error:  # `datasets` raises whatever its parts do
         raise refused(repo, options, error) from None
     splits: dict[str, Any] = dict(builder.config.data_files or {})
-    if options.split not in splits:
+    split = options.split or "train"
+    if split not in splits:
         rule = f"{repo} has the splits {', '.join(map(str, splits)) or '(none)'}"
-        raise request_error("data.split", options.split, rule, "Choose one of them")
-    return [Path(file) for file in splits[options.split]]
+        raise request_error("data.split", split, rule, "Choose one of them")
+    return [Path(file) for file in splits[split]]
 
 
 def refused(repo: str, options: DataOptions, error: Exception) -> RequestError:

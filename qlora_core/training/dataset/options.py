@@ -14,7 +14,7 @@ class DataOptions:
 
     Attributes:
         learn: assistant: every answer; completion: the last one; all: every token; auto: assistant, and for text all.
-        split: of a folder, a dataset on disk or of the Hub.
+        split: of a folder, a dataset on disk or of the Hub; None is train, where there are any.
         config: of a dataset of the Hub: its subset.
         files: a glob, of a folder or a dataset of the Hub: what is read of it.
         revision: of a dataset of the Hub; None is that of its default branch.
@@ -24,7 +24,7 @@ class DataOptions:
     """
 
     learn: Learn = "auto"
-    split: str = "train"
+    split: str | None = None
     config: str | None = None
     files: str | None = None
     revision: str | None = None

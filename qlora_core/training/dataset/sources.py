@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clusters.errors import request_error
+from clusters.errors import Problem, RequestError, request_error
 from qlora_core.data import hub_dataset, is_address
 from qlora_core.training.dataset.options import DataOptions
 from qlora_core.training.dataset.readers import Records, first_line, kind_of, read_file
@@ -48,7 +48,7 @@ def open_source(path: str, options: DataOptions) -> Iterator[Source]:
         RequestError: there is none, or it cannot be read.
     """
     if is_address(path):
-        from qlora_core.training.dataset.remote import local_copy
+        from qlora_core.remote import local_copy
 
         with local_copy(path) as local:
             yield on_disk(local, path, options)
@@ -66,12 +66,25 @@ def on_disk(path: Path, shown: str, options: DataOptions) -> Source:
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return arrow(path, shown, options)
+        refuse(options, "a folder of files", ("config", "revision"))
         return of_files(files_of(path, options), path, shown)
+    refuse(options, "a single file", ("split", "config", "files", "revision"))
     if not path.is_file():
         raise request_error("data.path", shown, "there is no such file", INSTEAD)
     if not os.access(path, os.R_OK):
         raise request_error("data.path", shown, "it may not be read", "Change its permissions")
     return Source(shown, file_digest(path), lambda: read_file(path, shown))
+
+
+def refuse(options: DataOptions, kind: str, names: Sequence[str]) -> None:
+    """Raise a RequestError for each of these options that is given: they mean nothing for this kind of data."""
+    problems = [
+        Problem(f"data.{name}", str(value), f"the data is {kind}, of which it says nothing", "Leave it out")
+        for name in names
+        if (value := getattr(options, name)) is not None
+    ]
+    if problems:
+        raise RequestError(problems)
 
 
 def of_files(files: Sequence[Path], folder: Path, shown: str, digest: str | None = None) -> Source:
@@ -92,8 +105,9 @@ def of_files(files: Sequence[Path], folder: Path, shown: str, digest: str | None
 def files_of(folder: Path, options: DataOptions) -> list[Path]:
     """The data files of a folder that belong to the asked split, in the order of their names.
 
-    Files that name no split belong to train, if none does.
+    Where none names a split, all belong to train; where only some do, which ones are meant cannot be told.
     """
+    split = options.split or "train"
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and kind_of(path.name)]
     found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if options.files is not None:
@@ -103,12 +117,17 @@ def files_of(folder: Path, options: DataOptions) -> list[Path]:
         raise request_error("data.path", folder, rule, INSTEAD)
     splits = {path: split_of(path.relative_to(folder).as_posix()) for path in found}
     named = {split for split in splits.values() if split}
-    if not named and options.split == "train":
+    if not named and split == "train":
         return found
-    chosen = [path for path in found if splits[path] == options.split]
+    unnamed = [path.relative_to(folder).as_posix() for path in found if not splits[path]]
+    if named and unnamed:
+        more = f" and {len(unnamed) - 3} more" if len(unnamed) > 3 else ""
+        rule = f"some of its files name a split and others do not: {', '.join(unnamed[:3])}{more}"
+        raise request_error("data.path", folder, rule, "Name those that are meant with data.files, such as 'train*'")
+    chosen = [path for path in found if splits[path] == split]
     if not chosen:
         rule = f"the folder has no file of that split; its files name {', '.join(sorted(named)) or 'none'}"
-        raise request_error("data.split", options.split, rule, "Choose one of them, or name files with data.files")
+        raise request_error("data.split", split, rule, "Choose one of them, or name files with data.files")
     return chosen
 
 
@@ -130,13 +149,17 @@ def arrow(path: Path, shown: str, options: DataOptions) -> Source:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:  # `datasets` raises whatever its parts do
         raise request_error("data.path", shown, f"it cannot be read as saved dataset: {first_line(error)}", INSTEAD)  # noqa: B904
+    folder, nowhere = path, ("config", "files", "revision")
     if isinstance(dataset, datasets.DatasetDict):
-        if options.split not in dataset:
+        refuse(options, "a saved dataset", nowhere)
+        split = options.split or "train"
+        if split not in dataset:
             rule = f"the dataset has the splits {', '.join(dataset)}"
-            raise request_error("data.split", options.split, rule, "Choose one of them")
-        dataset, folder = dataset[options.split], path / options.split
+            raise request_error("data.split", split, rule, "Choose one of them")
+        dataset, folder = dataset[split], path / split
     else:
-        folder = path
+        refuse(options, "a saved dataset without splits", ("split", *nowhere))
+    dataset = dataset.with_format(None)  # the one that it was saved with may leave columns out
 
     def records() -> Records:
         for number, record in enumerate(dataset, start=1):

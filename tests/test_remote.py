@@ -1,0 +1,87 @@
+"""Models by an address of fsspec's: copied once, whole or not at all, and without what is not to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import yaml
+
+from clusters.errors import RequestError
+from orchestrator.base import find_base
+from orchestrator.spec import load_spec
+from qlora_core.remote import model_folder
+
+ADDRESS = "memory://bucket/model"
+
+
+@pytest.fixture
+def bucket(tiny_base: Path) -> Iterator[Any]:
+    memory = fsspec.filesystem("memory")
+    for file in tiny_base.iterdir():
+        memory.pipe(f"/bucket/model/{file.name}", file.read_bytes())
+    memory.pipe("/bucket/model/pytorch_model.bin", b"a pickle")
+    memory.pipe("/bucket/model/modeling.py", b"raise SystemExit")
+    yield memory
+    memory.rm("/bucket", recursive=True)
+
+
+def test_a_run_takes_its_model_from_an_address(
+    bucket: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache" / "tokens"))
+    specification = tmp_path / "run.yaml"
+    fields = {"name": "a", "model": ADDRESS, "data": {"path": "train.jsonl"}, "output": "out"}
+    specification.write_text(yaml.safe_dump(fields))
+    said: list[str] = []
+    base = find_base(load_spec(specification), said.append)
+    assert (base.name, base.commit) == (ADDRESS, None)
+    assert base.folder.parent == tmp_path / "cache" / "models"
+    copied = {file.name: file.read_bytes() for file in base.folder.iterdir()}
+    assert copied == {file.name: file.read_bytes() for file in tiny_base.iterdir()}
+    assert len(said) == len(copied)
+    # known by its content, wherever it lies
+    local = load_spec(specification, [f"model={tiny_base}"])
+    assert base.identity == find_base(local, said.append).identity
+
+
+def test_it_is_copied_once_and_again_when_it_has_changed(bucket: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    first = model_folder(ADDRESS, tmp_path, said.append)
+    copies = len(said)
+    assert model_folder(ADDRESS, tmp_path, said.append) == first
+    assert len(said) == copies
+    bucket.pipe("/bucket/model/generation_config.json", b"{}")
+    second = model_folder(ADDRESS, tmp_path, said.append)
+    assert second != first
+    assert (second / "generation_config.json").read_bytes() == b"{}"
+
+
+def test_of_a_copy_that_broke_off_nothing_is_left(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = type(bucket).get_file
+
+    def cut_short(self: Any, source: str, target: str, **options: Any) -> None:
+        whole(self, source, target, **options)
+        if source.endswith("model.safetensors"):
+            Path(target).write_bytes(Path(target).read_bytes()[:-1])
+
+    monkeypatch.setattr(type(bucket), "get_file", cut_short)
+    with pytest.raises(RequestError, match=r"model\.safetensors\)\. Try again|did not come whole"):
+        model_folder(ADDRESS, tmp_path, lambda text: None)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize(
+    ("address", "rule"),
+    [
+        ("memory://bucket/none", "there is no such file or folder"),
+        ("memory://bucket", r"there is no config\.json"),
+        ("xyzzy://bucket/model", "cannot be understood"),
+    ],
+)
+def test_an_address_without_a_model_is_refused(bucket: Any, tmp_path: Path, address: str, rule: str) -> None:
+    with pytest.raises(RequestError, match=f"^model: {rule}|^model: it {rule}"):
+        model_folder(address, tmp_path, lambda text: None)
