@@ -167,7 +167,8 @@ class FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *of_loss: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """The gradient by the hidden states."""
         (gradient_NH,) = ctx.saved_tensors
-        return gradient_NH * of_loss[0].to(gradient_NH.dtype), None, None
+        # a scalar of float32 leaves the gradient's dtype as it is; rounded to 16 bits, it would scale all of it wrongly
+        return gradient_NH * of_loss[0], None, None
 
 
 def summed_cross_entropy(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
