@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from transformers import AutoConfig
 
 from clusters.errors import Problem, RequestError, request_error
 from orchestrator.machine import describe, target_of
@@ -90,7 +91,7 @@ def evaluate_adapters(
     recipe = trained.base_recipe if storage == "as-trained" else recipe_of(storage)
     dtype = target_of(machine, trained.compute_dtype, 1).compute_dtype
     tokenizer = load_tokenizer(str(base))
-    with examples_of(trained, questions, tokenizer) as examples:
+    with examples_of(trained, questions, tokenizer, base) as examples:
         model = load_adapters(
             load_base(str(base), recipe, Strategy(gradient_checkpointing=False), dtype, device),
             named(trained, others),
@@ -143,7 +144,7 @@ def recipe_of(storage: Storage) -> Recipe:
 
 
 @contextmanager
-def examples_of(trained: Trained, questions: Questions, tokenizer: Any) -> Iterator[Examples]:
+def examples_of(trained: Trained, questions: Questions, tokenizer: Any, base: Path) -> Iterator[Examples]:
     """The examples to evaluate on: the data's, or those that the run held out; none where only tasks are asked for."""
     if questions.data is None and trained.held_out is not None and len(held_out := Examples(trained.held_out)):
         yield held_out
@@ -154,7 +155,8 @@ def examples_of(trained: Trained, questions: Questions, tokenizer: Any) -> Itera
     with tempfile.TemporaryDirectory() as folder:
         examples: Sequence[Encoded] = []
         if questions.data is not None:
-            options = DataOptions(learn=questions.learn, split=questions.split)
+            vocabulary = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config().vocab_size
+            options = DataOptions(learn=questions.learn, split=questions.split, vocab_size=vocabulary)
             try:
                 examples, _ = encode_file(questions.data, questions.format, tokenizer, questions.seq_len, options)
             except RequestError as error:
