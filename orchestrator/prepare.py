@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from orchestrator.ledger import known_history
 from orchestrator.machine import Machine, describe, target_of
 from orchestrator.planner import plan_run
 from orchestrator.plans import Plan
-from orchestrator.record import load_record
+from orchestrator.record import RunRecord, load_record
 from orchestrator.rules import trained_stages
 from orchestrator.spec import RunSpec, StrategySpec
 from orchestrator.targets import check_targets
@@ -55,11 +56,12 @@ class Prepared:
     identity: dict[str, Any]
 
 
-def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> Prepared:
+def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, machine: Machine | None = None) -> Prepared:
     """Read model and data and make the plan; writes nothing but the caches of the Hub and of encoded data.
 
     Args:
         tell: is told of what takes long, a line at a time.
+        machine: that the plan is for; this one as it is now, where it is not given.
 
     Raises:
         RequestError: anything about the request that cannot work, found before a worker is started.
@@ -74,7 +76,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None) -> P
     examples, data = read_data(spec, base, load_tokenizer(str(base.folder)))
     train, held_out = map(examples.select, split_eval(len(examples), spec.data.eval_fraction, spec.seed))
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.
-    machine = describe()
+    machine = machine or describe()
     workers = spec.strategy_request.world_size
     target = target_of(machine, spec.recipe.compute_dtype, workers if isinstance(workers, int) else 1)
     if target.compute_dtype == "float16":
@@ -108,24 +110,32 @@ def read_data(spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase) -> 
     Raises:
         RequestError: see `encode_file`.
     """
-    data = spec.data
+    data, record = spec.data, load_record(Path(spec.output))
     options = DataOptions(
         learn=data.learn,
         split=data.split if "split" in data.model_fields_set else None,
         config=data.config,
         files=data.files,
-        revision=data.revision or commit_before(spec),
+        revision=data.revision or commit_before(spec, record),
         max_bad=data.max_bad,
+        day=first_day(record),
         vocab_size=base.architecture.vocab_size,
         cache=cache_folder(),
     )
     return encode_file(data.path, data.format, tokenizer, spec.recipe.seq_len, options)
 
 
-def commit_before(spec: RunSpec) -> str | None:
+def first_day(record: RunRecord | None) -> date:
+    """The day on which a run was first started, by the record's clock: a template that wrote it writes it again."""
+    if record is None or not record.attempts:
+        return datetime.now(UTC).date()
+    return datetime.fromisoformat(record.attempts[0].started).date()
+
+
+def commit_before(spec: RunSpec, record: RunRecord | None) -> str | None:
     """The commit of the Hub's dataset that the run in the output folder was started with, if it is of that dataset."""
     hub = hub_dataset(spec.data.path)
-    if hub is None or hub.revision is not None or (record := load_record(Path(spec.output))) is None:
+    if hub is None or hub.revision is not None or record is None:
         return None
     repo, _, rest = str(record.identity.get("data", "")).partition("@")
     return rest.split(" ")[0] or None if repo == hub.repo else None

@@ -15,7 +15,7 @@ import ray
 from ray import tune
 
 from clusters.errors import Problem, RequestError, RunFailed
-from orchestrator.machine import describe
+from orchestrator.machine import Machine, describe
 from orchestrator.plans import Plan
 from orchestrator.prepare import Prepared, prepare
 from orchestrator.ray_runtime import ray_session
@@ -111,14 +111,15 @@ def run_trials(outcomes: Sequence[Outcome], output: Path, on_step: Callable[[Tri
     cluster = fitting[0].trial.spec.cluster
     workers = max(outcome.plan.strategy.world_size for outcome in fitting)
     # as many as the GPUs carry; on a CPU, whose memory they would share, one after the other
-    at_once = max(1, describe().devices // workers)
+    machine = describe()
+    at_once = max(1, machine.devices // workers)
     with only_writer(output), tempfile.TemporaryDirectory(prefix="qlora-sweep-") as folder:
         stop_file = output / ".stop"
         stop_file.unlink(missing_ok=True)
         # each trial is one process more than its workers
         address = None if cluster == "auto" else cluster.address
         with ray_session(address, at_once * (workers + 1)), interrupts(stop_file) as interrupt:
-            tuning = Tuning(tuner_of([outcome.trial for outcome in fitting], at_once, stop_file, Path(folder)))
+            tuning = Tuning(tuner_of([outcome.trial for outcome in fitting], at_once, machine, stop_file, Path(folder)))
             tuning.start()
             watched = [
                 (outcome.trial, EventReader(Path(outcome.trial.spec.output) / "events.jsonl")) for outcome in fitting
@@ -154,7 +155,7 @@ def stop(trials: Iterable[Trial]) -> None:
             (Path(trial.spec.output) / ".stop").touch()
 
 
-def tuner_of(trials: Iterable[Trial], at_once: int, stop_file: Path, folder: Path) -> tune.Tuner:
+def tuner_of(trials: Iterable[Trial], at_once: int, machine: Machine, stop_file: Path, folder: Path) -> tune.Tuner:
     """Ray Tune's tuner. What it keeps of the trials goes into `folder` and is not needed: their records are."""
     # no loggers beside ours, and none of the boxes that Tune prints
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
@@ -163,9 +164,11 @@ def tuner_of(trials: Iterable[Trial], at_once: int, stop_file: Path, folder: Pat
     (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
     label = next(name for name in node["Resources"] if name.startswith("node:") and "internal_head" not in name)
     return tune.Tuner(
-        tune.with_resources(run_trial, tune.PlacementGroupFactory([{"CPU": 1, label: 0.001}])),
+        # no CPU, which its own workers might wait for without end
+        tune.with_resources(run_trial, tune.PlacementGroupFactory([{"CPU": 0, label: 0.001}])),
         param_space={
             "trial": tune.grid_search([(trial.name, trial.spec) for trial in trials]),
+            "machine": machine,
             "stop_file": stop_file,
         },
         tune_config=tune.TuneConfig(max_concurrent_trials=at_once),
@@ -174,9 +177,9 @@ def tuner_of(trials: Iterable[Trial], at_once: int, stop_file: Path, folder: Pat
 
 
 def run_trial(config: Mapping[str, Any]) -> dict[str, Any]:
-    """One trial, in a process of Ray Tune's: planned once more, with what is free now, and carried out.
+    """One trial, in a process of Ray Tune's. Its workers are placed by Ray Train on the same Ray.
 
-    Its workers are placed by Ray Train on the same Ray.
+    It is planned for the machine as it was before the sweep: another trial may have filled one of its GPUs by now.
     """
     spec: RunSpec
     name, spec = config["trial"]
@@ -184,7 +187,7 @@ def run_trial(config: Mapping[str, Any]) -> dict[str, Any]:
     reason = None
     if not config["stop_file"].exists():
         try:
-            execute(prepare(spec), Silent())
+            execute(prepare(spec, machine=config["machine"]), Silent())
         except Interrupted:
             pass
         except (RequestError, RunFailed) as error:

@@ -14,7 +14,7 @@ from clusters.errors import RequestError
 from launch.report.preview import chosen, lines_of, visible
 from launch.train import train
 from orchestrator.prepare import commit_before
-from orchestrator.record import RunRecord, new_id, save_record
+from orchestrator.record import RunRecord, new_id
 from orchestrator.spec import RunSpec, load_spec
 
 
@@ -83,9 +83,9 @@ def test_addresses_and_datasets_of_the_hub_stay_as_they_are_and_secrets_are_refu
 
 def test_a_run_goes_on_with_the_commit_of_the_dataset_that_it_started_with(tmp_path: Path) -> None:
     spec: RunSpec = load_spec(specification(tmp_path, path="org/name"))
-    assert commit_before(spec) is None
+    assert commit_before(spec, None) is None
     identity = {"data": "org/name@" + "ab" * 20 + " config=default split=train"}
     fields: dict[str, Any] = {"plan": {}, "data": {}, "predicted": {}}
-    save_record(RunRecord(id=new_id(), name="x", identity=identity, total_steps=1, **fields), Path(spec.output))
-    assert commit_before(spec) == "ab" * 20
-    assert commit_before(load_spec(specification(tmp_path, path="org/other"))) is None
+    record = RunRecord(id=new_id(), name="x", identity=identity, total_steps=1, **fields)
+    assert commit_before(spec, record) == "ab" * 20
+    assert commit_before(load_spec(specification(tmp_path, path="org/other")), record) is None

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from clusters.errors import RequestError
+from orchestrator.base import find_base
+from orchestrator.prepare import read_data
+from orchestrator.record import Attempt, RunRecord, save_record
+from orchestrator.spec import load_spec
 from qlora_core.training.dataset import DataOptions, cache, encode_file
 from qlora_core.training.dataset.samples import Conversation
 from qlora_core.training.dataset.tokenize import Encoder, tokens_of
@@ -116,6 +123,29 @@ def test_a_template_that_changes_answers_afterwards_is_refused(tmp_path: Path, t
     path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
     with pytest.raises(RequestError, match="renders a turn differently once another follows"):
         encode_file(path, "auto", tokenizer, 64)
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_run_s_first_day(
+    tmp_path: Path, tiny_base: Path, conversations: Path
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_base))
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHATML  # Llama 3's words
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    tokenizer.save_pretrained(base)
+    fields = {"name": "a", "model": str(base), "data": {"path": str(conversations)}, "output": "out"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(fields))
+    spec = load_spec(tmp_path / "run.yaml")
+
+    def first() -> str:
+        found = find_base(spec, lambda text: None)
+        return str(tokenizer.decode(read_data(spec, found, tokenizer)[0][0].ids)).replace(" ", "")
+
+    assert first().startswith(datetime.now(UTC).strftime("%d%b%Y"))
+    started = Attempt(started="2020-02-01T23:59:59+00:00", from_step=0)
+    facts: dict[str, Any] = {"id": "1", "name": "a", "identity": {}, "total_steps": 1}
+    save_record(RunRecord(**facts, plan={}, data={}, predicted={}, attempts=[started]), Path(spec.output))
+    assert first().startswith("01Feb2020")
 
 
 def test_a_template_s_own_marks_say_what_is_generated(tmp_path: Path, tiny_base: Path) -> None:

@@ -60,7 +60,7 @@ def key_of(
         sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
         template,
         # a template that writes the date is another one tomorrow
-        str(date.today()) if "strftime_now" in str(template) else "",
+        str(options.day or date.today()) if "strftime_now" in str(template) else "",
         source.digest,
         source.shown,  # stands in the report, and a file's suffix says how it is read
         kind_of(source.shown),

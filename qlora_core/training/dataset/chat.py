@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from datetime import date, datetime, time, tzinfo
+from typing import Self, cast
+from unittest import mock
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from qlora_core.training.dataset.report import BadRecord
 from qlora_core.training.dataset.samples import Span, Written
@@ -17,6 +21,28 @@ Turns = Sequence[dict[str, str]]
 PAD = "\u2003"
 """A space that templates do not write: what stays of it around a content tells whether the template strips it."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@contextlib.contextmanager
+def told_the_day(day: date | None) -> Iterator[None]:
+    """Let templates that ask for the date, by `strftime_now`, find that day; None is today.
+
+    transformers offers no other way: the function is its own, made where a template is compiled, and looks at the
+    `datetime` of its module (5.23, utils/chat_template_utils.py).
+    """
+    if day is None:
+        yield
+        return
+
+    then = datetime.combine(day, time())
+
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls.fromtimestamp(then.timestamp(), tz)
+
+    with mock.patch.object(chat_template_utils, "datetime", Then):
+        yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clusters.errors import request_error
 from qlora_core.training.dataset import cache
+from qlora_core.training.dataset.chat import told_the_day
 from qlora_core.training.dataset.formats import FORMATS, Record, find_format, samples_of
 from qlora_core.training.dataset.options import DataOptions
 from qlora_core.training.dataset.report import BadRecord, BadRecords, DataReport, EmptyAnswer
@@ -49,7 +50,7 @@ def encode_file(
     with open_source(str(path), options) as source:
         key = cache.key_of(source, format_, tokenizer, seq_len, options)
         kept = cache.load(options.cache, key)
-        with parallel_tokenizing():
+        with parallel_tokenizing(), told_the_day(options.day):
             examples, report = kept or encode_source(source, format_, tokenizer, seq_len, options)
     if kept is None:
         cache.save(options.cache, key, examples, report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from qlora_core.data import Learn
@@ -19,6 +20,7 @@ class DataOptions:
         files: a glob, of a folder or a dataset of the Hub: what is read of it.
         revision: of a dataset of the Hub; None is that of its default branch.
         max_bad: records that may be left out as bad: how many, or below 1 the fraction.
+        day: what a chat template that writes the date is told; None is today.
         vocab_size: rows of the model's embedding, which no token id may pass; None is not known.
         cache: the folder of encoded data; None keeps nothing.
     """
@@ -29,5 +31,6 @@ class DataOptions:
     files: str | None = None
     revision: str | None = None
     max_bad: float = 0
+    day: date | None = None
     vocab_size: int | None = None
     cache: Path | None = None
