@@ -89,6 +89,20 @@ def not_installed(where: str, given: object, packages: Iterable[str]) -> Request
     return request_error(where, given, rule, 'Install them: pip install "qlora-orchestrator[train]"')
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without what follows it; its kind where it says nothing."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says last, behind a traceback that was put before it; its kind where it says nothing."""
+    return _lines(error)[-1]
+
+
+def _lines(error: BaseException) -> list[str]:
+    return (str(error).strip() or type(error).__name__).splitlines()
+
+
 def nearest(name: str, known: Iterable[str], limit: int = 3, cutoff: float = 0.0) -> list[str]:
     """The names most like `name`, best first, compared as `plain` has them.
 

@@ -54,30 +54,29 @@ def sweep(
         console.print(f"{len(outcomes) - len(fitting)} of {len(outcomes)} trials do not fit and are not started.")
     if fitting and not dry_run:
         output = Path(trials[0].spec.output).parent
-        outcomes = run(console, outcomes, output)
+        outcomes = run(console, outcomes, len(fitting), output)
         show_outcomes(console, outcomes, output)
     if as_json:
         click.echo(json.dumps(summary(outcomes), indent=2))
-    return exit_code(outcomes, dry_run)
+    return exit_code(fitting, dry_run)
 
 
-def exit_code(outcomes: Sequence[Outcome], dry_run: bool) -> int:
+def exit_code(fitting: Sequence[Outcome], dry_run: bool) -> int:
     """0 where all that fits is complete, 130 where it was interrupted, else 1."""
-    fitting = [outcome.status for outcome in outcomes if outcome.plan.fits]
-    if not fitting or "failed" in fitting:
+    statuses = {outcome.status for outcome in fitting}
+    if not statuses or "failed" in statuses:
         return 1
-    return 0 if dry_run or set(fitting) == {"complete"} else command.INTERRUPTED
+    return 0 if dry_run or statuses == {"complete"} else command.INTERRUPTED
 
 
-def run(console: Console, outcomes: Sequence[Outcome], output: Path) -> list[Outcome]:
-    """Run the trials under a bar that counts the steps of all, and write the report of each."""
+def run(console: Console, outcomes: Sequence[Outcome], fitting: int, output: Path) -> list[Outcome]:
+    """Run the trials, of which so many fit, under a bar that counts the steps of all, and write the report of each."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from launch.report.run_report import write_report
     from orchestrator.record import load_record
     from orchestrator.sweep import run_trials
 
-    fitting = [outcome for outcome in outcomes if outcome.plan.fits]
     done: dict[str, int] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -85,7 +84,7 @@ def run(console: Console, outcomes: Sequence[Outcome], output: Path) -> list[Out
 
         def on_step(trial: Trial, step: int, of: int) -> None:
             done[trial.name] = step
-            bar.update(task, completed=sum(done.values()), total=of * len(fitting), description=trial.name)
+            bar.update(task, completed=sum(done.values()), total=of * fitting, description=trial.name)
 
         ended = run_trials(outcomes, output, on_step)
     for outcome in ended:

@@ -18,7 +18,7 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Ray's stub of its extension leaves it out
 
-from clusters.errors import RequestError, RunFailed, request_error
+from clusters.errors import RequestError, RunFailed, first_line, request_error
 
 OBJECT_STORE_BYTES = 100 * 1024**2
 """A run moves no data through Ray's object store; its default is a third of the host's memory."""
@@ -117,8 +117,8 @@ def quiet_stderr() -> Iterator[None]:
 
 def no_ray(address: str, error: Exception) -> RequestError:
     """The error of a Ray that cannot be joined."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    reason = reason.partition(". Ensure that the token")[0].removesuffix(".")  # Ray's advice, which is longer than ours
+    # without Ray's advice, which is longer than ours
+    reason = first_line(error).partition(". Ensure that the token")[0].removesuffix(".")
     return request_error(
         "cluster.address",
         address,

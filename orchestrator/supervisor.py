@@ -17,7 +17,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from clusters.errors import RequestError, RunFailed
+from clusters.errors import RequestError, RunFailed, last_line
 from orchestrator.ray_runtime import ray_session
 from orchestrator.worker import Order, work
 from qlora_core.files import replace_atomically
@@ -146,7 +146,7 @@ def explained(error: BaseException) -> Exception:
                 return cause
         if failures:
             cause = root(failures[0])
-            text = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
+            text = last_line(cause)
             failed = RunFailed(
                 f"A worker failed: {type(cause).__name__}: {text}.",
                 "The same command goes on from the last checkpoint, if there is one. --debug shows the traceback.",

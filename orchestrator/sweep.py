@@ -14,7 +14,7 @@ from typing import Any, Literal
 import ray
 from ray import tune
 
-from clusters.errors import Problem, RequestError, RunFailed
+from clusters.errors import Problem, RequestError, RunFailed, last_line
 from orchestrator.machine import Machine, describe
 from orchestrator.plans import Plan
 from orchestrator.prepare import Prepared, prepare
@@ -116,9 +116,8 @@ def run_trials(outcomes: Sequence[Outcome], output: Path, on_step: Callable[[Tri
     with only_writer(output), tempfile.TemporaryDirectory(prefix="qlora-sweep-") as folder:
         stop_file = output / ".stop"
         stop_file.unlink(missing_ok=True)
-        # each trial is one process more than its workers
         address = None if cluster == "auto" else cluster.address
-        with ray_session(address, at_once * (workers + 1)), interrupts(stop_file) as interrupt:
+        with ray_session(address, at_once * workers), interrupts(stop_file) as interrupt:
             tuning = Tuning(tuner_of([outcome.trial for outcome in fitting], at_once, machine, stop_file, Path(folder)))
             tuning.start()
             watched = [
@@ -233,11 +232,6 @@ class Tuning(threading.Thread):
                 self.reasons[name] = said if result.error is None else f"its process ended: {last_line(result.error)}"
         except BaseException as error:
             self.error = error
-
-
-def last_line(error: BaseException) -> str:
-    """What an error says last, behind the traceback that Ray puts before it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def end(outcome: Outcome, reason: str | None) -> None:

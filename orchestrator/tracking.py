@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from clusters.errors import first_line
 from orchestrator.metrics import metrics_of
 from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord
@@ -93,7 +94,7 @@ class Lane(threading.Thread):
                 self._tracker.log(told)
             self._tracker.finish(told)
         except Exception as error:  # whatever a library or the network may raise: the run is worth more
-            reason = without_secrets((str(error).strip() or type(error).__name__).splitlines()[0])
+            reason = without_secrets(first_line(error))
             self._tell(f"Tracking by {self.name} ended, the run goes on: {reason}")
         finally:
             self.opened.set()

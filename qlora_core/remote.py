@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from clusters.errors import RequestError, request_error
+from clusters.errors import RequestError, first_line, request_error
 from qlora_core.files import replace_folder
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
@@ -112,9 +112,8 @@ def opened(address: str, where: str) -> tuple[Any, str]:
             where, address, f"reading {scheme}:// needs {package}", f"Install it: pip install {package}"
         ) from None
     except ValueError as error:
-        said = (str(error).strip() or "ValueError").splitlines()[0]
         raise request_error(
-            where, address, f"it cannot be understood: {said}", "Give an s3:// or gs:// address, say"
+            where, address, f"it cannot be understood: {first_line(error)}", "Give an s3:// or gs:// address, say"
         ) from None
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from qlora_core.memory.estimate import Phase, Phases
 
 FOLLOWED_STEPS = 4
-"""Optimizer steps in which a storage tracker follows every tensor, for a tenth of their time. The run's largest
+"""Optimizer steps in which a storage tracker follows every tensor, which makes them slower. The run's largest
 micro-batch is among what they compute (`loop.rehearse`), so later ones need no more."""
 PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from clusters.errors import Problem, RequestError, request_error
+from clusters.errors import Problem, RequestError, first_line, request_error
 from qlora_core.huggingface.adapter_config import CONFIG, PLAIN, changed_base, read_config
 from qlora_core.recipe import Recipe
 from qlora_core.training.model import attach_adapters
@@ -115,8 +115,7 @@ def _with_adapter(model: nn.Module, name: str, adapter: TrainedAdapter) -> PeftM
             model = cast(PeftModel, get_peft_model(cast(Any, model), config, adapter_name=name))
         outcome = cast(Any, model).load_adapter(str(adapter.folder), adapter_name=name, use_safetensors=True)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise request_error(where, adapter.folder, f"peft does not load it: {reason}", MATCHING) from error
+        raise request_error(where, adapter.folder, f"peft does not load it: {first_line(error)}", MATCHING) from error
     missing = [key for key in outcome.missing_keys if f".{name}." in f"{key}." and "lora_" in key]
     if wrong := [*outcome.unexpected_keys, *missing]:
         raise request_error(where, adapter.folder, f"its weights do not fit its own config: {wrong[0]}", MATCHING)

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from clusters.errors import RequestError, RunFailed, request_error
+from clusters.errors import RequestError, RunFailed, first_line, request_error
 from qlora_core.files import replace_folder
 from qlora_core.huggingface.adapter_config import PLAIN, changed_base
 from qlora_core.training.adapters import PREFIX, WEIGHTS, read_adapter
@@ -184,9 +184,8 @@ def skeleton_of(base: Path) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise request_error(
-            "base", base, f"transformers cannot build it: {reason}", "Give another with --base"
+            "base", base, f"transformers cannot build it: {first_line(error)}", "Give another with --base"
         ) from None
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from clusters.errors import request_error
+from clusters.errors import first_line, request_error
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.targets import for_peft
@@ -32,9 +32,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model, trust_remote_code=False))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise request_error(
-            "model", model, f"its tokenizer cannot be loaded: {reason}", "Put tokenizer.json into the folder"
+            "model", model, f"its tokenizer cannot be loaded: {first_line(error)}", "Put tokenizer.json into the folder"
         ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clusters.errors import request_error
+from clusters.errors import first_line, request_error
 
 
 def require_harness(tasks: Sequence[str]) -> None:
@@ -46,8 +46,7 @@ def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | Non
             log_samples=False,
         )
     except (OSError, ValueError, KeyError, ConnectionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        rule = f"lm-evaluation-harness does not run them: {reason}"
+        rule = f"lm-evaluation-harness does not run them: {first_line(error)}"
         raise request_error("--tasks", ",".join(tasks), rule, "`lm-eval ls tasks` lists those it knows") from error
     return {
         task: {name.removesuffix(",none"): float(value) for name, value in measures.items() if is_figure(value)}

@@ -67,7 +67,7 @@ def key_of(
         format_,
         seq_len,
         options.learn,
-        options.split or "train",
+        options.wanted_split,
         options.max_bad,
     ]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()

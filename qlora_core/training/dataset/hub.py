@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clusters.errors import RequestError, request_error
+from clusters.errors import RequestError, first_line, request_error
 from qlora_core.huggingface.hub import HubId, well_asked
 from qlora_core.training.dataset.options import DataOptions
-from qlora_core.training.dataset.readers import PACKED, SUFFIXES, first_line, kind_of
+from qlora_core.training.dataset.readers import PACKED, SUFFIXES, kind_of
 from qlora_core.training.dataset.sources import INSTEAD, Source, of_files
 
 PATTERNS = [f"*{suffix}{packed}" for suffix in SUFFIXES for packed in ("", PACKED)]
@@ -25,7 +25,7 @@ def fetch_dataset(hub: HubId, options: DataOptions) -> Source:
     folder = snapshot(HubId(hub.repo, hub.revision or options.revision), options)
     commit = folder.name
     files = data_files(folder, hub.repo, options)
-    digest = f"{hub.repo}@{commit} config={options.config or 'default'} split={options.split or 'train'}"
+    digest = f"{hub.repo}@{commit} config={options.config or 'default'} split={options.wanted_split}"
     if options.files is not None:
         digest += f" files={options.files}"
     return of_files(files, folder, hub.repo, digest)
@@ -61,7 +61,7 @@ def data_files(folder: Path, repo: str, options: DataOptions) -> list[Path]:
     except Exception as error:  # `datasets` raises whatever its parts do
         raise refused(repo, options, error) from None
     splits: dict[str, Any] = dict(builder.config.data_files or {})
-    split = options.split or "train"
+    split = options.wanted_split
     if split not in splits:
         rule = f"{repo} has the splits {', '.join(map(str, splits)) or '(none)'}"
         raise request_error("data.split", split, rule, "Choose one of them")

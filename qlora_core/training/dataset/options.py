@@ -34,3 +34,8 @@ class DataOptions:
     day: date | None = None
     vocab_size: int | None = None
     cache: Path | None = None
+
+    @property
+    def wanted_split(self) -> str:
+        """The split that is read where the data has any."""
+        return self.split or "train"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from clusters.errors import RequestError, request_error
+from clusters.errors import RequestError, first_line, request_error
 from qlora_core.training.dataset.report import BadRecord
 
 Records = Iterator[tuple[str, dict[str, Any] | BadRecord]]
@@ -152,8 +152,3 @@ def parquet(path: Path, shown: str) -> Records:
 def unreadable(shown: str, rule: str) -> RequestError:
     """The error of a file that is not what its name says."""
     return request_error("data.path", shown, rule, "Give JSON lines, a JSON array, CSV or Parquet")
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without what follows it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clusters.errors import Problem, RequestError, request_error
+from clusters.errors import Problem, RequestError, first_line, request_error
 from qlora_core.data import hub_dataset, is_address
 from qlora_core.training.dataset.options import DataOptions
-from qlora_core.training.dataset.readers import Records, first_line, kind_of, read_file
+from qlora_core.training.dataset.readers import Records, kind_of, read_file
 
 INSTEAD = "Give a file of JSON lines, JSON, CSV or Parquet, a folder of these, or a dataset of the Hub"
 SPLITS = {
@@ -107,7 +107,7 @@ def files_of(folder: Path, options: DataOptions) -> list[Path]:
 
     Where none names a split, all belong to train; where only some do, which ones are meant cannot be told.
     """
-    split = options.split or "train"
+    split = options.wanted_split
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and kind_of(path.name)]
     found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if options.files is not None:
@@ -152,7 +152,7 @@ def arrow(path: Path, shown: str, options: DataOptions) -> Source:
     folder, nowhere = path, ("config", "files", "revision")
     if isinstance(dataset, datasets.DatasetDict):
         refuse(options, "a saved dataset", nowhere)
-        split = options.split or "train"
+        split = options.wanted_split
         if split not in dataset:
             rule = f"the dataset has the splits {', '.join(dataset)}"
             raise request_error("data.split", split, rule, "Choose one of them")
