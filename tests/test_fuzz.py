@@ -191,6 +191,13 @@ def test_an_estimate_holds_together(
     assert min(found.host.load_peak_bytes, found.host.steady_bytes) >= 0
 
 
+def test_no_block_is_smaller_than_what_was_asked_for() -> None:
+    """Twelve layers of it leave less over than six, and 42 are not to leave less than nothing."""
+    recipe = Recipe(quantization="int8", double_quantization=False, rank=1, seq_len=1, tokens_per_step=1)
+    device = Device(kind="cuda", compute_dtype="float32", compute_capability=(8, 6), warmed_up=True)
+    assert_sane(estimate(find_model("gemma-2-9b"), recipe, Strategy(gradient_checkpointing=False), device).gpu)
+
+
 def longer(recipe: Recipe, length: int) -> Recipe:
     return dataclasses.replace(recipe, seq_len=length, tokens_per_step=length)
 

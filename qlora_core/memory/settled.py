@@ -104,7 +104,8 @@ def _settled(architecture: ModelArchitecture, loading: Loading, adapters: tuple[
     before = Counter(some.holes)
     again = (Counter(more.holes) - before).items()
     holes = more.holes + tuple(size for size, count in again if before[size] for _ in range(count * beyond // HALF))
-    return Settled(slack, reserved, holes)
+    # no block is smaller than what was asked for, whichever way a few layers lead
+    return Settled(max(slack, 0), reserved, holes)
 
 
 def _with_adapters(base: Loaded, adapters: tuple[int, ...]) -> Settled:
