@@ -6,6 +6,9 @@ that escapes is a defect of ours.
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -74,8 +77,33 @@ class RunFailed(Exception):
         self.what, self.remedy = what, remedy
         super().__init__(f"{what} {remedy}")
 
-    def __reduce__(self) -> tuple[type[RunFailed], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[RunFailed], tuple[object, ...]]:
         return type(self), (self.what, self.remedy)
+
+
+SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET")
+"""Names of environment variables whose values are never shown."""
+NEEDS_A_PERSON = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
+"""Errors of storage that do not pass by themselves: no space, or no right to write."""
+
+
+class StorageFailed(RunFailed):
+    """A run's files could not be written or read.
+
+    Attributes:
+        errno: the system's number of the error, where it has one.
+    """
+
+    def __init__(self, what: str, remedy: str, errno: int | None = None) -> None:
+        super().__init__(what, remedy)
+        self.errno = errno
+
+    def __reduce__(self) -> tuple[type[RunFailed], tuple[object, ...]]:
+        return type(self), (self.what, self.remedy, self.errno)
+
+
+class NotFinite(RunFailed):
+    """A loss or a gradient is no longer a finite number."""
 
 
 def request_error(where: str, given: object, rule: str, remedy: str) -> RequestError:
@@ -97,6 +125,14 @@ def first_line(error: BaseException) -> str:
 def last_line(error: BaseException) -> str:
     """What an error says last, behind a traceback that was put before it; its kind where it says nothing."""
     return _lines(error)[-1]
+
+
+def without_secrets(text: str) -> str:
+    """`text` without credentials in URLs and without the values of environment variables that hold secrets."""
+    for name, value in os.environ.items():
+        if SECRET.search(name.upper()) and len(value) >= 6:
+            text = text.replace(value, "***")
+    return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
 def _lines(error: BaseException) -> list[str]:

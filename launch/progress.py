@@ -69,19 +69,19 @@ class TerminalDisplay:
 
     def resuming(self, step: int, total: int, checkpoint: Path) -> None:
         """See `Display`."""
-        self._console.print(f"Resuming after step {step} of {total} from {checkpoint}", highlight=False)
+        self.note(f"Resuming after step {step} of {total} from {checkpoint}")
         self._bar.update(self._task, completed=step)
 
     def note(self, text: str) -> None:
         """See `Display`."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)  # it may quote a library's brackets
 
     def event(self, event: Mapping[str, Any]) -> None:
         """See `Display`."""
         if event["event"] == "phase":
             self._bar.update(self._task, description=event["phase"])
             if self._bar.disable:
-                self._console.print(event["phase"])
+                self.note(event["phase"])
         elif event["event"] == "rehearsal":
             largest = f"{event['sequences']} sequences of up to {event['longest']} tokens"
             self.note(f"The run's largest micro-batch, {largest}, was tried: {gib(max(event['peaks'].values()))}")
@@ -120,6 +120,11 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
     results = record.results
     before, after = results.get("eval_before"), results.get("eval_after")
     console.print(f"\n[bold]Run {record.name}: {record.status}[/bold]", highlight=False)
+    failed = [
+        f"{one.failure['kind']} ({one.decision['action']})" for one in record.attempts if one.failure and one.decision
+    ]
+    if failed:
+        console.print(f"{len(record.attempts)} attempts; on the way: {', '.join(failed)}.", highlight=False)
     if before is not None and after is not None:
         change = f" ({(after - before) / before:+.0%})"
         console.print(
@@ -143,4 +148,4 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
         ("report", report),
     ):
         if path is not None:
-            console.print(f"  {title:<12}{path}", highlight=False, soft_wrap=True)
+            console.print(f"  {title:<12}{path}", highlight=False, markup=False, soft_wrap=True)

@@ -97,7 +97,7 @@ def carry_out(spec: RunSpec, *, dry_run: bool, as_json: bool, force: bool, fresh
     console = Console()
     if fresh:
         spec = spec.model_copy(update={"output": str(free_output(Path(spec.output)))})
-        console.print(f"Output: {spec.output}", highlight=False)
+        console.print(f"Output: {spec.output}", highlight=False, markup=False)
     prepared = prepare(spec, tell=lambda text: click.echo(text, err=True))  # --json owns stdout
     if dry_run:
         if as_json:
@@ -113,7 +113,8 @@ def carry_out(spec: RunSpec, *, dry_run: bool, as_json: bool, force: bool, fresh
         command.fail("Interrupted before the first step; nothing was lost. The same command starts again.")
         return command.INTERRUPTED
     if already:
-        console.print(f"The run in {output} is complete already; nothing was done. --fresh starts anew beside it.")
+        text = f"The run in {output} is complete already; nothing was done. --fresh starts anew beside it."
+        console.print(text, markup=False)
     report = output / FILE_NAME
     if not (already and report.is_file()):
         write_report(record, output)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,6 +16,9 @@ from orchestrator.plans import Target
 from qlora_core.recipe import Method, Recipe
 from qlora_core.step_time import StepTime, Times
 from qlora_core.strategy import Strategy
+
+LEANER = 0.9
+"""A plan that follows one that ran out of memory needs at most this part of what that one was to need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +43,48 @@ class MeasuredRun:
 
 
 @dataclass(frozen=True, slots=True)
+class RanOut:
+    """A plan that should have fitted and ran out of GPU memory.
+
+    Attributes:
+        gpu: the device's name.
+        model: the model's name.
+        recipe: as JSON values.
+        process_bytes: what it said of the fullest rank's process.
+        usable_bytes: what there was for it.
+    """
+
+    gpu: str
+    model: str
+    recipe: Mapping[str, Any]
+    process_bytes: int
+    usable_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class History:
-    """Finished runs, the latest first."""
+    """Earlier runs, the latest first.
+
+    Attributes:
+        runs: those that were finished.
+        ran_out: plans of all.
+    """
 
     runs: tuple[MeasuredRun, ...] = ()
+    ran_out: tuple[RanOut, ...] = ()
+
+    def room(self, target: Target, model: str, recipe: Recipe) -> int | None:
+        """Bytes that a process may need where plans for the same model and recipe ran out; None where none has.
+
+        In proportion to what was usable then: something else may have filled the GPU.
+        """
+        as_recorded = json.loads(json.dumps({**recipe.to_json(), "compute_dtype": target.compute_dtype}))
+        found = [
+            LEANER * one.process_bytes * target.usable_bytes / one.usable_bytes
+            for one in self.ran_out
+            if (one.gpu, one.model, one.recipe) == (target.name, model, as_recorded)
+        ]
+        return int(min(found)) if found else None
 
     def memory_ratios(self, target: Target, recipe: Recipe, strategy: Strategy) -> list[float]:
         """Of the runs that are comparable: the same kind of device, method, and sharded or not."""

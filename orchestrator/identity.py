@@ -55,7 +55,7 @@ def model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_same(before: Mapping[str, Any], after: Mapping[str, Any], folder: Path) -> None:
+def check_same(before: Mapping[str, Any], after: Mapping[str, Any], folder: Path | str) -> None:
     """Raise a RequestError that shows each difference between a run and what would resume it.
 
     What a recipe did not have yet when the run was started was as its default is.

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.history import NOTHING_MEASURED, History, MeasuredRun, ledger_path
+from orchestrator.history import NOTHING_MEASURED, History, MeasuredRun, RanOut, ledger_path
 
 if TYPE_CHECKING:
     from orchestrator.record import RunRecord  # a pydantic model, which `qlora-plan` need not import to read a ledger
@@ -84,7 +84,7 @@ def known_history(tell: Callable[[str], None]) -> History:
 
 
 def read_history(path: Path) -> History:
-    """The latest complete runs of a ledger, as far as they measured what was predicted.
+    """The latest runs of a ledger: what the complete ones measured, and which plans ran out of memory.
 
     Raises:
         OSError: it is no ledger that this version reads.
@@ -92,11 +92,30 @@ def read_history(path: Path) -> History:
     try:
         with open_ledger(path) as connection:
             rows = connection.execute(
-                "SELECT record FROM runs WHERE status = 'complete' ORDER BY started DESC LIMIT ?", (LATEST_RUNS,)
+                "SELECT status, record FROM runs ORDER BY started DESC LIMIT ?", (LATEST_RUNS,)
             ).fetchall()
-        return History(tuple(measured_run(json.loads(record)) for (record,) in rows))
+        records = [(status, json.loads(record)) for status, record in rows]
+        return History(
+            runs=tuple(measured_run(record) for status, record in records if status == "complete"),
+            ran_out=tuple(each for _, record in records for each in ran_out(record)),
+        )
     except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
         raise OSError(f"it is no ledger that this version reads ({error})") from error
+
+
+def ran_out(record: dict[str, Any]) -> Iterator[RanOut]:
+    """The plans of a run's record that ran out of GPU memory."""
+    plan = record["plan"]
+    for attempt in record["attempts"]:
+        failure, needed = attempt.get("failure"), attempt.get("process_bytes")
+        if failure and failure["kind"] == "gpu memory" and needed:
+            yield RanOut(
+                gpu=plan["estimate"]["gpu"]["name"],
+                model=plan["model"]["name"],
+                recipe=plan["recipe"],
+                process_bytes=needed,
+                usable_bytes=plan["verdicts"][0]["usable_bytes"],
+            )
 
 
 def measured_run(record: dict[str, Any]) -> MeasuredRun:

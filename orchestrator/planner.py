@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clusters.cluster import Pool
 from clusters.errors import Problem, RequestError, request_error
+from clusters.gpu import GIB
 from orchestrator.devices import pool_target
 from orchestrator.durations import duration
 from orchestrator.history import NOTHING_MEASURED, History
@@ -224,11 +225,13 @@ def plan_run(
     *,
     longest: int | None = None,
     history: History = NOTHING_MEASURED,
+    at_most: int | None = None,
 ) -> Plan:
     """The plan of a run: what the specification fixed stays, the rest is chosen for speed.
 
     There are `devices` of the kind `target`. `longest` is the tokens of the longest example or packed row, where the
-    data is known; memory is planned for it.
+    data is known; memory is planned for it. `at_most` are the bytes of a process that are looked for, where a plan that
+    should have fitted did not.
 
     The specification holds nothing that `prepare.refuse_unbuilt` refuses.
 
@@ -246,7 +249,11 @@ def plan_run(
     from orchestrator.reasons import hopeless, reasons
     from orchestrator.search import best_of, leanest_of_all
 
-    place = Place(((target, world_size),))
+    if at_most is not None and at_most < target.usable_bytes:
+        reason = "a plan for this that was to need a tenth more, and should have fitted, ran out of memory"
+        choices.append(Choice("process", f"at most {at_most / GIB:.2f} GiB", reason))
+    room = target if at_most is None else replace(target, usable_bytes=min(target.usable_bytes, at_most))
+    place = Place(((room, world_size),))
     best = best_of(question, place)
     if best is None:
         candidate = leanest_of_all(question, place)

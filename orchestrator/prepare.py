@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from orchestrator.base import Base, find_base
 from orchestrator.identity import identity
 from orchestrator.ledger import known_history
 from orchestrator.machine import Machine, describe, target_of
-from orchestrator.planner import plan_run
+from orchestrator.planner import divisors, plan_run
 from orchestrator.plans import Plan
 from orchestrator.record import RunRecord, load_record
 from orchestrator.rules import trained_stages
@@ -89,7 +90,16 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
     layout = lay_out(train.lengths, spec.recipe)
     # what is held out is evaluated one example a row
     longest = max(layout.longest, data.longest)
-    plan = plan_run(spec, base.architecture, target, machine.devices, longest=longest, history=known_history(tell))
+    history = known_history(tell)
+    plan = plan_run(
+        spec,
+        base.architecture,
+        target,
+        machine.devices,
+        longest=longest,
+        history=history,
+        at_most=history.room(target, base.architecture.name, spec.recipe),
+    )
     return Prepared(
         spec=spec,
         base=base,
@@ -102,6 +112,55 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
         total_steps=spec.recipe.total_steps(len(layout.rows)),
         identity=identity(spec, base.identity, data, target.compute_dtype, None if adapter is None else adapter.digest),
     )
+
+
+def leaner(prepared: Prepared, at_most: int) -> Prepared | None:
+    """The run with the fastest plan whose process needs `at_most` bytes, at the same tokens per step; None without.
+
+    What the specification fixes of the strategy stays as long as that is possible; then the plan chooses all of it but
+    the number of workers, and last it offloads.
+    """
+    request = prepared.spec.strategy_request
+    free = StrategySpec(world_size=request.world_size)
+    ways = [request, free]
+    if prepared.plan.target.device.kind == "cuda":
+        ways += [free.model_copy(update={"offload": offload}) for offload in ("optimizer", "all")]
+    for way in ways:
+        with suppress(RequestError):  # some recipes cannot be offloaded
+            found = replanned(prepared, way, at_most)
+            if found.plan.estimate.gpu.process_bytes <= at_most:
+                return found
+    return None
+
+
+def smaller(prepared: Prepared, workers: int) -> Prepared | None:
+    """The run with a plan for at most so many workers; None where none fits."""
+    world_size = max(size for size in divisors(prepared.spec.recipe.sequences_per_step) if size <= workers)
+    free = StrategySpec(world_size=world_size)
+    for way in (prepared.spec.strategy_request.model_copy(update={"world_size": world_size}), free):
+        with suppress(RequestError):  # a strategy that was fixed need not go with fewer workers
+            if (found := replanned(prepared, way)).plan.fits:
+                return found
+    return None
+
+
+def replanned(prepared: Prepared, strategy: StrategySpec, at_most: int | None = None) -> Prepared:
+    """The run with another plan.
+
+    Raises:
+        RequestError: the recipe does not go with that strategy.
+    """
+    spec, before = prepared.spec, prepared.plan
+    plan = plan_run(
+        spec.model_copy(update={"strategy": strategy}),
+        before.architecture,
+        before.target,
+        prepared.machine.devices,
+        longest=max(prepared.layout.longest, prepared.data.longest),
+        history=known_history(lambda text: None),
+        at_most=at_most,
+    )
+    return replace(prepared, plan=plan)
 
 
 def read_data(spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedExamples, DataReport]:

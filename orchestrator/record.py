@@ -35,6 +35,16 @@ class Attempt(BaseModel):
     """Optimizer steps done when it ended."""
     reason: str | None = None
     """Why it ended, where it did not run to its end."""
+    strategy: dict[str, Any] = {}
+    """How it was run: the plan's, as later attempts may have another."""
+    process_bytes: int | None = None
+    """What the plan said of the fullest rank's process."""
+    failure: dict[str, Any] | None = None
+    """What happened: kind, message, rank, and what was measured on that rank until then."""
+    decision: dict[str, Any] | None = None
+    """What followed: action, reason, seconds waited."""
+    skipped: list[dict[str, str]] = []
+    """Checkpoints that it did not resume from though they were newer, each with the reason."""
 
 
 class RunRecord(BaseModel):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
@@ -16,20 +16,28 @@ from safetensors import SafetensorError
 
 from clusters.errors import RequestError, RunFailed, request_error
 from orchestrator import ledger
+from orchestrator.following import Following, WorkerTraceback, decided, given_up, told
 from orchestrator.history import ledger_path
 from orchestrator.identity import check_same
-from orchestrator.plans import Plan
+from orchestrator.offsite import Offsite, offsite
+from orchestrator.order import Order
+from orchestrator.outcome import close, finish, predicted, result_folder
 from orchestrator.prepare import Prepared
 from orchestrator.ray_runtime import check_reachable
 from orchestrator.record import Attempt, RunRecord, load_record, new_id, now, save_record, versions
-from orchestrator.supervisor import Interrupted, keep_events_until, run_attempt
+from orchestrator.recovery import Failure
+from orchestrator.supervisor import (
+    POLL_SECONDS,
+    AttemptFailed,
+    Interrupted,
+    interrupts,
+    keep_events_until,
+    run_attempt,
+)
 from orchestrator.tracking import tracked
-from orchestrator.worker import Order
-from qlora_core.perplexity import perplexity
-from qlora_core.training.card import CardFacts
-from qlora_core.training.checkpoint import complete, load_facts
 from qlora_core.training.examples import save_examples
-from qlora_core.training.export import export_adapter, export_model
+from qlora_core.training.manifest import folder_name, newest_valid, put_aside
+from qlora_core.training.restore import load_facts
 
 
 class Display(Protocol):
@@ -79,20 +87,27 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
             "The plan does not fit, so nothing was started.", "Change what the plan shows, or pass --force."
         )
     # All that could make the request wrong is looked at before anything is written.
-    resume = latest(output / "checkpoints")
+    resume, _ = newest_valid(output / "checkpoints")
     if resume is not None:
-        check_resumable(resume, prepared)
+        check_same(load_facts(resume)["identity"], prepared.identity, resume)
     if prepared.spec.cluster != "auto":
         check_reachable(prepared.spec.cluster.address)
-    with only_writer(output):
+    with only_writer(output), offsite(prepared.spec, display.note) as storage:
+        if storage is not None and (fetched := storage.fetch(output / "checkpoints", prepared.identity)):
+            display.note(f"The checkpoint {fetched.name} came from {prepared.spec.checkpoints.storage}.")
         record = open_record(prepared, record, output)
-        run_to_end(prepared, record, resume, output, display)
+        run_to_end(prepared, record, output, display, storage)
+        if storage is not None and record.status == "complete":
+            storage.keep(result_folder(prepared, output))
     return record, False
 
 
-def result_folder(prepared: Prepared, output: Path) -> Path:
-    """Where the result of a run lies: an adapter, or with method full a model."""
-    return output / ("model" if prepared.spec.recipe.method == "full" else "adapter")
+def save_if_possible(record: RunRecord, output: Path, display: Display) -> None:
+    """Write the record of a run that has failed: why it has is to be told, also where that cannot be written down."""
+    try:
+        save(record, output, display)
+    except RunFailed as error:
+        display.note(str(error))
 
 
 @contextmanager
@@ -124,37 +139,130 @@ def unwritable(output: Path, error: OSError) -> RequestError:
     return request_error("output", output, reason, "Choose a folder that can, with free space")
 
 
-def run_to_end(prepared: Prepared, record: RunRecord, resume: Path | None, output: Path, display: Display) -> None:
-    """One attempt, and whatever it comes to is in the record."""
-    spec = prepared.spec
+def run_to_end(prepared: Prepared, record: RunRecord, output: Path, display: Display, storage: Offsite | None) -> None:
+    """Attempts until one comes to the end, or nothing sensible is left; what each came to is in the record."""
+    stop_file = output / ".stop"
+    since: list[Failure] = []
+    stop_file.unlink(missing_ok=True)
+    with interrupts(stop_file) as interrupt:
+        following: Following | None = Following(prepared, 0.0)
+        while following is not None and paused(following.seconds, interrupt, stop_file):
+            prepared = following.prepared
+            begin_attempt(prepared, record, output, display)
+            with tracked(prepared, record, output, display.note) as track:
+
+                def on_event(event: Mapping[str, Any], track: Callable[..., None] = track) -> None:
+                    display.event(event)
+                    track(event)
+                    if storage is not None and event["event"] == "checkpoint":
+                        storage.keep(Path(event["path"]))
+
+                following = attempt_once(prepared, record, since, output, display, interrupt, on_event)
+        if following is not None:  # somebody asked to stop while it waited
+            record.status = "interrupted"
+            save(record, output, display)
+
+
+def attempt_once(
+    prepared: Prepared,
+    record: RunRecord,
+    since: list[Failure],
+    output: Path,
+    display: Display,
+    interrupt: threading.Event,
+    on_event: Callable[[Mapping[str, Any]], None],
+) -> Following | None:
+    """Carry out the attempt that was begun; how the run goes on, or None where it has come to its end.
+
+    Args:
+        since: the failures since the last checkpoint; one more is noted there.
+    """
+    try:
+        end = attempted(prepared, record, output, interrupt, on_event)
+        finish(record, end, prepared, output)
+        save(record, output, display)
+        return None
+    except AttemptFailed as error:
+        failure = error.failure
+    except BaseException as error:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        close(record, "interrupted" if stopped else "failed", str(error) or type(error).__name__, output)
+        save_if_possible(record, output, display)
+        raise
+    last = record.attempts[-1]
+    step = close(record, "failed", failure.message, output)
+    if step > last.from_step:
+        since.clear()
+    decision, following = decided(failure, since, prepared, first=len(record.attempts) == 1)
+    since.append(failure)
+    last.failure, last.decision = failure.to_json(), dataclasses.asdict(decision)
+    save_if_possible(record, output, display)
+    if decision.action == "stop":
+        raise given_up(failure, decision, record) from WorkerTraceback(failure.details)
+    display.note(told(failure, decision, prepared, following, step))
+    return Following(following, decision.seconds)
+
+
+def begin_attempt(prepared: Prepared, record: RunRecord, output: Path, display: Display) -> None:
+    """Find where to go on, and open an attempt from there in the record."""
+    resume, skipped = newest_valid(output / "checkpoints")
+    told_of = []
+    for one in skipped:
+        aside = put_aside(one)
+        told_of.append({"checkpoint": one.folder.name, "reason": one.reason})
+        kept = "" if aside == one.folder else f" It is kept as {aside.name}."
+        display.note(f"The checkpoint {one.folder.name} was passed over: {one.reason}.{kept}")
     start = load_facts(resume)["step"] if resume else 0
+    for earlier in record.attempts:
+        if earlier.status == "running":
+            earlier.status, earlier.to_step, earlier.reason = "failed", start, "the process that carried it out ended"
     if resume is not None:
         display.resuming(start, prepared.total_steps, resume)
     keep_events_until(output / "events.jsonl", start)
-    record.attempts.append(Attempt(started=now(), from_step=start))
+    plan = prepared.plan
+    record.plan, record.predicted = plan.to_json(), predicted(plan)
+    record.attempts.append(
+        Attempt(
+            started=now(),
+            from_step=start,
+            strategy=dataclasses.asdict(plan.strategy),
+            process_bytes=plan.estimate.gpu.process_bytes,
+            skipped=told_of,
+        )
+    )
     record.status = "running"
     save(record, output, display)
-    with tracked(prepared, record, output, display.note) as track:
 
-        def on_event(event: Mapping[str, Any]) -> None:
-            display.event(event)
-            track(event)
 
-        try:
-            end = run_attempt(
-                order_of(prepared, output, resume),
-                address=None if spec.cluster == "auto" else spec.cluster.address,
-                on_event=on_event,
-            )
-            finish(record, end, prepared, output)
-        except BaseException as error:
-            status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
-            reached = latest(output / "checkpoints")
-            step = load_facts(reached)["step"] if reached else 0
-            close_attempt(record, status, step, str(error) or type(error).__name__)
-            save(record, output, display)
-            raise
-        save(record, output, display)
+def attempted(
+    prepared: Prepared,
+    record: RunRecord,
+    output: Path,
+    interrupt: threading.Event,
+    on_event: Callable[[Mapping[str, Any]], None],
+) -> dict[str, Any]:
+    """Carry out the attempt that was begun: see `run_attempt`."""
+    spec, start = prepared.spec, record.attempts[-1].from_step
+    resume = output / "checkpoints" / folder_name(start) if start else None
+    if not interrupt.is_set():
+        (output / ".stop").unlink(missing_ok=True)  # of a preemption
+    return run_attempt(
+        order_of(prepared, output, resume, len(record.attempts)),
+        address=None if spec.cluster == "auto" else spec.cluster.address,
+        interrupt=interrupt,
+        hang_seconds=60 * spec.recovery.hang_minutes,
+        on_event=on_event,
+    )
+
+
+def paused(seconds: float, interrupt: threading.Event, stop_file: Path) -> bool:
+    """Wait; whether nobody asked to stop meanwhile."""
+    deadline = time.monotonic() + seconds
+    while not (interrupt.is_set() or (stop_file.exists() and seconds)):
+        if time.monotonic() >= deadline:
+            return True
+        interrupt.wait(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+    return False
 
 
 def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> RunRecord:
@@ -183,20 +291,6 @@ def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> R
     )
 
 
-def predicted(plan: Plan) -> dict[str, Any]:
-    """What a plan says of the fullest rank, to be held against what is measured."""
-    gpu, step = plan.estimate.gpu, plan.verdict.step_time
-    return {
-        "allocated_bytes": gpu.allocated_bytes,
-        "reserved_bytes": gpu.reserved_bytes,
-        "peak_phase": gpu.peak_phase,
-        "peak_moment": gpu.peak_moment,
-        "phases": dataclasses.asdict(gpu.phases),
-        # as the model says it, before any correction, which later runs would else correct again
-        "step_seconds": None if step is None else step.seconds / step.correction,
-    }
-
-
 def save(record: RunRecord, output: Path, display: Display) -> None:
     """Write the record beside the run and into the ledger."""
     try:
@@ -212,28 +306,7 @@ def save(record: RunRecord, output: Path, display: Display) -> None:
         display.note(f"The ledger {ledger_path()} was not updated: {error}.")
 
 
-def latest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    found = complete(checkpoints)
-    return found[max(found)] if found else None
-
-
-def check_resumable(checkpoint: Path, prepared: Prepared) -> None:
-    """Raise a RequestError for a checkpoint of another run, or one that lays the optimizer state out in another way."""
-    facts = load_facts(checkpoint)
-    check_same(facts["identity"], prepared.identity, checkpoint)
-    for field in ("world_size", "zero_stage"):
-        wanted, there = getattr(prepared.plan.strategy, field), facts[field]
-        if wanted != there:
-            raise request_error(
-                f"strategy.{field}",
-                wanted,
-                f"the checkpoint {checkpoint} was written with {there}, and resuming with another is not built yet",
-                f"Set strategy.{field} to {there}, or start anew beside it with --fresh",
-            )
-
-
-def order_of(prepared: Prepared, output: Path, resume: Path | None) -> Order:
+def order_of(prepared: Prepared, output: Path, resume: Path | None, attempt: int = 1) -> Order:
     """What the workers are told."""
     spec, plan = prepared.spec, prepared.plan
     return Order(
@@ -252,105 +325,15 @@ def order_of(prepared: Prepared, output: Path, resume: Path | None) -> Order:
         examples=output / "data",
         checkpoints=output / "checkpoints",
         events=output / "events.jsonl",
+        alive=output / ".alive",
         stop_file=output / ".stop",
         resume_from=resume,
+        attempt=attempt,
         rendezvous=output / ".rendezvous" if spec.cluster == "auto" else None,
         predicted=predicted(plan),
         facts={
             "plan": plan.digest,
-            "zero_stage": plan.strategy.zero_stage,
             "identity": prepared.identity,
             "versions": versions(),
         },
     )
-
-
-def close_attempt(record: RunRecord, status: Any, step: int, reason: str | None) -> None:
-    """Note how the last attempt ended."""
-    attempt = record.attempts[-1]
-    attempt.ended, attempt.status, attempt.to_step, attempt.reason = now(), status, step, reason
-    record.status = status
-
-
-def finish(record: RunRecord, end: Mapping[str, Any], prepared: Prepared, output: Path) -> None:
-    """Put what the workers measured and learned into the record, and export the result of a finished run."""
-    close_attempt(record, "complete" if end["finished"] else "interrupted", end["step"], None)
-    record.measured = merged_measurement(end, record.measured)
-    if record.measured is not None:
-        record.measured["step_seconds"] = step_seconds(output / "events.jsonl")
-    record.results = {**end["context"], **perplexities(end["context"])}
-    checkpoint = latest(output / "checkpoints")
-    if not end["finished"] or checkpoint is None:
-        return
-    folder, facts = result_folder(prepared, output), card_facts(record, prepared)
-    try:
-        if prepared.spec.recipe.method == "full":
-            export_model(checkpoint, folder, prepared.base.folder, facts)
-            record.weights = str(folder)
-        else:
-            export_adapter(checkpoint, folder, facts)
-            record.adapter = str(folder)
-    except OSError as error:
-        raise RunFailed(
-            f"The result could not be written to {folder}: {error}.",
-            "Put that right and start the same run again: the last checkpoint holds it.",
-        ) from error
-
-
-def perplexities(context: Mapping[str, Any]) -> dict[str, float]:
-    """The exponentials of the evaluation losses, where there are any."""
-    return {
-        f"perplexity_{when}": perplexity(context[f"eval_{when}"])
-        for when in ("before", "after")
-        if context.get(f"eval_{when}") is not None
-    }
-
-
-def card_facts(record: RunRecord, prepared: Prepared) -> CardFacts:
-    """What the result's card tells of its run."""
-    return CardFacts(
-        name=record.name,
-        base=prepared.base.name,
-        commit=prepared.base.commit,
-        recipe=prepared.spec.recipe,
-        compute_dtype=prepared.plan.target.compute_dtype,
-        steps=record.total_steps,
-        data_name=Path(prepared.spec.data.path).name,
-        data=record.data,
-        strategy=record.plan["strategy"],
-        predicted=record.predicted,
-        measured=record.measured,
-        results=record.results,
-        versions=record.versions,
-    )
-
-
-def step_seconds(events: Path) -> float | None:
-    """The median time of a step, the first of the run left out, which warms up; None where no other was made."""
-    seconds = [
-        event["seconds"] for event in map(json.loads, events.read_text().splitlines()) if event["event"] == "step"
-    ]
-    return median(seconds[1:]) if len(seconds) > 1 else None
-
-
-def merged_measurement(end: Mapping[str, Any], before: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The measured peaks of the fullest rank, and those of all ranks, over this attempt and the ones before.
-
-    None where no attempt that could say so has trained a step.
-    """
-    ranks: list[dict[str, int]] = end["ranks"]
-    if not any(rank["optimizer"] for rank in ranks):
-        return before
-    if before is not None and len(before["ranks"]) == len(ranks):
-        ranks = [
-            {key: max(value, old[key]) for key, value in new.items()}
-            for new, old in zip(ranks, before["ranks"], strict=True)
-        ]
-    phases = {phase: max(rank[phase] for rank in ranks) for phase in ("after_load", "forward", "backward", "optimizer")}
-    return {
-        "allocated_bytes": max(phases.values()),
-        "reserved_bytes": max(rank["reserved"] for rank in ranks),
-        "allocated_is": end["allocated_is"],
-        "phases": phases,
-        "ranks": ranks,
-    }

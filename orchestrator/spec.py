@@ -32,6 +32,13 @@ def _path(value: str) -> str:
     return value
 
 
+def _address(value: str) -> str:
+    """A validator: `value` is an address of object storage."""
+    if not is_address(value):
+        raise ValueError("it should be an address such as s3://bucket/folder")
+    return value
+
+
 def _pattern(value: str) -> str:
     """A validator: `value` names files inside a folder."""
     if not value.strip() or value.startswith(("/", "~")) or ".." in value.split("/"):
@@ -126,6 +133,8 @@ class CheckpointSpec(_Section):
     """Optimizer steps between two checkpoints; one more is written at the end and at an interrupt."""
     keep: Count = 2
     """Checkpoints that stay: the last so many, and the one with the best evaluation loss beside them."""
+    storage: Annotated[str, AfterValidator(_address)] | None = None
+    """An address, ``s3://bucket/folder``, to which each is copied too, and from which the run goes on elsewhere."""
 
 
 class EvaluationSpec(_Section):
@@ -133,6 +142,17 @@ class EvaluationSpec(_Section):
 
     every_steps: Count | None = None
     """Optimizer steps between two evaluations; nothing leaves it at the checkpoints."""
+
+
+class RecoverySpec(_Section):
+    """What follows a failure: docs/reliability.md."""
+
+    retries: Annotated[int, Field(ge=0)] = 3
+    """A run goes on after so many failures of one kind in a row, without a checkpoint in between; 0 ends it at any."""
+    hang_minutes: Annotated[float, Field(gt=0)] = 30
+    """When no worker has got on for so long, the attempt is ended; loading the base may take six times as long."""
+    min_workers: Count | None = None
+    """So many workers are enough to go on with when nodes are lost; nothing: it waits for as many as were planned."""
 
 
 class RunSpec(_Section):
@@ -156,6 +176,8 @@ class RunSpec(_Section):
     """Where it runs: auto is this machine."""
     checkpoints: CheckpointSpec = CheckpointSpec()
     """When state is saved, and how much of it stays."""
+    recovery: RecoverySpec = RecoverySpec()
+    """What follows a failure."""
     evaluation: EvaluationSpec = EvaluationSpec()
     """When held-out loss and perplexity are measured."""
     tracking: TrackingSpec = TrackingSpec()
@@ -250,9 +272,10 @@ def data_path(folder: Path, text: str) -> str:
 
 def refuse_credentials(fields: dict[str, Any]) -> list[Problem]:
     """What is wrong with addresses that carry secrets: they would stand in records and logs. They are not shown."""
-    data = fields.get("data")
+    data, checkpoints = fields.get("data"), fields.get("checkpoints")
     places = {name: fields.get(name) for name in ("model", "adapter", "output")}
     places["data.path"] = data.get("path") if isinstance(data, dict) else None
+    places["checkpoints.storage"] = checkpoints.get("storage") if isinstance(checkpoints, dict) else None
     rule = "an address must not carry a user, a password, a query or a fragment"
     remedy = "Leave credentials to the environment, as the storage's own tools read them"
     return [
@@ -279,8 +302,8 @@ def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
 def schema() -> dict[str, Any]:
     """The JSON schema of a run specification, for editors; it describes every field."""
     document = RunSpec.model_json_schema()
-    sections = (RunSpec, DataSpec, Recipe, StrategySpec, ClusterSpec, CheckpointSpec, EvaluationSpec, TrackingSpec)
-    for section in sections:
+    strategy_and_where = (StrategySpec, ClusterSpec, CheckpointSpec, RecoverySpec)
+    for section in (RunSpec, DataSpec, Recipe, *strategy_and_where, EvaluationSpec, TrackingSpec):
         described = document if section is RunSpec else document["$defs"][section.__name__]
         for name, text in field_docs(section).items():
             described["properties"][name]["description"] = text

@@ -1,4 +1,4 @@
-"""Supervises one attempt of a run: Ray Train in a thread, its events passed on, interrupts made harmless."""
+"""Supervises one attempt of a run: its events passed on, interrupts made harmless, hangs noticed."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-from clusters.errors import RequestError, RunFailed, last_line
-from orchestrator.ray_runtime import ray_session
-from orchestrator.worker import Order, work
+from orchestrator import attempt
+from orchestrator.order import Order
+from orchestrator.recovery import Failure
 from qlora_core.files import replace_atomically
 
 POLL_SECONDS = 0.1
+LOADING = 6
+"""Loading and quantizing the base may take so many times as long as a step before the run is taken for hung."""
 EventHandler = Callable[[dict[str, Any]], None]
 
 
@@ -30,141 +28,121 @@ class Interrupted(Exception):
     """The run was asked to stop before there was anything to save."""
 
 
-def run_attempt(order: Order, *, address: str | None, on_event: EventHandler) -> dict[str, Any]:
+class AttemptFailed(Exception):
+    """An attempt did not reach the end of its run."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure.message)
+
+
+def run_attempt(
+    order: Order, *, address: str | None, interrupt: threading.Event, hang_seconds: float, on_event: EventHandler
+) -> dict[str, Any]:
     """Run workers until they are done, or have stopped at an interrupt. Returns their last event, ``end``.
 
     Args:
         address: a running Ray, or None to start one for this attempt.
+        interrupt: set by a signal, which has left the order's stop file too.
+        hang_seconds: the attempt is ended when no worker has got on for so long.
         on_event: called in this thread with each event that rank 0 writes.
 
     Raises:
-        RequestError: what a worker found wrong with the request.
-        RunFailed: the workers failed, with the reason of the first that did.
+        AttemptFailed: with what happened.
         Interrupted: an interrupt before the first step.
     """
-    order.stop_file.unlink(missing_ok=True)
     if order.rendezvous is not None:
         order.rendezvous.unlink(missing_ok=True)
+    shutil.rmtree(order.alive, ignore_errors=True)
+    order.alive.mkdir(parents=True)
     forget_ray_state(order.checkpoints)
     events = EventReader(order.events)
-    # Ray's own handler of SIGTERM, which ends the process, is installed by ray.init: ours must come after it.
-    with ray_session(address, order.strategy.world_size), interrupts(order.stop_file) as interrupt:
-        check_resources(order, address)
-        if address is None and (port := ray.nodes()[0].get("MetricsExportPort")):
-            on_event({"event": "prometheus", "url": f"http://127.0.0.1:{port}/metrics"})
-        on_event({"event": "phase", "phase": "starting workers"})
-        fit = FitThread(trainer_of(order))
-        fit.start()
-        last: dict[str, Any] = {}
-        while fit.is_alive():
-            fit.join(POLL_SECONDS)
-            for event in events.new():
-                last = event
-                on_event(event)
-            if interrupt.is_set() and last.get("event", "phase") == "phase":  # the loop has not begun
-                raise Interrupted
+    running = attempt.start(order, address)
+    watchdog = Watchdog(order.alive, hang_seconds)
+    last: dict[str, Any] = {}
+    failure: Failure | None = None
+    preempted = False
+
+    def pass_on() -> None:
+        nonlocal last
         for event in events.new():
             last = event
+            watchdog.saw(event)
             on_event(event)
-        if fit.error is not None:
-            raise explained(fit.error)
-    order.stop_file.unlink(missing_ok=True)
+
+    try:
+        while failure is None:
+            message = running.message(POLL_SECONDS)
+            pass_on()
+            if address is None and running.can_be_killed and last.get("event") == "end":
+                break  # nobody else uses this Ray, so it need not be left in order
+            if message is None:
+                if running.ended():
+                    failure = Failure("node lost", "the Ray of this run, or the process that drives it, is gone")
+                elif hung := watchdog.hung():
+                    # workers that cannot be ended would be in the way of the next attempt's
+                    failure = Failure("hung" if running.can_be_killed else "error", hung)
+            elif message.get("done"):
+                break
+            elif "failure" in message:
+                failure = message["failure"]
+            elif message["event"] == "preempted":
+                preempted = True
+                order.stop_file.touch()  # the workers end after their step, with a checkpoint
+            else:
+                on_event(message)
+            if interrupt.is_set() and last.get("event", "phase") == "phase":  # the loop has not begun
+                raise Interrupted
+    finally:
+        running.kill()
+        shutil.rmtree(order.alive, ignore_errors=True)
+    pass_on()
+    if last.get("event") == "end" and last["finished"]:
+        return last  # whatever happened after all was learned and saved
+    if failure is not None:
+        raise AttemptFailed(failure)
     if last.get("event") != "end":
-        raise RunFailed("The workers ended without a result.", f"Look at {order.events} for the last thing they did.")
+        raise AttemptFailed(Failure("error", "the workers ended without a result", remedy=f"Look at {order.events}."))
+    if preempted and not last["finished"] and not interrupt.is_set():
+        raise AttemptFailed(Failure("preempted", f"a node is taken away; a checkpoint of step {last['step']} was left"))
     return last
 
 
-class FitThread(threading.Thread):
-    """`trainer.fit()` beside the main thread, where Ray would handle interrupts by aborting without saving."""
+class Watchdog:
+    """Notices that no worker gets on any more.
 
-    def __init__(self, trainer: DataParallelTrainer) -> None:
-        super().__init__(name="ray-train", daemon=True)
-        self._trainer = trainer
-        self.error: BaseException | None = None
+    Args:
+        folder: where each rank touches a file of its own when it has done something.
+        seconds: without any of that, after which they hang; `LOADING` times as long before the first step.
+    """
 
-    def run(self) -> None:
-        """Fit, and keep what went wrong."""
-        try:
-            self._trainer.fit()
-        except BaseException as error:
-            self.error = error
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self._folder, self._seconds = folder, seconds
+        self._since = time.time()
+        self._loading = True
 
+    def saw(self, event: dict[str, Any]) -> None:
+        """An event came."""
+        self._since = time.time()
+        self._loading = event["event"] == "phase"
 
-def trainer_of(order: Order) -> DataParallelTrainer:
-    """Ray Train's trainer for an attempt. Ray itself retries nothing: what follows a failure is decided above it."""
-    on_gpu = order.device == "cuda"
-    common: dict[str, Any] = {
-        "train_loop_config": {"order": order},
-        "scaling_config": ScalingConfig(
-            num_workers=order.strategy.world_size,
-            use_gpu=on_gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if on_gpu else {})},
-        ),
-        "run_config": RunConfig(
-            name=order.checkpoints.name,
-            storage_path=str(order.checkpoints.parent),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-        ),
-    }
-    if order.rendezvous is not None:
-        return DataParallelTrainer(work, **common)
-    return TorchTrainer(work, torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"), **common)
+    def hung(self) -> str | None:
+        """What to say of it, if they hang."""
+        now, limit = time.time(), self._seconds * (LOADING if self._loading else 1)
+        if now - self._since <= limit:
+            return None
+        touched = {path.name: path.stat().st_mtime for path in self._folder.glob("rank-*")}
+        silent = now - max([self._since, *touched.values()])
+        if silent <= limit:
+            return None
+        first = f", first {min(touched, key=lambda name: touched[name])}" if touched else ""
+        return f"no worker got on for {silent:.0f} s{first}"
 
 
 def forget_ray_state(checkpoints: Path) -> None:
-    """Remove Ray's own notes on checkpoints and what a killed attempt left half-written.
-
-    Which checkpoint a run resumes from is decided by which folders are complete, not by Ray's memory of them, which
-    ends a run when a folder was removed by hand.
-    """
+    """Remove Ray's own notes: which checkpoint a run resumes from is decided by which are valid."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     (checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    for leftover in checkpoints.glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def check_resources(order: Order, address: str | None) -> None:
-    """Refuse what a running Ray cannot place: Ray Train would wait for it forever."""
-    if address is None:
-        return
-    kind = "GPU" if order.device == "cuda" else "CPU"
-    there = int(ray.cluster_resources().get(kind, 0))
-    if there < order.strategy.world_size:
-        raise RunFailed(
-            f"The Ray at {address} has {there} {kind}s, the plan needs {order.strategy.world_size}.",
-            "Lower strategy.world_size or add nodes.",
-        )
-
-
-def explained(error: BaseException) -> Exception:
-    """The first worker's own error, or a RunFailed that says what Ray Train said."""
-    if isinstance(error, WorkerGroupError):
-        failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
-        for failure in failures:
-            cause = root(failure)
-            if isinstance(cause, RequestError | RunFailed):
-                return cause
-        if failures:
-            cause = root(failures[0])
-            text = last_line(cause)
-            failed = RunFailed(
-                f"A worker failed: {type(cause).__name__}: {text}.",
-                "The same command goes on from the last checkpoint, if there is one. --debug shows the traceback.",
-            )
-            failed.__cause__ = failures[0]
-            return failed
-    failed = RunFailed(f"Ray Train failed: {error}.", "--debug shows the traceback.")
-    failed.__cause__ = error
-    return failed
-
-
-def root(error: BaseException) -> BaseException:
-    """The user-level exception inside Ray's wrappers."""
-    while True:
-        inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None)
-        if not isinstance(inner, BaseException):
-            return error
-        error = inner
 
 
 class EventReader:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -86,6 +87,16 @@ class JsonLines:
         """See `Tracker`."""
 
 
+def quiet_about_tensorboard(raised: threading.ExceptHookArgs) -> None:
+    """Show no traceback of TensorBoard's own thread: it hands its errors on to the next call, where they are told."""
+    trace = raised.exc_traceback
+    while trace is not None and trace.tb_next is not None:
+        if str(trace.tb_frame.f_globals.get("__name__")).startswith("tensorboard."):
+            return
+        trace = trace.tb_next
+    threading.__excepthook__(raised)
+
+
 class TensorBoard:
     """An event file per attempt in the run's folder, which TensorBoard shows as one run."""
 
@@ -97,6 +108,7 @@ class TensorBoard:
         """See `Tracker`."""
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = quiet_about_tensorboard
         self._writer = SummaryWriter(self._folder, flush_secs=10)
 
     def log(self, figures: Figures) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +11,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from clusters.errors import first_line
+from clusters.errors import first_line, without_secrets
 from orchestrator.metrics import metrics_of
 from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord
@@ -23,8 +21,6 @@ START_SECONDS = 20.0
 """What a tracker gets to open the run before the workers are started."""
 FINISH_SECONDS = 30.0
 """What a tracker gets to send what is left when the run is over."""
-SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET")
-"""Names of environment variables whose values are never shown."""
 
 
 class Tracking:
@@ -98,14 +94,6 @@ class Lane(threading.Thread):
             self._tell(f"Tracking by {self.name} ended, the run goes on: {reason}")
         finally:
             self.opened.set()
-
-
-def without_secrets(text: str) -> str:
-    """`text` without credentials in URLs and without the values of environment variables that hold secrets."""
-    for name, value in os.environ.items():
-        if SECRET.search(name.upper()) and len(value) >= 6:
-            text = text.replace(value, "***")
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
 @contextmanager

@@ -5,80 +5,44 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
+import socket
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from ray import train as ray_train
-from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
 
+from clusters.errors import request_error
+from orchestrator.failures import WorkerFailed, failure_of
 from orchestrator.gauges import Gauges
 from orchestrator.metrics import metrics_of
-from qlora_core.files import replace_folder
-from qlora_core.memory.measure import meter_for
+from orchestrator.order import Order
+from qlora_core.memory.measure import Meter, meter_for
 from qlora_core.quiet import quiet_libraries
-from qlora_core.recipe import Dtype, Recipe
-from qlora_core.strategy import Strategy
-from qlora_core.training.checkpoint import complete, expired, load_adapter
 from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.loop import TrainingRun, train
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import load_base, load_tokenizer, make_trainable
+from qlora_core.training.restore import load_adapter
 
+ALIVE_SECONDS = 1.0
+SHARED_SECONDS = 60.0
+"""What one node writes may take so long to be seen by another: NFS clients keep what they know of a folder for 30 to
+60 s (nfs(5), acdirmin and acdirmax)."""
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What a worker is told to do: data only, all paths absolute and seen by every node.
-
-    Attributes:
-        name: the run's, by which its figures are found among those of others.
-        device: "cuda" or "cpu".
-        examples: the folder with train.safetensors and eval.safetensors.
-        adapter: a trained adapter to start from, in peft's layout.
-        events: the file to which rank 0 appends what happens, a JSON object a line.
-        stop_file: the run ends after the step in which this file appears.
-        keep: checkpoints that stay.
-        facts: what identifies the run inside its checkpoints.
-        rendezvous: the file through which workers of this machine find each other; None where Ray Train, whose store
-            listens on all interfaces, has joined them over the network.
-        predicted: the plan's bytes, as `metrics_of` takes them.
-    """
-
-    name: str
-    model: str
-    adapter: Path | None
-    recipe: Recipe
-    strategy: Strategy
-    compute_dtype: Dtype
-    device: str
-    seed: int
-    total_steps: int
-    save_every: int
-    keep: int
-    examples: Path
-    checkpoints: Path
-    events: Path
-    stop_file: Path
-    resume_from: Path | None
-    facts: Mapping[str, Any]
-    rendezvous: Path | None
-    predicted: Mapping[str, Any]
-    eval_every: int | None = None
-
-
 class RunObserver:
-    """Passes on what the loop tells: events into the run's file, figures to Ray, checkpoints to Ray Train."""
+    """Passes on what the loop tells: events into the run's file, figures to Ray."""
 
     def __init__(self, order: Order, rank: int) -> None:
         self._order = order
@@ -86,56 +50,86 @@ class RunObserver:
         # Line buffered: the file is read while it grows.
         self._file = order.events.open("a", encoding="utf-8", buffering=1) if rank == 0 else None
         self._gauges = Gauges(order.name, rank)
+        self._alive, self._touched = order.alive / f"rank-{rank}", 0.0
+        self._lock = threading.Lock()  # checkpoints are told of by the thread that wrote them
 
     def event(self, kind: str, **facts: Any) -> None:
         """See `loop.Observer`."""
         if self._file is not None:
-            self._file.write(json.dumps({"event": kind, "time": time.time(), **facts}) + "\n")
+            with self._lock:
+                self._file.write(json.dumps({"event": kind, "time": time.time(), **facts}) + "\n")
         self._gauges.show(metrics_of({"event": kind, **facts}, self._order.predicted))
 
     def stop_requested(self) -> bool:
         """See `loop.Observer`."""
         return self._order.stop_file.exists()
 
-    def checkpoint_saved(self, path: Path, metrics: Mapping[str, Any]) -> None:
+    def alive(self) -> None:
+        """See `loop.Observer`. What supervises the run looks at the time of the file."""
+        if time.monotonic() - self._touched >= ALIVE_SECONDS:
+            self._touched = time.monotonic()
+            with suppress(OSError):  # of a full disk the next checkpoint tells
+                os.utime(self._alive)
+
+    def checkpoint_saved(self, path: Path, step: int) -> None:
         """See `loop.Observer`."""
-        if self._rank == 0:
-            if metrics["best"] is not None and metrics["best"]["step"] == metrics["step"]:
-                keep_best(path)
-            found = complete(path.parent)
-            for step in expired(list(found), self._order.keep):
-                shutil.rmtree(found[step])
-        # The files are in place already, renamed when they were whole; Ray is told, and copies nothing.
-        ray_train.report(
-            {"step": metrics["step"], "eval_loss": metrics["eval_loss"]},
-            checkpoint=Checkpoint.from_directory(str(path)),
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-        )
+        self.event("checkpoint", step=step, path=str(path))
 
 
-def keep_best(path: Path) -> None:
-    """Copy a checkpoint to ``best`` beside it, so that it outlives the last few."""
-    with replace_folder(path.with_name("best")) as temporary:
-        shutil.copytree(path, temporary)
+def work(order: Order) -> None:
+    """Build everything that this rank needs, and train.
 
-
-def work(config: Mapping[str, Any]) -> None:
-    """Ray Train's training function: build everything this rank needs, and train."""
-    order: Order = config["order"]
+    Raises:
+        WorkerFailed: with what happened; how much memory was in use is part of it.
+    """
     context = ray_train.get_context()
     rank = context.get_world_rank()
-    if order.device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    # Several workers on one machine must share its cores, or they fight for them. Ray gives each one thread
-    # (OMP_NUM_THREADS, by its CPUs), too few also beside a GPU: ZeRO-3 quantizes, and offloading steps, on the host.
-    torch.set_num_threads(max(1, usable_cores() // context.get_local_world_size()))
-    quiet_libraries()
-    if order.rendezvous is not None:
-        join(order, order.rendezvous, rank)
-    device = get_device() if order.device == "cuda" else torch.device("cpu")
+    meter = None
+    try:
+        if order.device == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        # Several workers on one machine must share its cores, or they fight for them. Ray gives each one thread
+        # (OMP_NUM_THREADS, by its CPUs), too few also beside a GPU: there ZeRO-3 quantizes and offloading steps on the
+        # host.
+        torch.set_num_threads(max(1, usable_cores() // context.get_local_world_size()))
+        quiet_libraries()
+        if order.rendezvous is not None:
+            join(order, order.rendezvous, rank)
+        check_shared(order, rank)
+        device = get_device() if order.device == "cuda" else torch.device("cpu")
+        meter = meter_for(device)
+        carry_out(order, rank, device, meter)
+    except Exception as error:
+        measured = {} if meter is None else {**dataclasses.asdict(meter.peaks()), "reserved": meter.reserved()}
+        raise WorkerFailed(failure_of(error, rank, measured)) from error
+
+
+def check_shared(order: Order, rank: int) -> None:
+    """See whether this node sees the run's folder: in the first minute, not when the first checkpoint is written.
+
+    Raises:
+        RequestError: it does not.
+    """
+    host, everyone = socket.gethostname(), {f"rank-{number}" for number in range(order.strategy.world_size)}
+    remedy = "Choose a folder on storage that all nodes see"
+    try:
+        (order.alive / f"rank-{rank}").write_text(ray.get_runtime_context().get_node_id(), encoding="utf-8")
+    except OSError as error:
+        rule = f"the node {host} cannot write there: {error.strerror or error}"
+        raise request_error("output", order.checkpoints.parent, rule, remedy) from error
+    deadline = time.monotonic() + SHARED_SECONDS
+    while missing := everyone - {path.name for path in order.alive.iterdir()}:
+        if time.monotonic() > deadline:
+            rule = f"the node {host} does not see there what {', '.join(sorted(missing))} wrote"
+            raise request_error("output", order.checkpoints.parent, rule, remedy)
+        time.sleep(0.1)
+
+
+def carry_out(order: Order, rank: int, device: torch.device, meter: Meter) -> None:
+    """Load, train and tell."""
     observer = RunObserver(order, rank)
     observer.event("phase", phase="loading the base model")
-    run = prepare(order, rank, device)
+    run = prepare(order, rank, device, meter)
     observer.event("phase", phase="resuming" if order.resume_from else "evaluating the base model")
     outcome = train(run, observer, order.resume_from)
     observer.event(
@@ -168,9 +162,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def prepare(order: Order, rank: int, device: torch.device) -> TrainingRun:
+def prepare(order: Order, rank: int, device: torch.device, meter: Meter) -> TrainingRun:
     """Load, quantize, adapt and wrap the model; map the data."""
-    meter = meter_for(device)
     folder = order.model
     if order.resume_from is not None and order.recipe.method == "full":
         folder = str(order.resume_from / "model")
@@ -201,6 +194,8 @@ def prepare(order: Order, rank: int, device: torch.device) -> TrainingRun:
         rank=rank,
         checkpoints=order.checkpoints,
         facts=order.facts,
+        keep=order.keep,
+        attempt=order.attempt,
     )
 
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from strikes import Rows
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 # Threads that wait for each other on a busy machine make small tensors a hundred times slower.
@@ -75,3 +76,9 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.fixture(scope="session")
+def rows() -> Rows:
+    """Where the faults of tests/chaos are counted."""
+    return Rows()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -45,7 +46,64 @@ def ray_head(*options: str) -> Iterator[tuple[str, dict[str, str]]]:
                 time.sleep(0.2)
             yield f"127.0.0.1:{port}", users
         finally:
-            for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-            head.wait()
+            kill_tree(head)
+
+
+@contextmanager
+def ray_node(address: str, users: dict[str, str], ip: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """One more node of a head's Ray on this machine, at a loopback address of its own, for as long as the block."""
+    before = node_count(address, users)
+    node = subprocess.Popen(
+        [Path(sys.executable).with_name("ray"), "start", f"--address={address}", f"--node-ip-address={ip}",
+         "--disable-usage-stats", "--block", *options],
+        env={**os.environ, **users},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + SECONDS
+        while node_count(address, users) <= before and time.monotonic() < deadline:
+            time.sleep(0.5)
+        yield node
+    finally:
+        kill_tree(node)
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """kill -9 a process and all that it has started."""
+    with suppress(psutil.NoSuchProcess):
+        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
+
+
+def node_count(address: str, users: dict[str, str]) -> int:
+    """Nodes of a Ray that are alive."""
+    return len(alive_nodes(address, users))
+
+
+def alive_nodes(address: str, users: dict[str, str]) -> dict[str, str]:
+    """The ids of a Ray's nodes that are alive, by their IP addresses; asked by a process that only looks."""
+    code = (
+        "import json, sys, ray; from ray._raylet import GcsClient; "
+        "nodes = GcsClient(address=sys.argv[1]).get_all_node_info().values(); "
+        "print(json.dumps({n.node_manager_address: n.node_id.hex() for n in nodes if n.state == 0}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, address], env={**os.environ, **users}, capture_output=True, text=True, check=True
+    )
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def drain(address: str, users: dict[str, str], node: str, seconds: int) -> None:
+    """Give notice that a node will be taken away, as a cloud does before it takes a spot instance."""
+    subprocess.run(
+        [Path(sys.executable).with_name("ray"), "drain-node", f"--address={address}", f"--node-id={node}",
+         "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the cloud wants it back",
+         f"--deadline-remaining-seconds={seconds}"],
+        env={**os.environ, **users},
+        check=True,
+        capture_output=True,
+    )  # fmt: skip

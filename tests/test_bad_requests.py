@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from clusters.errors import RequestError, RunFailed
 from launch.train import train
-from qlora_core.training.checkpoint import REQUIRED
+from qlora_core.training.manifest import REQUIRED, write_manifest
 
 Request = Callable[..., Result]
 
@@ -127,8 +127,8 @@ def test_an_output_with_something_else_in_it_is_refused(ask: Request, tmp_path: 
 def test_a_checkpoint_of_another_model_is_not_resumed(ask: Request, tmp_path: Path) -> None:
     checkpoint = tmp_path / "out" / "checkpoints" / "step-00000002"
     checkpoint.mkdir(parents=True)
-    fields = {**dict.fromkeys(REQUIRED, 0), "format_version": 1, "identity": {"name": "tiny", "model": "another"}}
-    (checkpoint / "checkpoint.json").write_text(json.dumps(fields))
+    facts = {**dict.fromkeys(REQUIRED - {"format_version", "files"}), "identity": {"name": "tiny", "model": "another"}}
+    write_manifest(checkpoint, facts, {})
     message = refusal(ask())
     assert f"model: the run in {checkpoint} was started with 'another'" in message
     assert not (tmp_path / "out" / "run.json").exists()

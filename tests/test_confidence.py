@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ import pytest
 from clusters.gpu import find_gpu
 from orchestrator.confidence import ENOUGH_RUNS, chance_below, confidence, conformal
 from orchestrator.devices import gpu_target
-from orchestrator.history import History, MeasuredRun
+from orchestrator.history import History, MeasuredRun, RanOut
 from orchestrator.plans import Target
 from qlora_core.catalogue import find_model
 from qlora_core.memory.estimate import Estimate
@@ -174,6 +175,19 @@ def test_a_pool_s_runs_are_those_on_its_kind_of_gpu() -> None:
     assert L4.pool is not None
     pool: Target = dataclasses.replace(L4, name="small", pool=dataclasses.replace(L4.pool, name="small"))
     assert History((run(1.5),)).corrected(STEP, pool).seconds == pytest.approx(15.0)
+
+
+def test_a_plan_that_ran_out_leaves_less_room_for_the_same_run_in_proportion_to_what_was_free() -> None:
+    recipe = json.loads(json.dumps({**Recipe().to_json(), "compute_dtype": L4.compute_dtype}))
+    usable = L4.usable_bytes
+    history = History(ran_out=(RanOut("l4", "llama-7b", recipe, 20 * 10**9, usable),))
+    assert history.room(L4, "llama-7b", Recipe()) == 18 * 10**9
+    assert history.room(dataclasses.replace(L4, usable_bytes=usable // 2), "llama-7b", Recipe()) == pytest.approx(
+        9 * 10**9, rel=1e-6
+    )
+    assert history.room(L4, "llama-13b", Recipe()) is None
+    assert history.room(L4, "llama-7b", Recipe(rank=8)) is None
+    assert history.room(dataclasses.replace(L4, name="t4"), "llama-7b", Recipe()) is None
 
 
 def test_memory_is_compared_with_runs_of_the_same_method_and_device_divided_or_not() -> None:

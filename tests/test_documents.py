@@ -12,8 +12,10 @@ from typing import NamedTuple
 import pytest
 
 from benchmarks import screens
+from benchmarks.reliability import page
 from clusters.gpu import GIB, find_gpu
 from orchestrator.devices import gpu_target
+from orchestrator.recovery import RULES
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
 from qlora_core.huggingface.config import architecture_from_config
@@ -34,6 +36,12 @@ SCREENS = [(document.name, *screen) for document in screens.DOCUMENTS for screen
 @pytest.mark.parametrize(("document", "command", "shown"), SCREENS)
 def test_what_a_document_shows_is_what_the_command_prints(document: str, command: str, shown: str) -> None:
     assert shown == screens.printed(command), f"make screens writes {document} anew"
+
+
+def test_the_page_on_reliability_has_the_rules_of_the_code_and_the_faults_that_were_measured() -> None:
+    assert page.DOCUMENT.read_text() == page.render(), "make chaos writes it anew"
+    rows = [line for line in page.rules().splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(RULES)
 
 
 def test_five_real_questions_are_shown() -> None:

@@ -8,10 +8,13 @@ from typing import Any
 
 import fsspec
 import pytest
+import s3fs
 import yaml
+from s3_server import new_bucket, s3_server
 
 from clusters.errors import RequestError
 from orchestrator.base import find_base
+from orchestrator.prepare import prepare
 from orchestrator.spec import load_spec
 from qlora_core.remote import model_folder
 
@@ -46,6 +49,32 @@ def test_a_run_takes_its_model_from_an_address(
     # known by its content, wherever it lies
     local = load_spec(specification, [f"model={tiny_base}"])
     assert base.identity == find_base(local, said.append).identity
+
+
+def test_model_and_data_come_from_a_real_s3(
+    tiny_base: Path, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache" / "tokens"))
+    with s3_server("a-secret-of-mine") as environment:
+        bucket = new_bucket(environment, monkeypatch)
+        storage = s3fs.S3FileSystem()
+        for file in tiny_base.iterdir():
+            storage.put_file(str(file), f"{bucket}/models/tiny/{file.name}")
+        storage.put_file(str(conversations), f"{bucket}/data/train.jsonl")
+        specification = tmp_path / "run.yaml"
+        fields = {
+            "name": "a",
+            "model": f"s3://{bucket}/models/tiny",
+            "data": {"path": f"s3://{bucket}/data/train.jsonl"},
+            "recipe": {"seq_len": 64, "tokens_per_step": 512},
+            "output": "out",
+        }
+        specification.write_text(yaml.safe_dump(fields))
+        prepared = prepare(load_spec(specification))
+        here = prepare(load_spec(specification, [f"model={tiny_base}", f"data.path={conversations}"]))
+    # the same run, wherever its files lie
+    assert prepared.identity == here.identity
+    assert len(prepared.train) == len(here.train) > 0
 
 
 def test_it_is_copied_once_and_again_when_it_has_changed(bucket: Any, tmp_path: Path) -> None:

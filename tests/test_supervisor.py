@@ -8,11 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from ray.train import WorkerGroupError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from clusters.errors import RunFailed, request_error
-from orchestrator.supervisor import EventReader, explained, forget_ray_state, interrupts, keep_events_until
+from orchestrator.supervisor import EventReader, Watchdog, forget_ray_state, interrupts, keep_events_until
 
 
 def test_a_growing_file_is_read_line_by_line_from_where_it_ended(tmp_path: Path) -> None:
@@ -38,9 +35,8 @@ def test_steps_that_will_be_done_again_are_dropped_and_torn_lines_too(tmp_path: 
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_ray_forgets_and_half_written_folders_go(tmp_path: Path) -> None:
+def test_ray_forgets_and_checkpoints_stay(tmp_path: Path) -> None:
     (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
-    (tmp_path / ".step-00000004.tmp").mkdir()
     (tmp_path / "step-00000002").mkdir()
     forget_ray_state(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
@@ -56,18 +52,22 @@ def test_the_first_signal_asks_to_stop_and_is_handled_as_before_afterwards(tmp_p
     assert signal.getsignal(number) == before
 
 
-def test_a_workers_own_error_comes_out_as_it_was_raised() -> None:
-    wrong = request_error("recipe.rank", 0, "it is too small", "Raise it")
-    failed = RunFailed("The disk is full.", "Free some.")
-    for error in (wrong, failed):
-        group = WorkerGroupError("text", {1: UserExceptionWithTraceback(error, "trace")})
-        assert explained(group) is error
-
-
-def test_any_other_failure_is_named_in_one_line() -> None:
-    group = WorkerGroupError("text", {0: UserExceptionWithTraceback(ValueError("a\nlong\nstory"), "trace")})
-    error = explained(group)
-    assert isinstance(error, RunFailed)
-    assert str(error).startswith("A worker failed: ValueError: story.")
-    assert "goes on from the last checkpoint" in str(error)
-    assert "Ray Train failed: boom" in str(explained(RuntimeError("boom")))
+def test_a_hang_is_noticed_by_the_files_that_no_rank_touches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("orchestrator.supervisor.time.time", lambda: now)
+    watchdog = Watchdog(tmp_path, 60)
+    for rank, touched in ((0, 1000), (1, 990)):
+        (tmp_path / f"rank-{rank}").touch()
+        os.utime(tmp_path / f"rank-{rank}", (touched, touched))
+    now = 1350.0  # the base may take six times as long
+    assert watchdog.hung() is None
+    now = 1361.0
+    assert watchdog.hung() == "no worker got on for 361 s, first rank-1"
+    watchdog.saw({"event": "step"})
+    now = 1420.0
+    assert watchdog.hung() is None
+    os.utime(tmp_path / "rank-0", (1420, 1420))  # in the midst of a long step
+    now = 1480.0
+    assert watchdog.hung() is None
+    now = 1481.0
+    assert watchdog.hung() is not None

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
+from clusters.errors import without_secrets
 from launch.progress import seconds_left
 from orchestrator import tracking
 from orchestrator.metrics import metrics_of
 from orchestrator.spec import TrackingSpec
 from orchestrator.trackers import FILE_NAME, Figures, JsonLines, TensorBoard, Tracked, missing, trackers_of
-from orchestrator.tracking import Tracking, told, without_secrets
+from orchestrator.tracking import Tracking, told
 
 PREDICTED = {"phases": {"after_load": 100, "forward": 300, "backward": 400, "optimizer": 200}, "reserved_bytes": 500}
 PEAKS = {"after_load": 101, "forward": 290, "backward": 390, "optimizer": 210}

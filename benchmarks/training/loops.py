@@ -21,7 +21,7 @@ from orchestrator.prepare import prepare
 from orchestrator.run import open_record, order_of
 from orchestrator.spec import load_spec
 from orchestrator.worker import prepare as build
-from qlora_core.memory.measure import StorageMeter
+from qlora_core.memory.measure import StorageMeter, meter_for
 from qlora_core.quiet import quiet_libraries
 from qlora_core.training.loop import train
 
@@ -47,7 +47,10 @@ class Watch:
         """See `Observer`."""
         return False
 
-    def checkpoint_saved(self, path: Path, metrics: Mapping[str, Any]) -> None:
+    def alive(self) -> None:
+        """See `Observer`."""
+
+    def checkpoint_saved(self, path: Path, step: int) -> None:
         """See `Observer`."""
 
 
@@ -58,7 +61,7 @@ def ours(specification: Path) -> dict[str, Any]:
     output = Path(spec.output)
     output.mkdir(exist_ok=True)
     open_record(prepared, None, output)
-    run = build(order_of(prepared, output, None), 0, CPU)
+    run = build(order_of(prepared, output, None), 0, CPU, meter_for(CPU))
     first = {name: value.detach().clone() for name, value in run.model.named_parameters() if value.requires_grad}
     save_file(first, specification.with_name(ADAPTER))
     watch = Watch()

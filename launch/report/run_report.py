@@ -43,6 +43,7 @@ def run_report(record: RunRecord, events: list[dict[str, Any]]) -> str:
         f"Status: {record.status}. {record.total_steps} steps planned, {len(record.attempts)} attempt(s). "
         f"Machine: {record.machine['name']}.",
         results_section(record),
+        attempts_section(record),
         memory_section(record),
         loss_section(events),
         evaluation_section(events),
@@ -75,6 +76,31 @@ def results_section(record: RunRecord) -> str:
             f"- after: {last['given'] or '(nothing)'}",
         ]
     return "\n\n".join(lines)
+
+
+def attempts_section(record: RunRecord) -> str:
+    """What happened on the way and what was decided; nothing where the first attempt came to the end."""
+    if len(record.attempts) == 1 and not record.attempts[0].failure:
+        return ""
+    rows = []
+    for number, attempt in enumerate(record.attempts, start=1):
+        failure, decision = attempt.failure or {}, attempt.decision or {}
+        strategy = attempt.strategy
+        how = (
+            f"{strategy['world_size']} x {strategy['micro_batch']} x {strategy['gradient_accumulation']}, "
+            f"ZeRO {strategy['zero_stage']}"
+            if strategy
+            else ""
+        )
+        # what a library says may hold what Markdown would take for its own
+        said = (attempt.reason or "").replace("|", "\\|").replace("\n", " ")
+        kind = f"{failure['kind']}: " if failure else ""
+        then = f"{decision['action']}: {decision['reason']}" if decision else ""
+        steps = f"{attempt.from_step} to {'?' if attempt.to_step is None else attempt.to_step}"
+        rows.append(f"| {number} | {steps} | {how} | {attempt.status} | {kind}{said} | {then} |")
+        rows += [f"| | | | passed over | {one['checkpoint']}: {one['reason']} | |" for one in attempt.skipped]
+    head = "| attempt | steps | workers x micro-batch x accumulation | ended | what happened | what followed |"
+    return "\n".join(["## Attempts", "", head, "| ---: | --- | --- | --- | --- | --- |", *rows])
 
 
 def memory_section(record: RunRecord) -> str:

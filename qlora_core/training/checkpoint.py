@@ -1,44 +1,58 @@
 """Checkpoints: the trainable state of a run, and nothing that the base model's folder already holds.
 
-Layout of ``step-00000040/`` (format version 1); a folder of that name is complete, since it gets its name last::
+Layout of ``step-00000040/`` (format version 2); a folder gets that name last, and is valid by its manifest alone::
 
     adapter/adapter_model.safetensors, adapter_config.json    what peft loads
     model/model*.safetensors, config.json, ...                with method full in its place: what transformers loads
     optimizer-00000.safetensors                               one per rank: raw optimizer state
     rank-00000.json                                           one per rank: random states, plain numbers, and
                                                               which parameter lies where in the optimizer state
-    checkpoint.json                                           step, schedule, the plan's digest, versions; written last
+    checkpoint.json                                           the manifest: see `manifest`; written last
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
 import re
 import shutil
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
 from torch import nn
 
-from clusters.errors import RunFailed
-from qlora_core.files import publish_folder, write_json
-from qlora_core.training.engine import Engine, OptimizerState, Span
+from clusters.errors import NEEDS_A_PERSON, StorageFailed, first_line
+from qlora_core.files import publish_folder, replace_folder, sync
+from qlora_core.training.engine import Engine
+from qlora_core.training.manifest import (
+    described,
+    folder_name,
+    retire,
+    write_manifest,
+)
+from qlora_core.training.optimizer_state import OptimizerState
 
-FORMAT_VERSION = 1
 SHARD_SIZE = "5GB"
 """Of a file of a whole model's weights, as on the Hub."""
-REQUIRED = {"format_version", "step", "world_size", "zero_stage", "identity", "scheduler", "context"}
-"""What checkpoint.json must hold."""
-FOLDER = re.compile(r"step-(\d{8})")
+DONE, FAILED = ".done-{:05d}.json", ".failed-{:05d}"
+"""By which files a rank tells rank 0 that its part is written, or why it is not."""
+POLL_SECONDS = 0.02
+PATIENCE_SECONDS = 120.0
+"""For so long what fails by the storage is tried again."""
+OTHERS_SECONDS = 1800.0
+"""Rank 0 waits so long for the other ranks' parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +62,8 @@ class Progress:
     Attributes:
         step: optimizer steps done; with seed and data it is the position in the data.
         scheduler: the learning rate schedule's own state.
-        context: what the run's caller wants back at a resume (first evaluation, sample answers, best loss).
+        context: what the run's caller wants back at a resume (first evaluation, sample answers, best loss, digests of
+            the weights at the start and here).
     """
 
     step: int
@@ -56,105 +71,221 @@ class Progress:
     context: dict[str, Any]
 
 
-def folder_name(step: int) -> str:
-    """The name of the checkpoint after `step` steps."""
-    return f"step-{step:08d}"
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A rank's part of a checkpoint, copied, so that training goes on while it is written.
+
+    Attributes:
+        weights: on rank 0, the trained weights by their names in `engine.module`, whole; elsewhere none.
+        best: it has the lowest evaluation loss so far.
+    """
+
+    progress: Progress
+    weights: Mapping[str, torch.Tensor]
+    state: OptimizerState
+    random: dict[str, Any]
+    best: bool
 
 
-def complete(folder: Path) -> dict[int, Path]:
-    """The complete checkpoints in a folder by their step, ascending."""
-    if not folder.is_dir():
-        return {}
-    found = {
-        int(match[1]): path for path in folder.iterdir() if (match := FOLDER.fullmatch(path.name)) and path.is_dir()
-    }
-    return dict(sorted(found.items()))
+class Writer:
+    """Writes checkpoints in a thread of its own on each rank, one after the other.
 
-
-def expired(steps: list[int], keep: int) -> list[int]:
-    """Of the steps with a checkpoint, those that go when the last `keep` stay."""
-    return sorted(steps)[:-keep]
-
-
-def save(
-    folder: Path,
-    *,
-    model: nn.Module,
-    engine: Engine,
-    progress: Progress,
-    facts: Mapping[str, Any],
-    rank: int,
-    world_size: int,
-) -> Path:
-    """Write one checkpoint into `folder`; every rank must call it. Returns its final path.
+    The ranks meet in the folder, not in a collective, which would come between those of the training: each leaves a
+    file when its part is written, and rank 0, when all have, writes the manifest, gives the folder its name, and lets
+    old checkpoints go.
 
     Args:
-        facts: what identifies the run, for `checkpoint.json`.
+        facts: what identifies the run, for the manifest.
+        keep: valid checkpoints that stay, beside the best.
+        attempt: tells the half-written folders of an earlier attempt from this one's.
+        on_saved: called on rank 0, in the writer's thread, with each finished checkpoint.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        *,
+        rank: int,
+        world_size: int,
+        facts: Mapping[str, Any],
+        keep: int,
+        attempt: int = 1,
+        on_saved: Callable[[Path, int], None] = lambda path, step: None,
+    ) -> None:
+        self._folder, self._model, self._rank, self._world_size = folder, model, rank, world_size
+        self._facts, self._keep, self._attempt, self._on_saved = facts, keep, attempt, on_saved
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Begin to write; the one before must be finished.
+
+        Raises:
+            StorageFailed: the one before could not be written.
+        """
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise a StorageFailed if what was begun has failed."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Until what was begun is finished. `alive` is called now and then.
+
+        Raises:
+            StorageFailed: it could not be written.
+        """
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(1.0)
+            alive()
+        self._thread = None
+        self.check()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        final = self._folder / folder_name(snapshot.progress.step)
+        temporary = final.with_name(f".{final.name}.{self._attempt}.tmp")
+        try:
+            files = self._patiently(self._write_part, snapshot, temporary)
+            if self._rank != 0:
+                self._patiently(leave, temporary / DONE.format(self._rank), json.dumps(files))
+                return
+            for rank in range(1, self._world_size):
+                files |= json.loads(from_rank(temporary, rank))
+            self._patiently(self._publish, snapshot, temporary, final, files)
+            self._on_saved(final, snapshot.progress.step)
+        except Exception as error:
+            self._error = storage_failed(final, error)
+            if self._rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    leave(temporary / FAILED.format(self._rank), reason_of(error))
+
+    def _patiently(self, write: Callable[..., Any], *arguments: Any) -> Any:
+        """Write once more where storage fails that often comes back by itself; training goes on meanwhile."""
+        retrying = Retrying(
+            retry=retry_if_exception(passes_by),
+            wait=wait_exponential(multiplier=0.5, max=10),
+            stop=stop_after_delay(PATIENCE_SECONDS),
+            reraise=True,
+        )
+        return retrying(write, *arguments)
+
+    def _publish(
+        self, snapshot: Snapshot, temporary: Path, final: Path, files: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Make a checkpoint of all ranks' files, and let old ones go. What was done before a failure is not undone."""
+        if temporary.exists():
+            for rank in range(1, self._world_size):
+                (temporary / DONE.format(rank)).unlink(missing_ok=True)
+            facts = {**dataclasses.asdict(snapshot.progress), "world_size": self._world_size, **self._facts}
+            write_manifest(temporary, facts, files)
+            publish_folder(temporary, final)
+        if snapshot.best:
+            keep_best(final)
+        retire(self._folder, self._keep)
+
+    def _write_part(self, snapshot: Snapshot, temporary: Path) -> dict[str, dict[str, Any]]:
+        """Write this rank's files; their sizes and hashes."""
+        temporary.mkdir(parents=True, exist_ok=True)
+        if self._rank == 0:
+            save_weights(self._model, snapshot.weights, temporary)
+        optimizer, facts = f"optimizer-{self._rank:05d}.safetensors", f"rank-{self._rank:05d}.json"
+        save_file(snapshot.state.tensors, temporary / optimizer)
+        rank_facts = {
+            "numbers": snapshot.state.numbers,
+            "spans": [dataclasses.astuple(span) for span in snapshot.state.spans],
+            "random": snapshot.random,
+        }
+        (temporary / facts).write_text(json.dumps(rank_facts), encoding="utf-8")
+        names = [optimizer, facts]
+        if self._rank == 0:
+            weights = (path for kind in ("adapter", "model") for path in (temporary / kind).rglob("*"))
+            names += [path.relative_to(temporary).as_posix() for path in weights if path.is_file()]
+        for name in names:
+            sync(temporary / name)
+        return described(temporary, names)
+
+
+def leave(path: Path, text: str) -> None:
+    """Write a file that others wait for, whole when it is seen."""
+    unseen = path.with_name(f"{path.name}.part")
+    unseen.write_text(text, encoding="utf-8")
+    unseen.rename(path)
+
+
+def from_rank(temporary: Path, rank: int) -> str:
+    """What another rank leaves when its part is written.
 
     Raises:
-        RunFailed: the disk is full or the folder cannot be written; then no checkpoint of that step exists.
+        OSError: it could not write it, or left nothing.
     """
-    final = folder / folder_name(progress.step)
-    temporary = folder / f".{final.name}.tmp"
-    weights = engine.trained_weights()
-    state = engine.optimizer_state()
-    failure = ""
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            save_weights(model, weights, temporary)
-        save_file(state.tensors, temporary / f"optimizer-{rank:05d}.safetensors")
-        rank_facts = {
-            "numbers": state.numbers,
-            "spans": [dataclasses.astuple(span) for span in state.spans],
-            "random": random_state(),
-        }
-        (temporary / f"rank-{rank:05d}.json").write_text(json.dumps(rank_facts), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        failure = str(error)
-    failures = [text for text in gather(failure, world_size) if text]
-    if failures:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise storage_failed(final, failures[0])
-    if rank == 0:
-        try:
-            write_json(
-                temporary / "checkpoint.json",
-                {
-                    "format_version": FORMAT_VERSION,
-                    "step": progress.step,
-                    "world_size": world_size,
-                    "scheduler": progress.scheduler,
-                    "context": progress.context,
-                    **facts,
-                },
-            )
-            publish_folder(temporary, final)
-        except OSError as error:
-            failure = str(error)
-            shutil.rmtree(temporary, ignore_errors=True)
-    failures = [text for text in gather(failure, world_size) if text]
-    if failures:
-        raise storage_failed(final, failures[0])
-    return final
+    deadline = time.monotonic() + OTHERS_SECONDS
+    while time.monotonic() < deadline:
+        if (failed := temporary / FAILED.format(rank)).exists():
+            raise OSError(f"rank {rank}: {failed.read_text(encoding='utf-8')}")
+        with suppress(FileNotFoundError):
+            return (temporary / DONE.format(rank)).read_text(encoding="utf-8")
+        time.sleep(POLL_SECONDS)
+    raise OSError(f"rank {rank} has not written its part in {OTHERS_SECONDS / 60:.0f} minutes")
 
 
-def storage_failed(path: Path, reason: str) -> RunFailed:
+def keep_best(path: Path) -> None:
+    """Copy a checkpoint to ``best`` beside it, so that it outlives the last few."""
+    with replace_folder(path.with_name("best")) as temporary:
+        shutil.copytree(path, temporary)
+
+
+def snapshot(
+    engine: Engine, weights: Mapping[str, torch.Tensor], progress: Progress, rank: int, best: bool
+) -> Snapshot:
+    """Copy this rank's part of a checkpoint.
+
+    Args:
+        weights: what `engine.trained_weights()` gave.
+    """
+    return Snapshot(progress, weights if rank == 0 else {}, engine.optimizer_state(), random_state(), best)
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """A hash of weights by their names, bit for bit."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        hashed.update(name.encode())
+        hashed.update(cast(Any, tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+    return hashed.hexdigest()
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The system's number of an error; safetensors has it in its text only."""
+    if isinstance(error, SafetensorError):
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        return int(found[1]) if found else None
+    return getattr(error, "errno", None)
+
+
+def passes_by(error: BaseException) -> bool:
+    """Whether an error is of storage, and none that only a person can put right."""
+    return isinstance(error, OSError | SafetensorError) and errno_of(error) not in NEEDS_A_PERSON
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of storage says."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def storage_failed(path: Path, error: Exception) -> StorageFailed:
     """The error of a checkpoint that could not be written."""
-    return RunFailed(
-        f"The checkpoint {path} could not be written: {reason}.",
+    return StorageFailed(
+        f"The checkpoint {path} could not be written: {reason_of(error)}.",
         "Free space or make the folder writable, then start the same run again: it resumes from the last checkpoint.",
+        errno_of(error),
     )
-
-
-def gather(value: str, world_size: int) -> list[str]:
-    """`value` of every rank, on every rank; also a barrier."""
-    if world_size == 1:
-        return [value]
-    values: list[str] = [""] * world_size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def save_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -165,7 +296,7 @@ def save_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: 
     """
     named = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     if isinstance(model, PeftModel):
-        (folder / "adapter").mkdir()
+        (folder / "adapter").mkdir(exist_ok=True)
         save_adapter(model, named, folder / "adapter")
     else:
         save_model(model, named, folder / "model")
@@ -193,78 +324,6 @@ def save_adapter(model: PeftModel, named: Mapping[str, torch.Tensor], folder: Pa
     config.save_pretrained(str(folder))
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Put the adapter in `folder`, a checkpoint's or another, into `model`, before an engine is built around it."""
-    try:
-        adapter = load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise damaged(folder.parent, f"its adapter cannot be read: {error}") from error
-    outcome = set_peft_model_state_dict(model, adapter)
-    missing = [name for name in outcome.missing_keys if "lora_" in name]
-    if outcome.unexpected_keys or missing:
-        wrong = ", ".join([*outcome.unexpected_keys, *missing][:3])
-        raise RunFailed(f"The adapter in {folder} does not fit the model: {wrong}.", "Start the run with --fresh.")
-
-
-def load_facts(folder: Path) -> dict[str, Any]:
-    """What ``checkpoint.json`` says.
-
-    Raises:
-        RunFailed: the checkpoint is damaged or of another format.
-    """
-    try:
-        stored: object = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise damaged(folder, str(error)) from error
-    if not isinstance(stored, dict) or not stored.keys() >= REQUIRED:
-        raise damaged(folder, "checkpoint.json lacks what it must hold")
-    if stored["format_version"] != FORMAT_VERSION:
-        raise RunFailed(
-            f"The checkpoint {folder} has format version {stored['format_version']}, this program reads "
-            f"{FORMAT_VERSION}.",
-            "Resume with the version that wrote it, or start with --fresh.",
-        )
-    return stored
-
-
-def damaged(folder: Path, reason: str) -> RunFailed:
-    """The error of a checkpoint that cannot be read."""
-    return RunFailed(
-        f"The checkpoint {folder} is damaged: {reason}.",
-        "Remove that folder: the same command then goes on from the one before, if there is one.",
-    )
-
-
-def load_progress(folder: Path) -> Progress:
-    """What `save` was given as progress."""
-    stored = load_facts(folder)
-    return Progress(step=stored["step"], scheduler=stored["scheduler"], context=stored["context"])
-
-
-def restore(folder: Path, engine: Engine, *, rank: int) -> None:
-    """Put optimizer and random states of a checkpoint back; the adapter was loaded before, the base never changes.
-
-    The checkpoint must come from as many ranks and the same ZeRO stage, which is checked before workers are started.
-    """
-    try:
-        rank_facts = json.loads((folder / f"rank-{rank:05d}.json").read_text(encoding="utf-8"))
-        # A replica of another rank's state holds none of its own: all ranks read the one that was written.
-        source = rank if rank_facts["spans"] else 0
-        state_facts = rank_facts
-        if source != rank:
-            state_facts = json.loads((folder / f"rank-{source:05d}.json").read_text(encoding="utf-8"))
-        engine.restore_optimizer(
-            OptimizerState(
-                tensors=load_file(folder / f"optimizer-{source:05d}.safetensors"),
-                numbers=state_facts["numbers"],
-                spans=tuple(Span(*values) for values in state_facts["spans"]),
-            )
-        )
-        set_random_state(rank_facts["random"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise damaged(folder, f"the state of rank {rank} cannot be read: {error}") from error
-
-
 def random_state() -> dict[str, Any]:
     """The states of Python's and PyTorch's generators, as JSON values."""
     version, internal, gauss = random.getstate()
@@ -273,12 +332,3 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
         "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else None,
     }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` gave."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))

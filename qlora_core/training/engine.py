@@ -8,55 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.optimizer import state_tensors
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Where a run of one parameter's elements lies in the optimizer state of a rank.
-
-    Attributes:
-        parameter: the trained parameter's name.
-        parameter_start: first element, counted in the flattened parameter.
-        numel: elements.
-        slot: the tensor of the optimizer that holds them (a parameter, or ZeRO's flat partition).
-        slot_start: first element in that tensor.
-    """
-
-    parameter: str
-    parameter_start: int
-    numel: int
-    slot: int
-    slot_start: int
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerState:
-    """The raw optimizer state of one rank.
-
-    Attributes:
-        tensors: state tensors by "SLOT.KEY", as the optimizer holds them (8-bit state stays 8-bit).
-        numbers: plain numbers by "SLOT.KEY", such as the step count.
-        spans: which parameter lies where, so that the state can be laid out for another number of ranks.
-    """
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
-    spans: tuple[Span, ...] = ()
-
-    def slot(self, slot: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """Tensors and numbers of one slot, by key."""
-        prefix = f"{slot}."
-        return (
-            {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)},
-            {name.removeprefix(prefix): value for name, value in self.numbers.items() if name.startswith(prefix)},
-        )
+from qlora_core.training.optimizer_state import OptimizerState, Span
 
 
 class Engine(Protocol):
@@ -81,17 +38,13 @@ class Engine(Protocol):
         """Clip, update the weights, clear the gradient. Returns the gradient's global norm before clipping."""
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
-        """All trained parameters on the CPU, whole; every rank must call it."""
+        """Copies of all trained parameters on the CPU, whole; every rank must call it."""
 
     def optimizer_state(self) -> OptimizerState:
-        """This rank's optimizer state; empty where another rank holds the same."""
+        """A copy of this rank's optimizer state; empty where another rank holds the same."""
 
     def restore_optimizer(self, state: OptimizerState) -> None:
-        """Put back what `optimizer_state` gave, under the same strategy."""
+        """Put back what `optimizer_state` gave under the same layout, or what `reshard.laid_out` made for this one."""
 
-
-def add_slot(state: OptimizerState, slot: int, values: Mapping[str, object]) -> None:
-    """Put one slot's optimizer state into `state`."""
-    tensors, numbers = state_tensors(values)
-    state.tensors.update({f"{slot}.{key}": value for key, value in tensors.items()})
-    state.numbers.update({f"{slot}.{key}": value for key, value in numbers.items()})
+    def layout(self) -> tuple[tuple[Span, ...], dict[int, int]]:
+        """Which parameter lies where in this rank's optimizer state, and the elements of each of its slots."""

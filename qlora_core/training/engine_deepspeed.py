@@ -18,13 +18,10 @@ from torch import nn
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.training.engine import OptimizerState, Span, add_slot
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import trainable
-from qlora_core.training.optimizer import build_optimizer, restore_state
-
-MASTER = "master"
-"""Key of a slot's float32 weights among its optimizer state, where the weights themselves have 16 bits."""
+from qlora_core.training.optimizer import build_optimizer
+from qlora_core.training.optimizer_state import MASTER, OptimizerState, Span, add_slot, restore_state
 
 
 def deepspeed_config(recipe: Recipe, strategy: Strategy, trainable: int) -> dict[str, Any]:
@@ -115,11 +112,11 @@ class DeepSpeedEngine:
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
         if self._stage < 3:
-            return {name: parameter.detach().cpu() for name, parameter in self._parameters.items()}
+            return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
         weights = {}
         for name, parameter in self._parameters.items():
             with deepspeed.zero.GatheredParameters([parameter]):
-                weights[name] = parameter.detach().cpu().clone()
+                weights[name] = parameter.detach().to("cpu", copy=True)
         return weights
 
     def optimizer_state(self) -> OptimizerState:
@@ -139,12 +136,16 @@ class DeepSpeedEngine:
             # ZeRO-3 puts a sub-group's flat partition into the optimizer only while it steps
             held, group["params"] = group["params"], [flat]
             tensors, numbers = state.slot(slot)
-            if (master := tensors.pop(MASTER, None)) is not None:
+            if (master := tensors.pop(MASTER, None)) is not None and not self._weights_are_wide:
                 flat.data.copy_(master)
             try:
                 restore_state(self.optimizer, group_index, 0, tensors, numbers)
             finally:
                 group["params"] = held
+
+    def layout(self) -> tuple[tuple[Span, ...], dict[int, int]]:
+        """See `Engine`. Each flat partition is a slot."""
+        return tuple(self._spans()), {slot: flat.numel() for slot, flat in enumerate(self._slots())}
 
     def _slots(self) -> list[torch.Tensor]:
         """The flat partitions of this rank, which the base optimizer updates."""

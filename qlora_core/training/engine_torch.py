@@ -13,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.training.engine import OptimizerState, Span, add_slot
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import trainable
-from qlora_core.training.optimizer import build_optimizer, place_in_groups, restore_state
+from qlora_core.training.optimizer import build_optimizer, place_in_groups
+from qlora_core.training.optimizer_state import MASTER, OptimizerState, Span, add_slot, restore_state
 
 
 class TorchEngine:
@@ -65,18 +65,13 @@ class TorchEngine:
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
-        return {name: parameter.detach().cpu() for name, parameter in self._parameters.items()}
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
 
     def optimizer_state(self) -> OptimizerState:
         """See `Engine`."""
         if dist.is_initialized() and dist.get_rank() != 0:
             return OptimizerState()
-        state = OptimizerState(
-            spans=tuple(
-                Span(name, 0, parameter.numel(), slot, 0)
-                for slot, (name, parameter) in enumerate(self._parameters.items())
-            )
-        )
+        state = OptimizerState(spans=self.layout()[0])
         for slot, parameter in enumerate(self._parameters.values()):
             add_slot(state, slot, self.optimizer.state[parameter])
         return state
@@ -85,4 +80,11 @@ class TorchEngine:
         """See `Engine`."""
         places = place_in_groups(self.optimizer)
         for slot, parameter in enumerate(self._parameters.values()):
-            restore_state(self.optimizer, *places[id(parameter)], *state.slot(slot))
+            tensors, numbers = state.slot(slot)
+            tensors.pop(MASTER, None)  # weights of 16 bits are all that there is here
+            restore_state(self.optimizer, *places[id(parameter)], tensors, numbers)
+
+    def layout(self) -> tuple[tuple[Span, ...], dict[int, int]]:
+        """See `Engine`. Each parameter is a slot."""
+        sizes = {slot: parameter.numel() for slot, parameter in enumerate(self._parameters.values())}
+        return tuple(Span(name, 0, sizes[slot], slot, 0) for slot, name in enumerate(self._parameters)), sizes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -56,14 +56,19 @@ def eval_loss(
     rank: int,
     world_size: int,
     device: torch.device,
+    alive: Callable[[], None] = lambda: None,
 ) -> float:
-    """The mean -log p over all learned tokens of `examples`; every rank must call it."""
+    """The mean -log p over all learned tokens of `examples`; every rank must call it.
+
+    `alive` is called after each batch.
+    """
     loss = 0.0
     with evaluation(module):
         for batch in iterate_eval_batches(len(examples), rank=rank, world_size=world_size, micro_batch=micro_batch):
             # Under ZeRO-3 every rank must take part in every forward pass, also one that has no example left.
             value = module(**examples.batch(batch or [0], pad_token, device))
             loss += float(value) if batch else 0.0
+            alive()
     return total(loss, device) / sum(examples.learned)
 
 

@@ -15,17 +15,19 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from clusters.errors import RunFailed
+from clusters.errors import NotFinite, RunFailed
 from qlora_core.memory.measure import Meter
 from qlora_core.perplexity import perplexity
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training import checkpoint
-from qlora_core.training.checkpoint import Progress
+from qlora_core.training.checkpoint import Progress, Writer, weights_digest
 from qlora_core.training.engine import Engine
 from qlora_core.training.evaluate import decode, eval_loss, sample_answers
 from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.optimizer import build_scheduler
+from qlora_core.training.reshard import layout_of
+from qlora_core.training.restore import load_progress, restore
 from qlora_core.training.sampling import micro_batches
 
 SAMPLED_QUESTIONS = 2
@@ -44,8 +46,11 @@ class Observer(Protocol):
     def stop_requested(self) -> bool:
         """Whether the run is to end after this step. Only rank 0's answer counts."""
 
-    def checkpoint_saved(self, path: Path, metrics: Mapping[str, Any]) -> None:
-        """A checkpoint is complete. Called on every rank."""
+    def alive(self) -> None:
+        """Something was done. Called on every rank, after each micro-batch and often while others are waited for."""
+
+    def checkpoint_saved(self, path: Path, step: int) -> None:
+        """A checkpoint is complete. Called on rank 0 alone, in the thread that wrote it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,8 @@ class TrainingRun:
         save_every: steps between two checkpoints; one more is written at the end. Each comes with an evaluation.
         eval_every: steps between two evaluations besides; None for no others.
         facts: what identifies the run inside its checkpoints.
+        keep: valid checkpoints that stay.
+        attempt: the number of this try of the run.
     """
 
     recipe: Recipe
@@ -74,6 +81,8 @@ class TrainingRun:
     rank: int
     checkpoints: Path
     facts: Mapping[str, Any]
+    keep: int = 2
+    attempt: int = 1
     eval_every: int | None = None
 
 
@@ -108,22 +117,37 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
     """Train from the start, or from a checkpoint, to the end or until a stop is requested.
 
     Raises:
-        RunFailed: the loss is no longer finite, or a checkpoint cannot be written.
+        NotFinite: the loss or the gradient is not finite any more.
+        StorageFailed: a checkpoint cannot be written.
+        RunFailed: the weights are not those of the checkpoint, or nothing was learned.
     """
+    layout = layout_of(run.recipe, run.strategy)
+    writer = checkpoint.Writer(
+        run.checkpoints,
+        run.model,
+        rank=run.rank,
+        world_size=run.strategy.world_size,
+        facts={**run.facts, "layout": layout},
+        keep=run.keep,
+        attempt=run.attempt,
+        on_saved=observer.checkpoint_saved,
+    )
+    weights = weights_digest(run.engine.trained_weights())
     scheduler = build_scheduler(run.engine.optimizer, run.recipe, run.total_steps)
     if resume_from is None:
-        before = evaluate(run)
-        step, context = 0, {"eval_before": before, "answers_before": answers(run)}
+        before = evaluate(run, observer)
+        step, context = 0, {"eval_before": before, "answers_before": answers(run), "weights_at_start": weights}
         observer.event("eval", step=0, **measures(before))
         # Evaluation draws no random numbers, but a library might: training starts from a state of its own either way.
         torch.manual_seed(run.seed * 1_000_003 + run.rank)
     else:
-        progress = checkpoint.load_progress(resume_from)
+        progress = load_progress(resume_from)
         step, context = progress.step, progress.context
+        check_resumed(weights, context, resume_from)
         scheduler.load_state_dict(progress.scheduler)
         for group, rate in zip(run.engine.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-        checkpoint.restore(resume_from, run.engine, rank=run.rank)
+        restore(resume_from, run.engine, rank=run.rank, layout=layout)
 
     first, stop = step, False
     while step < run.total_steps and not stop:
@@ -131,7 +155,7 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
             rehearse(run, observer)
         started = time.perf_counter()
         rate = scheduler.get_last_lr()[0]
-        loss, norm, stop, tokens, losses = one_step(run, step, observer.stop_requested())
+        loss, norm, stop, tokens, losses = one_step(run, step, observer)
         scheduler.step()
         step += 1
         observer.event(
@@ -147,24 +171,40 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
             reserved=run.meter.reserved(),
         )
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RunFailed(
+            raise NotFinite(
                 f"The loss of step {step} is {loss} and its gradient's norm {norm}.{culprits(run, losses)}",
                 "Look at these examples, or lower recipe.learning_rate and start anew with --fresh.",
             )
         if step == run.total_steps or stop or step % run.save_every == 0:
             if step == run.total_steps:
                 context["answers_after"] = answers(run)
-            context = save(run, observer, step, scheduler.state_dict(), context)
+            context = save(run, observer, writer, Progress(step, scheduler.state_dict(), context))
         elif run.eval_every is not None and step % run.eval_every == 0:
-            observer.event("eval", step=step, **measures(evaluate(run)))
+            observer.event("eval", step=step, **measures(evaluate(run, observer)))
+        writer.check()
+    writer.wait(observer.alive)
+    if step == run.total_steps and context["weights"] == context["weights_at_start"]:
+        raise RunFailed(
+            f"All {step} steps were done, and the trained weights are what they were before the first.",
+            "Raise recipe.learning_rate, or look whether recipe.lora_dtype can hold such small changes.",
+        )
     return Outcome(step=step, finished=step == run.total_steps, context=context)
+
+
+def check_resumed(weights: str, context: Mapping[str, Any], resume_from: Path) -> None:
+    """Raise a RunFailed where the weights in the model, by their digest, are not those that were saved."""
+    if weights != context["weights"]:
+        raise RunFailed(
+            f"The trained weights are not those of the checkpoint {resume_from} after they were loaded from it.",
+            "Please report this: going on would silently drop what was learned. --fresh starts anew.",
+        )
 
 
 def rehearse(run: TrainingRun, observer: Observer) -> None:
     """Compute the largest micro-batch of the run, and leave everything as it was but the measured peaks.
 
     Raises:
-        RunFailed: its loss is not finite.
+        NotFinite: its loss is not finite.
     """
     rows = run.train_data.largest_micro_batch(run.total_steps, run.strategy.micro_batch)
     batch = run.train_data.batch(rows, int(run.tokenizer.pad_token_id), run.device)
@@ -176,7 +216,7 @@ def rehearse(run: TrainingRun, observer: Observer) -> None:
         with run.meter.phase("backward"):
             run.engine.backward(loss * 0)
     if not math.isfinite(value := float(loss.detach())):
-        raise RunFailed(
+        raise NotFinite(
             f"The loss of the run's largest micro-batch is {value}. {named(run, rows)}",
             "Look at these examples, or lower recipe.learning_rate and start anew with --fresh.",
         )
@@ -189,8 +229,9 @@ def rehearse(run: TrainingRun, observer: Observer) -> None:
     )
 
 
-def one_step(run: TrainingRun, step: int, stop: bool) -> Step:
+def one_step(run: TrainingRun, step: int, observer: Observer) -> Step:
     """One optimizer step over all ranks."""
+    stop = observer.stop_requested()
     data = run.train_data
     rows = data.order.step(step)
     # The divisor is the labelled tokens of the WHOLE step, which every rank knows without asking: a mean per
@@ -213,6 +254,7 @@ def one_step(run: TrainingRun, step: int, stop: bool) -> Step:
                 run.engine.backward(loss / learned)
             losses.append((batch, loss.detach().double()))
             del loss
+        observer.alive()
     with run.meter.phase("optimizer"):
         norm = run.engine.step()
     stopping = losses[0][1].new_tensor(float(stop and run.rank == 0))
@@ -245,7 +287,7 @@ def named(run: TrainingRun, rows: list[int]) -> str:
     return f"It holds the training examples {numbers}{more}, of which the first begins {begins!r}."
 
 
-def evaluate(run: TrainingRun) -> float | None:
+def evaluate(run: TrainingRun, observer: Observer) -> float | None:
     """The loss on the held-out examples, or None where there are none."""
     if not len(run.eval_data):
         return None
@@ -257,6 +299,7 @@ def evaluate(run: TrainingRun) -> float | None:
         rank=run.rank,
         world_size=run.strategy.world_size,
         device=run.device,
+        alive=observer.alive,
     )
 
 
@@ -271,33 +314,28 @@ def answers(run: TrainingRun) -> list[dict[str, str]]:
     return [dataclasses.asdict(answer) for answer in given]
 
 
-def save(
-    run: TrainingRun, observer: Observer, step: int, scheduler: dict[str, Any], context: dict[str, Any]
-) -> dict[str, Any]:
-    """Evaluate, write a checkpoint, and return the context with the evaluation in it.
+def save(run: TrainingRun, observer: Observer, writer: Writer, progress: Progress) -> dict[str, Any]:
+    """Evaluate, begin to write a checkpoint, and return the context with the evaluation in it.
 
     Raises:
-        RunFailed: the evaluation's loss is not finite, or the checkpoint cannot be written.
+        NotFinite: the evaluation's loss is not finite.
+        StorageFailed: the checkpoint before could not be written.
     """
-    value = evaluate(run)
+    step, context = progress.step, progress.context
+    value = evaluate(run, observer)
     if value is not None and not math.isfinite(value):
-        raise RunFailed(
+        raise NotFinite(
             f"The loss on the held-out examples is {value} after step {step}, so that step was not saved.",
             "Lower recipe.learning_rate and start anew with --fresh; the last checkpoint is from before.",
         )
     best = context.get("best")
-    if value is not None and (best is None or value < best["eval_loss"]):
+    is_best = value is not None and (best is None or value < best["eval_loss"])
+    if is_best:
         best = {"step": step, "eval_loss": value}
-    context = {**context, "eval_after": value, "best": best}
-    path = checkpoint.save(
-        run.checkpoints,
-        model=run.model,
-        engine=run.engine,
-        progress=Progress(step=step, scheduler=scheduler, context=context),
-        facts=run.facts,
-        rank=run.rank,
-        world_size=run.strategy.world_size,
-    )
-    observer.checkpoint_saved(path, {"step": step, "eval_loss": value, "best": best})
-    observer.event("eval", step=step, checkpoint=str(path), **measures(value))
+    weights = run.engine.trained_weights()
+    context = {**context, "eval_after": value, "best": best, "weights": weights_digest(weights)}
+    progress = dataclasses.replace(progress, context=context)
+    writer.wait(observer.alive)
+    writer.write(checkpoint.snapshot(run.engine, weights, progress, rank=run.rank, best=is_best))
+    observer.event("eval", step=step, **measures(value))
     return context

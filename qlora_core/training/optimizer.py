@@ -1,4 +1,4 @@
-"""The optimizer of a recipe, its learning rate schedule, and its state as plain tensors."""
+"""The optimizer of a recipe, and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from transformers import get_scheduler
 
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
-
-CODE_BOOKS = ("qmap1", "qmap2")
-"""State of bitsandbytes' 8-bit optimizers that is the same constant in every run; it is not saved."""
 
 
 def build_optimizer(
@@ -80,38 +77,3 @@ def build_scheduler(
         num_training_steps=total_steps + 1,
     ).lr_lambdas[0]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape(step + 1))
-
-
-def state_tensors(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """One parameter's optimizer state as (tensors, plain numbers), without constants that are rebuilt."""
-    tensors = {
-        key: value.detach().cpu().contiguous()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor) and key not in CODE_BOOKS
-    }
-    numbers = {key: value for key, value in state.items() if isinstance(value, int | float)}
-    return tensors, numbers
-
-
-def restore_state(
-    optimizer: torch.optim.Optimizer,
-    group_index: int,
-    parameter_index: int,
-    tensors: Mapping[str, torch.Tensor],
-    numbers: Mapping[str, float],
-) -> None:
-    """Put saved state back for one parameter of `optimizer`, where `state_tensors` took it from."""
-    group = optimizer.param_groups[group_index]
-    parameter = group["params"][parameter_index]
-    if isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit):
-        # bitsandbytes allocates the state itself: in managed memory if paged, with its code books if 8-bit
-        optimizer.init_state(group, parameter, group_index, parameter_index)
-        state = optimizer.state[parameter]
-        for key, value in tensors.items():
-            state[key].copy_(value)
-    else:
-        # torch keeps "step" on the CPU and the moments beside the parameter
-        state = optimizer.state[parameter]
-        for key, value in tensors.items():
-            state[key] = value.clone() if key == "step" else value.to(parameter.device, copy=True)
-    state.update(numbers)

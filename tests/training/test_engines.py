@@ -39,6 +39,10 @@ from pathlib import Path
 class Silent:
     def event(self, kind, **facts):
         pass
+    def alive(self):
+        pass
+    def stop_requested(self):
+        return False
 
 recipe = Recipe(**spec["recipe"])
 strategy = Strategy(world_size=world, micro_batch=spec["micro_batch"], zero_stage=spec["stage"], paged_optimizer=False,
@@ -62,7 +66,7 @@ run.engine.step = optimize_noting
 for step in range(spec["steps"]):
     if step == 1 and world > 1:
         rehearse(run, Silent())
-    steps.append(one_step(run, step, False)[:2])
+    steps.append(one_step(run, step, Silent())[:2])
 after = eval_loss(run.engine.module, data, pad_token=0, micro_batch=3, rank=rank, world_size=world, device=cpu)
 weights = run.engine.trained_weights()
 spans = [list(vars(s).values()) if hasattr(s, "__dict__") else [s.parameter, s.parameter_start, s.numel, s.slot,

@@ -21,6 +21,7 @@ from orchestrator.run import open_record, order_of
 from orchestrator.spec import load_spec
 from orchestrator.worker import prepare as build
 from qlora_core.data import FormatName
+from qlora_core.memory.measure import meter_for
 from qlora_core.training.loop import train
 
 TURNS = [{"role": "user", "content": "Who is Ada?"}, {"role": "assistant", "content": "A keeper."}]
@@ -56,7 +57,10 @@ class Watch:
     def stop_requested(self) -> bool:
         return False
 
-    def checkpoint_saved(self, path: Path, metrics: Mapping[str, Any]) -> None:
+    def alive(self) -> None:
+        pass
+
+    def checkpoint_saved(self, path: Path, step: int) -> None:
         pass
 
 
@@ -105,7 +109,8 @@ def test_a_run_learns_from_it(tmp_path: Path, tiny_base: Path, format_: FormatNa
     output.mkdir()
     open_record(prepared, None, output)
     watch = Watch()
-    train(build(order_of(prepared, output, None), 0, torch.device("cpu")), watch, None)
+    cpu = torch.device("cpu")
+    train(build(order_of(prepared, output, None), 0, cpu, meter_for(cpu)), watch, None)
     assert len(watch.losses) == STEPS
     assert all(math.isfinite(loss) for loss in watch.losses)
     assert watch.losses[-1] < watch.losses[0]

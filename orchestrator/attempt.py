@@ -1,0 +1,316 @@
+"""One attempt of a run: Ray, and Ray Train's workers on it, until they end or fail.
+
+It is carried out in a process of its own, since Ray ends the process that drives it when its raylet or its head is
+gone; what supervises the run must outlive that. A process that is part of a Ray already, as a trial of a sweep is, has
+the attempt in a thread.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing import connection, get_context, parent_process
+from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+import psutil
+
+from orchestrator.order import Order
+from orchestrator.recovery import Failure
+
+END_SECONDS = 10.0
+"""A process that was told to end is killed after this."""
+DRAINING_SECONDS = 1.0
+"""Nodes that are to be taken away are asked for this often: cloud providers give notice of 30 s to 2 min."""
+Message = dict[str, Any]
+"""An event for the run's display, or {"failure": Failure}, or {"done": True}, which are the last."""
+
+
+class Attempt(Protocol):
+    """An attempt under way.
+
+    Attributes:
+        can_be_killed: whether `kill` ends its workers.
+    """
+
+    can_be_killed: bool
+
+    def message(self, seconds: float) -> Message | None:
+        """What it says next; None where it says nothing in so many seconds, and at once where it has ended."""
+
+    def ended(self) -> bool:
+        """It has nothing more to say."""
+
+    def kill(self) -> None:
+        """End it and all its processes, now."""
+
+
+def start(order: Order, address: str | None) -> Attempt:
+    """Begin an attempt.
+
+    Args:
+        address: a running Ray, or None to start one for this attempt.
+    """
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return InThread(order, address)
+    return InProcess(order, address)
+
+
+class InProcess:
+    """An attempt in a process of its own."""
+
+    can_be_killed = True
+
+    def __init__(self, order: Order, address: str | None) -> None:
+        spawn = get_context("spawn")  # a forked one would have our threads' locks
+        self._messages, theirs = spawn.Pipe(duplex=False)
+        self._process = spawn.Process(target=run_alone, args=(theirs, order, address), name="attempt", daemon=True)
+        self._process.start()
+        theirs.close()
+        self._family: dict[int, psutil.Process] = {}
+        self._over = self._said_all = False
+        self._shared = address is not None
+
+    def message(self, seconds: float) -> Message | None:
+        """See `Attempt`."""
+        self._look_around()
+        try:
+            if self._messages.poll(seconds):
+                message: Message = self._messages.recv()
+                self._said_all = "done" in message or "failure" in message
+                return message
+        except (EOFError, OSError):
+            self._over = True
+        return None
+
+    def ended(self) -> bool:
+        """See `Attempt`."""
+        return self._over
+
+    def kill(self) -> None:
+        """See `Attempt`. Also after it has ended by itself, for what it may have left behind.
+
+        A Ray that others use too is left in order, if that is possible.
+        """
+        self._look_around()
+        if self._shared:
+            self._process.join(END_SECONDS if self._said_all else 0)
+        with suppress(ValueError):
+            self._process.kill()
+            self._process.join()
+        for process in self._family.values():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(list(self._family.values()), timeout=END_SECONDS)
+        self._messages.close()
+
+    def _look_around(self) -> None:
+        """Note its descendants: when it is gone, nobody can say which they were."""
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self._process.pid).children(recursive=True):
+                self._family[process.pid] = process
+
+
+class InThread(threading.Thread):
+    """An attempt in this process, which is part of a Ray."""
+
+    can_be_killed = False
+
+    def __init__(self, order: Order, address: str | None) -> None:
+        super().__init__(name="attempt", daemon=True)
+        self._order, self._address = order, address
+        self._said: SimpleQueue[Message] = SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        """See `threading.Thread`."""
+        carry_out(self._order, self._address, self._said.put)
+
+    def message(self, seconds: float) -> Message | None:
+        """See `Attempt`."""
+        with suppress(Empty):
+            return self._said.get(timeout=seconds)
+        return None
+
+    def ended(self) -> bool:
+        """See `Attempt`."""
+        return not self.is_alive() and self._said.empty()
+
+    def kill(self) -> None:
+        """See `Attempt`. Its workers end with the trial that it is part of."""
+
+
+def run_alone(messages: Connection, order: Order, address: str | None) -> None:
+    """What the process of an attempt does."""
+    os.setsid()  # the terminal's Ctrl-C is for the process that supervises
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    carry_out(order, address, messages.send)
+    messages.close()
+    sys.stdout.flush()
+    os._exit(0)  # all is said and Ray is shut down; threads of libraries must not hold this up
+
+
+def end_with_parent() -> None:
+    """Wait for the end of the process that supervises, and end too; Ray's processes follow."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def carry_out(order: Order, address: str | None, say: Callable[[Message], None]) -> None:
+    """Run the workers, and say how it went: before Ray is shut down, which takes seconds."""
+    from orchestrator.failures import failure_of
+    from orchestrator.ray_runtime import ray_session
+
+    said = False
+    try:
+        with ray_session(address, order.strategy.world_size):
+            try:
+                fit(order, address, say)
+            except BaseException as error:
+                say({"failure": failure_of(error) if (told := told_by(error)) is None else told})
+            else:
+                say({"done": True})
+            said = True
+    except BaseException as error:
+        if not said:
+            say({"failure": failure_of(error)})
+
+
+def told_by(error: BaseException) -> Failure | None:
+    """What the workers said of a failure of their group, or what became of them; None where it is another error."""
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError, WorkerGroupError
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    from orchestrator.failures import WorkerFailed, cause, failure_of, lost
+
+    if isinstance(error, WorkerFailed):
+        return error.failure
+    if isinstance(error, PreemptionError):
+        return Failure("preempted", "a node was taken away before the workers had ended")
+    if isinstance(error, RayActorError):
+        return Failure("node lost", "Ray Train's controller is gone")
+    if isinstance(error, ControllerError):
+        return Failure("node lost", f"the workers could not be placed: {error.controller_failure}".splitlines()[0])
+    if not isinstance(error, WorkerGroupError) or not error.worker_failures:
+        return None
+    said: dict[int, Failure] = {}
+    for rank, raised in error.worker_failures.items():
+        inner = root(raised)
+        if isinstance(inner, WorkerFailed):
+            said[rank] = inner.failure
+        elif inner is raised:
+            said[rank] = lost(raised, rank)
+        else:
+            said[rank] = failure_of(inner, rank)
+    return cause(said)
+
+
+def root(error: BaseException) -> BaseException:
+    """The user-level exception inside Ray's wrappers."""
+    while True:
+        inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None)
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
+
+
+def fit(order: Order, address: str | None, say: Callable[[Message], None]) -> None:
+    """Let Ray Train run the workers to their end."""
+    import ray
+
+    check_resources(order, address)
+    if address is None and (port := ray.nodes()[0].get("MetricsExportPort")):
+        say({"event": "prometheus", "url": f"http://127.0.0.1:{port}/metrics"})
+    say({"event": "phase", "phase": "starting workers"})
+    trainer = trainer_of(order)
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failed.append(error)
+
+    # beside the main thread, where Ray would handle signals by aborting without saving
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    thread.start()
+    warned = address is None  # a Ray on this machine alone is not drained
+    while thread.is_alive():
+        thread.join(DRAINING_SECONDS)
+        if not warned and draining() & hosts(order):
+            warned = True
+            say({"event": "preempted"})
+    if failed:
+        raise failed[0]
+
+
+def draining() -> set[str]:
+    """The ids of nodes that are about to be taken away."""
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())
+
+
+def hosts(order: Order) -> set[str]:
+    """The ids of the nodes on which the workers are, as they have left them."""
+    return {path.read_text(encoding="utf-8") for path in order.alive.glob("rank-*")}
+
+
+def check_resources(order: Order, address: str | None) -> None:
+    """Refuse what a running Ray cannot place: Ray Train would wait for it forever."""
+    import ray
+
+    from orchestrator.failures import WorkerFailed
+
+    if address is None:
+        return
+    kind, wanted = ("GPU" if order.device == "cuda" else "CPU"), order.strategy.world_size
+    gone = draining()
+    there = sum(
+        int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone
+    )
+    if there < wanted:
+        what = f"The Ray at {address} has {there} {kind}s, the plan needs {wanted}."
+        remedy = "Lower strategy.world_size or add nodes."
+        raise WorkerFailed(Failure("node lost", what, remedy=remedy, available=there))
+
+
+def trainer_of(order: Order) -> Any:
+    """Ray Train's trainer for an attempt. Ray itself retries nothing: what follows a failure is decided above it."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    on_gpu = order.device == "cuda"
+    common: dict[str, Any] = {
+        "train_loop_config": {"order": order},
+        "scaling_config": ScalingConfig(
+            num_workers=order.strategy.world_size,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if on_gpu else {})},
+        ),
+        "run_config": RunConfig(
+            name=order.checkpoints.name,
+            storage_path=str(order.checkpoints.parent),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+        ),
+    }
+    if order.rendezvous is not None:
+        return DataParallelTrainer(begin, **common)
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    return TorchTrainer(begin, torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"), **common)
+
+
+def begin(config: Mapping[str, Any]) -> None:
+    """Ray Train's training function. What it needs is imported where it runs: the attempt's process does without."""
+    from orchestrator.worker import work
+
+    work(config["order"])

@@ -1,0 +1,120 @@
+"""What an exception of a worker, or its death, is in the words of `recovery`."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from clusters.errors import (
+    NEEDS_A_PERSON,
+    NotFinite,
+    RequestError,
+    RunFailed,
+    StorageFailed,
+    last_line,
+    without_secrets,
+)
+from orchestrator.recovery import Failure, Kind
+
+GPU_MEMORY = re.compile(
+    r"CUDA out of memory|CUDA error: out of memory|cudaErrorMemoryAllocation|CUBLAS_STATUS_ALLOC_FAILED"
+)
+"""How libraries say it that do not raise torch's own error, such as bitsandbytes for managed memory."""
+HOST_MEMORY = re.compile(r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc|not enough memory: you tried")
+PEER = re.compile(
+    r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|Socket [Tt]imeout|gloo|NCCL|Timed out waiting|TCPStore"
+)
+"""How a worker notices that another is gone."""
+FIRST: tuple[Kind, ...] = (
+    "gpu memory",
+    "host memory",
+    "user",
+    "data",
+    "not finite",
+    "disk full",
+    "storage",
+    "error",
+    "preempted",
+    "node lost",
+    "hung",
+    "worker lost",
+)
+"""Of what several ranks say, the first of these is the cause: the others notice only that it is gone."""
+
+
+class WorkerFailed(Exception):
+    """What a worker raises in the place of the exception that ended it: typed, and safe to send."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure)
+
+    def __str__(self) -> str:
+        return self.failure.message
+
+
+def failure_of(error: BaseException, rank: int | None = None, measured: Mapping[str, int] | None = None) -> Failure:
+    """An exception as a failure."""
+    details = without_secrets("".join(traceback.format_exception(error)))
+    what, remedy = last_line(error), ""
+    if isinstance(error, RunFailed):
+        what, remedy = error.what, error.remedy
+    elif isinstance(error, RequestError):
+        what = str(error)
+    else:
+        what = f"{type(error).__name__}: {what}"
+    problems = error.problems if isinstance(error, RequestError) else ()
+    return Failure(
+        kind_of(error), without_secrets(what), rank, remedy, details, dict(measured or {}), problems=problems
+    )
+
+
+def kind_of(error: BaseException) -> Kind:
+    """What kind of failure an exception is."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or GPU_MEMORY.search(text):
+        return "gpu memory"
+    if isinstance(error, MemoryError) or HOST_MEMORY.search(text):
+        return "host memory"
+    if isinstance(error, RequestError):
+        return "user"
+    if isinstance(error, NotFinite):
+        return "not finite"
+    if isinstance(error, StorageFailed | OSError) and not isinstance(error, ConnectionError | TimeoutError):
+        return "disk full" if error.errno in NEEDS_A_PERSON else "storage"
+    if isinstance(error, RunFailed):
+        return "error"
+    if isinstance(error, SafetensorError):
+        return "data"  # a checkpoint's are told as such
+    if isinstance(error, dist.DistError | ConnectionError | TimeoutError) or PEER.search(text):
+        return "worker lost"
+    return "error"
+
+
+def cause(failures: Mapping[int, Failure]) -> Failure:
+    """Of what each rank says, what it began with.
+
+    Args:
+        failures: by rank, at least one.
+    """
+    return min(failures.values(), key=lambda one: (FIRST.index(one.kind), one.rank is None, one.rank or 0))
+
+
+def lost(error: Any, rank: int) -> Failure:
+    """The death of a worker, as Ray reports it."""
+    inner = getattr(error, "health_check_failure", error)
+    text = str(inner)
+    name = type(inner).__name__
+    if getattr(inner, "preempted", False):
+        return Failure("preempted", f"the node of rank {rank} was preempted", rank)
+    if name == "OutOfMemoryError" or "memory pressure" in text or "due to the node running low on memory" in text:
+        return Failure("host memory", f"Ray ended rank {rank}, for its node ran out of memory", rank)
+    if name == "NodeDiedError" or "node has died" in text.lower() or "its node has died" in text.lower():
+        return Failure("node lost", f"the node of rank {rank} is gone", rank)
+    return Failure("worker lost", f"the process of rank {rank} is gone", rank)

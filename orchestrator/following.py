@@ -1,0 +1,90 @@
+"""How a run goes on after a failure: the decision, the plan that it leads to, and what a person is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from clusters.errors import RequestError, RunFailed
+from clusters.gpu import GIB
+from orchestrator.history import LEANER
+from orchestrator.nearest import changes
+from orchestrator.prepare import Prepared, leaner, smaller
+from orchestrator.question import Candidate
+from orchestrator.record import RunRecord
+from orchestrator.recovery import Decision, Failure, Limits, decide
+
+
+class Following(NamedTuple):
+    """How a run goes on: in so many seconds, with this plan."""
+
+    prepared: Prepared
+    seconds: float
+
+
+def decided(
+    failure: Failure, since: Sequence[Failure], prepared: Prepared, *, first: bool = False
+) -> tuple[Decision, Prepared]:
+    """What follows a failure, and the run as it then goes on.
+
+    Args:
+        first: it was the run's first attempt: what is not there then was not lost.
+    """
+    spec, workers = prepared.spec, prepared.plan.strategy.world_size
+    limits = Limits(spec.recovery.retries, spec.recovery.min_workers or workers)
+    decision = decide(failure, since, limits, workers)
+    following: Prepared | None = prepared
+    if first and decision.action == "wait" and failure.available is not None:
+        return Decision("stop", "there have never been as many"), prepared
+    if decision.action == "replan":
+        following = leaner(prepared, int(LEANER * prepared.plan.estimate.gpu.process_bytes))
+        if following is None and failure.kind == "host memory":
+            # what else runs on that host may have taken it
+            reason = "no plan is leaner, but the host may have more free now"
+            return dataclasses.replace(decision, action="retry", reason=reason), prepared
+    elif decision.action == "shrink":
+        following = smaller(prepared, failure.available or 1)
+    if following is None:
+        return Decision("stop", "no plan for it is left"), prepared
+    return decision, following
+
+
+def told(failure: Failure, decision: Decision, before: Prepared, after: Prepared, step: int) -> str:
+    """A failure and what follows, as a person is told."""
+    on = "" if failure.rank is None or before.plan.strategy.world_size == 1 else f" on rank {failure.rank}"
+    where = f"from step {step}" if step else "from the start"
+    actions = {
+        "retry": f"It goes on {where} with the same plan",
+        "wait": f"It goes on {where} as soon as what it needs is there",
+        "replan": f"It goes on {where} with a leaner plan: {difference(before, after)}",
+        "shrink": f"It goes on {where} with fewer workers: {difference(before, after)}",
+    }
+    pause = f", in {decision.seconds:.0f} s" if decision.seconds else ""
+    return f"Failed ({failure.kind}{on}): {failure.message.rstrip('.')}. {actions[decision.action]}{pause}."
+
+
+def difference(before: Prepared, after: Prepared) -> str:
+    """What another plan does differently, and what it needs."""
+    old, new = (Candidate(each.plan.recipe, each.plan.strategy) for each in (before, after))
+    changed = ", ".join(f"{one.field} {one.value} {one.reason}" for one in changes(old, new))
+    needs = after.plan.estimate.gpu.process_bytes / GIB
+    return f"{changed}; {needs:.2f} GiB predicted instead of {before.plan.estimate.gpu.process_bytes / GIB:.2f}"
+
+
+def given_up(failure: Failure, decision: Decision, record: RunRecord) -> RunFailed | RequestError:
+    """The error of a run that ends here."""
+    if failure.kind == "user":
+        return RequestError(failure.problems) if failure.problems else RunFailed(failure.message, failure.remedy)
+    tried = len(record.attempts)
+    after = f" It was tried {tried} times; {decision.reason}." if tried > 1 else ""
+    remedy = failure.remedy or (
+        "The same command goes on from the last checkpoint, if there is one. --debug shows the traceback."
+    )
+    on = "A worker failed" if failure.rank is None else f"Rank {failure.rank} failed"
+    what = failure.message if failure.remedy else f"{on} ({failure.kind}): {failure.message.rstrip('.')}."
+    return RunFailed(what + after, remedy)
+
+
+class WorkerTraceback(Exception):
+    """The traceback of a worker, which --debug shows."""

@@ -1,0 +1,140 @@
+"""What a run comes to: how its attempts ended, what was measured and learned, and the result in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from clusters.errors import RunFailed
+from orchestrator.plans import Plan
+from orchestrator.prepare import Prepared
+from orchestrator.record import RunRecord, Status, now
+from qlora_core.perplexity import perplexity
+from qlora_core.training.card import CardFacts
+from qlora_core.training.export import export_adapter, export_model
+from qlora_core.training.manifest import folder_name, newest_valid
+from qlora_core.training.restore import load_facts
+
+
+def result_folder(prepared: Prepared, output: Path) -> Path:
+    """Where the result of a run lies: an adapter, or with method full a model."""
+    return output / ("model" if prepared.spec.recipe.method == "full" else "adapter")
+
+
+def predicted(plan: Plan) -> dict[str, Any]:
+    """What a plan says of the fullest rank, to be held against what is measured."""
+    gpu, step = plan.estimate.gpu, plan.verdict.step_time
+    return {
+        "allocated_bytes": gpu.allocated_bytes,
+        "reserved_bytes": gpu.reserved_bytes,
+        "peak_phase": gpu.peak_phase,
+        "peak_moment": gpu.peak_moment,
+        "phases": dataclasses.asdict(gpu.phases),
+        # as the model says it, before any correction, which later runs would else correct again
+        "step_seconds": None if step is None else step.seconds / step.correction,
+    }
+
+
+def close(record: RunRecord, status: Status, reason: str | None, output: Path) -> int:
+    """Note how the last attempt ended; returns the step of the last checkpoint."""
+    reached, _ = newest_valid(output / "checkpoints")
+    step: int = load_facts(reached)["step"] if reached else 0
+    attempt = record.attempts[-1]
+    attempt.ended, attempt.status, attempt.to_step, attempt.reason = now(), status, step, reason
+    record.status = status
+    return step
+
+
+def finish(record: RunRecord, end: Mapping[str, Any], prepared: Prepared, output: Path) -> None:
+    """Put what the workers measured and learned into the record, and export the result of a finished run."""
+    status: Status = "complete" if end["finished"] else "interrupted"
+    reached = close(record, status, None, output)
+    if reached != end["step"]:
+        raise RunFailed(
+            f"The workers ended after step {end['step']}, and the last valid checkpoint is of step {reached}.",
+            "Look at the storage of the output folder, and start the same run again.",
+        )
+    same_plan = len({json.dumps(one.strategy, sort_keys=True) for one in record.attempts}) == 1
+    record.measured = merged_measurement(end, record.measured if same_plan else None)
+    if record.measured is not None:
+        record.measured["step_seconds"] = step_seconds(output / "events.jsonl")
+    record.results = {**end["context"], **perplexities(end["context"])}
+    if not end["finished"]:
+        return
+    checkpoint = output / "checkpoints" / folder_name(reached)
+    folder, facts = result_folder(prepared, output), card_facts(record, prepared)
+    try:
+        if prepared.spec.recipe.method == "full":
+            export_model(checkpoint, folder, prepared.base.folder, facts)
+            record.weights = str(folder)
+        else:
+            export_adapter(checkpoint, folder, facts)
+            record.adapter = str(folder)
+    except OSError as error:
+        raise RunFailed(
+            f"The result could not be written to {folder}: {error}.",
+            "Put that right and start the same run again: the last checkpoint holds it.",
+        ) from error
+
+
+def perplexities(context: Mapping[str, Any]) -> dict[str, float]:
+    """The exponentials of the evaluation losses, where there are any."""
+    return {
+        f"perplexity_{when}": perplexity(context[f"eval_{when}"])
+        for when in ("before", "after")
+        if context.get(f"eval_{when}") is not None
+    }
+
+
+def card_facts(record: RunRecord, prepared: Prepared) -> CardFacts:
+    """What the result's card tells of its run."""
+    return CardFacts(
+        name=record.name,
+        base=prepared.base.name,
+        commit=prepared.base.commit,
+        recipe=prepared.spec.recipe,
+        compute_dtype=prepared.plan.target.compute_dtype,
+        steps=record.total_steps,
+        data_name=Path(prepared.spec.data.path).name,
+        data=record.data,
+        strategy=record.plan["strategy"],
+        predicted=record.predicted,
+        measured=record.measured,
+        results=record.results,
+        versions=record.versions,
+    )
+
+
+def step_seconds(events: Path) -> float | None:
+    """The median time of a step, the first of the run left out, which warms up; None where no other was made."""
+    seconds = [
+        event["seconds"] for event in map(json.loads, events.read_text().splitlines()) if event["event"] == "step"
+    ]
+    return median(seconds[1:]) if len(seconds) > 1 else None
+
+
+def merged_measurement(end: Mapping[str, Any], before: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The measured peaks of the fullest rank, and those of all ranks, over this attempt and the ones before.
+
+    None where no attempt that could say so has trained a step.
+    """
+    ranks: list[dict[str, int]] = end["ranks"]
+    if not any(rank["optimizer"] for rank in ranks):
+        return before
+    if before is not None and len(before["ranks"]) == len(ranks):
+        ranks = [
+            {key: max(value, old[key]) for key, value in new.items()}
+            for new, old in zip(ranks, before["ranks"], strict=True)
+        ]
+    phases = {phase: max(rank[phase] for rank in ranks) for phase in ("after_load", "forward", "backward", "optimizer")}
+    return {
+        "allocated_bytes": max(phases.values()),
+        "reserved_bytes": max(rank["reserved"] for rank in ranks),
+        "allocated_is": end["allocated_is"],
+        "phases": phases,
+        "ranks": ranks,
+    }

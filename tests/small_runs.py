@@ -1,0 +1,87 @@
+"""Small training runs in this process, without Ray, for tests of checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from qlora_core.memory.measure import StorageMeter
+from qlora_core.recipe import Recipe
+from qlora_core.strategy import Strategy
+from qlora_core.training.dataset import encode_file
+from qlora_core.training.engines import build_engine
+from qlora_core.training.examples import Examples, Rows, save_examples
+from qlora_core.training.loop import TrainingRun
+from qlora_core.training.loss import SummedLoss
+from qlora_core.training.model import load_base, load_tokenizer, make_trainable
+from qlora_core.training.restore import load_adapter
+
+CPU = torch.device("cpu")
+
+
+class Watcher:
+    """An observer that keeps what it is told, and stops the run after a step."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._stop_after = stop_after
+
+    def event(self, kind: str, **facts: Any) -> None:
+        self.events.append({"event": kind, **facts})
+
+    def stop_requested(self) -> bool:
+        done = sum(event["event"] == "step" for event in self.events)
+        return self._stop_after is not None and done + 1 >= self._stop_after
+
+    def alive(self) -> None:
+        pass
+
+    def checkpoint_saved(self, path: Path, step: int) -> None:
+        self.event("checkpoint", path=path, step=step)
+
+
+def encode(conversations: Path, base: Path, folder: Path) -> Path:
+    """The examples of a run, 32 to learn from and 8 held out, in `folder`."""
+    examples, _ = encode_file(conversations, "auto", load_tokenizer(str(base)), 64)
+    save_examples(examples[:32], folder / "train.safetensors")
+    save_examples(examples[32:], folder / "eval.safetensors")
+    return folder
+
+
+def build(base: Path, data: Path, checkpoints: Path, recipe: Recipe, resume: Path | None = None) -> TrainingRun:
+    strategy = Strategy(micro_batch=2, gradient_accumulation=2, paged_optimizer=False)
+    folder = base if resume is None or recipe.method != "full" else resume / "model"
+    model = make_trainable(load_base(str(folder), recipe, strategy, "float32", CPU), recipe, seed=0)
+    if resume is not None and isinstance(model, PeftModel):
+        load_adapter(model, resume / "adapter")
+    model.train()
+    return TrainingRun(
+        recipe=recipe,
+        strategy=strategy,
+        seed=0,
+        total_steps=6,
+        save_every=4,
+        model=model,
+        engine=build_engine(SummedLoss(model, "chunked"), recipe, strategy),
+        tokenizer=load_tokenizer(str(base)),
+        train_data=Rows(Examples(data / "train.safetensors"), recipe, seed=0),
+        eval_data=Examples(data / "eval.safetensors"),
+        meter=StorageMeter(),
+        device=CPU,
+        rank=0,
+        checkpoints=checkpoints,
+        facts={"identity": {}},
+    )
+
+
+def recipe_of(**changes: Any) -> Recipe:
+    fields: dict[str, Any] = {"rank": 4, "seq_len": 64, "tokens_per_step": 256, "learning_rate": 1e-2}
+    return Recipe(**{**fields, "schedule": "cosine", **changes})
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    """All safetensors of a checkpoint, by path: weights and optimizer state."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}

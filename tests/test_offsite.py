@@ -1,0 +1,207 @@
+"""Checkpoints in object storage: a real S3-compatible server, which also fails, is slow, and goes away."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+from real_runs import MARK, TIMEOUT, make_run
+from s3_server import new_bucket, s3_server
+from strikes import Row, Rows
+
+from clusters.errors import RequestError
+from orchestrator import offsite
+from orchestrator.offsite import Offsite
+from qlora_core.training import manifest
+from qlora_core.training.manifest import complete, newest_valid
+
+SECRET = uuid.uuid4().hex
+IDENTITY = {"name": "tiny"}
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    """What a user of the server sets."""
+    with s3_server(SECRET) as environment:
+        yield environment
+
+
+@pytest.fixture
+def bucket(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    return new_bucket(environment, monkeypatch)
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+def make(checkpoints: Path, step: int) -> Path:
+    folder = checkpoints / manifest.folder_name(step)
+    names = ["adapter/adapter_model.safetensors", "optimizer-00000.safetensors"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(os.urandom(5000))
+    facts = {**dict.fromkeys(manifest.REQUIRED - {"format_version", "files"}), "step": step, "identity": IDENTITY}
+    manifest.write_manifest(folder, facts, manifest.described(folder, names))
+    return folder
+
+
+def stored(bucket: str, told: list[str], *folders: Path) -> Offsite:
+    storage = Offsite(f"s3://{bucket}/runs/tiny", 2, told.append)
+    for folder in folders:
+        storage.keep(folder)
+    storage.finish()
+    return storage
+
+
+def names(bucket: str) -> set[str]:
+    filesystem = s3fs.S3FileSystem()
+    filesystem.invalidate_cache()
+    return {path.rpartition("/")[2] for path in filesystem.ls(f"{bucket}/runs/tiny", detail=False)}
+
+
+def test_the_last_few_are_there_and_come_back_whole(tmp_path: Path, bucket: str, told: list[str]) -> None:
+    folders = [make(tmp_path / "here", step) for step in (10, 20, 30)]
+    storage = stored(bucket, told, *folders)
+    assert names(bucket) == {"step-00000020", "step-00000030"}
+    fetched = storage.fetch(tmp_path / "elsewhere", IDENTITY)
+    assert fetched == tmp_path / "elsewhere" / "step-00000030"
+    for path in folders[-1].rglob("*.*"):
+        assert (fetched / path.relative_to(folders[-1])).read_bytes() == path.read_bytes()
+    assert storage.fetch(tmp_path / "elsewhere", IDENTITY) is None  # it is as new
+    assert told == []
+
+
+def test_what_was_harmed_there_is_passed_over(tmp_path: Path, bucket: str, told: list[str]) -> None:
+    storage = stored(bucket, told, make(tmp_path / "here", 10), make(tmp_path / "here", 20))
+    key = f"{bucket}/runs/tiny/step-00000020/optimizer-00000.safetensors"
+    s3fs.S3FileSystem().pipe_file(key, b"\0" * 5000)
+    assert storage.fetch(tmp_path / "elsewhere", IDENTITY) == tmp_path / "elsewhere" / "step-00000010"
+    assert "step-00000020" in told[0]
+    assert "SHA-256" in told[0]
+    assert list(complete(tmp_path / "elsewhere")) == [10]
+
+
+def test_a_half_uploaded_one_is_none_and_lets_no_whole_one_go(tmp_path: Path, bucket: str, told: list[str]) -> None:
+    filesystem = s3fs.S3FileSystem()
+    storage = stored(bucket, told, make(tmp_path / "here", 10), make(tmp_path / "here", 20))
+    half = make(tmp_path / "here", 30)
+    (half / manifest.FILE_NAME).unlink()  # comes last, so that is what a killed upload leaves
+    stored(bucket, told, half)
+    assert names(bucket) == {"step-00000010", "step-00000020", "step-00000030"}
+    assert storage.fetch(tmp_path / "elsewhere", IDENTITY) == tmp_path / "elsewhere" / "step-00000020"
+    assert not filesystem.exists(f"{bucket}/runs/tiny/.probe")
+
+
+def test_another_run_s_checkpoints_are_refused_and_left_there(tmp_path: Path, bucket: str, told: list[str]) -> None:
+    storage = stored(bucket, told, make(tmp_path / "here", 10))
+    with pytest.raises(RequestError, match="was started with 'tiny'"):
+        storage.fetch(tmp_path / "elsewhere", {"name": "other"})
+    assert not complete(tmp_path / "elsewhere")
+
+
+def unreliable(monkeypatch: pytest.MonkeyPatch, behave: Callable[[int], None]) -> list[float]:
+    """Let each upload fail as `behave` raises; returns their times."""
+    times: list[float] = []
+    original = s3fs.S3FileSystem._put_file
+
+    async def put(self: Any, *arguments: Any, **named: Any) -> Any:
+        times.append(time.monotonic())
+        behave(len(times))
+        return await original(self, *arguments, **named)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_put_file", put)
+    s3fs.S3FileSystem.clear_instance_cache()  # an instance keeps the methods that its class had
+    return times
+
+
+def test_every_fifth_upload_fails_and_all_arrive(
+    tmp_path: Path, bucket: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fifth(number: int) -> None:
+        if number % 5 == 0:
+            raise OSError(errno.EIO, f"with a secret: {SECRET}")
+
+    times = unreliable(monkeypatch, fifth)
+    stored(bucket, told, *(make(tmp_path / "here", step) for step in (10, 20, 30)))
+    assert len(times) > 9  # three files in each, and what failed once more
+    assert names(bucket) == {"step-00000020", "step-00000030"}
+    assert told == []
+
+
+def test_storage_that_is_away_for_a_while_is_waited_for(
+    tmp_path: Path, bucket: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = time.monotonic()
+
+    def away(number: int) -> None:
+        if time.monotonic() - begun < 3:
+            raise ConnectionError("it is away")
+
+    unreliable(monkeypatch, away)
+    stored(bucket, told, make(tmp_path / "here", 10))
+    assert names(bucket) == {"step-00000010"}
+    assert told == []
+
+
+def test_storage_that_stays_away_is_told_of_without_a_secret_and_the_run_goes_on(
+    tmp_path: Path, bucket: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(number: int) -> None:
+        raise ConnectionError(f"no way for {SECRET}")
+
+    monkeypatch.setattr(offsite, "PATIENCE_SECONDS", 1.0)
+    unreliable(monkeypatch, away)
+    stored(bucket, told, make(tmp_path / "here", 10))
+    assert "step-00000010 could not be copied" in told[0]
+    assert SECRET not in told[0]
+    assert newest_valid(tmp_path / "here")[0] is not None
+
+
+def test_a_bucket_that_is_not_there_is_refused_at_the_start(bucket: str, told: list[str]) -> None:
+    with pytest.raises(RequestError, match=r"checkpoints\.storage"):
+        Offsite("s3://no-such-bucket-of-mine/runs", 2, told.append).fetch(Path("none"), IDENTITY)
+
+
+@pytest.mark.slow
+@pytest.mark.chaos
+@pytest.mark.xdist_group("workers")
+def test_a_run_whose_machine_is_gone_goes_on_elsewhere(
+    tmp_path: Path, tiny_base: Path, conversations: Path, environment: dict[str, str], bucket: str, rows: Rows
+) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    changes: dict[str, dict[str, Any]] = {
+        "recipe": {"steps": 120},
+        "checkpoints": {"every_steps": 10, "storage": f"s3://{bucket}/runs"},
+        "evaluation": {},
+    }
+    first, second = (make_run(tmp_path / name, tiny_base, conversations, **changes) for name in ("first", "second"))
+    for run in (first, second):
+        run.environment |= environment
+    process = first.start()
+    first.wait_for_step(60, process)
+    for each in first.processes():
+        each.kill()
+    process.communicate(timeout=TIMEOUT)
+    struck = time.time()
+    code, output = second.finish()
+    assert code == 0, output
+    assert "came from s3://" in output
+    from_step = second.record["attempts"][0]["from_step"]
+    assert from_step >= 40
+    assert SECRET not in output + (second.folder / "run.json").read_text()
+    assert "adapter" in names(bucket)
+    again = next(event["time"] for event in second.events() if event.get("step") == from_step + 1)
+    rows.add(
+        Row("the machine is gone, the run goes on from S3 elsewhere", True, max(0, 60 - from_step), again - struck)
+    )
+    assert second.environment[MARK] != first.environment[MARK]

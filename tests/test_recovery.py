@@ -1,0 +1,153 @@
+"""What follows a failure: every kind, every state of the budgets, and who of several ranks is believed."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from typing import get_args
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from clusters.errors import NotFinite, RunFailed, StorageFailed, request_error
+from orchestrator.attempt import told_by
+from orchestrator.failures import WorkerFailed, cause, failure_of, kind_of, lost
+from orchestrator.recovery import RULES, Decision, Failure, Kind, Limits, decide
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+ENDS = {"disk full", "data", "not finite", "user", "error"}
+"""Of a person's making, or of the code's: the same would fail again."""
+UNBOUNDED = {"gpu memory", "preempted"}
+"""A leaner plan exists or not; a preemption is announced, and costs no step."""
+
+
+def failure(kind: Kind) -> Failure:
+    return Failure(kind, "it failed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("retries", [0, 1, 3])
+@pytest.mark.parametrize("before", [0, 1, 2, 3, 50])
+def test_every_kind_at_every_state_of_its_budget(kind: Kind, retries: int, before: int) -> None:
+    decision = decide(failure(kind), [failure(kind)] * before, Limits(retries, 2), 2)
+    most = 10 * retries if kind == "node lost" else retries  # a node takes longer to come back than a process
+    goes_on = kind not in ENDS and retries > 0 and (kind in UNBOUNDED or before < most)
+    assert (decision.action != "stop") == goes_on
+    assert decision.reason
+    assert decision.seconds >= 0
+
+
+@pytest.mark.parametrize(("kind", "other"), itertools.permutations(KINDS, 2))
+def test_budgets_are_kept_by_kind(kind: Kind, other: Kind) -> None:
+    alone = decide(failure(kind), [], Limits(2, 1), 1)
+    assert decide(failure(kind), [failure(other)] * 9, Limits(2, 1), 1) == alone
+
+
+def test_out_of_memory_is_never_tried_again_with_the_same_plan() -> None:
+    for kind in ("gpu memory", "host memory"):
+        assert decide(failure(kind), [], Limits(3, 1), 1).action == "replan"
+
+
+def test_pauses_double_up_to_a_limit() -> None:
+    pauses = [decide(failure("storage"), [failure("storage")] * n, Limits(99, 1), 1).seconds for n in range(9)]
+    assert pauses[:4] == [5, 10, 20, 40]
+    assert pauses[-1] == 300
+
+
+@pytest.mark.parametrize(
+    ("available", "fewest", "action"),
+    [(None, 1, "wait"), (0, 1, "wait"), (1, 1, "shrink"), (2, 1, "shrink"), (3, 1, "wait"), (1, 2, "wait")],
+)
+def test_lost_nodes_are_waited_for_unless_fewer_workers_are_enough(
+    available: int | None, fewest: int, action: str
+) -> None:
+    lost_node = Failure("node lost", "gone", available=available)
+    assert decide(lost_node, [], Limits(3, fewest), 3).action == action
+
+
+def test_every_kind_has_a_rule_with_a_reason() -> None:
+    assert set(RULES) == set(KINDS)
+    assert all(rule.why for rule in RULES.values())
+    assert isinstance(decide(failure("error"), [], Limits(3, 1), 1), Decision)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "gpu memory"),
+        (RuntimeError("CUDA error: out of memory"), "gpu memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "gpu memory"),
+        (MemoryError(), "host memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), "host memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "host memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk full"),
+        (StorageFailed("It could not be written.", "Free space.", errno.ENOSPC), "disk full"),
+        (StorageFailed("It could not be written.", "Look.", errno.EIO), "storage"),
+        (OSError(errno.EIO, "Input/output error"), "storage"),
+        (torch.distributed.DistBackendError("NCCL error"), "worker lost"),
+        (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1234"), "worker lost"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "worker lost"),
+        (NotFinite("The loss is nan.", "Lower it."), "not finite"),
+        (request_error("recipe.rank", 0, "it is too small", "Raise it"), "user"),
+        (SafetensorError("Error while deserializing header: HeaderTooLarge"), "data"),
+        (RunFailed("Something else.", "Look."), "error"),
+        (KeyError("oops"), "error"),
+    ],
+)
+def test_an_exception_is_classified(error: Exception, kind: Kind) -> None:
+    assert kind_of(error) == kind
+
+
+def test_real_exhaustion_of_host_memory_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert kind_of(raised.value) == "host memory"
+
+
+def test_of_several_ranks_the_first_cause_is_believed() -> None:
+    gone = failure_of(RuntimeError("Connection closed by peer"), 0)
+    full = failure_of(torch.OutOfMemoryError("CUDA out of memory"), 1, {"forward": 7, "reserved": 9})
+    found = cause({0: gone, 1: full})
+    assert (found.kind, found.rank, found.measured) == ("gpu memory", 1, {"forward": 7, "reserved": 9})
+    assert cause({0: gone}).kind == "worker lost"
+
+
+def test_what_workers_said_comes_out_of_ray_s_errors() -> None:
+    from ray.exceptions import ActorDiedError
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+
+    wrong = request_error("recipe.rank", 0, "it is too small", "Raise it")
+    raised = UserExceptionWithTraceback(WorkerFailed(failure_of(wrong, 1)), "trace")
+    dead = WorkerHealthCheckFailedError("a check failed", ActorDiedError())
+    said = told_by(WorkerGroupError("text", {0: dead, 1: raised}))
+    assert said is not None
+    assert (said.kind, said.problems) == ("user", wrong.problems)
+    alone = told_by(WorkerGroupError("text", {0: dead}))
+    assert alone is not None
+    assert (alone.kind, alone.rank) == ("worker lost", 0)
+    assert told_by(ValueError("of ours")) is None
+
+
+def test_a_failure_carries_its_traceback_and_its_remedy_but_no_traceback_into_the_record() -> None:
+    try:
+        raise RunFailed("The disk is broken.", "Replace it.")
+    except RunFailed as error:
+        found = failure_of(error, 2)
+    assert (found.message, found.remedy, found.rank) == ("The disk is broken.", "Replace it.", 2)
+    assert "Traceback" in found.details
+    assert "details" not in found.to_json()
+
+
+def test_secrets_of_the_environment_stay_out_of_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORAGE_SECRET_KEY", "wJalrXUtnFEMI")
+    found = failure_of(ValueError("denied for wJalrXUtnFEMI at https://me:wJalrXUtnFEMI@host/x"))
+    assert "wJalrXUtnFEMI" not in found.message + found.details
+
+
+def test_ray_s_memory_monitor_and_lost_nodes_are_told_apart() -> None:
+    from ray.exceptions import NodeDiedError, OutOfMemoryError
+
+    assert lost(OutOfMemoryError("Task was killed due to the node running low on memory."), 1).kind == "host memory"
+    assert lost(NodeDiedError("its node has died"), 1).kind == "node lost"
