@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing import connection, get_context, parent_process
@@ -24,6 +25,8 @@ from orchestrator.recovery import Failure
 
 END_SECONDS = 10.0
 """A process that was told to end is killed after this."""
+LOOK_SECONDS = 1.0
+"""Its descendants are looked for this often, which walks all processes of the machine."""
 DRAINING_SECONDS = 1.0
 """Nodes that are to be taken away are asked for this often: cloud providers give notice of 30 s to 2 min."""
 Message = dict[str, Any]
@@ -73,12 +76,14 @@ class InProcess:
         self._process.start()
         theirs.close()
         self._family: dict[int, psutil.Process] = {}
+        self._looked = 0.0
         self._over = self._said_all = False
         self._shared = address is not None
 
     def message(self, seconds: float) -> Message | None:
         """See `Attempt`."""
-        self._look_around()
+        if time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._look_around()
         try:
             if self._messages.poll(seconds):
                 message: Message = self._messages.recv()
@@ -111,6 +116,7 @@ class InProcess:
 
     def _look_around(self) -> None:
         """Note its descendants: when it is gone, nobody can say which they were."""
+        self._looked = time.monotonic()
         with suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self._process.pid).children(recursive=True):
                 self._family[process.pid] = process
@@ -165,7 +171,7 @@ def end_with_parent() -> None:
 
 def carry_out(order: Order, address: str | None, say: Callable[[Message], None]) -> None:
     """Run the workers, and say how it went: before Ray is shut down, which takes seconds."""
-    from orchestrator.failures import failure_of
+    from orchestrator.failures import failure_of, told_by
     from orchestrator.ray_runtime import ray_session
 
     said = False
@@ -181,45 +187,6 @@ def carry_out(order: Order, address: str | None, say: Callable[[Message], None])
     except BaseException as error:
         if not said:
             say({"failure": failure_of(error)})
-
-
-def told_by(error: BaseException) -> Failure | None:
-    """What the workers said of a failure of their group, or what became of them; None where it is another error."""
-    from ray.exceptions import RayActorError
-    from ray.train import ControllerError, WorkerGroupError
-    from ray.train.v2.api.exceptions import PreemptionError
-
-    from orchestrator.failures import WorkerFailed, cause, failure_of, lost
-
-    if isinstance(error, WorkerFailed):
-        return error.failure
-    if isinstance(error, PreemptionError):
-        return Failure("preempted", "a node was taken away before the workers had ended")
-    if isinstance(error, RayActorError):
-        return Failure("node lost", "Ray Train's controller is gone")
-    if isinstance(error, ControllerError):
-        return Failure("node lost", f"the workers could not be placed: {error.controller_failure}".splitlines()[0])
-    if not isinstance(error, WorkerGroupError) or not error.worker_failures:
-        return None
-    said: dict[int, Failure] = {}
-    for rank, raised in error.worker_failures.items():
-        inner = root(raised)
-        if isinstance(inner, WorkerFailed):
-            said[rank] = inner.failure
-        elif inner is raised:
-            said[rank] = lost(raised, rank)
-        else:
-            said[rank] = failure_of(inner, rank)
-    return cause(said)
-
-
-def root(error: BaseException) -> BaseException:
-    """The user-level exception inside Ray's wrappers."""
-    while True:
-        inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None)
-        if not isinstance(inner, BaseException):
-            return error
-        error = inner
 
 
 def fit(order: Order, address: str | None, say: Callable[[Message], None]) -> None:

@@ -115,6 +115,43 @@ def lost(error: Any, rank: int) -> Failure:
         return Failure("preempted", f"the node of rank {rank} was preempted", rank)
     if name == "OutOfMemoryError" or "memory pressure" in text or "due to the node running low on memory" in text:
         return Failure("host memory", f"Ray ended rank {rank}, for its node ran out of memory", rank)
-    if name == "NodeDiedError" or "node has died" in text.lower() or "its node has died" in text.lower():
+    if name == "NodeDiedError" or "node has died" in text.lower():
         return Failure("node lost", f"the node of rank {rank} is gone", rank)
     return Failure("worker lost", f"the process of rank {rank} is gone", rank)
+
+
+def told_by(error: BaseException) -> Failure | None:
+    """What the workers said of a failure of their group, or what became of them; None where it is another error."""
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError, WorkerGroupError
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    if isinstance(error, WorkerFailed):
+        return error.failure
+    if isinstance(error, PreemptionError):
+        return Failure("preempted", "a node was taken away before the workers had ended")
+    if isinstance(error, RayActorError):
+        return Failure("node lost", "Ray Train's controller is gone")
+    if isinstance(error, ControllerError):
+        return Failure("node lost", f"the workers could not be placed: {error.controller_failure}".splitlines()[0])
+    if not isinstance(error, WorkerGroupError) or not error.worker_failures:
+        return None
+    said: dict[int, Failure] = {}
+    for rank, raised in error.worker_failures.items():
+        inner = root(raised)
+        if isinstance(inner, WorkerFailed):
+            said[rank] = inner.failure
+        elif inner is raised:
+            said[rank] = lost(raised, rank)
+        else:
+            said[rank] = failure_of(inner, rank)
+    return cause(said)
+
+
+def root(error: BaseException) -> BaseException:
+    """The user-level exception inside Ray's wrappers."""
+    while True:
+        inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None)
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner

@@ -103,7 +103,7 @@ def run_attempt(
         raise AttemptFailed(failure)
     if last.get("event") != "end":
         raise AttemptFailed(Failure("error", "the workers ended without a result", remedy=f"Look at {order.events}."))
-    if preempted and not last["finished"] and not interrupt.is_set():
+    if preempted and not interrupt.is_set():
         raise AttemptFailed(Failure("preempted", f"a node is taken away; a checkpoint of step {last['step']} was left"))
     return last
 

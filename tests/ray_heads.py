@@ -32,13 +32,7 @@ def ray_head(*options: str) -> Iterator[tuple[str, dict[str, str]]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        head = subprocess.Popen(
-            [Path(sys.executable).with_name("ray"), "start", "--head", f"--port={port}", "--include-dashboard=false",
-             "--disable-usage-stats", "--block", *options],
-            env={**os.environ, **users},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        head = ray_start(users, "--head", f"--port={port}", "--include-dashboard=false", *options)
         try:
             deadline = time.monotonic() + SECONDS
             # `ray start` leaves the address when the node has joined.
@@ -53,13 +47,7 @@ def ray_head(*options: str) -> Iterator[tuple[str, dict[str, str]]]:
 def ray_node(address: str, users: dict[str, str], ip: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """One more node of a head's Ray on this machine, at a loopback address of its own, for as long as the block."""
     before = node_count(address, users)
-    node = subprocess.Popen(
-        [Path(sys.executable).with_name("ray"), "start", f"--address={address}", f"--node-ip-address={ip}",
-         "--disable-usage-stats", "--block", *options],
-        env={**os.environ, **users},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    node = ray_start(users, f"--address={address}", f"--node-ip-address={ip}", *options)
     try:
         deadline = time.monotonic() + SECONDS
         while node_count(address, users) <= before and time.monotonic() < deadline:
@@ -67,6 +55,16 @@ def ray_node(address: str, users: dict[str, str], ip: str, *options: str) -> Ite
         yield node
     finally:
         kill_tree(node)
+
+
+def ray_start(users: dict[str, str], *options: str) -> subprocess.Popen[bytes]:
+    """`ray start`, which stays and says nothing."""
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("ray"), "start", "--disable-usage-stats", "--block", *options],
+        env={**os.environ, **users},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:

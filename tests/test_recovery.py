@@ -11,8 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from clusters.errors import NotFinite, RunFailed, StorageFailed, request_error
-from orchestrator.attempt import told_by
-from orchestrator.failures import WorkerFailed, cause, failure_of, kind_of, lost
+from orchestrator.failures import WorkerFailed, cause, failure_of, kind_of, lost, told_by
 from orchestrator.recovery import RULES, Decision, Failure, Kind, Limits, decide
 
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -62,8 +62,8 @@ class Progress:
     Attributes:
         step: optimizer steps done; with seed and data it is the position in the data.
         scheduler: the learning rate schedule's own state.
-        context: what the run's caller wants back at a resume (first evaluation, sample answers, best loss, digests of
-            the weights at the start and here).
+        context: what the run's caller wants back at a resume (first evaluation, sample answers, best loss, a digest of
+            the weights at the start). The writer adds that of the weights here.
     """
 
     step: int
@@ -99,6 +99,9 @@ class Writer:
         keep: valid checkpoints that stay, beside the best.
         attempt: tells the half-written folders of an earlier attempt from this one's.
         on_saved: called on rank 0, in the writer's thread, with each finished checkpoint.
+
+    Attributes:
+        digest: of the weights that were written last; None before, and on other ranks than 0.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class Writer:
         self._facts, self._keep, self._attempt, self._on_saved = facts, keep, attempt, on_saved
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self.digest: str | None = None
 
     def write(self, snapshot: Snapshot) -> None:
         """Begin to write; the one before must be finished.
@@ -183,7 +187,10 @@ class Writer:
         if temporary.exists():
             for rank in range(1, self._world_size):
                 (temporary / DONE.format(rank)).unlink(missing_ok=True)
-            facts = {**dataclasses.asdict(snapshot.progress), "world_size": self._world_size, **self._facts}
+            self.digest = weights_digest(snapshot.weights)
+            progress = dataclasses.asdict(snapshot.progress)
+            progress["context"]["weights"] = self.digest
+            facts = {**progress, "world_size": self._world_size, **self._facts}
             write_manifest(temporary, facts, files)
             publish_folder(temporary, final)
         if snapshot.best:

@@ -183,7 +183,7 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
             observer.event("eval", step=step, **measures(evaluate(run, observer)))
         writer.check()
     writer.wait(observer.alive)
-    if step == run.total_steps and context["weights"] == context["weights_at_start"]:
+    if step == run.total_steps and writer.digest == context["weights_at_start"]:
         raise RunFailed(
             f"All {step} steps were done, and the trained weights are what they were before the first.",
             "Raise recipe.learning_rate, or look whether recipe.lora_dtype can hold such small changes.",
@@ -333,7 +333,7 @@ def save(run: TrainingRun, observer: Observer, writer: Writer, progress: Progres
     if is_best:
         best = {"step": step, "eval_loss": value}
     weights = run.engine.trained_weights()
-    context = {**context, "eval_after": value, "best": best, "weights": weights_digest(weights)}
+    context = {**context, "eval_after": value, "best": best}
     progress = dataclasses.replace(progress, context=context)
     writer.wait(observer.alive)
     writer.write(checkpoint.snapshot(run.engine, weights, progress, rank=run.rank, best=is_best))

@@ -16,7 +16,6 @@ MOMENTS = {"state1": "exp_avg", "state2": "exp_avg_sq"}
 """bitsandbytes' names of Adam's moments, and torch's."""
 BLOCK = 256
 """Elements that share a constant in bitsandbytes' 8-bit state (0.50.2, optim/optimizer.py, init_state)."""
-
 MASTER = "master"
 """Key of a slot's float32 weights among its state, where ZeRO keeps such beside weights of 16 bits."""
 
@@ -95,7 +94,6 @@ def restore_state(
     """
     group = optimizer.param_groups[group_index]
     parameter = group["params"][parameter_index]
-    state = optimizer.state[parameter]
     if isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit):
         # bitsandbytes allocates the state itself: in managed memory if paged, with its code books if 8-bit
         optimizer.init_state(group, parameter, group_index, parameter_index)
@@ -113,9 +111,12 @@ def restore_state(
         state.update({"step": int(numbers["step"])} if "step" in numbers else {})
         return
     # torch keeps "step" on the CPU and the moments beside the parameter
+    state = optimizer.state[parameter]
     for key, value in tensors.items():
-        own_type = value.clone() if key == "step" else value.to(parameter.device, parameter.dtype, copy=True)
-        state[key] = own_type if key == "step" else own_type.view_as(parameter)
+        if key == "step":
+            state[key] = value.clone()
+        else:
+            state[key] = value.to(parameter.device, parameter.dtype, copy=True).view_as(parameter)
     for key, number in numbers.items():
         state[key] = torch.tensor(float(number)) if key == "step" else number
 
