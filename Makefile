@@ -54,9 +54,9 @@ ifdef DRY
 else
 	rm -rf $(GPU_SITE)
 	$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --target $(GPU_SITE) $(WHEELS)/*.whl)
-	PYTHONPATH="$(CURDIR)/$(GPU_SITE):$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --only "$(ONLY)"
-	@if $(GPU_PYTHON) -c "import pytest, ray, deepspeed" 2>/dev/null; then \
-		$(GPU_PYTHON) -m pytest -m "" tests/chaos/test_cuda.py; \
+	PYTHONPATH="$(CURDIR)/$(GPU_SITE):examples:$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --only "$(ONLY)"
+	@if PYTHONPATH="$(CURDIR)/$(GPU_SITE):$$PYTHONPATH" $(GPU_PYTHON) -c "import pytest, ray, deepspeed" 2>/dev/null; then \
+		PYTHONPATH="$(CURDIR)/$(GPU_SITE):$$PYTHONPATH" $(GPU_PYTHON) -m pytest -m "" -s tests/chaos/test_cuda.py; \
 	else \
 		echo "Recovery from CUDA out-of-memory: not measured. It wants pytest, ray, deepspeed and this package."; \
 	fi

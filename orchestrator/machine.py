@@ -15,8 +15,8 @@ from orchestrator.devices import any_nodes, as_dtype, compute_dtype, cpu_target,
 from orchestrator.plans import Target
 from qlora_core.memory.device import Device
 
-WORKER_CONTEXT_BYTES = 512 * 1024**2
-"""A CUDA context of a worker's own, the default of clusters/gpus.yaml: free memory is asked for outside the worker."""
+UNKNOWN_CONTEXT_BYTES = 512 * 1024**2
+"""A worker's CUDA context on a GPU that is not in clusters/gpus.yaml: the default there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +69,9 @@ def target_of(machine: Machine, requested_dtype: str, workers: int) -> Target:
         device = Device(
             kind="cuda",
             compute_dtype=as_dtype(choice.value),
-            context_bytes=WORKER_CONTEXT_BYTES,
+            context_bytes=UNKNOWN_CONTEXT_BYTES,
             compute_capability=machine.compute_capability,
             ranks_per_host=workers,
         )
         return Target(machine.name, device, machine.memory_bytes, choice)
-    known = pool_target(replace(pool, usable_bytes=machine.memory_bytes), requested_dtype, workers)
-    return replace(known, device=replace(known.device, context_bytes=WORKER_CONTEXT_BYTES))
+    return pool_target(replace(pool, usable_bytes=machine.memory_bytes), requested_dtype, workers)

@@ -73,7 +73,7 @@ def test_the_matrix_spans_sizes_families_and_strategies() -> None:
 def test_four_minutes_reach_65b() -> None:
     first = [case.name for case in MATRIX[:3]]
     assert "defaults-65b" in first
-    assert sum(predict.seconds(BY_NAME[name], "cuda") for name in first) < 4 * 60
+    assert sum(predict.seconds(BY_NAME[name], A100) for name in first) < 4 * 60
 
 
 def test_rows_are_chosen_by_the_beginning_of_name_or_model() -> None:
@@ -221,8 +221,8 @@ def test_errors_are_positive_where_the_prediction_is_too_high() -> None:
         "phases": {"after_load": 90, "forward": 100, "backward": 110, "optimizer": 100},
         "allocated_bytes": 110,
         "reserved_bytes": 120,
-        "process_bytes": 150,
-        "paged_bytes": 50,
+        "process_bytes": 200,
+        "paged_bytes": 50,  # which no tool shows
     }
     measured = {
         "phases": {"after_load": 100, "forward": 100, "backward": 100, "optimizer": 100},
@@ -268,7 +268,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def process(start: Start) -> tuple[int, str]:
     job = Job(BY_NAME["tiny"], "bfloat16", "cuda", "GPU-1", Path("unused"))
-    said = measure._process(job, start)
+    said = measure.process(job, start)
     return said["process_bytes"], said["process_is"]
 
 
@@ -341,6 +341,7 @@ def test_make_gpu_takes_the_machines_python_and_puts_wheels_beside_it() -> None:
     [
         pytest.param(case, id=case.name, marks=pytest.mark.grid if index % 4 else pytest.mark.slow)
         for index, case in enumerate(MATRIX)
+        if case.loop == "ours"
     ],
 )
 def test_every_row_trains_when_it_is_small_and_needs_what_is_predicted(case: Case) -> None:

@@ -97,7 +97,7 @@ def test_every_gpu_is_plausible_and_has_its_source(gpu: Gpu) -> None:
     assert 10e12 < gpu.fp16_flops < 3e15
     assert (gpu.bf16_flops is not None) == gpu.supports_bfloat16 == gpu.supports_flash_attention
     assert gpu.pcie_bytes_per_s in (15753846154, 31507692308, 63015384615)
-    assert 100 * MIB < gpu.context_bytes <= 512 * MIB
+    assert 100 * MIB < gpu.context_bytes < 800 * MIB
     assert "NVIDIA" in gpu.source
 
 
@@ -105,7 +105,7 @@ def test_the_t4s_context_is_the_measured_one() -> None:
     """fitcheck-llm's measurements on a Tesla T4: process minus reserved, 140.875 MiB in every row."""
     assert find_gpu("t4").context_bytes == 147_718_144 == 140.875 * MIB
     assert find_gpu("t4").context_measured
-    assert not find_gpu("h100").context_measured
+    assert not find_gpu("a100").context_measured
 
 
 def test_pcie_rates_are_those_of_the_specification() -> None:

@@ -34,7 +34,10 @@ def main() -> int:
     job: Job = pickle.load(sys.stdin.buffer)  # noqa: S301  (from the process that started this one)
     try:
         start = open_context(job)
-        from benchmarks.gpu.measure import measure  # only now: it imports bitsandbytes
+        if job.case.loop == "trl":
+            from benchmarks.gpu.trl import measure  # only now: it imports bitsandbytes
+        else:
+            from benchmarks.gpu.measure import measure
 
         answer = {"measured": measure(job, start)}
     except Exception as error:  # whatever it is, the row says so and the next one runs

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import qlora_core
 from qlora_core.architecture import ModelArchitecture
@@ -29,6 +29,8 @@ class Case:
         recipe, strategy: what is run, one optimizer step at a time.
         output_held: the model's output lives until the step ends, as in a plain loop over transformers.
         small: the model is shrunk until a CPU runs it in a second; its kind and the path through the code stay.
+        steps: how many are made; what is measured is the last one, and of more than two the median time.
+        loop: whose steps they are: ours, or those of TRL's SFTTrainer as its documents show it.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Case:
     strategy: Strategy
     output_held: bool = False
     small: bool = False
+    steps: int = 2
+    loop: Literal["ours", "trl"] = "ours"
 
     def config_fields(self) -> dict[str, Any]:
         """What its model's ``config.json`` holds."""
@@ -52,25 +56,32 @@ class Case:
         return {
             "name": self.name,
             "model": self.model,
+            "loop": self.loop,
+            "steps": self.steps,
             "output_held": self.output_held,
             "recipe": dataclasses.asdict(self.recipe),
             "strategy": dataclasses.asdict(self.strategy),
         }
 
 
-def case(name: str, model: str, *, output_held: bool = False, **changes: Any) -> Case:
-    """The defaults of `qlora-plan` for `model` with these fields of recipe or strategy changed."""
+def case(name: str, model: str, **changes: Any) -> Case:
+    """The defaults of `qlora-plan` for `model` with these fields of recipe, strategy or row changed."""
+    row = {field: changes.pop(field) for field in ("output_held", "steps", "loop") if field in changes}
     strategy = Strategy(**{field: value for field, value in changes.items() if field in _STRATEGY_FIELDS})
     recipe = {field: value for field, value in changes.items() if field not in _STRATEGY_FIELDS}
     recipe.setdefault("seq_len", 512)
     tokens = recipe["seq_len"] * strategy.sequences_per_step
-    return Case(name, model, Recipe(**recipe, tokens_per_step=tokens), strategy, output_held)
+    return Case(name, model, Recipe(**recipe, tokens_per_step=tokens), strategy, **row)
 
 
 UNPAGED: dict[str, Any] = {"paged_optimizer": False}
 STOCK: dict[str, Any] = {**UNPAGED, "upcast": "peft", "loss": "full", "output_held": True, "rank": 16}
 """What people run today: peft.prepare_model_for_kbit_training, the loss of transformers, torch's AdamW."""
 SIXTEEN_BIT: dict[str, Any] = {"method": "lora", "quantization": "none"}
+TIMED: dict[str, Any] = {**UNPAGED, "rank": 16, "micro_batch": 4, "seq_len": 2048, "steps": 8}
+"""Long enough for a rate that can be compared."""
+TRL: dict[str, Any] = {**TIMED, "loop": "trl", "lora_dtype": "bfloat16", "autocast": True}
+"""TRL makes the adapters bfloat16, runs under autocast, checkpoints, and has a chunked loss of its own."""
 
 MATRIX: tuple[Case, ...] = (
     # a first look at every part, then the model that the whole thing is about
@@ -88,6 +99,11 @@ MATRIX: tuple[Case, ...] = (
     case("stock-1b", "llama-3.2-1b", seq_len=1024, **STOCK),
     case("stock-7b", "llama-7b", **STOCK),
     case("stock-unchecked", "tinyllama-1.1b", micro_batch=2, gradient_checkpointing=False, **STOCK),
+    # tokens per second, ours and TRL's
+    case("timed-8b", "llama-3.1-8b", **TIMED),
+    case("timed-8b-trl", "llama-3.1-8b", **TRL),
+    case("timed-8b-bfloat16-adapters", "llama-3.1-8b", **TIMED, lora_dtype="bfloat16"),
+    case("timed-8b-unchecked", "llama-3.1-8b", **{**TIMED, "micro_batch": 2}, gradient_checkpointing=False),
     # one thing changed at a time
     case("adamw-unpaged", "llama-3.2-1b", seq_len=1024, **UNPAGED),
     case("adamw-8bit", "qwen2.5-7b", micro_batch=2, seq_len=1024, optimizer="adamw_8bit", **UNPAGED),
@@ -137,7 +153,7 @@ def small(one: Case) -> Case:
     strategy = dataclasses.replace(one.strategy, micro_batch=min(one.strategy.micro_batch, 2), paged_optimizer=False)
     rank, tokens = min(one.recipe.rank, 8), 64 * strategy.sequences_per_step
     recipe = dataclasses.replace(one.recipe, seq_len=64, tokens_per_step=tokens, rank=rank)
-    return dataclasses.replace(one, recipe=recipe, strategy=strategy, small=True)
+    return dataclasses.replace(one, recipe=recipe, strategy=strategy, small=True, steps=2)
 
 
 def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:

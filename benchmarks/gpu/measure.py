@@ -1,9 +1,10 @@
-"""One case, really run: two optimizer steps with the pieces that training is made of, and the peaks of the second."""
+"""One case, really run: optimizer steps with the pieces that training is made of, and the peaks of the last."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -72,7 +73,7 @@ class Gauge:
 
 
 def measure(job: Job, start: Start) -> dict[str, Any]:
-    """The peaks of the second step, the first being the warm-up that makes the optimizer's state."""
+    """The peaks of the last step; the first is a warm-up that makes the optimizer's state."""
     case, device = job.case, torch.device("cuda:0" if job.kind == "cuda" else "cpu")
     torch.manual_seed(0)
     started = time.perf_counter()
@@ -93,14 +94,17 @@ def measure(job: Job, start: Start) -> dict[str, Any]:
     with meter.setup():
         engine = build_engine(module, case.recipe, case.strategy)
     loaded = time.perf_counter()
-    losses = []
-    for _ in range(2):
+    losses, seconds = [], []
+    for _ in range(case.steps):
         # a CUDA meter of its own for each step; a tracker must see all from the start, and its second step is higher
         gauge = Gauge(device, CudaMeter(device) if job.kind == "cuda" else meter)
         stepped = time.perf_counter()
         losses.append(step(engine, case, gauge, lambda: batch(case, base, device)))
         if isinstance(module, HeldOutput):
             module.release()
+        if job.kind == "cuda":
+            torch.cuda.synchronize(device)  # the optimizer's kernels were only launched
+        seconds.append(time.perf_counter() - stepped)
     phases = {**gauge.peaks(), "after_load": after_load}
     return {
         "phases": phases,
@@ -108,11 +112,17 @@ def measure(job: Job, start: Start) -> dict[str, Any]:
         "allocated_bytes": max(size for phase, size in phases.items() if phase != "after_load"),
         "allocated_is": meter.allocated_is,
         "reserved_bytes": max(gauge.reserved.values(), default=0),
-        **_process(job, start),
+        **process(job, start),
         "losses": losses,
         "load_seconds": round(loaded - started, 2),
-        "step_seconds": round(time.perf_counter() - stepped, 3),
+        **rate(case, seconds),
     }
+
+
+def rate(case: Case, seconds: Sequence[float]) -> dict[str, float]:
+    """The time of a step, which is the median without the first; and tokens per second."""
+    median = statistics.median(seconds[1:])
+    return {"step_seconds": round(median, 4), "tokens_per_second": round(case.recipe.tokens_per_step / median, 1)}
 
 
 def step(engine: Engine, case: Case, gauge: Gauge, make_batch: Callable[[], dict[str, torch.Tensor]]) -> float:
@@ -141,7 +151,7 @@ def batch(case: Case, base: nn.Module, device: torch.device) -> dict[str, torch.
     return {"input_ids_BS": tokens_BS, "attention_mask_BS": torch.ones_like(tokens_BS), "labels_BS": tokens_BS}
 
 
-def _process(job: Job, start: Start) -> dict[str, Any]:
+def process(job: Job, start: Start) -> dict[str, Any]:
     """The process in nvidia-smi, now that the allocator holds all that it ever held."""
     if job.kind != "cuda" or job.uuid is None:
         return {"context_bytes": 0, "process_bytes": 0, "process_is": None}

@@ -35,19 +35,46 @@ Row = dict[str, Any]
 
 
 class Record:
-    """The JSON of a run, written whole after every change, so that an interruption loses nothing."""
+    """The JSON of a run, written whole after every change, so that an interruption loses nothing.
+
+    What an earlier run of the same versions measured on the same kind of device is kept, where the file is there.
+    """
 
     def __init__(self, out: Path, facts: Mapping[str, Any]) -> None:
         self._out = out
         self._facts = facts
-        self.rows: list[Row] = []
+        self.rows = measured_before(out, facts)
+
+    def has(self, case: Case) -> bool:
+        """Whether this very case was measured."""
+        asked = case.as_json()
+        return any(row["status"] == "measured" and asked.items() <= row.items() for row in self.rows)
 
     def put(self, row: Row) -> None:
-        """Add a row, or replace the last one if it is of the same case."""
-        if self.rows and self.rows[-1]["name"] == row["name"]:
-            self.rows.pop()
-        self.rows.append(row)
+        """Add a row, in place of one of the same name."""
+        self.rows = [other for other in self.rows if other["name"] != row["name"]] + [row]
         write_json(self._out, {"schema_version": SCHEMA_VERSION, **self._facts, "rows": self.rows})
+
+
+def measured_before(out: Path, facts: Mapping[str, Any]) -> list[Row]:
+    """The rows that a file of an earlier run measured, if that was of the same device and versions."""
+    if not out.exists():
+        return []
+    before = json.loads(out.read_text(encoding="utf-8"))
+    if identity(before) != identity({"schema_version": SCHEMA_VERSION, **facts}):
+        return []
+    return [row for row in before["rows"] if row["status"] == "measured"]
+
+
+def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two runs must have in common for their rows to stand in one file."""
+    return (
+        record["schema_version"],
+        record.get("dry"),
+        record.get("device", {}).get("name"),
+        record.get("device", {}).get("driver"),
+        record.get("versions"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +93,13 @@ class Clock:
 def run(
     cases: Sequence[Case], machine: Mapping[str, Any], record: Record, clock: Clock, tell: Callable[[Row], None]
 ) -> None:
-    """Put every case into `record`: measured, or skipped or failed with the reason. `tell` sees each row as it ends."""
+    """Put every case into `record`: measured, or skipped or failed with the reason. `tell` sees each row as it ends.
+
+    Those that the record has are not measured again.
+    """
+    cases = [case for case in cases if not record.has(case)]
+    if not cases:
+        return
     device = predict.device_of(machine)
     pace = 1.0
     with contextlib.ExitStack() as stack:
@@ -76,7 +109,7 @@ def run(
         for case in cases:
             formula = predict.by_formula(case, device)
             row: Row = {**case.as_json(), "compute_dtype": device.compute_dtype, "predicted": {"formula": formula}}
-            should_take = pace * predict.seconds(case, machine["kind"])
+            should_take = pace * predict.seconds(case, machine)
             reason = predict.does_not_fit(formula, machine["free_bytes"]) or too_late(should_take, clock)
             if reason is not None:
                 row.update(status="skipped", reason=reason)

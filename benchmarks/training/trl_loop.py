@@ -63,7 +63,25 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
     )
     model = AutoModelForCausalLM.from_pretrained(order["model"], dtype=dtype, quantization_config=quantization)
     batches = load_file(order["batches"])
-    ids, labels = batches["input_ids"], batches["labels"]
+    tokenizer = AutoTokenizer.from_pretrained(order["model"])
+    return train(model, tokenizer, batches["input_ids"], batches["labels"], order)
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    order: dict[str, Any],
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Train a loaded model on micro-batches, each a step.
+
+    Args:
+        ids, labels: shape [steps, sequences, tokens].
+        order: as for `main`; without `adapter` the one that peft initialises.
+        device: "cpu" or "cuda".
+    """
     data = Dataset.from_dict({"input_ids": ids.flatten(0, 1).tolist(), "labels": labels.flatten(0, 1).tolist()})
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
@@ -81,7 +99,7 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
             report_to="none",
             disable_tqdm=True,
             logging_steps=10**6,
-            use_cpu=True,
+            use_cpu=device == "cpu",
             **({} if order["dtype"] == "bfloat16" else {"bf16": False}),
         )
         lora = LoraConfig(
@@ -97,7 +115,7 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
             args=config,
             train_dataset=data,
             peft_config=lora,
-            processing_class=AutoTokenizer.from_pretrained(order["model"]),
+            processing_class=tokenizer,
             callbacks=[clock],
         )
         trainer.losses = []
@@ -105,14 +123,15 @@ def main(order: dict[str, Any]) -> dict[str, Any]:
             for parameter in trainer.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-        first = load_file(order["adapter"])
-        set_peft_model_state_dict(
-            trainer.model,
-            {
-                name[name.index("base_model.") :].removesuffix(".default.weight") + ".weight": value
-                for name, value in first.items()
-            },
-        )
+        if "adapter" in order:
+            first = load_file(order["adapter"])
+            set_peft_model_state_dict(
+                trainer.model,
+                {
+                    name[name.index("base_model.") :].removesuffix(".default.weight") + ".weight": value
+                    for name, value in first.items()
+                },
+            )
         trainer.train()
     trained = {str(parameter.dtype) for parameter in trainer.model.parameters() if parameter.requires_grad}
     return {"seconds": clock.seconds, "losses": trainer.losses, "adapters": sorted(trained)}

@@ -63,7 +63,8 @@ def happen(fault: str) -> None:
             used = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, resource.RLIM_INFINITY))
         torch.empty(2**28, dtype=torch.uint8)
-    if fault == "full gpu":  # really: something else fills it
+    if fault == "full gpu":  # really: something else fills it, with what this process does not use just now
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         BALLAST.append(torch.empty(free - 2**26, dtype=torch.uint8, device="cuda"))
     if fault == "stop":
