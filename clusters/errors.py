@@ -106,6 +106,10 @@ class NotFinite(RunFailed):
     """A loss or a gradient is no longer a finite number."""
 
 
+class RayNotStarted(RunFailed):
+    """Ray's own processes did not come up, as on a machine that is too busy."""
+
+
 def request_error(where: str, given: object, rule: str, remedy: str) -> RequestError:
     """A `RequestError` with a single problem."""
     return RequestError([Problem(where, str(given), rule, remedy)])

@@ -27,6 +27,8 @@ END_SECONDS = 10.0
 """A process that was told to end is killed after this."""
 LOOK_SECONDS = 1.0
 """Its descendants are looked for this often, which walks all processes of the machine."""
+GROWING_SECONDS = 10.0
+"""Devices that came back are looked for this often by a run that goes on with fewer."""
 DRAINING_SECONDS = 1.0
 """Nodes that are to be taken away are asked for this often: cloud providers give notice of 30 s to 2 min."""
 Message = dict[str, Any]
@@ -194,7 +196,7 @@ def fit(order: Order, address: str | None, say: Callable[[Message], None]) -> No
     import ray
 
     check_resources(order, address)
-    if address is None and (port := ray.nodes()[0].get("MetricsExportPort")):
+    if address is None and (port := ray.nodes()[0].get("MetricsExportPort", 0)) > 0:  # -1 without ray[default]
         say({"event": "prometheus", "url": f"http://127.0.0.1:{port}/metrics"})
     say({"event": "phase", "phase": "starting workers"})
     trainer = trainer_of(order)
@@ -209,12 +211,20 @@ def fit(order: Order, address: str | None, say: Callable[[Message], None]) -> No
     # beside the main thread, where Ray would handle signals by aborting without saving
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
-    warned = address is None  # a Ray on this machine alone is not drained
+    told = address is None  # a Ray on this machine alone is not drained, and does not grow
+    looked = time.monotonic()
     while thread.is_alive():
         thread.join(DRAINING_SECONDS)
-        if not warned and draining() & hosts(order):
-            warned = True
+        if told:
+            continue
+        if draining() & hosts(order):
+            told = True
             say({"event": "preempted"})
+        elif order.more_workers and time.monotonic() - looked >= GROWING_SECONDS:
+            looked = time.monotonic()
+            available = order.strategy.world_size + unused(order)
+            if told := min(order.more_workers) <= available:
+                say({"event": "devices back", "available": available})
     if failed:
         raise failed[0]
 
@@ -231,23 +241,39 @@ def hosts(order: Order) -> set[str]:
     return {path.read_text(encoding="utf-8") for path in order.alive.glob("rank-*")}
 
 
-def check_resources(order: Order, address: str | None) -> None:
-    """Refuse what a running Ray cannot place: Ray Train would wait for it forever."""
+def resource(order: Order) -> str:
+    """What Ray calls the device of a worker."""
+    return "GPU" if order.device == "cuda" else "CPU"
+
+
+def there(order: Order) -> int:
+    """The devices of all nodes that are not about to be taken away."""
     import ray
 
+    gone = draining()
+    nodes = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone)
+    return sum(int(node["Resources"].get(resource(order), 0)) for node in nodes)
+
+
+def unused(order: Order) -> int:
+    """The devices beside the workers' that nobody has taken."""
+    import ray
+
+    free = int(ray.available_resources().get(resource(order), 0))
+    return max(0, min(free, there(order) - order.strategy.world_size))
+
+
+def check_resources(order: Order, address: str | None) -> None:
+    """Refuse what a running Ray cannot place: Ray Train would wait for it forever."""
     from orchestrator.failures import WorkerFailed
 
     if address is None:
         return
-    kind, wanted = ("GPU" if order.device == "cuda" else "CPU"), order.strategy.world_size
-    gone = draining()
-    there = sum(
-        int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone
-    )
-    if there < wanted:
-        what = f"The Ray at {address} has {there} {kind}s, the plan needs {wanted}."
+    found, wanted = there(order), order.strategy.world_size
+    if found < wanted:
+        what = f"The Ray at {address} has {found} {resource(order)}s, the plan needs {wanted}."
         remedy = "Lower strategy.world_size or add nodes."
-        raise WorkerFailed(Failure("node lost", what, remedy=remedy, available=there))
+        raise WorkerFailed(Failure("node lost", what, remedy=remedy, available=found))
 
 
 def trainer_of(order: Order) -> Any:

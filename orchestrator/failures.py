@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from clusters.errors import (
     NEEDS_A_PERSON,
     NotFinite,
+    RayNotStarted,
     RequestError,
     RunFailed,
     StorageFailed,
@@ -88,6 +89,8 @@ def kind_of(error: BaseException) -> Kind:
         return "not finite"
     if isinstance(error, StorageFailed | OSError) and not isinstance(error, ConnectionError | TimeoutError):
         return "disk full" if error.errno in NEEDS_A_PERSON else "storage"
+    if isinstance(error, RayNotStarted):
+        return "worker lost"
     if isinstance(error, RunFailed):
         return "error"
     if isinstance(error, SafetensorError):

@@ -10,10 +10,11 @@ from clusters.errors import RequestError, RunFailed
 from clusters.gpu import GIB
 from orchestrator.history import LEANER
 from orchestrator.nearest import changes
-from orchestrator.prepare import Prepared, leaner, smaller
+from orchestrator.planner import divisors
+from orchestrator.prepare import Prepared, leaner, resized
 from orchestrator.question import Candidate
 from orchestrator.record import RunRecord
-from orchestrator.recovery import Decision, Failure, Limits, decide
+from orchestrator.recovery import IN_ORDER, Decision, Failure, Limits, decide
 
 
 class Following(NamedTuple):
@@ -43,11 +44,21 @@ def decided(
             # what else runs on that host may have taken it
             reason = "no plan is leaner, but the host may have more free now"
             return dataclasses.replace(decision, action="retry", reason=reason), prepared
-    elif decision.action == "shrink":
-        following = smaller(prepared, failure.available or 1)
+    elif decision.action in ("shrink", "grow"):
+        following = resized(prepared, failure.available or 1)
     if following is None:
         return Decision("stop", "no plan for it is left"), prepared
     return decision, following
+
+
+def more_workers(prepared: Prepared, record: RunRecord) -> tuple[int, ...]:
+    """The numbers of workers that a run which goes on with fewer than it had could have again, ascending."""
+    now_has = prepared.plan.strategy.world_size
+    most = max(attempt.strategy.get("world_size", 0) for attempt in record.attempts)
+    sizes = [size for size in divisors(prepared.spec.recipe.sequences_per_step) if now_has < size <= most]
+    return tuple(
+        size for size in sizes if (found := resized(prepared, size)) and found.plan.strategy.world_size == size
+    )
 
 
 def told(failure: Failure, decision: Decision, before: Prepared, after: Prepared, step: int) -> str:
@@ -59,9 +70,11 @@ def told(failure: Failure, decision: Decision, before: Prepared, after: Prepared
         "wait": f"It goes on {where} as soon as what it needs is there",
         "replan": f"It goes on {where} with a leaner plan: {difference(before, after)}",
         "shrink": f"It goes on {where} with fewer workers: {difference(before, after)}",
+        "grow": f"It goes on {where} with more workers: {difference(before, after)}",
     }
     pause = f", in {decision.seconds:.0f} s" if decision.seconds else ""
-    return f"Failed ({failure.kind}{on}): {failure.message.rstrip('.')}. {actions[decision.action]}{pause}."
+    ended = "Stopped" if failure.kind in IN_ORDER else "Failed"
+    return f"{ended} ({failure.kind}{on}): {failure.message.rstrip('.')}. {actions[decision.action]}{pause}."
 
 
 def difference(before: Prepared, after: Prepared) -> str:

@@ -29,6 +29,7 @@ class Order:
         rendezvous: the file through which workers of this machine find each other; None where Ray Train, whose store
             listens on all interfaces, has joined them over the network.
         predicted: the plan's bytes, as `metrics_of` takes them.
+        more_workers: the numbers with which the run could go on if as many devices came back.
     """
 
     name: str
@@ -53,3 +54,4 @@ class Order:
     rendezvous: Path | None
     predicted: Mapping[str, Any]
     eval_every: int | None = None
+    more_workers: tuple[int, ...] = ()

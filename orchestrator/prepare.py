@@ -17,7 +17,7 @@ from orchestrator.identity import identity
 from orchestrator.ledger import known_history
 from orchestrator.machine import Machine, describe, target_of
 from orchestrator.planner import divisors, plan_run
-from orchestrator.plans import Plan
+from orchestrator.plans import Plan, Target
 from orchestrator.record import RunRecord, load_record
 from orchestrator.rules import trained_stages
 from orchestrator.spec import RunSpec, StrategySpec
@@ -78,8 +78,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
     train, held_out = map(examples.select, split_eval(len(examples), spec.data.eval_fraction, spec.seed))
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.
     machine = machine or describe()
-    workers = spec.strategy_request.world_size
-    target = target_of(machine, spec.recipe.compute_dtype, workers if isinstance(workers, int) else 1)
+    target = target_for(spec, machine)
     if target.compute_dtype == "float16":
         raise request_error(
             "recipe.compute_dtype",
@@ -133,34 +132,47 @@ def leaner(prepared: Prepared, at_most: int) -> Prepared | None:
     return None
 
 
-def smaller(prepared: Prepared, workers: int) -> Prepared | None:
-    """The run with a plan for at most so many workers; None where none fits."""
-    world_size = max(size for size in divisors(prepared.spec.recipe.sequences_per_step) if size <= workers)
-    free = StrategySpec(world_size=world_size)
-    for way in (prepared.spec.strategy_request.model_copy(update={"world_size": world_size}), free):
-        with suppress(RequestError):  # a strategy that was fixed need not go with fewer workers
-            if (found := replanned(prepared, way)).plan.fits:
-                return found
+def resized(prepared: Prepared, workers: int) -> Prepared | None:
+    """The run with a plan for as many workers as possible, and at most so many; None where none fits."""
+    for world_size in reversed(divisors(prepared.spec.recipe.sequences_per_step)):
+        if world_size > workers:
+            continue
+        free = StrategySpec(world_size=world_size)
+        for way in (prepared.spec.strategy_request.model_copy(update={"world_size": world_size}), free):
+            with suppress(RequestError):  # a strategy that was fixed need not go with another number of workers
+                if (found := replanned(prepared, way)).plan.fits:
+                    return found
     return None
 
 
 def replanned(prepared: Prepared, strategy: StrategySpec, at_most: int | None = None) -> Prepared:
     """The run with another plan.
 
+    Args:
+        at_most: bytes of a process; where it is not given, what the ledger says after a plan of this kind ran out.
+
     Raises:
         RequestError: the recipe does not go with that strategy.
     """
-    spec, before = prepared.spec, prepared.plan
+    spec, architecture = prepared.spec.model_copy(update={"strategy": strategy}), prepared.base.architecture
+    target = target_for(spec, prepared.machine)
+    history = known_history(lambda text: None)
     plan = plan_run(
-        spec.model_copy(update={"strategy": strategy}),
-        before.architecture,
-        before.target,
+        spec,
+        architecture,
+        target,
         prepared.machine.devices,
         longest=max(prepared.layout.longest, prepared.data.longest),
-        history=known_history(lambda text: None),
-        at_most=at_most,
+        history=history,
+        at_most=history.room(target, architecture.name, spec.recipe) if at_most is None else at_most,
     )
     return replace(prepared, plan=plan)
+
+
+def target_for(spec: RunSpec, machine: Machine) -> Target:
+    """What a specification's workers are planned for on this machine."""
+    workers = spec.strategy_request.world_size
+    return target_of(machine, spec.recipe.compute_dtype, workers if isinstance(workers, int) else 1)
 
 
 def read_data(spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedExamples, DataReport]:

@@ -18,7 +18,7 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Ray's stub of its extension leaves it out
 
-from clusters.errors import RequestError, RunFailed, first_line, request_error
+from clusters.errors import RayNotStarted, RequestError, first_line, request_error
 
 OBJECT_STORE_BYTES = 100 * 1024**2
 """A run moves no data through Ray's object store; its default is a third of the host's memory."""
@@ -63,7 +63,7 @@ def ray_session(address: str | None, workers: int) -> Iterator[None]:
                 **options,
             )
         except Exception as error:  # Ray raises bare exceptions when its own processes do not come up
-            raise RunFailed(f"Ray could not be started: {error}", "Look at its logs below /tmp/ray.") from error
+            raise RayNotStarted(f"Ray could not be started: {error}", "Look at its logs below /tmp/ray.") from error
         started = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
         try:
             yield

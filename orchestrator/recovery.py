@@ -17,6 +17,7 @@ Kind = Literal[
     "worker lost",
     "node lost",
     "preempted",
+    "devices back",
     "hung",
     "storage",
     "disk full",
@@ -25,9 +26,12 @@ Kind = Literal[
     "user",
     "error",
 ]
-"""What happened. "error": anything that no rule knows, which is a defect of the code or of a library."""
-Action = Literal["retry", "replan", "shrink", "wait", "stop"]
-"""The same plan again; a leaner plan; fewer workers; the same plan once what it needs is there again; the end."""
+"""What happened. "devices back": a run that goes on with fewer workers could have more again. "error": anything that no
+rule knows, which is a defect of the code or of a library."""
+IN_ORDER: frozenset[Kind] = frozenset({"preempted", "devices back"})
+"""The workers were asked to end, and left a checkpoint: nothing has failed."""
+Action = Literal["retry", "replan", "shrink", "grow", "wait", "stop"]
+"""The same plan again; a leaner plan; fewer workers; more; the same plan once what it needs is there again; the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Failure:
         remedy: what a person can do about it.
         details: a traceback, for --debug.
         measured: the peaks of that worker up to then: bytes by phase, and reserved.
-        available: devices that are left, where too few are.
+        available: devices that there are, where their number was the reason.
         problems: the mistakes of a request that is wrong.
     """
 
@@ -101,6 +105,7 @@ RULES: dict[Kind, Rule] = {
         most_seconds=300,
     ),
     "preempted": Rule("wait", "a checkpoint was written before the node went", counted=False),
+    "devices back": Rule("grow", "the run was to have more workers, and a checkpoint was written", counted=False),
     "hung": Rule("retry", "no worker got on for longer than recovery.hang_minutes", seconds=1, most_seconds=60),
     "storage": Rule("retry", "storage that fails often comes back", seconds=5, most_seconds=300),
     "disk full": Rule("stop", "space comes from a person"),

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from clusters.errors import RequestError, RunFailed, request_error
 from orchestrator import ledger
-from orchestrator.following import Following, WorkerTraceback, decided, given_up, told
+from orchestrator.following import Following, WorkerTraceback, decided, given_up, more_workers, told
 from orchestrator.history import ledger_path
 from orchestrator.identity import check_same
 from orchestrator.offsite import Offsite, offsite
@@ -25,7 +25,7 @@ from orchestrator.outcome import close, finish, predicted, result_folder
 from orchestrator.prepare import Prepared
 from orchestrator.ray_runtime import check_reachable
 from orchestrator.record import Attempt, RunRecord, load_record, new_id, now, save_record, versions
-from orchestrator.recovery import Failure
+from orchestrator.recovery import IN_ORDER, Failure
 from orchestrator.supervisor import (
     POLL_SECONDS,
     AttemptFailed,
@@ -190,7 +190,7 @@ def attempt_once(
         save_if_possible(record, output, display)
         raise
     last = record.attempts[-1]
-    step = close(record, "failed", failure.message, output)
+    step = close(record, "interrupted" if failure.kind in IN_ORDER else "failed", failure.message, output)
     if step > last.from_step:
         since.clear()
     decision, following = decided(failure, since, prepared, first=len(record.attempts) == 1)
@@ -247,7 +247,7 @@ def attempted(
     if not interrupt.is_set():
         (output / ".stop").unlink(missing_ok=True)  # of a preemption
     return run_attempt(
-        order_of(prepared, output, resume, len(record.attempts)),
+        order_of(prepared, output, resume, len(record.attempts), more_workers(prepared, record)),
         address=None if spec.cluster == "auto" else spec.cluster.address,
         interrupt=interrupt,
         hang_seconds=60 * spec.recovery.hang_minutes,
@@ -306,7 +306,9 @@ def save(record: RunRecord, output: Path, display: Display) -> None:
         display.note(f"The ledger {ledger_path()} was not updated: {error}.")
 
 
-def order_of(prepared: Prepared, output: Path, resume: Path | None, attempt: int = 1) -> Order:
+def order_of(
+    prepared: Prepared, output: Path, resume: Path | None, attempt: int = 1, more_workers: tuple[int, ...] = ()
+) -> Order:
     """What the workers are told."""
     spec, plan = prepared.spec, prepared.plan
     return Order(
@@ -329,6 +331,7 @@ def order_of(prepared: Prepared, output: Path, resume: Path | None, attempt: int
         stop_file=output / ".stop",
         resume_from=resume,
         attempt=attempt,
+        more_workers=more_workers,
         rendezvous=output / ".rendezvous" if spec.cluster == "auto" else None,
         predicted=predicted(plan),
         facts={

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def run_attempt(
     watchdog = Watchdog(order.alive, hang_seconds)
     last: dict[str, Any] = {}
     failure: Failure | None = None
-    preempted = False
+    asked: Failure | None = None  # why the workers were asked to end
 
     def pass_on() -> None:
         nonlocal last
@@ -86,8 +86,8 @@ def run_attempt(
                 break
             elif "failure" in message:
                 failure = message["failure"]
-            elif message["event"] == "preempted":
-                preempted = True
+            elif message["event"] in ("preempted", "devices back"):
+                asked = asked_to_end(message)
                 order.stop_file.touch()  # the workers end after their step, with a checkpoint
             else:
                 on_event(message)
@@ -103,9 +103,17 @@ def run_attempt(
         raise AttemptFailed(failure)
     if last.get("event") != "end":
         raise AttemptFailed(Failure("error", "the workers ended without a result", remedy=f"Look at {order.events}."))
-    if preempted and not interrupt.is_set():
-        raise AttemptFailed(Failure("preempted", f"a node is taken away; a checkpoint of step {last['step']} was left"))
+    if asked is not None and not interrupt.is_set():
+        raise AttemptFailed(asked)
     return last
+
+
+def asked_to_end(message: Mapping[str, Any]) -> Failure:
+    """Why an attempt ends in order, before its run does."""
+    if message["event"] == "preempted":
+        return Failure("preempted", "a node is taken away")
+    available = message["available"]
+    return Failure("devices back", f"{available} devices are there again", available=available)
 
 
 class Watchdog:

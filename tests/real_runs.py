@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,26 @@ class Run:
 
     def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
         events = self.folder / "events.jsonl"
+
+        def reached() -> bool:
+            text = events.read_text() if events.exists() else ""
+            return '"event": "step", ' in text and f'"step": {step},' in text
+
+        self.wait_for(reached, process, f"step {step}")
+
+    def wait_for(self, reached: Callable[[], bool], process: subprocess.Popen[str], what: str = "it") -> None:
+        """Wait until something has come about while the run goes on."""
         deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline and process.poll() is None:
-            if events.exists() and '"event": "step", ' in (text := events.read_text()) and f'"step": {step},' in text:
+            if reached():
                 return
             time.sleep(0.05)
         output = process.communicate()[0] if process.poll() is not None else "it is still running"
-        pytest.fail(f"step {step} was not reached: {output}")
+        pytest.fail(f"{what} was not reached: {output}")
+
+    def workers_of_attempts(self) -> list[int]:
+        """The number of workers that each attempt so far was planned for."""
+        return [attempt["strategy"]["world_size"] for attempt in self.record["attempts"]]
 
     def events(self) -> list[dict[str, Any]]:
         """What the workers have told so far."""

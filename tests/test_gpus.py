@@ -105,7 +105,7 @@ def test_the_t4s_context_is_the_measured_one() -> None:
     """fitcheck-llm's measurements on a Tesla T4: process minus reserved, 140.875 MiB in every row."""
     assert find_gpu("t4").context_bytes == 147_718_144 == 140.875 * MIB
     assert find_gpu("t4").context_measured
-    assert not find_gpu("a100").context_measured
+    assert not find_gpu("a100-80gb").context_measured
 
 
 def test_pcie_rates_are_those_of_the_specification() -> None:

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from clusters.errors import NotFinite, RunFailed, StorageFailed, request_error
+from clusters.errors import NotFinite, RayNotStarted, RunFailed, StorageFailed, request_error
 from orchestrator.failures import WorkerFailed, cause, failure_of, kind_of, lost, told_by
 from orchestrator.recovery import RULES, Decision, Failure, Kind, Limits, decide
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ENDS = {"disk full", "data", "not finite", "user", "error"}
 """Of a person's making, or of the code's: the same would fail again."""
-UNBOUNDED = {"gpu memory", "preempted"}
-"""A leaner plan exists or not; a preemption is announced, and costs no step."""
+UNBOUNDED = {"gpu memory", "preempted", "devices back"}
+"""A leaner plan exists or not; where workers are asked to end it costs no step."""
 
 
 def failure(kind: Kind) -> Failure:
@@ -90,6 +90,7 @@ def test_every_kind_has_a_rule_with_a_reason() -> None:
         (NotFinite("The loss is nan.", "Lower it."), "not finite"),
         (request_error("recipe.rank", 0, "it is too small", "Raise it"), "user"),
         (SafetensorError("Error while deserializing header: HeaderTooLarge"), "data"),
+        (RayNotStarted("Ray could not be started: the node timed out.", "Look."), "worker lost"),
         (RunFailed("Something else.", "Look."), "error"),
         (KeyError("oops"), "error"),
     ],

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
+from typing import Any
 
 from benchmarks.accuracy import throughput
-from benchmarks.accuracy.document import ROOT, table
+from benchmarks.accuracy.document import RESULTS, ROOT, table
 from benchmarks.accuracy.stacks import STACKS
 from benchmarks.accuracy.throughput import Timed
+from clusters.gpu import find_gpu
+from orchestrator.devices import any_nodes, pool_target, rates
+from orchestrator.plans import Target
 from qlora_core import step_time
-from qlora_core.step_time import Range
+from qlora_core.catalogue import find_model
+from qlora_core.recipe import Recipe
+from qlora_core.step_time import Range, StepTime
+from qlora_core.strategy import Strategy
 
 DOCUMENT = ROOT / "docs" / "step-time.md"
 PLOTS = DOCUMENT.with_suffix("")
@@ -125,7 +133,7 @@ FAR = {
 
 HELD_AGAINST = """## What it was never held against
 
-T4, L4, V100, H100 and H200 (the H100 rows that exist are of FP8, of Triton kernels or of FSDP); fp4 and int8; eager
+T4, L4, V100 and H100 (the H100 rows that exist are of FP8, of Triton kernels or of FSDP); fp4 and int8; eager
 attention; mixture-of-experts models; ZeRO-1 and ZeRO-2; any offload; paged state that was really paged out; two nodes
 or more; a CPU. Of ZeRO-3 there are rows of one model family on one kind of GPU, of DDP rows of one stack. A prediction
 for any of these rests on the formula alone.
@@ -137,7 +145,7 @@ checkpoints, thermal limits, one rank waiting for another. They all make a step 
 
 def render() -> str:
     """The whole page."""
-    parts = [INTRODUCTION + _ranges(), _scores(), FINDINGS, _outside(), _rows(), _assumptions(), _listed()]
+    parts = [INTRODUCTION + _ranges(), _scores(), FINDINGS, _outside(), _on_gpu(), _rows(), _assumptions(), _listed()]
     return "\n".join([*parts, HELD_AGAINST])
 
 
@@ -208,6 +216,47 @@ def _outside() -> str:
 Why, as far as the documents tell; none of it was tried.
 
 {table(["stack", "rows", "what may have happened"], rows, "1")}"""
+
+
+def _on_gpu() -> str:
+    """The rows of `make gpu` with enough steps for a rate."""
+    parts = []
+    for path in sorted(RESULTS.glob("gpu-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        target = pool_target(any_nodes(find_gpu(record["device"]["name"]), 1), "auto", 1)
+        rows = []
+        for row in record["rows"]:
+            if row["status"] != "measured" or row["steps"] <= 2:
+                continue
+            said = expected(row, target)
+            seconds = row["measured"]["step_seconds"]
+            rows.append(
+                [
+                    row["name"],
+                    _seconds(seconds),
+                    _seconds(said.seconds),
+                    f"{_seconds(said.low)} to {_seconds(said.high)}",
+                    "yes" if said.low <= seconds <= said.high else "**no**",
+                    f"{100 * (said.seconds / seconds - 1):+.0f}",
+                ]
+            )
+        head = ["row", "measured, s", "expected, s", "interval, s", "inside", "error"]
+        if rows:
+            where = f"{record['device']['name']}, {record['date'][:10]} (`{path.name}`):"
+            parts.append(f"{where}\n\n{table(head, rows, '1 2 3 5')}")
+    return f"""## Measured by ourselves
+
+No range above was changed after these rows. Rows of `make gpu` that make two steps only are left out: the second is not
+warm yet.
+
+{"".join(parts) or "Not measured yet."}"""
+
+
+def expected(row: Mapping[str, Any], target: Target) -> StepTime:
+    """The step time of a row of `make gpu`."""
+    strategy = Strategy(**row["strategy"])
+    recipe = Recipe(**row["recipe"])
+    return step_time.step_time(find_model(row["model"]), recipe, strategy, target.device, rates(target))
 
 
 def _rows() -> str:

@@ -80,6 +80,7 @@ STOCK: dict[str, Any] = {**UNPAGED, "upcast": "peft", "loss": "full", "output_he
 SIXTEEN_BIT: dict[str, Any] = {"method": "lora", "quantization": "none"}
 TIMED: dict[str, Any] = {**UNPAGED, "rank": 16, "micro_batch": 4, "seq_len": 2048, "steps": 8}
 """Long enough for a rate that can be compared."""
+UNCHECKED: dict[str, Any] = {**TIMED, "micro_batch": 2, "gradient_checkpointing": False}
 TRL: dict[str, Any] = {**TIMED, "loop": "trl", "lora_dtype": "bfloat16", "autocast": True}
 """TRL makes the adapters bfloat16, runs under autocast, checkpoints, and has a chunked loss of its own."""
 
@@ -103,7 +104,9 @@ MATRIX: tuple[Case, ...] = (
     case("timed-8b", "llama-3.1-8b", **TIMED),
     case("timed-8b-trl", "llama-3.1-8b", **TRL),
     case("timed-8b-bfloat16-adapters", "llama-3.1-8b", **TIMED, lora_dtype="bfloat16"),
-    case("timed-8b-unchecked", "llama-3.1-8b", **{**TIMED, "micro_batch": 2}, gradient_checkpointing=False),
+    case("timed-8b-unchecked", "llama-3.1-8b", **UNCHECKED),
+    case("timed-8b-unchecked-bfloat16-adapters", "llama-3.1-8b", **UNCHECKED, lora_dtype="bfloat16"),
+    case("timed-8b-autocast", "llama-3.1-8b", **TIMED, autocast=True),
     # one thing changed at a time
     case("adamw-unpaged", "llama-3.2-1b", seq_len=1024, **UNPAGED),
     case("adamw-8bit", "qwen2.5-7b", micro_batch=2, seq_len=1024, optimizer="adamw_8bit", **UNPAGED),

@@ -125,7 +125,7 @@ def test_a_worker_that_hangs_is_noticed_and_replaced(
     new_run: Callable[..., Run], whole: dict[int, float], rows: Rows
 ) -> None:
     run = new_run(
-        {"fault": "stop", "rank": 1, "step": 4, "attempts": [1]},
+        {"fault": "stop", "rank": 1, "step": 6, "attempts": [1]},
         recovery={"hang_minutes": 0.2},
         strategy={"micro_batch": "auto"},
     )
@@ -133,7 +133,7 @@ def test_a_worker_that_hangs_is_noticed_and_replaced(
     assert code == 0, output
     first, second = run.record["attempts"]
     assert (first["failure"]["kind"], first["decision"]["action"]) == ("hung", "retry")
-    assert second["from_step"] == 2
+    assert second["from_step"] in (2, 4)  # that of step 4 may not have been written yet when it was stopped
     assert losses(run) == pytest.approx(whole, rel=1e-4)
     run.assert_nothing_is_left()
     rows.add(Row("a worker that is stopped and hangs", True, run.done_twice(), None))

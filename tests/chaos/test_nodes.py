@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -39,9 +40,11 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster(address, users, going)
 
 
-def started(folder: Path, base: Path, data: Path, cluster: Cluster) -> tuple[Run, subprocess.Popen[str]]:
+def started(
+    folder: Path, base: Path, data: Path, cluster: Cluster, steps: int = STEPS
+) -> tuple[Run, subprocess.Popen[str]]:
     """A run on both nodes, in the midst of training."""
-    recipe: dict[str, Any] = {"steps": STEPS, "optimizer": "adamw", "dropout": 0.0, "compute_dtype": "float32"}
+    recipe: dict[str, Any] = {"steps": steps, "optimizer": "adamw", "dropout": 0.0, "compute_dtype": "float32"}
     changes: dict[str, dict[str, Any]] = {
         "recipe": {**recipe, "learning_rate": 1e-3},
         "checkpoints": {"every_steps": 20},
@@ -97,3 +100,29 @@ def test_a_node_that_vanishes_costs_the_steps_since_the_last_checkpoint(
     assert from_step >= 20
     first = next(event["time"] for event in run.events() if event.get("step") == from_step + 1)
     rows.add(Row("a node vanishes", True, run.done_twice(), first - struck))
+
+
+@pytest.mark.chaos
+def test_a_run_with_fewer_workers_takes_devices_that_come_back(
+    tmp_path: Path, tiny_base: Path, conversations: Path, cluster: Cluster, rows: Rows
+) -> None:
+    run, process = started(tmp_path, tiny_base, conversations, cluster, steps=20_000)
+    kill_tree(cluster.going)
+    run.wait_for(lambda: run.workers_of_attempts()[-1] == 1, process)
+    with ray_node(cluster.address, cluster.users, "127.0.0.4", "--num-cpus=1"):
+        struck = time.time()
+        run.wait_for(lambda: run.workers_of_attempts()[-1] == 2, process)
+        run.wait_for_step(run.record["attempts"][-1]["from_step"] + 5, process)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130, output
+    *_, alone, grown = run.record["attempts"]
+    assert (alone["failure"]["kind"], alone["decision"]["action"]) == ("devices back", "grow")
+    assert alone["status"] == "interrupted"
+    assert grown["from_step"] == alone["to_step"]  # nothing is done twice
+    for attempt in (alone, grown):
+        strategy = attempt["strategy"]
+        assert strategy["world_size"] * strategy["micro_batch"] * strategy["gradient_accumulation"] == 8
+    assert [event["step"] for event in run.events() if event["event"] == "step"] == list(range(1, grown["to_step"] + 1))
+    first = next(event["time"] for event in run.events() if event.get("step") == grown["from_step"] + 1)
+    rows.add(Row("devices come back to a run with fewer", True, run.done_twice(), first - struck))
