@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 from benchmarks.accuracy import grid, paper, published, t4
 from benchmarks.accuracy.explanations import OLDER_QUANTIZER, OLDER_QUANTIZER_IS, far_rows
@@ -48,6 +49,12 @@ Of every row: bfloat16 compute, unless it says float16; the GPU it names, or an 
 nothing empties the allocator's cache after loading. A figure is held against what it says it is: allocated, reserved,
 or what nvidia-smi shows; where it says nothing, the last. Of each stack, read in its code or documents:
 
+"""
+
+FIGURES = ("allocated", "reserved", "process")
+GPU_REMARKS = """Rows of [`make gpu`](gpu.md), each predicted before it was measured, and nothing of the memory model changed after
+them but one number: for the process the H200 was taken to have a context of 512 MiB, the default then. What a process of
+these rows has beyond its allocator is 742 to 760 MiB, which `clusters/gpus.yaml` has since.
 """
 
 CPU = """## On a CPU
@@ -327,15 +334,27 @@ def _gpu() -> str:
         measured = [row for row in record["rows"] if row["status"] == "measured"]
         if record.get("dry") or not measured:
             continue
-        rows = []
-        for figure in ("allocated", "reserved", "process"):
+        scores = []
+        for figure in FIGURES:
             for estimator in ("formula", "trace"):
                 errors = [row["errors_percent"].get(estimator, {}).get(figure) for row in measured]
                 known = [abs(error) for error in errors if error is not None]
                 if known:
-                    rows.append([figure, estimator, str(len(known)), f"{fmean(known):.2f}", f"{max(known):.2f}"])
-        head = ["peak", "estimator", "rows", "mean", "worst"]
+                    scores.append([figure, estimator, str(len(known)), f"{fmean(known):.2f}", f"{max(known):.2f}"])
+        rows = [[row["name"], row["model"], *_gpu_cells(row)] for row in measured]
+        head = ["row", "model", *(cell for figure in FIGURES for cell in (f"{figure}, GiB", "formula", "trace"))]
+        right = " ".join(map(str, range(2, len(head))))
         parts.append(
-            f"{record['device']['name']}, {record['date'][:10]} (`{path.name}`):\n\n{table(head, rows, '2 3 4')}"
+            f"{record['device']['name']}, {record['date'][:10]}, torch {record['versions']['torch']} (`{path.name}`). "
+            f"Errors are in per cent of what was\nmeasured:\n\n"
+            f"{table(['peak', 'estimator', 'rows', 'mean', 'worst'], scores, '2 3 4')}\n{table(head, rows, right)}"
         )
-    return "## On GPUs\n\n" + ("\n".join(parts) or "Not measured yet.\n")
+    return f"## On GPUs\n\n{GPU_REMARKS}\n" + ("\n".join(parts) or "Not measured yet.\n")
+
+
+def _gpu_cells(row: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for figure in FIGURES:
+        cells.append(f"{row['measured'][f'{figure}_bytes'] / 2**30:.2f}")
+        cells += [f"{row['errors_percent'][estimator][figure]:+.1f}" for estimator in ("formula", "trace")]
+    return cells
