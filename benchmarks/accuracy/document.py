@@ -52,9 +52,9 @@ or what nvidia-smi shows; where it says nothing, the last. Of each stack, read i
 """
 
 FIGURES = ("allocated", "reserved", "process")
-GPU_REMARKS = """Rows of [`make gpu`](gpu.md), each predicted before it was measured, and nothing of the memory model changed after
-them but one number: for the process the H200 was taken to have a context of 512 MiB, the default then. What a process of
-these rows has beyond its allocator is 742 to 760 MiB, which `clusters/gpus.yaml` has since.
+GPU_REMARKS = """Rows of [`make gpu`](gpu.md), each predicted before it was measured. One number changed after them: for
+the process the H200 was taken to have a context of 512 MiB, the default then. What a process of these rows has beyond its
+allocator is 742 to 760 MiB, which `clusters/gpus.yaml` has since.
 """
 
 CPU = """## On a CPU
@@ -342,14 +342,21 @@ def _gpu() -> str:
                 if known:
                     scores.append([figure, estimator, str(len(known)), f"{fmean(known):.2f}", f"{max(known):.2f}"])
         rows = [[row["name"], row["model"], *_gpu_cells(row)] for row in measured]
+        held = sum(_held(row) for row in measured)
         head = ["row", "model", *(cell for figure in FIGURES for cell in (f"{figure}, GiB", "formula", "trace"))]
         right = " ".join(map(str, range(2, len(head))))
         parts.append(
             f"{record['device']['name']}, {record['date'][:10]}, torch {record['versions']['torch']} (`{path.name}`). "
-            f"Errors are in per cent of what was\nmeasured:\n\n"
+            f"Errors are in per cent of what was\nmeasured. The formula's interval of reserved memory holds {held} of "
+            f"{len(measured)} rows.\n\n"
             f"{table(['peak', 'estimator', 'rows', 'mean', 'worst'], scores, '2 3 4')}\n{table(head, rows, right)}"
         )
     return f"## On GPUs\n\n{GPU_REMARKS}\n" + ("\n".join(parts) or "Not measured yet.\n")
+
+
+def _held(row: Mapping[str, Any]) -> bool:
+    low, high = row["predicted"]["formula"]["reserved_interval"]
+    return bool(low <= row["measured"]["reserved_bytes"] <= high)
 
 
 def _gpu_cells(row: Mapping[str, Any]) -> list[str]:
