@@ -53,8 +53,8 @@ or what nvidia-smi shows; where it says nothing, the last. Of each stack, read i
 
 FIGURES = ("allocated", "reserved", "process")
 GPU_REMARKS = """Rows of [`make gpu`](gpu.md), each predicted before it was measured. One number changed after them: for
-the process the H200 was taken to have a context of 512 MiB, the default then. What a process of these rows has beyond its
-allocator is 742 to 760 MiB, which `clusters/gpus.yaml` has since.
+the process the H200 was taken to have a context of 512 MiB, the default then. What a process of these rows has beyond
+its allocator is 742 to 760 MiB, which `clusters/gpus.yaml` has since.
 """
 
 CPU = """## On a CPU
