@@ -222,7 +222,7 @@ def fit(order: Order, address: str | None, say: Callable[[Message], None]) -> No
             say({"event": "preempted"})
         elif order.more_workers and time.monotonic() - looked >= GROWING_SECONDS:
             looked = time.monotonic()
-            available = order.strategy.world_size + unused(order)
+            available = min(order.strategy.world_size + unused(order), max(order.more_workers))
             if told := min(order.more_workers) <= available:
                 say({"event": "devices back", "available": available})
     if failed:

@@ -11,7 +11,7 @@ from clusters.gpu import GIB
 from orchestrator.history import LEANER
 from orchestrator.nearest import changes
 from orchestrator.planner import divisors
-from orchestrator.prepare import Prepared, leaner, resized
+from orchestrator.prepare import Prepared, leaner, leaner_on_host, resized
 from orchestrator.question import Candidate
 from orchestrator.record import RunRecord
 from orchestrator.recovery import IN_ORDER, Decision, Failure, Limits, decide
@@ -39,7 +39,11 @@ def decided(
     if first and decision.action == "wait" and failure.available is not None:
         return Decision("stop", "there have never been as many"), prepared
     if decision.action == "replan":
-        following = leaner(prepared, int(LEANER * prepared.plan.estimate.gpu.process_bytes))
+        needed, device = prepared.plan.estimate, prepared.plan.target.device
+        if failure.kind == "host memory" and device.kind == "cuda":
+            following = leaner_on_host(prepared, int(LEANER * needed.host.most_bytes))
+        else:
+            following = leaner(prepared, int(LEANER * needed.gpu.process_bytes))
         if following is None and failure.kind == "host memory":
             # what else runs on that host may have taken it
             reason = "no plan is leaner, but the host may have more free now"
@@ -81,8 +85,12 @@ def difference(before: Prepared, after: Prepared) -> str:
     """What another plan does differently, and what it needs."""
     old, new = (Candidate(each.plan.recipe, each.plan.strategy) for each in (before, after))
     changed = ", ".join(f"{one.field} {one.value} {one.reason}" for one in changes(old, new))
-    needs = after.plan.estimate.gpu.process_bytes / GIB
-    return f"{changed}; {needs:.2f} GiB predicted instead of {before.plan.estimate.gpu.process_bytes / GIB:.2f}"
+    needed, needs = before.plan.estimate, after.plan.estimate
+    predicted = f"{needs.gpu.process_bytes / GIB:.2f} GiB predicted instead of {needed.gpu.process_bytes / GIB:.2f}"
+    if after.plan.target.device.kind == "cuda" and needs.host.most_bytes < needed.host.most_bytes:
+        hosts = f"{needs.host.most_bytes / GIB:.2f} instead of {needed.host.most_bytes / GIB:.2f}"
+        predicted += f", and on the host {hosts}"
+    return f"{changed}; {predicted}"
 
 
 def given_up(failure: Failure, decision: Decision, record: RunRecord) -> RunFailed | RequestError:

@@ -132,6 +132,23 @@ def leaner(prepared: Prepared, at_most: int) -> Prepared | None:
     return None
 
 
+def leaner_on_host(prepared: Prepared, at_most: int) -> Prepared | None:
+    """The run with the fastest plan for GPUs whose host needs `at_most` bytes for all its ranks; None where none fits.
+
+    What is kept on the host under offload goes back to the GPUs; ZeRO 3, whose ranks load a model each, is the last.
+    """
+    request = prepared.spec.strategy_request
+    on_gpu = [StrategySpec(world_size=request.world_size, offload="none", zero_stage=stage) for stage in (0, 1, 2, 3)]
+    found = []
+    for way in on_gpu:
+        with suppress(RequestError):  # not every recipe goes with every stage
+            found.append(replanned(prepared, way))
+    lean = [one for one in found if one.plan.fits and one.plan.estimate.host.most_bytes <= at_most]
+    return min(
+        lean, key=lambda one: one.plan.verdict.step_time.seconds if one.plan.verdict.step_time else 0, default=None
+    )
+
+
 def resized(prepared: Prepared, workers: int) -> Prepared | None:
     """The run with a plan for as many workers as possible, and at most so many; None where none fits."""
     for world_size in reversed(divisors(prepared.spec.recipe.sequences_per_step)):

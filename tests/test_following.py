@@ -1,0 +1,103 @@
+"""How a run goes on after a failure, on a machine with GPUs that is only described: no worker is started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.following import decided, more_workers, told
+from orchestrator.machine import Machine
+from orchestrator.prepare import Prepared, prepare, resized
+from orchestrator.record import Attempt, RunRecord
+from orchestrator.recovery import Failure
+from orchestrator.spec import load_spec
+
+FOUR_GPUS = Machine(
+    kind="cuda", name="NVIDIA A100-SXM4-80GB", devices=4, memory_bytes=70 * 1024**3, compute_capability=(8, 0)
+)
+SEQUENCES = 12
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tiny_base: Path, conversations: Path) -> Callable[..., Prepared]:
+    def make(**strategy: Any) -> Prepared:
+        fields = {
+            "name": "tiny",
+            "model": str(tiny_base),
+            "data": {"path": str(conversations), "eval_fraction": 0.1},
+            "output": str(tmp_path / "out"),
+            "recipe": {"seq_len": 64, "tokens_per_step": 64 * SEQUENCES, "steps": 4, "optimizer": "adamw"},
+            "strategy": strategy,
+            "recovery": {"min_workers": 1},
+        }
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(fields))
+        return prepare(load_spec(path), machine=FOUR_GPUS)
+
+    return make
+
+
+def record(*workers: int) -> RunRecord:
+    attempts = [Attempt(started="2026", from_step=0, strategy={"world_size": number}) for number in workers]
+    return RunRecord(id="1", name="tiny", identity={}, total_steps=4, plan={}, data={}, predicted={}, attempts=attempts)
+
+
+def test_out_of_host_memory_beside_gpus_brings_back_what_is_kept_on_the_host(
+    prepared: Callable[..., Prepared],
+) -> None:
+    before = prepared(world_size=2, zero_stage=3, offload="optimizer")
+    failure = Failure("host memory", "std::bad_alloc", rank=1)
+    decision, after = decided(failure, [], before)
+    assert decision.action == "replan"
+    assert (after.plan.strategy.offload, after.plan.strategy.world_size) == ("none", 2)
+    assert after.plan.strategy.zero_stage < 3  # under which each rank loads a model on the host
+    assert after.plan.estimate.host.most_bytes <= 0.9 * before.plan.estimate.host.most_bytes
+    assert after.plan.strategy.sequences_per_step == SEQUENCES
+    assert "on the host" in told(failure, decision, before, after, 2)
+
+
+def test_where_nothing_lies_on_the_host_out_of_host_memory_is_tried_again(prepared: Callable[..., Prepared]) -> None:
+    before = prepared(world_size=1, zero_stage=0, offload="none", paged_optimizer=False)
+    decision, after = decided(Failure("host memory", "std::bad_alloc"), [], before)
+    assert (decision.action, after) == ("retry", before)
+
+
+@pytest.mark.parametrize(("left", "workers"), [(3, 3), (2, 2), (1, 1)])
+def test_lost_devices_leave_the_tokens_of_a_step_as_they_were(
+    prepared: Callable[..., Prepared], left: int, workers: int
+) -> None:
+    before = prepared(world_size=4, zero_stage=2)
+    decision, after = decided(Failure("node lost", "gone", available=left), [], before)
+    assert decision.action == "shrink"
+    assert (after.plan.strategy.world_size, after.plan.strategy.sequences_per_step) == (workers, SEQUENCES)
+
+
+def test_a_run_grows_to_what_it_had_and_no_further(prepared: Callable[..., Prepared]) -> None:
+    whole = prepared(world_size=4, zero_stage=2)
+    alone = resized(whole, 1)
+    assert alone is not None
+    assert more_workers(alone, record(4, 1)) == (2, 3, 4)
+    assert more_workers(alone, record(2, 1)) == (2,)
+    assert more_workers(whole, record(4)) == ()
+    for available, workers in ((2, 2), (4, 4)):
+        decision, grown = decided(Failure("devices back", "there again", available=available), [], alone)
+        assert (decision.action, grown.plan.strategy.world_size) == ("grow", workers)
+        assert grown.plan.strategy.sequences_per_step == SEQUENCES
+
+
+def test_devices_that_come_back_are_no_failure(prepared: Callable[..., Prepared]) -> None:
+    whole = prepared(world_size=4, zero_stage=2)
+    alone = resized(whole, 1)
+    assert alone is not None
+    back = Failure("devices back", "4 devices are there again", available=4)
+    decision, grown = decided(back, [], alone)
+    text = told(back, decision, alone, grown, 7)
+    assert text.startswith(
+        "Stopped (devices back): 4 devices are there again. It goes on from step 7 with more workers"
+    )
+    assert json.dumps(back.to_json())
