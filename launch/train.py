@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,9 @@ from launch.train_export import export
 from launch.train_score import score
 from launch.train_sweep import sweep
 from orchestrator.spec import RunSpec, load_spec, schema
+
+if TYPE_CHECKING:
+    from orchestrator.machine import Machine
 
 
 @click.command("qlora-train", cls=command.WithSubcommands, subcommands=(export, evaluate, score, sweep))
@@ -78,8 +82,10 @@ def show_data(spec: RunSpec) -> int:
     return 0
 
 
-def carry_out(spec: RunSpec, *, dry_run: bool, as_json: bool, force: bool, fresh: bool) -> int:
-    """Prepare and run; returns the exit code."""
+def carry_out(
+    spec: RunSpec, *, dry_run: bool, as_json: bool, force: bool, fresh: bool, machine: Machine | None = None
+) -> int:
+    """Prepare and run; returns the exit code. `machine` is what is planned for, this one by default."""
     # Only now, since torch and transformers take seconds to import: a wrong specification is told at once.
     from qlora_core.quiet import quiet_libraries
 
@@ -98,7 +104,7 @@ def carry_out(spec: RunSpec, *, dry_run: bool, as_json: bool, force: bool, fresh
     if fresh:
         spec = spec.model_copy(update={"output": str(free_output(Path(spec.output)))})
         console.print(f"Output: {spec.output}", highlight=False, markup=False)
-    prepared = prepare(spec, tell=lambda text: click.echo(text, err=True))  # --json owns stdout
+    prepared = prepare(spec, tell=lambda text: click.echo(text, err=True), machine=machine)  # --json owns stdout
     if dry_run:
         if as_json:
             click.echo(json.dumps(prepared.plan.to_json(), indent=2))

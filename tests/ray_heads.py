@@ -29,10 +29,9 @@ def ray_head(*options: str) -> Iterator[tuple[str, dict[str, str]]]:
         token = Path(folder) / "token"
         token.write_text(uuid.uuid4().hex * 2)
         users = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": folder}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        head = ray_start(users, "--head", f"--port={port}", "--include-dashboard=false", *options)
+        port = free_port()
+        dashboard = [] if any("dashboard" in option for option in options) else ["--include-dashboard=false"]
+        head = ray_start(users, "--head", f"--port={port}", *dashboard, *options)
         try:
             deadline = time.monotonic() + SECONDS
             # `ray start` leaves the address when the node has joined.
@@ -41,6 +40,14 @@ def ray_head(*options: str) -> Iterator[tuple[str, dict[str, str]]]:
             yield f"127.0.0.1:{port}", users
         finally:
             kill_tree(head)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on just now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 @contextmanager
@@ -59,9 +66,10 @@ def ray_node(address: str, users: dict[str, str], ip: str, *options: str) -> Ite
 
 def ray_start(users: dict[str, str], *options: str) -> subprocess.Popen[bytes]:
     """`ray start`, which stays and says nothing."""
+    bin_folder = Path(sys.executable).parent
     return subprocess.Popen(
-        [Path(sys.executable).with_name("ray"), "start", "--disable-usage-stats", "--block", *options],
-        env={**os.environ, **users},
+        [bin_folder / "ray", "start", "--disable-usage-stats", "--block", *options],
+        env={**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", **users},  # a job's `python`
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -1,0 +1,182 @@
+"""Runs submitted to a real Ray head with token authentication, whose two nodes have a CPU each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ray_heads import free_port, ray_head, ray_node
+from real_runs import TIMEOUT, Run, make_run
+
+from clusters.errors import RequestError
+from launch.jobs import id_stem, pack
+from orchestrator.machine import Machine
+from orchestrator.spec import load_spec
+
+COMMAND = Path(sys.executable).with_name("qlora-submit")
+CPUS = Machine(kind="cpu", name="CPUs of 2 nodes", devices=2, memory_bytes=2**33)
+SECRET = "hf_wJalrXUtnFEMIK7MDENGbPxRfiCY"  # noqa: S105  (nobody's)
+
+
+@dataclass
+class Cluster:
+    """The address of its Jobs API, and the environment that its users set."""
+
+    address: str
+    users: dict[str, str]
+
+    def start(self, run: Run, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [COMMAND, *arguments],
+            env={**run.environment, **self.users, "RAY_API_SERVER_ADDRESS": self.address, "HF_TOKEN": SECRET},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def ask(self, run: Run, *arguments: str) -> tuple[int, str]:
+        process = self.start(run, *arguments)
+        output, _ = process.communicate(timeout=TIMEOUT)
+        return process.returncode, output
+
+    def shown(self) -> str:
+        """All that Ray tells of its jobs to whoever asks."""
+        token = Path(self.users["RAY_AUTH_TOKEN_PATH"]).read_text()
+        request = urllib.request.Request(f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})  # noqa: S310
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+            text: str = answer.read().decode()
+        return text
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    port = free_port()
+    options = (f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}")
+    with (
+        ray_head("--num-cpus=0", "--include-dashboard=true", *options) as (address, users),
+        ray_node(address, users, "127.0.0.2", "--num-cpus=1"),
+        ray_node(address, users, "127.0.0.3", "--num-cpus=1"),
+    ):
+        yield Cluster(f"http://127.0.0.1:{port}", users)
+
+
+def run_of(folder: Path, base: Path, data: Path, steps: int) -> Run:
+    recipe = {"steps": steps, "optimizer": "adamw", "dropout": 0.0, "learning_rate": 1e-3}
+    return make_run(folder, base, data, recipe=recipe, checkpoints={"every_steps": 50}, evaluation={})
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+def test_of_two_submitters_one_writes_and_a_stopped_run_goes_on_when_submitted_again(
+    tmp_path: Path, tiny_base: Path, conversations: Path, cluster: Cluster
+) -> None:
+    run = run_of(tmp_path, tiny_base, conversations, steps=1000)
+    specification = str(run.specification)
+    both = [cluster.start(run, specification) for _ in range(2)]
+    ended = sorted((process.wait(TIMEOUT), process.communicate()[0]) for process in both)
+    assert [code for code, _ in ended] == [0, 2], ended
+    job = f"{id_stem(load_spec(run.specification))}-1"
+    assert f"Submitted as {job}." in ended[0][1]
+    assert f"under way as the job {job}" in ended[1][1]
+    deadline = time.monotonic() + TIMEOUT
+    while not any(event["event"] == "step" and event["step"] >= 10 for event in run.events()):
+        assert time.monotonic() < deadline, cluster.ask(run, "logs", job)[1]
+        time.sleep(0.2)
+    code, output = cluster.ask(run, "status", job)
+    assert code == 0
+    assert "running" in output
+    assert "of 1000 steps" in output
+    code, output = cluster.ask(run, "result", job)
+    assert code == 1
+    assert "has not ended" in output
+
+    code, output = cluster.ask(run, "stop", job)
+    assert code == 0, output
+    assert cluster.ask(run, "wait", job)[0] == 130
+    [first] = run.record["attempts"]
+    assert first["status"] == "interrupted"
+    assert first["to_step"] % 50  # a checkpoint of its own, between those that were due
+
+    code, output = cluster.ask(run, specification, "--follow")
+    assert code == 0, output
+    assert f"Submitted as {job[:-1]}2." in output
+    assert "Run tiny: complete" in output
+    assert [event["step"] for event in run.events() if event["event"] == "step"] == list(range(1, 1001))
+    code, output = cluster.ask(run, "result", f"{job[:-1]}2", "--to", str(tmp_path / "mine"))
+    assert code == 0, output
+    assert (tmp_path / "mine" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "mine" / "report.md").is_file()
+    code, output = cluster.ask(run, "list")
+    assert [line.split()[:2] for line in output.splitlines()[1:]] == [[f"{job[:-1]}2", "succeeded"], [job, "failed"]]
+    code, output = cluster.ask(run, specification)
+    assert code == 0
+    assert "complete already; nothing was submitted" in output
+
+    for secret in (SECRET, Path(cluster.users["RAY_AUTH_TOKEN_PATH"]).read_text()):
+        assert secret not in cluster.shown()
+        assert secret not in cluster.ask(run, "logs", f"{job[:-1]}2")[1]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+def test_a_cluster_that_does_not_answer_is_told_in_a_line(
+    tmp_path: Path, tiny_base: Path, conversations: Path, cluster: Cluster
+) -> None:
+    run = run_of(tmp_path, tiny_base, conversations, steps=2)
+    (tmp_path / "wrong").write_text("not the token")
+    wrong = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}
+    for users, address, message in (
+        ({**cluster.users, **wrong}, cluster.address, "it refuses the token"),
+        ({"HOME": str(tmp_path)}, cluster.address, "it wants a token, and none is set"),
+        (cluster.users, "http://127.0.0.1:9", "no Jobs API of a Ray answers there"),
+        (cluster.users, "nonsense", "no Jobs API of a Ray answers there"),
+    ):
+        code, output = Cluster(address, users).ask(run, "list")
+        assert code == 2
+        assert message in output
+        assert len(output.splitlines()) == 1
+    code, output = cluster.ask(run, "status", "nothing")
+    assert (code, "knows no such job" in output) == (2, True)
+
+
+def test_what_travels_is_the_specification_the_machine_and_what_is_local(
+    tmp_path: Path, tiny_base: Path, conversations: Path
+) -> None:
+    run = run_of(tmp_path, tiny_base, conversations, steps=2)
+    spec = load_spec(run.specification)
+    folder = tmp_path / "travels"
+    folder.mkdir()
+    pack(spec, CPUS, folder)
+    there = load_spec(folder / "run.yaml")
+    assert Path(there.data.path).read_bytes() == conversations.read_bytes()
+    assert (Path(there.model) / "config.json").read_bytes() == (tiny_base / "config.json").read_bytes()
+    assert there.output == spec.output
+    assert there.recipe == spec.recipe
+    assert json.loads((folder / "machine.json").read_text())["devices"] == 2
+
+
+def test_what_is_too_large_to_travel_is_refused(tmp_path: Path, tiny_base: Path) -> None:
+    large = tmp_path / "train.jsonl"
+    with large.open("wb") as file:
+        file.truncate(101 * 1000**2)
+    run = run_of(tmp_path, tiny_base, large, steps=2)
+    folder = tmp_path / "travels"
+    folder.mkdir()
+    with pytest.raises(RequestError, match="101 MB would have to travel, and at most 100 MB do"):
+        pack(load_spec(run.specification), CPUS, folder)
+    assert not list(folder.iterdir())
+
+
+def test_two_output_folders_have_jobs_of_unlike_names(tmp_path: Path, tiny_base: Path, conversations: Path) -> None:
+    stems = set()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        stems.add(id_stem(load_spec(run_of(tmp_path / name, tiny_base, conversations, steps=2).specification)))
+    assert len(stems) == 2
