@@ -282,7 +282,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_bit_for_bit_as_without(
     run.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("blow", ["two interrupts", "kill"])
+@pytest.mark.parametrize("blow", [pytest.param("two interrupts", marks=pytest.mark.chaos), "kill"])
 def test_a_sudden_end_leaves_no_process_and_no_half_checkpoint(new_run: Callable[[str], Run], blow: str) -> None:
     run = new_run("sudden")
     process = run.start()

@@ -58,7 +58,10 @@ def results(**changes: Any) -> dict[str, Any]:
     }
 
 
-def test_the_goals_say_what_is_reached_what_is_missed_and_what_is_not_measured() -> None:
+def test_the_goals_say_what_is_reached_what_is_missed_and_what_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(page, "on_gpu", lambda: ("", []))
     text = page.tables(results())
     assert "| at least 2 | 2.5 | reached |" in text  # 100 of 40
     assert "| at least 1.5 | 1.25 | **missed** |" in text  # 100 of 80
@@ -72,6 +75,35 @@ def test_a_figure_of_another_benchmark_is_read_where_it_is(tmp_path: Path, monke
     (tmp_path / "tokenization.json").write_text(json.dumps({"median of that": {BATCHED: 0.95}}))
     monkeypatch.setattr(page, "TOKENIZATION", tmp_path / "tokenization.json")
     assert "| at least 0.9 | 0.95 | reached |" in page.tables(results())
+
+
+def test_a_gpu_s_rates_are_those_of_the_newest_file_that_has_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(name: str, loop: str, rate: float, steps: int = 8) -> dict[str, Any]:
+        return {
+            "name": name,
+            "loop": loop,
+            "steps": steps,
+            "status": "measured",
+            "strategy": {"micro_batch": 2, "gradient_checkpointing": loop == "trl"},
+            "recipe": {"lora_dtype": "bfloat16"},
+            "measured": {"tokens_per_second": rate, "allocated_bytes": 2**33},
+        }
+
+    versions = dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1.0")
+    files: dict[str, list[dict[str, Any]]] = {
+        "gpu-b-2026-01-02": [row(page.PLANNED_ON_GPU, "ours", 120), row(page.TRL_ON_GPU, "trl", 100)],
+        "gpu-a-2026-01-01": [row(page.PLANNED_ON_GPU, "ours", 9), row(page.TRL_ON_GPU, "trl", 1)],
+        "gpu-c-2026-01-03": [row("defaults-1b", "ours", 5, steps=2)],  # two steps are no rate
+    }
+    for name, rows in files.items():
+        record = {"device": {"name": "B"}, "date": name[-10:], "versions": versions, "rows": rows}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    monkeypatch.setattr(page, "RESULTS", tmp_path / "training.json")
+    text = page.tables(results())
+    assert "| at least 1.15 | 1.2 | reached |" in text
+    assert "| ours: 2 at a time, all activations kept, adapters bfloat16 | 120 | 1.20 | 8.0 |" in text
 
 
 def test_the_document_shows_the_results_that_are_written_down() -> None:

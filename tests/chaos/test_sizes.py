@@ -90,6 +90,7 @@ def test_from_two_workers_over_one_and_two_to_three(optimizer: str, new_run: Cal
     rows.add(Row(f"2 workers, then 1, 2 and 3 ({optimizer})", True, 0, None))
 
 
+@pytest.mark.chaos
 def test_from_two_workers_with_zero_2_to_one_without(new_run: Callable[[str], Run], rows: Rows) -> None:
     run, stayed = new_run("adamw"), whole(new_run("adamw"), SIZES[1])
     hold_together(run, stayed, went_through_sizes(run, SIZES[:2]), TOLERANCE["adamw"])
