@@ -246,6 +246,26 @@ def test_a_known_gpu_is_predicted_with_its_own_context_and_an_unknown_one_with_t
     assert predict.device_of({**A100, "name": "Tesla T4", "compute_capability": [7, 5]}).compute_dtype == "float16"
 
 
+@pytest.mark.usefixtures("no_traces")
+def test_a_run_goes_on_with_the_file_of_the_same_device_and_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "gpu.json"
+    first, second = BY_NAME["defaults-1b"], BY_NAME["fp4"]
+    facts = {"dry": False, "device": {"name": "A100", "driver": "580"}, "versions": {"torch": "2.13.0"}}
+    before = runner.Record(out, facts)
+    before.put({**first.as_json(), "status": "measured", "measured": {"allocated_bytes": 7}})
+    before.put({**second.as_json(), "status": "skipped", "reason": "no time was left"})
+    monkeypatch.setattr(runner, "CHILD", (sys.executable, "-c", "raise SystemExit('again')"))
+    told: list[Any] = []
+    after = runner.Record(out, {**facts, "date": "later"})
+    runner.run([first, second], A100, after, runner.Clock(9), told.append)
+    assert [row["name"] for row in told] == ["fp4"]
+    assert [(row["name"], row["status"]) for row in after.rows] == [("defaults-1b", "measured"), ("fp4", "failed")]
+    for change in ({"versions": {"torch": "2.14.0"}}, {"device": {"name": "H100", "driver": "580"}}, {"dry": True}):
+        assert runner.Record(out, {**facts, **change}).rows == []
+
+
 # --- the process, as nvidia-smi shows it ------------------------------------------------------------------------------
 
 
