@@ -26,7 +26,7 @@ import launch
 import orchestrator
 import qlora_core
 from clusters.errors import RequestError, first_line, request_error
-from clusters.gpu import GIB
+from launch.report.words import gib
 from orchestrator.machine import Machine
 from orchestrator.plans import Plan
 from orchestrator.ray_nodes import cluster_of
@@ -98,9 +98,10 @@ def machine_of(address: str) -> tuple[Machine, str | None]:
     if not resources:
         raise request_error("--address", address, "that Ray has no node", "Start one: ray start --address=...")
     if not any(each.get("GPU") for each in resources):
-        least = min(int(each.get("memory", 0)) for each in resources if each.get("CPU"))
-        cpus = sum(int(each.get("CPU", 0)) for each in resources)
-        return Machine(kind="cpu", name=f"CPUs of {len(nodes)} nodes", devices=cpus, memory_bytes=least), None
+        hosts = [each for each in resources if each.get("CPU")] or resources
+        least = min(int(each.get("memory", 0)) for each in hosts)
+        # a process a node, unless the specification says otherwise
+        return Machine(kind="cpu", name=f"CPUs of {len(hosts)} nodes", devices=len(hosts), memory_bytes=least), None
     found = cluster_of([{"Alive": True, "Resources": each} for each in resources], address)
     if not found.pools:
         raise request_error("--address", address, "; ".join(found.unknown), "Give a cluster whose GPUs are known")
@@ -197,7 +198,7 @@ def metadata(spec: RunSpec, plan: Plan) -> dict[str, str]:
         "output": spec.output,
         "owner": getpass.getuser(),
         "plan": plan.digest,
-        "predicted": f"{plan.estimate.gpu.process_bytes / GIB:.2f} GiB a worker",
+        "predicted": f"{gib(plan.estimate.gpu.process_bytes)} a worker",
         "workers": str(plan.strategy.world_size),
     }
 

@@ -10,12 +10,15 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray_heads import free_port, ray_head, ray_node
 from real_runs import TIMEOUT, Run, make_run
 
 from clusters.errors import RequestError
+from launch import jobs
 from launch.jobs import id_stem, pack
 from orchestrator.machine import Machine
 from orchestrator.spec import load_spec
@@ -169,6 +172,34 @@ def test_what_is_too_large_to_travel_is_refused(tmp_path: Path, tiny_base: Path)
     with pytest.raises(RequestError, match=r"10\d MB would have to travel, and at most 100 MB do"):
         pack(load_spec(run.specification), CPUS, folder)
     assert not list(folder.iterdir())
+
+
+def described(*resources: dict[str, float]) -> list[Any]:
+    """Nodes as Ray's state API lists them, the first of them dead."""
+    alive = [SimpleNamespace(state="ALIVE", resources_total=each) for each in resources]
+    return [SimpleNamespace(state="DEAD", resources_total={"GPU": 99.0, "accelerator_type:H200": 1.0}), *alive]
+
+
+def test_the_plan_is_for_what_the_cluster_says_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = {"CPU": 8.0, "memory": 2.0**37}
+    a100 = {**memory, "GPU": 8.0, "accelerator_type:A100-80G": 1.0, "accelerator_type:A100": 1.0}
+    l40s = {**memory, "GPU": 4.0, "accelerator_type:L40S": 1.0}
+    head = {"CPU": 0.0, "memory": 2.0**33}
+
+    def machine(*nodes: dict[str, float]) -> tuple[Machine, str | None]:
+        monkeypatch.setattr(jobs, "list_nodes", lambda address, limit: described(*nodes))
+        return jobs.machine_of("http://there")
+
+    found, remark = machine(head, a100, a100, l40s)
+    assert (found.kind, found.name, found.devices) == ("cuda", "a100-80gb", 16)
+    assert found.compute_capability == (8, 0)
+    assert remark == "planned for its 16 a100-80gb; it has other GPUs, too"
+    found, remark = machine(head, memory, {**memory, "memory": 2.0**36})
+    assert (found.kind, found.devices, found.memory_bytes, remark) == ("cpu", 2, 2**36, None)
+    with pytest.raises(RequestError, match="Ray calls them TPU-V9"):
+        machine({**memory, "GPU": 1.0, "accelerator_type:TPU-V9": 1.0})
+    with pytest.raises(RequestError, match="that Ray has no node"):
+        machine()
 
 
 def test_two_output_folders_have_jobs_of_unlike_names(tmp_path: Path, tiny_base: Path, conversations: Path) -> None:
