@@ -29,7 +29,7 @@ from clusters.errors import RequestError, first_line, request_error
 from launch.report.words import gib
 from orchestrator.machine import Machine
 from orchestrator.plans import Plan
-from orchestrator.ray_nodes import cluster_of
+from orchestrator.ray_nodes import cluster_of, gpus_of, types_of
 from orchestrator.record import load_record
 from orchestrator.spec import RunSpec
 
@@ -107,14 +107,20 @@ def machine_of(address: str) -> tuple[Machine, str | None]:
         raise request_error("--address", address, "; ".join(found.unknown), "Give a cluster whose GPUs are known")
     pool = max(found.pools, key=lambda pool: pool.gpus)
     remarks = list(found.remarks)
+    kind = None
     if len(found.pools) > 1:
         remarks.append(f"planned for its {pool.gpus} {pool.gpu.name}; it has other GPUs, too")
+        # of a wide and a narrow name, A100 and A100-80G, the one that leaves no doubt
+        kind = max(
+            (name for each in resources for name in types_of(each) if pool.gpu in gpus_of(types_of(each))), key=len
+        )
     machine = Machine(
         kind="cuda",
         name=pool.gpu.name,
         devices=pool.gpus,
         memory_bytes=pool.usable_bytes,
         compute_capability=pool.gpu.compute_capability,
+        accelerator_type=kind,
     )
     return machine, "; ".join(remarks) or None
 

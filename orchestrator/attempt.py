@@ -247,12 +247,13 @@ def resource(order: Order) -> str:
 
 
 def there(order: Order) -> int:
-    """The devices of all nodes that are not about to be taken away."""
+    """The devices of all nodes that are not about to be taken away, and have the GPUs that are asked for."""
     import ray
 
     gone = draining()
-    nodes = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone)
-    return sum(int(node["Resources"].get(resource(order), 0)) for node in nodes)
+    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone)
+    wanted = f"accelerator_type:{order.accelerator_type}" if order.accelerator_type else resource(order)
+    return sum(int(resources.get(resource(order), 0)) for resources in nodes if wanted in resources)
 
 
 def unused(order: Order) -> int:
@@ -288,6 +289,7 @@ def trainer_of(order: Order) -> Any:
             num_workers=order.strategy.world_size,
             use_gpu=on_gpu,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if on_gpu else {})},
+            accelerator_type=order.accelerator_type,
         ),
         "run_config": RunConfig(
             name=order.checkpoints.name,

@@ -56,9 +56,10 @@ def decided(
 
 
 def more_workers(prepared: Prepared, record: RunRecord) -> tuple[int, ...]:
-    """The numbers of workers that a run which goes on with fewer than it had could have again, ascending."""
-    now_has = prepared.plan.strategy.world_size
-    most = max(attempt.strategy.get("world_size", 0) for attempt in record.attempts)
+    """The numbers of workers that a run which goes on with fewer than it was to have could have again, ascending."""
+    now_has, asked = prepared.plan.strategy.world_size, prepared.spec.strategy_request.world_size
+    before = max(attempt.strategy.get("world_size", 0) for attempt in record.attempts)
+    most = asked if isinstance(asked, int) else before
     sizes = [size for size in divisors(prepared.spec.recipe.sequences_per_step) if now_has < size <= most]
     return tuple(
         size for size in sizes if (found := resized(prepared, size)) and found.plan.strategy.world_size == size

@@ -27,6 +27,7 @@ class Machine:
         devices: GPUs, or 1 for the CPU.
         memory_bytes: of the fullest GPU as the driver reports it free, or the host's available memory.
         has_bfloat16: whether the CPU multiplies bfloat16: it has AMX or AVX512-BF16.
+        accelerator_type: what Ray calls its GPUs, where workers must not get others.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -35,6 +36,7 @@ class Machine:
     memory_bytes: int
     compute_capability: tuple[int, int] = (0, 0)
     has_bfloat16: bool = False
+    accelerator_type: str | None = None
 
 
 def describe() -> Machine:

@@ -29,6 +29,7 @@ class Order:
         rendezvous: the file through which workers of this machine find each other; None where Ray Train, whose store
             listens on all interfaces, has joined them over the network.
         predicted: the plan's bytes, as `metrics_of` takes them.
+        accelerator_type: what Ray calls the GPUs that workers must have; None where any will do.
         more_workers: the numbers with which the run could go on if as many devices came back.
     """
 
@@ -55,3 +56,4 @@ class Order:
     predicted: Mapping[str, Any]
     eval_every: int | None = None
     more_workers: tuple[int, ...] = ()
+    accelerator_type: str | None = None

@@ -64,7 +64,7 @@ def cluster_of(nodes: Sequence[Mapping[str, Any]], address: str) -> Cluster:
         gpus = int(resources.get("GPU", 0))
         if not node["Alive"] or not gpus:
             continue
-        types = sorted(name.removeprefix(TYPE_PREFIX) for name in resources if name.startswith(TYPE_PREFIX))
+        types = types_of(resources)
         candidates = gpus_of(types)
         if not candidates:
             reason = f"Ray calls them {' and '.join(types)}" if types else "Ray does not say what they are"
@@ -89,6 +89,11 @@ def cluster_of(nodes: Sequence[Mapping[str, Any]], address: str) -> Cluster:
         unknown=tuple(f"{count} GPUs: {reason}" for reason, count in unknown.items()),
         remarks=tuple(remarks),
     )
+
+
+def types_of(resources: Mapping[str, float]) -> list[str]:
+    """What Ray calls the GPUs of a node."""
+    return sorted(name.removeprefix(TYPE_PREFIX) for name in resources if name.startswith(TYPE_PREFIX))
 
 
 def gpus_of(types: Sequence[str]) -> list[Gpu]:

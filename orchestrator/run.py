@@ -332,6 +332,7 @@ def order_of(
         resume_from=resume,
         attempt=attempt,
         more_workers=more_workers,
+        accelerator_type=prepared.machine.accelerator_type,
         rendezvous=output / ".rendezvous" if spec.cluster == "auto" else None,
         predicted=predicted(plan),
         facts={

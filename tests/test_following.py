@@ -77,13 +77,17 @@ def test_lost_devices_leave_the_tokens_of_a_step_as_they_were(
     assert (after.plan.strategy.world_size, after.plan.strategy.sequences_per_step) == (workers, SEQUENCES)
 
 
-def test_a_run_grows_to_what_it_had_and_no_further(prepared: Callable[..., Prepared]) -> None:
+def test_a_run_grows_to_what_was_asked_for_and_no_further(prepared: Callable[..., Prepared]) -> None:
     whole = prepared(world_size=4, zero_stage=2)
     alone = resized(whole, 1)
     assert alone is not None
     assert more_workers(alone, record(4, 1)) == (2, 3, 4)
-    assert more_workers(alone, record(2, 1)) == (2,)
     assert more_workers(whole, record(4)) == ()
+    # the specification was changed between two starts
+    assert more_workers(prepared(world_size=2, zero_stage=2), record(4)) == ()
+    chosen = resized(prepared(zero_stage=2), 1)
+    assert chosen is not None
+    assert more_workers(chosen, record(2, 1)) == (2,)  # what it had, where nobody asked for a number
     for available, workers in ((2, 2), (4, 4)):
         decision, grown = decided(Failure("devices back", "there again", available=available), [], alone)
         assert (decision.action, grown.plan.strategy.world_size) == ("grow", workers)

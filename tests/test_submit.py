@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray_heads import free_port, ray_head, ray_node
+from job_clusters import SECRET, Cluster, job_cluster
 from real_runs import TIMEOUT, Run, make_run
 
 from clusters.errors import RequestError
@@ -23,52 +19,14 @@ from launch.jobs import id_stem, pack
 from orchestrator.machine import Machine
 from orchestrator.spec import load_spec
 
-COMMAND = Path(sys.executable).with_name("qlora-submit")
 STEPS = 500
 CPUS = Machine(kind="cpu", name="CPUs of 2 nodes", devices=2, memory_bytes=2**33)
-SECRET = "hf_wJalrXUtnFEMIK7MDENGbPxRfiCY"  # noqa: S105  (nobody's)
-
-
-@dataclass
-class Cluster:
-    """The address of its Jobs API, and the environment that its users set."""
-
-    address: str
-    users: dict[str, str]
-
-    def start(self, run: Run, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [COMMAND, *arguments],
-            env={**run.environment, **self.users, "RAY_API_SERVER_ADDRESS": self.address, "HF_TOKEN": SECRET},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def ask(self, run: Run, *arguments: str) -> tuple[int, str]:
-        process = self.start(run, *arguments)
-        output, _ = process.communicate(timeout=TIMEOUT)
-        return process.returncode, output
-
-    def shown(self) -> str:
-        """All that Ray tells of its jobs to whoever asks."""
-        token = Path(self.users["RAY_AUTH_TOKEN_PATH"]).read_text()
-        request = urllib.request.Request(f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})  # noqa: S310
-        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
-            text: str = answer.read().decode()
-        return text
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    port = free_port()
-    options = (f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}")
-    with (
-        ray_head("--num-cpus=0", "--include-dashboard=true", *options) as (address, users),
-        ray_node(address, users, "127.0.0.2", "--num-cpus=1"),
-        ray_node(address, users, "127.0.0.3", "--num-cpus=1"),
-    ):
-        yield Cluster(f"http://127.0.0.1:{port}", users)
+    with job_cluster() as found, found.node("127.0.0.2"), found.node("127.0.0.3"):
+        yield found
 
 
 def run_of(folder: Path, base: Path, data: Path, steps: int) -> Run:
@@ -192,8 +150,10 @@ def test_the_plan_is_for_what_the_cluster_says_it_has(monkeypatch: pytest.Monkey
 
     found, remark = machine(head, a100, a100, l40s)
     assert (found.kind, found.name, found.devices) == ("cuda", "a100-80gb", 16)
-    assert found.compute_capability == (8, 0)
+    assert (found.compute_capability, found.accelerator_type) == ((8, 0), "A100-80G")
     assert remark == "planned for its 16 a100-80gb; it has other GPUs, too"
+    found, remark = machine(head, a100)
+    assert (found.devices, found.accelerator_type, remark) == (8, None, None)  # there are no others to land on
     found, remark = machine(head, memory, {**memory, "memory": 2.0**36})
     assert (found.kind, found.devices, found.memory_bytes, remark) == ("cpu", 2, 2**36, None)
     with pytest.raises(RequestError, match="Ray calls them TPU-V9"):
