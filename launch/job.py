@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import click
 
 from launch import command
 
-MODEL = "base"
-"""The folder of a model that travelled, beside the run."""
+FOLDERS = {"model": "base", "adapter": "adapter-before"}
+"""The folders of a model and an adapter that travelled, beside the run."""
 
 
 @click.command("launch.job")
@@ -29,21 +30,22 @@ def job(debug: bool) -> int:
     spec = load_spec(Path(SPECIFICATION).resolve())
     fields = json.loads(Path(ORDER_FILE).read_text(encoding="utf-8"))
     machine = Machine(**{**fields, "compute_capability": tuple(fields["compute_capability"])})
-    travelled = Path(spec.model)
-    if travelled.is_relative_to(Path.cwd()):
-        spec = spec.model_copy(update={"model": str(shared(travelled, Path(spec.output)))})
-    spec = spec.model_copy(update={"cluster": ClusterSpec(address=os.environ["RAY_ADDRESS"])})
+    changes: dict[str, Any] = {"cluster": ClusterSpec(address=os.environ["RAY_ADDRESS"])}
+    for field, name in FOLDERS.items():
+        travelled = getattr(spec, field)
+        if travelled is not None and Path(travelled).is_relative_to(Path.cwd()):
+            changes[field] = str(shared(Path(travelled), Path(spec.output) / name))
+    spec = spec.model_copy(update=changes)
     return carry_out(spec, dry_run=False, as_json=False, force=False, fresh=False, machine=machine)
 
 
-def shared(model: Path, output: Path) -> Path:
-    """A copy of a model's folder that all nodes see: what travels lies at another place on each of them."""
-    target = output / MODEL
+def shared(travelled: Path, target: Path) -> Path:
+    """A copy of a folder that all nodes see: what travels lies at another place on each of them."""
     if not target.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        beginning = output / f".{MODEL}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beginning = target.with_name(f".{target.name}")
         shutil.rmtree(beginning, ignore_errors=True)
-        shutil.copytree(model, beginning)
+        shutil.copytree(travelled, beginning)
         beginning.rename(target)
     return target
 

@@ -210,7 +210,7 @@ def metadata(spec: RunSpec, plan: Plan) -> dict[str, str]:
 
 
 def pack(spec: RunSpec, machine: Machine, folder: Path) -> None:
-    """Put into `folder` what the job needs: the specification, the machine it was planned for, local data and model.
+    """Put into `folder` what the job needs: the specification, what it was planned for, and local files that it names.
 
     Raises:
         RequestError: they are larger than what may travel.
@@ -218,7 +218,8 @@ def pack(spec: RunSpec, machine: Machine, folder: Path) -> None:
     fields = spec.model_dump(mode="json", exclude_unset=True)
     fields["output"] = spec.output
     fields.pop("cluster", None)
-    local = {"data": Path(spec.data.path), "model": Path(spec.model)}
+    named = {"data": spec.data.path, "model": spec.model, "adapter": spec.adapter}
+    local = {field: Path(value) for field, value in named.items() if value is not None}
     local = {field: path for field, path in local.items() if path.is_absolute() and path.exists()}
     size = sum(map(size_of, local.values()))
     if size > TRAVELS_BYTES:
@@ -240,7 +241,7 @@ def pack(spec: RunSpec, machine: Machine, folder: Path) -> None:
         if field == "data":
             fields["data"]["path"] = inside
         else:
-            fields["model"] = inside
+            fields[field] = inside
     (folder / SPECIFICATION).write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
     (folder / ORDER_FILE).write_text(json.dumps(dataclasses.asdict(machine)), encoding="utf-8")
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from job_clusters import SECRET, Cluster, job_cluster
 from real_runs import TIMEOUT, Run, make_run
 
@@ -118,6 +119,17 @@ def test_what_travels_is_the_specification_the_machine_and_what_is_local(
     assert there.output == spec.output
     assert there.recipe == spec.recipe
     assert json.loads((folder / "machine.json").read_text())["devices"] == 2
+
+
+def test_an_adapter_travels_too(tmp_path: Path, tiny_base: Path, conversations: Path) -> None:
+    adapter, folder = tmp_path / "trained", tmp_path / "travels"
+    for each in (adapter, folder):
+        each.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    spec = load_spec(run_of(tmp_path, tiny_base, conversations, steps=2).specification)
+    pack(spec.model_copy(update={"adapter": str(adapter)}), CPUS, folder)
+    named = yaml.safe_load((folder / "run.yaml").read_text())["adapter"]
+    assert (folder / named / "adapter_model.safetensors").read_bytes() == b"weights"
 
 
 def test_what_is_too_large_to_travel_is_refused(tmp_path: Path, tiny_base: Path) -> None:
