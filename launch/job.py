@@ -36,6 +36,9 @@ def job(debug: bool) -> int:
         if travelled is not None and Path(travelled).is_relative_to(Path.cwd()):
             changes[field] = str(shared(Path(travelled), Path(spec.output) / name))
     spec = spec.model_copy(update=changes)
+    # Ray may fetch the folder that travelled anew while the run goes on; a process whose folder is gone starts no other
+    Path(spec.output).mkdir(parents=True, exist_ok=True)
+    os.chdir(spec.output)
     return carry_out(spec, dry_run=False, as_json=False, force=False, fresh=False, machine=machine)
 
 

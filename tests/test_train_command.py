@@ -310,9 +310,12 @@ def terminated(new_run: Callable[[str], Run]) -> tuple[Run, Shown]:
     run.wait_for_step(1, process)
     deadline = time.monotonic() + 60
     shown: Shown = {}
-    while {rank for _, _, rank in shown} < {"0", "1"} and time.monotonic() < deadline:
+    last = {("ray_qlora_train_loss", "0"), ("ray_qlora_memory_optimizer_measured_bytes", "0")}
+    last |= {("ray_qlora_memory_optimizer_measured_bytes", "1")}
+    while not last <= {(name, rank) for name, _, rank in shown} and time.monotonic() < deadline:
         time.sleep(0.5)
         shown = run.ray_metrics()
+    shown = run.ray_metrics()  # what was told together may be shown one after the other
     process.send_signal(signal.SIGTERM)  # as a scheduler does before it takes a node
     output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130, output
