@@ -91,7 +91,10 @@ def test_a_stand_in_for_cuda_out_of_memory_on_one_rank_twice_is_planned_around(
         check=True,
     )
     plan = json.loads(planned.stdout)
-    assert plan["verdicts"][0]["process_bytes"] <= 0.9 * needs[1]
+    verdict, then = plan["verdicts"][0], run.record["plan"]["verdicts"][0]
+    # the stand-in's memory is the host's, of which other processes may have given some back since
+    usable = verdict["usable_bytes"] / then["usable_bytes"]
+    assert verdict["process_bytes"] <= 0.9 * needs[1] * usable
     assert any("ran out of memory" in choice["reason"] for choice in plan["choices"])
 
 
