@@ -237,7 +237,6 @@ def refuse_unbuilt(spec: RunSpec) -> None:
         for field, allowed, remedy in (
             ("block_size", (64,), "Leave it at 64"),
             ("upcast", ("none",), "Leave it at none, which is leaner"),
-            ("autocast", (False,), "Leave it out: the compute dtype does without"),
         )
         if getattr(recipe, field) not in allowed
     ]
@@ -250,12 +249,14 @@ def refuse_unbuilt(spec: RunSpec) -> None:
 def undivided(recipe: Recipe, request: StrategySpec) -> Iterator[Problem]:
     """What a strategy names that needs a ZeRO stage which the recipe is not trained with: see `trained_stages`."""
     stages = trained_stages(recipe)
+    what = "autocast" if recipe.autocast and recipe.method != "full" else f"method {recipe.method}"
     rule = "it can be planned, but not trained with yet: its memory is not known well enough"
     if request.offload == "all" and 3 not in stages:
-        rule_of_all = f"with method {recipe.method} and ZeRO 3, which it needs, {rule}"
+        rule_of_all = f"with {what} and ZeRO 3, which it needs, {rule}"
         remedy = "Set it to none" if request.zero_stage == 0 else "Set it to optimizer or none"
         yield Problem("strategy.offload", "all", rule_of_all, remedy)
     if request.zero_stage != "auto" and request.zero_stage not in stages:
         # nothing is offloaded in stage 0
-        remedy = "Set it to 0 or 1" if request.offload in ("auto", "none") else "Set it to 1"
-        yield Problem("strategy.zero_stage", str(request.zero_stage), f"with method {recipe.method} {rule}", remedy)
+        left = [str(stage) for stage in stages if stage or request.offload in ("auto", "none")]
+        remedy = f"Set it to {' or '.join(left)}"
+        yield Problem("strategy.zero_stage", str(request.zero_stage), f"with {what} {rule}", remedy)

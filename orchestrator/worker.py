@@ -31,7 +31,7 @@ from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.loop import TrainingRun, train
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import load_base, load_tokenizer, make_trainable
+from qlora_core.training.model import autocast_dtype, load_base, load_tokenizer, make_trainable
 from qlora_core.training.restore import load_adapter
 
 ALIVE_SECONDS = 1.0
@@ -175,8 +175,9 @@ def prepare(order: Order, rank: int, device: torch.device, meter: Meter) -> Trai
             load_adapter(model, start)
     model.train()
     meter.loaded(model)
+    loss = SummedLoss(model, order.strategy.loss, autocast_dtype(order.recipe, order.compute_dtype))
     with meter.setup():
-        engine = build_engine(SummedLoss(model, order.strategy.loss), order.recipe, order.strategy)
+        engine = build_engine(loss, order.recipe, order.strategy)
     return TrainingRun(
         recipe=order.recipe,
         strategy=order.strategy,

@@ -147,9 +147,9 @@ def test_an_unreachable_ray_is_refused_before_anything_is_written(ask: Request, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("field", ["block_size", "upcast", "autocast"])
+@pytest.mark.parametrize("field", ["block_size", "upcast"])
 def test_what_cannot_be_trained_with_yet_is_refused_though_it_can_be_planned(ask: Request, field: str) -> None:
-    value = {"block_size": 128, "upcast": "peft", "autocast": True}[field]
+    value = {"block_size": 128, "upcast": "peft"}[field]
     assert f"recipe.{field}: it can be planned, but not trained with yet" in refusal(ask(recipe={field: value}))
 
 
@@ -171,6 +171,12 @@ def test_all_weights_are_not_trained_with_zero_2_or_3_and_the_remedy_goes_with_t
     result = ask(strategy=strategy, recipe={"method": "full", "quantization": "none"})
     assert isinstance(result.exception, RequestError)
     assert {problem.where: problem.remedy for problem in result.exception.problems} == remedies
+
+
+def test_autocast_is_not_trained_with_zero_3(ask: Request) -> None:
+    result = ask(strategy={"zero_stage": 3}, recipe={"autocast": True})
+    assert "strategy.zero_stage: with autocast it can be planned, but not trained with yet" in refusal(result)
+    assert "Set it to 0 or 1 or 2" in refusal(result)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

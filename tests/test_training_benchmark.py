@@ -41,6 +41,7 @@ def test_twenty_steps_have_the_losses_of_transformers_and_peft_alone(tmp_path: P
 def results(**changes: Any) -> dict[str, Any]:
     """What a run writes down: ours at 100 tokens/s, TRL's at 40 and 80."""
     speed = {page.OURS: 100.0, page.OURS_BF16: 120.0, page.BARE: 90.0, page.TRL: 40.0, page.TRL_F32: 80.0}
+    speed |= {page.PLANNED: 130.0, page.PLANNED_BF16: 150.0}
     return {
         "date": "2026-01-01",
         "machine": {"processor": "a processor", "cores": 2, "system": "Linux", "load": 0.5},
@@ -51,6 +52,7 @@ def results(**changes: Any) -> dict[str, Any]:
         "rounds": 2,
         "steps": 6,
         "speed": {name: [value, value] for name, value in speed.items()},
+        "peaks": {page.OURS: 3 * 2**20},
         "curve": {"seq_len": 128, "ours": [5.0, 4.0], "trl": [5.0, 4.002], "bare": [5.0, 4.0]},
         "ray": {"with": [1.02, 2.04], "without": [1.0, 2.0]},
         "memory": list(memory.rows(traced=False)),
@@ -68,7 +70,10 @@ def test_the_goals_say_what_is_reached_what_is_missed_and_what_is_not_measured(
     assert "| at most 0.001 | 0.002 | **missed** |" in text
     assert "| at most 1.03 | 1.02 | reached |" in text
     assert text.count(page.NOT_MEASURED) >= 2  # what takes a GPU
-    assert "| bare loop, float32 | 90 | 1.11x | 1.33x |" in text
+    assert "of TRL as documented (bfloat16) | at least 2 | 3.25 | reached |" in text  # 130 of 40: `auto` is float32
+    assert "of TRL given float32 | at least 1.5 | 1.62 | reached |" in text  # 130 of 80
+    assert "| bare loop, float32 | 90 | 2.25x | 1.12x | 2.25 to 2.25, 1.12 to 1.12 | - |" in text
+    assert "| ours, float32 | 100 | 2.50x | 1.25x | 2.50 to 2.50, 1.25 to 1.25 | 3 |" in text
 
 
 def test_a_figure_of_another_benchmark_is_read_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,14 @@ WARM_UP = 4
 CURVE_STEPS = 50
 CURVE_LENGTH = 128
 RAY_STEPS = 20
-OUR_DTYPES = {page.OURS: "float32", page.OURS_BF16: "bfloat16"}
+OURS: dict[str, dict[str, Any]] = {
+    page.OURS: {"compute_dtype": "float32"},
+    page.OURS_BF16: {"compute_dtype": "bfloat16"},
+    page.PLANNED: {"compute_dtype": "float32", "planned": True},
+    page.PLANNED_BF16: {"compute_dtype": "bfloat16", "planned": True},
+    page.PLANNED_AUTOCAST: {"compute_dtype": "bfloat16", "planned": True, "autocast": True},
+}
+"""Our loops, as changes of `write_spec`."""
 
 
 @click.command(name="benchmarks.training")
@@ -49,6 +56,7 @@ def command(rounds: int, steps: int, tiny: bool, debug: bool) -> int:
     work = WORK / ("tiny" if tiny else "full")
     model = make_model(case, work / "model")
     install_trl()
+    rates, peaks = speed(case, work, model, rounds, steps)
     results = {
         "schema_version": 1,
         "date": datetime.now(UTC).date().isoformat(),
@@ -58,7 +66,8 @@ def command(rounds: int, steps: int, tiny: bool, debug: bool) -> int:
         "auto": target_of(describe(), "auto", 1).compute_dtype,
         "rounds": rounds,
         "steps": steps - WARM_UP,
-        "speed": speed(case, work, model, rounds, steps),
+        "speed": rates,
+        "peaks": peaks,
         "curve": curve(replace(case, seq_len=min(case.seq_len, CURVE_LENGTH)), work, model, 8 if tiny else CURVE_STEPS),
         "ray": beside_ray(case, work, model, rounds, steps if tiny else RAY_STEPS),
         "padding_percent": padding_percent(),
@@ -125,14 +134,19 @@ def trl_loop(case: Case, specification: Path, model: Path, dtype: str, *, exact:
     return found
 
 
-def speed(case: Case, work: Path, model: Path, rounds: int, steps: int) -> dict[str, list[float]]:
-    """Tokens a second of each loop, a figure per round: of the median step after the warm-up."""
+def speed(
+    case: Case, work: Path, model: Path, rounds: int, steps: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Tokens a second of each loop, a figure per round: of the median step after the warm-up; and our peaks, bytes."""
     found: dict[str, list[float]] = {}
+    peaks: dict[str, int] = {}
     for _ in range(rounds):
-        for name, dtype in OUR_DTYPES.items():
-            specification = write_spec(case, work / dtype, model, steps=steps, compute_dtype=dtype)
-            add(found, name, case, loop("ours", specification))
-        specification = work / "float32" / "run.yaml"
+        for name, changes in OURS.items():
+            specification = write_spec(case, work / name.replace(", ", "-"), model, steps=steps, **changes)
+            measured = loop("ours", specification)
+            add(found, name, case, measured)
+            peaks[name] = max(measured["peaks"].values())
+        specification = work / page.OURS.replace(", ", "-") / "run.yaml"
         add(found, page.BARE, case, loop("bare", specification))
         add(found, page.TRL, case, trl_loop(case, specification, model, "bfloat16"))
         add(found, page.TRL_F32, case, trl_loop(case, specification, model, "float32"))

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 SEED = 0
+LIKE_TRL = {"gradient_checkpointing": True, "attention": "sdpa", "loss": "chunked", "paged_optimizer": False}
+"""The strategy that TRL's recipe has, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,22 @@ def make_model(case: Case, folder: Path) -> Path:
     return folder
 
 
-def write_spec(case: Case, folder: Path, model: Path, *, steps: int, compute_dtype: str = "auto") -> Path:
-    """A run specification and its data in `folder`: texts of random words, longer than a sequence."""
+def write_spec(
+    case: Case,
+    folder: Path,
+    model: Path,
+    *,
+    steps: int,
+    compute_dtype: str = "auto",
+    autocast: bool = False,
+    planned: bool = False,
+) -> Path:
+    """A run specification and its data in `folder`: texts of random words, longer than a sequence.
+
+    Args:
+        planned: leave the strategy to the planner, which keeps all activations where there is the room, in place of
+            one like TRL's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(SEED)  # noqa: S311  # not cryptography
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7))) for _ in range(500)]
@@ -87,15 +103,9 @@ def write_spec(case: Case, folder: Path, model: Path, *, steps: int, compute_dty
             "warmup_fraction": 0,
             "steps": steps,
             "compute_dtype": compute_dtype,
+            "autocast": autocast,
         },
-        "strategy": {
-            "world_size": 1,
-            "micro_batch": case.micro_batch,
-            "gradient_checkpointing": True,
-            "attention": "sdpa",
-            "loss": "chunked",
-            "paged_optimizer": False,
-        },
+        "strategy": {"world_size": 1} if planned else {"world_size": 1, **LIKE_TRL, "micro_batch": case.micro_batch},
         "checkpoints": {"every_steps": 1000},
         "tracking": {"to": []},
         "output": "out",

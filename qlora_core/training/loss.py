@@ -27,12 +27,14 @@ class SummedLoss(nn.Module):
         model: a causal language model of transformers, with peft's adapters or without.
         kind: "full" lets transformers make all logits; "chunked" makes LOSS_CHUNK_TOKENS tokens' at a time, only for
             labelled tokens, and keeps none of them.
+        narrow: the dtype of torch.autocast; None runs without it.
     """
 
-    def __init__(self, model: nn.Module, kind: Loss) -> None:
+    def __init__(self, model: nn.Module, kind: Loss, narrow: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
         self.kind = kind
+        self.narrow = narrow
 
     def forward(
         self,
@@ -47,6 +49,17 @@ class SummedLoss(nn.Module):
             attention_mask_BS: None without padding, and for packed rows.
             position_ids_BS: of packed rows: where they begin anew, another example does.
         """
+        with torch.autocast(input_ids_BS.device.type, self.narrow, enabled=self.narrow is not None):
+            return self._loss(input_ids_BS, attention_mask_BS, labels_BS, position_ids_BS)
+
+    def _loss(
+        self,
+        input_ids_BS: torch.Tensor,
+        attention_mask_BS: torch.Tensor | None,
+        labels_BS: torch.Tensor,
+        position_ids_BS: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `forward`."""
         causal = cast(Any, self.model)
         transformer = causal.get_base_model() if isinstance(causal, PeftModel) else causal
         inputs = {"input_ids": input_ids_BS, "attention_mask": attention_mask_BS, "use_cache": False}

@@ -23,6 +23,11 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 
 
+def autocast_dtype(recipe: Recipe, compute_dtype: Dtype) -> torch.dtype | None:
+    """The dtype of a recipe's torch.autocast; None without it, and in float32, which it would not change."""
+    return TORCH_DTYPES[compute_dtype] if recipe.autocast and compute_dtype != "float32" else None
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model's folder, padded on the right with its own pad or, failing that, its end token.
 

@@ -31,7 +31,7 @@ from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import Encoded, Examples, Rows, save_examples
 from qlora_core.training.loop import TrainingRun, one_step
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import load_base, make_trainable
+from qlora_core.training.model import autocast_dtype, load_base, make_trainable
 
 TINY = LlamaConfig(
     hidden_size=256,
@@ -78,6 +78,7 @@ class Case(NamedTuple):
         return Recipe(**fields, optimizer=self.optimizer, **dict(self.changes))
 
 
+AUTOCAST = (("autocast", True),)
 FULL = (("method", "full"), ("quantization", "none"))
 ALONE = [
     Case(),
@@ -90,6 +91,12 @@ ALONE = [
     Case(changes=(("neftune_alpha", 5.0),)),
     Case(changes=(("quantization", "int8"), ("double_quantization", False))),
     Case(dtype="bfloat16", changes=(("quantization", "fp4"), ("double_quantization", False))),
+    Case(accumulation=2, dtype="bfloat16", micro_batch=4, changes=AUTOCAST),
+    Case(checkpointing=False, dtype="bfloat16", changes=AUTOCAST),
+    Case(loss="full", dtype="bfloat16", changes=AUTOCAST),
+    Case(dtype="bfloat16", changes=(("quantization", "int8"), ("double_quantization", False), *AUTOCAST)),
+    Case(dtype="bfloat16", changes=(("method", "lora"), ("quantization", "none"), *AUTOCAST)),
+    Case(dtype="bfloat16", changes=(*FULL, *AUTOCAST)),
 ]
 # ZeRO-3 comes last: it replaces torch's linear function for the rest of its process
 TOGETHER = [
@@ -99,6 +106,8 @@ TOGETHER = [
         Case(stage, accumulation=2, optimizer="adamw_8bit"),
         Case(stage, checkpointing=False, loss="full"),
         Case(stage, dtype="bfloat16", micro_batch=4),
+        *([Case(stage, dtype="bfloat16", checkpointing=False, changes=AUTOCAST)] if stage < 3 else []),
+        *([Case(stage, accumulation=2, dtype="bfloat16", changes=AUTOCAST)] if stage < 3 else []),
         *([Case(stage, accumulation=2, changes=FULL)] if stage < 2 else []),
     )
 ]
@@ -148,8 +157,9 @@ def measure(folder: Path, case: Case, rank: int, world_size: int) -> Phases:
     model = make_trainable(base, recipe, seed=0)
     model.train()
     meter.loaded(model)
+    loss = SummedLoss(model, strategy.loss, autocast_dtype(recipe, case.dtype))
     with meter.setup():
-        engine = build_engine(SummedLoss(model, strategy.loss), recipe, strategy)
+        engine = build_engine(loss, recipe, strategy)
     data = Examples(folder / "train.safetensors")
     run = TrainingRun(
         recipe=recipe,

@@ -15,7 +15,7 @@ from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.evaluate import evaluation
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import attach_adapters, load_base, make_trainable, trainable
+from qlora_core.training.model import attach_adapters, autocast_dtype, load_base, make_trainable, trainable
 from qlora_core.training.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
@@ -140,3 +140,26 @@ def test_neftune_adds_bounded_noise_in_training_only(tiny_base: Path) -> None:
     assert torch.equal(embedding.eval()(ids), plain)
     noise = (embedding.train()(ids) - plain).abs().max()
     assert 0.9 * 5 / (20 * 64) ** 0.5 < noise <= 1.01 * 5 / (20 * 64) ** 0.5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_under_autocast_loss_and_gradients_are_those_of_torchs_own_context_around_a_plain_model(
+    tiny_base: Path, checkpointing: bool
+) -> None:
+    strategy = Strategy(gradient_checkpointing=checkpointing, loss="full")
+    recipe = Recipe(rank=4, autocast=True)
+    model = attach_adapters(load_base(str(tiny_base), recipe, strategy, "bfloat16", CPU), recipe, seed=0).train()
+    torch.manual_seed(3)
+    ids = torch.randint(5, 200, (2, 24))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(input_ids=ids, labels=ids, use_cache=False).loss
+    plain.backward()
+    expected = {name: cast(torch.Tensor, weight.grad).clone() for name, weight in trainable(model).items()}
+    model.zero_grad()
+    tokens = ids[:, 1:].numel()
+    loss = SummedLoss(model, "full", autocast_dtype(recipe, "bfloat16"))(ids, torch.ones_like(ids), ids) / tokens
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-6)
+    for name, weight in trainable(model).items():
+        assert weight.dtype == torch.float32
+        assert torch.allclose(cast(torch.Tensor, weight.grad), expected[name], rtol=2e-2, atol=1e-4), name
