@@ -16,7 +16,7 @@ WHEELS ?= $(wildcard wheels)
 # DeepSpeed compiles its optimizer for the CPU on first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint coverage grids chaos fast gpu speed bench screens accuracy format clean
+.PHONY: help demo test lint coverage grids chaos fast gpu speed bench scale screens accuracy format clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +68,9 @@ speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a pe
 
 bench: $(INSTALLED) ## training beside TRL's and a bare loop, and its memory (docs/benchmarks.md); on a quiet machine
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.training
+
+scale: $(INSTALLED) ## 200 runs submitted by 20 clients at once to three nodes on this machine (docs/scale.md); half an hour
+	PYTHONPATH=examples $(BIN)/python -m benchmarks.scale
 
 screens: $(INSTALLED) ## run the commands that README.md and docs/planning.md show, and put in what they print
 	$(BIN)/python -m benchmarks.screens

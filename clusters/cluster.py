@@ -31,6 +31,10 @@ class Pool:
         price_per_hour: of one node, in the cluster's currency; None where it is not stated.
         spot: the nodes may be taken away at any time.
         exists: somebody has these nodes; else any number of any nodes with this GPU are meant.
+        node_labels: of the nodes on Kubernetes, names and values.
+        partition: on Slurm.
+        instance_type: of AWS.
+        hosts: addresses of the machines.
     """
 
     name: str
@@ -45,6 +49,10 @@ class Pool:
     price_per_hour: float | None
     spot: bool
     exists: bool = True
+    node_labels: tuple[tuple[str, str], ...] = ()
+    partition: str | None = None
+    instance_type: str | None = None
+    hosts: tuple[str, ...] = ()
 
     @property
     def gpus(self) -> int:
@@ -62,6 +70,7 @@ class Cluster:
         currency: of the prices; None where there are none.
         prices_as_of: the day the prices held, as YYYY-MM-DD.
         source: where this is from: a file's path, nvidia-smi, or the address of a Ray.
+        region: of AWS; None where it is not stated.
         unknown: GPUs that were found and left out, a sentence each.
         remarks: what was assumed because the source does not say it, a sentence each.
     """
@@ -73,6 +82,7 @@ class Cluster:
     source: str
     unknown: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    region: str | None = None
 
 
 def load_cluster(path: Path) -> Cluster:
@@ -94,6 +104,7 @@ def _cluster(form: ClusterForm, pools: tuple[PoolForm, ...], source: str) -> Clu
         currency=form.currency,
         prices_as_of=form.prices_as_of.isoformat() if form.prices_as_of else None,
         source=source,
+        region=form.region,
     )
 
 
@@ -112,6 +123,10 @@ def _pool(form: PoolForm) -> Pool:
         network_bytes_per_s=_scaled(form.network_gbit_per_s, BYTES_PER_GBIT),
         price_per_hour=form.price_per_hour,
         spot=form.spot,
+        node_labels=tuple(form.node_labels.items()),
+        partition=form.partition,
+        instance_type=form.instance_type,
+        hosts=tuple(form.hosts),
     )
 
 

@@ -36,6 +36,9 @@ Gibibytes = Annotated[float, Field(gt=0, le=2**30)]
 Day = Annotated[date, BeforeValidator(_day)]
 
 
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,251}[A-Za-z0-9])?$")]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -64,6 +67,14 @@ class PoolForm(_Section):
     nvlink: bool | None = None
     """The GPUs of a node reach each other over NVLink; left out, whatever is usual for that GPU: true for boards with
     a fabric of NVLink (SXM), false where NVLink is a bridge between two cards, or does not exist."""
+    node_labels: Annotated[dict[Label, Label], Field(max_length=20)] = Field(default_factory=dict)
+    """Labels of the pool's nodes on Kubernetes, by which a rendered job finds them."""
+    partition: PlainName | None = None
+    """The pool's partition on Slurm."""
+    instance_type: PlainName | None = None
+    """What AWS calls its machines, for Ray's cluster launcher; the cluster's `region` says where."""
+    hosts: Annotated[list[PlainName], Field(max_length=1000)] = Field(default_factory=list)
+    """Addresses of its machines, for Ray's cluster launcher where no cloud makes them; the first one is the head."""
 
 
 class ClusterForm(_Section):
@@ -75,6 +86,8 @@ class ClusterForm(_Section):
     """Of all prices, such as EUR; required where a pool has a price."""
     prices_as_of: Day | None = None
     """The day the prices held, as YYYY-MM-DD."""
+    region: PlainName | None = None
+    """Of AWS, for Ray's cluster launcher."""
     pools: Annotated[list[Any], Field(min_length=1, max_length=200)]
     """The pools, one or more, each with a name of its own."""
 

@@ -28,6 +28,7 @@ import qlora_core
 from clusters.errors import RequestError, first_line, request_error
 from launch.report.words import gib
 from orchestrator.machine import Machine
+from orchestrator.order import WAITING
 from orchestrator.plans import Plan
 from orchestrator.ray_nodes import cluster_of, gpus_of, types_of
 from orchestrator.record import load_record
@@ -39,6 +40,10 @@ TRAVELS_BYTES = 100 * 1000**2
 MOST_NODES = 10_000
 START_SECONDS = 60
 """A cluster that has just been started takes no jobs for some seconds."""
+DRIVER_BYTES = 1024**3
+"""What drives a run on the head: the job's process, and the attempt's."""
+HEAD_NODE = "node:__internal_head__"
+"""A resource that Ray gives to the head's node."""
 UNDER_WAY = (JobStatus.PENDING, JobStatus.RUNNING)
 ORDER_FILE, SPECIFICATION = "machine.json", "run.yaml"
 ENTRYPOINT = "python -m launch.job"
@@ -176,7 +181,9 @@ def submit(client: JobSubmissionClient, spec: RunSpec, machine: Machine, plan: P
                     "excludes": ["__pycache__"],
                 },
                 metadata=metadata(spec, plan),
-                entrypoint_num_cpus=0,
+                # beside the head, whose end is the cluster's too, and no more of them than its memory holds
+                entrypoint_memory=DRIVER_BYTES,
+                entrypoint_resources={HEAD_NODE: 0.001},
             )
         )
     except RuntimeError as error:
@@ -299,6 +306,18 @@ def progress(output: Path) -> str | None:
                 last = event
     where = "" if last is None else f", {last['phase']}" if last["event"] == "phase" else f", step {last['step']}"
     return f"{record.status}, attempt {len(record.attempts)}{where} of {record.total_steps} steps"
+
+
+def says(client: JobSubmissionClient, job: JobDetails) -> str | None:
+    """What a job waits for, in its own words or in Ray's; None where it waits for nothing."""
+    if job.status is JobStatus.PENDING:
+        return job.message or None
+    if job.status is not JobStatus.RUNNING or job.submission_id is None:
+        return None
+    with known(client, job.submission_id):
+        lines = client.get_job_logs(job.submission_id).splitlines()
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return last if last.startswith(WAITING) else None
 
 
 def another_ray(client: JobSubmissionClient) -> str | None:

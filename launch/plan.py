@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +12,7 @@ import click
 from launch import command
 from launch.options import passed, with_options
 from launch.request import plan_of
-from orchestrator.history import NOTHING_MEASURED, History, ledger_path
+from orchestrator.history import NOTHING_MEASURED, History, ledger_place
 
 if TYPE_CHECKING:
     from launch.sweep import Sweep
@@ -60,7 +61,8 @@ def plan(context: click.Context, /, **options: Any) -> int:
 
 def measured() -> History:
     """What runs entered in the ledger measured."""
-    if not ledger_path().exists():
+    place = ledger_place()
+    if isinstance(place, Path) and not place.exists():
         return NOTHING_MEASURED
     from orchestrator.ledger import known_history  # SQLite and the records' form, where there is something to read
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,9 @@ PIPED_WIDTH = 200
 """Columns where there is no terminal: nothing is cut off."""
 STOP_SECONDS = 120.0
 """A job that was asked to stop may take so long to finish its step and write its checkpoint."""
+
+FORMS = ("kuberay", "slurm", "ray-cluster")
+"""Of manifests; see launch/render.py."""
 
 Command = Callable[..., Any]
 
@@ -53,8 +56,9 @@ def status(job: str, address: str, debug: bool) -> int:
     """Where a job stands."""
     from launch import jobs
 
-    found = jobs.details(client_of(address), job)
-    show(found)
+    client = client_of(address)
+    found = jobs.details(client, job)
+    show(found, jobs.says(client, found))
     return 0
 
 
@@ -116,13 +120,15 @@ def list_jobs(address: str, debug: bool) -> int:
 
     from launch import jobs
 
+    client = client_of(address)
     table = Table(box=None)
-    for name in ("job", "status", "model", "workers", "predicted", "owner", "submitted"):
+    for name in ("job", "status", "model", "workers", "predicted", "owner", "submitted", "waits"):
         table.add_column(name, no_wrap=True)
-    for one in jobs.ours(client_of(address).list_jobs()):
+    for one in jobs.ours(client.list_jobs()):
         said = one.metadata or {}
         facts = (said.get(name, "") for name in ("model", "workers", "predicted", "owner"))
-        table.add_row(one.submission_id, one.status.value.lower(), *facts, moment(one.start_time))
+        waits = jobs.says(client, one) or ""
+        table.add_row(one.submission_id, one.status.value.lower(), *facts, moment(one.start_time), waits)
     console = Console()
     if not console.is_terminal:
         console.width = PIPED_WIDTH
@@ -169,21 +175,46 @@ def result(job: str, to: Path | None, address: str, debug: bool) -> int:
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--follow", is_flag=True, help="Show what it prints until it ends; the exit code is the run's.")
 @click.option("--force", is_flag=True, help="Submit even if the plan says that it cannot fit.")
+@click.option(
+    "--render", type=click.Choice(FORMS), help="Print a manifest instead, for a cluster that is made for the run."
+)
+@click.option(
+    "--cluster",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --render: the description of the cluster (docs/clusters.md); without one, workers are on CPUs.",
+)
+@click.option("--pool", help="With --cluster: the pool to run on.  [default: the one with the most GPUs]")
+@click.option("--image", help="With --render: a container image with all that a run imports.")
+@click.option("--package", help="With --render and no --image: how pip finds this package, such as a wheel's address.")
+@click.option("--volume", metavar="CLAIM:MOUNT", help="With --render kuberay: what all pods share.")
+@click.option("--secret", help="With --render kuberay: the Secret whose keys become the pods' environment.")
+@click.option("--queue", help="With --render: Kueue's local queue, or Slurm's partition.")
+@click.option("--priority", help="With --render: Kueue's priority class, or Slurm's quality of service.")
 @of_cluster
 @click.version_option(package_name="qlora-orchestrator")
 def submit(
-    specification: Path, overrides: tuple[str, ...], follow: bool, force: bool, address: str, debug: bool
+    specification: Path,
+    overrides: tuple[str, ...],
+    follow: bool,
+    force: bool,
+    render: str | None,
+    address: str,
+    debug: bool,
+    **manifest: Any,
 ) -> int:
     """Submit the run of a SPECIFICATION to a Ray cluster, planned for what that cluster has.
 
     The same run again goes on from its last checkpoint; while it is under way it is refused. Exit code 1, with the
     plan, if it cannot fit.
     """
+    check_manifest(render, manifest, follow)
     spec = load_spec(specification, overrides)
     require_train_extra("qlora-submit")
     from qlora_core.quiet import quiet_libraries
 
     quiet_libraries()
+    if render is not None:
+        return print_manifest(spec, force, {"form": render, **manifest})
     from launch import jobs
     from launch.report.terminal import print_plan
     from orchestrator.prepare import prepare
@@ -208,6 +239,36 @@ def submit(
     if follow:
         return followed(client, job)
     click.echo(f"Follow it: qlora-submit logs {job} --follow")
+    return 0
+
+
+def check_manifest(render: str | None, options: Mapping[str, Any], follow: bool) -> None:
+    """Raise a RequestError for options that say nothing here."""
+    given = [name for name, value in options.items() if value is not None]
+    if render is None and given:
+        rule = "it is about a manifest"
+        raise request_error(f"--{given[0]}", options[given[0]], rule, f"Add --render {' or '.join(FORMS)}")
+    if render is not None and follow:
+        raise request_error("--follow", "", "a manifest is printed, not submitted", "Leave it out")
+    if options["pool"] is not None and options["cluster"] is None:
+        raise request_error("--pool", options["pool"], "no cluster is described", "Add --cluster FILE")
+
+
+def print_manifest(spec: RunSpec, force: bool, options: Mapping[str, Any]) -> int:
+    """Print a manifest; the plan and remarks go to stderr."""
+    from launch.render import Asked, place, rendered
+    from launch.report.terminal import print_plan
+    from orchestrator.prepare import prepare
+
+    asked = Asked(**options)
+    where = place(asked, spec)
+    prepared = prepare(spec, tell=lambda text: click.echo(text, err=True), machine=where.machine)
+    fits = prepared.plan.fits or force
+    print_plan(prepared.plan, err=True)
+    if not fits:
+        command.fail("The plan does not fit, so no manifest is printed.", "Change what it shows, or pass --force.")
+        return 1
+    click.echo(rendered(asked, prepared, where), nl=False)
     return 0
 
 
@@ -264,7 +325,7 @@ def code_of(job: JobDetails) -> int:
     return 1
 
 
-def show(job: JobDetails) -> None:
+def show(job: JobDetails, waits: str | None) -> None:
     """A job, a fact on each line."""
     from launch import jobs
 
@@ -272,7 +333,9 @@ def show(job: JobDetails) -> None:
     facts |= {"submitted": moment(job.start_time)}
     if job.end_time:
         facts["ended"] = moment(job.end_time)
-    if job.message and job.status.value in ("PENDING", "FAILED"):
+    if waits is not None:
+        facts["waits"] = waits
+    elif job.message and job.status.value == "FAILED":
         facts["Ray says"] = job.message
     if so_far := jobs.progress(Path((job.metadata or {}).get("output", ""))):
         facts["the run"] = so_far

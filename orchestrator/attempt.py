@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from orchestrator.order import Order
+from orchestrator.order import WAITING, Order
 from orchestrator.recovery import Failure
 
 END_SECONDS = 10.0
@@ -31,6 +31,12 @@ GROWING_SECONDS = 10.0
 """Devices that came back are looked for this often by a run that goes on with fewer."""
 DRAINING_SECONDS = 1.0
 """Nodes that are to be taken away are asked for this often: cloud providers give notice of 30 s to 2 min."""
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+FOREVER_SECONDS = 10 * 365 * 24 * 3600.0
+SOON_SECONDS = 5.0
+"""Workers that have not begun after this may be waiting for their devices."""
+AGAIN_SECONDS = 600.0
+"""What is waited for is told again after this; before recovery.hang_minutes are over."""
 Message = dict[str, Any]
 """An event for the run's display, or {"failure": Failure}, or {"done": True}, which are the last."""
 
@@ -196,6 +202,8 @@ def fit(order: Order, address: str | None, say: Callable[[Message], None]) -> No
     import ray
 
     check_resources(order, address)
+    # Ray Train's one placement group, of all workers or none, stands in Ray's queue for so long
+    os.environ[START_TIMEOUT] = str(FOREVER_SECONDS if order.wait_seconds is None else order.wait_seconds)
     if address is None and (port := ray.nodes()[0].get("MetricsExportPort", 0)) > 0:  # -1 without ray[default]
         say({"event": "prometheus", "url": f"http://127.0.0.1:{port}/metrics"})
     say({"event": "phase", "phase": "starting workers"})
@@ -213,10 +221,13 @@ def fit(order: Order, address: str | None, say: Callable[[Message], None]) -> No
     thread.start()
     told = address is None  # a Ray on this machine alone is not drained, and does not grow
     looked = time.monotonic()
+    queue = Queue(order)
     while thread.is_alive():
         thread.join(DRAINING_SECONDS)
         if told:
             continue
+        if (waits := queue.waits()) is not None:
+            say({"event": "phase", "phase": waits})
         if draining() & hosts(order):
             told = True
             say({"event": "preempted"})
@@ -227,6 +238,42 @@ def fit(order: Order, address: str | None, say: Callable[[Message], None]) -> No
                 say({"event": "devices back", "available": available})
     if failed:
         raise failed[0]
+
+
+class Queue:
+    """What an attempt waits for while others use the devices that it is to have."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._begun = False
+        self._told, self._at = "", time.monotonic()
+
+    def waits(self) -> str | None:
+        """What to say of it: when it begins or changes, and now and then; None where there is nothing to say.
+
+        Raises:
+            WorkerFailed: a node is gone, and what is waited for cannot come.
+        """
+        import ray
+
+        self._begun = self._begun or bool(hosts(self._order))
+        now = time.monotonic()
+        if self._begun or now - self._at < (SOON_SECONDS if not self._told else 0):
+            return None
+        wanted, total = self._order.strategy.world_size, there(self._order)
+        if total < wanted:
+            raise gone(self._order, total)
+        # a placement group's id ends in that of its job
+        job = ray.get_runtime_context().get_job_id()
+        groups = ray.util.placement_group_table()
+        if not any(group["state"] == "PENDING" for name, group in groups.items() if name.endswith(job)):
+            return None
+        free = min(int(ray.available_resources().get(resource(self._order), 0)), total)
+        text = f"{WAITING}{wanted} {resource(self._order)}s at once: {free} of {total} are free"
+        if text == self._told and now - self._at < AGAIN_SECONDS:
+            return None
+        self._told, self._at = text, now
+        return text
 
 
 def draining() -> set[str]:
@@ -266,15 +313,20 @@ def unused(order: Order) -> int:
 
 def check_resources(order: Order, address: str | None) -> None:
     """Refuse what a running Ray cannot place: Ray Train would wait for it forever."""
-    from orchestrator.failures import WorkerFailed
-
     if address is None:
         return
     found, wanted = there(order), order.strategy.world_size
     if found < wanted:
-        what = f"The Ray at {address} has {found} {resource(order)}s, the plan needs {wanted}."
-        remedy = "Lower strategy.world_size or add nodes."
-        raise WorkerFailed(Failure("node lost", what, remedy=remedy, available=found))
+        raise gone(order, found)
+
+
+def gone(order: Order, found: int) -> Exception:
+    """The failure of a Ray that has fewer devices than the plan needs."""
+    from orchestrator.failures import WorkerFailed
+
+    what = f"Ray has {found} {resource(order)}s, the plan needs {order.strategy.world_size}."
+    remedy = "Lower strategy.world_size or add nodes."
+    return WorkerFailed(Failure("node lost", what, remedy=remedy, available=found))
 
 
 def trainer_of(order: Order) -> Any:

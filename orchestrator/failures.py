@@ -40,6 +40,7 @@ FIRST: tuple[Kind, ...] = (
     "not finite",
     "disk full",
     "storage",
+    "no room",
     "error",
     "preempted",
     "node lost",
@@ -136,6 +137,13 @@ def told_by(error: BaseException) -> Failure | None:
     if isinstance(error, RayActorError):
         return Failure("node lost", "Ray Train's controller is gone")
     if isinstance(error, ControllerError):
+        # of no public module of Ray's
+        if type(error.controller_failure).__name__ == "WorkerGroupStartupTimeoutError":
+            return Failure(
+                "no room",
+                "The devices that the run waited for were not free in time.",
+                remedy="Start it again when they are, or raise recovery.wait_minutes.",
+            )
         return Failure("node lost", f"the workers could not be placed: {error.controller_failure}".splitlines()[0])
     if not isinstance(error, WorkerGroupError) or not error.worker_failures:
         return None

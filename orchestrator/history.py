@@ -126,6 +126,9 @@ class History:
 NOTHING_MEASURED = History()
 
 
-def ledger_path() -> Path:
-    """Where finished runs are entered: $QLORA_LEDGER, or the user's application folder."""
-    return Path(os.environ.get("QLORA_LEDGER") or Path(click.get_app_dir("qlora-orchestrator")) / "ledger.sqlite")
+def ledger_place() -> Path | str:
+    """Where runs are entered: $QLORA_LEDGER, a file or the URL of a PostgreSQL; or the user's application folder."""
+    named = os.environ.get("QLORA_LEDGER")
+    if named and named.startswith(("postgresql://", "postgres://")):
+        return named
+    return Path(named or Path(click.get_app_dir("qlora-orchestrator")) / "ledger.sqlite")

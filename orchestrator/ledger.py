@@ -1,105 +1,268 @@
-"""The ledger: one row per run in SQLite, with what was predicted and what was measured."""
+"""The ledger: one row per run, with what was predicted and what was measured.
+
+It is a file of SQLite, or where a team shares one, a PostgreSQL by its URL.
+"""
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from orchestrator.history import NOTHING_MEASURED, History, MeasuredRun, RanOut, ledger_path
+from clusters.errors import without_secrets
+from orchestrator.history import NOTHING_MEASURED, History, MeasuredRun, RanOut, ledger_place
 
 if TYPE_CHECKING:
     from orchestrator.record import RunRecord  # a pydantic model, which `qlora-plan` need not import to read a ledger
 
-SCHEMA_VERSION = 1
 LATEST_RUNS = 500
 """More of the past says little about the next run."""
-TABLE = """
-CREATE TABLE IF NOT EXISTS runs (
-    id TEXT PRIMARY KEY,
-    name TEXT NOT NULL,
-    folder TEXT NOT NULL,
-    status TEXT NOT NULL,
-    started TEXT NOT NULL,
-    model TEXT NOT NULL,
-    device TEXT NOT NULL,
-    plan_digest TEXT NOT NULL,
-    predicted_allocated_bytes INTEGER NOT NULL,
-    measured_allocated_bytes INTEGER,
-    record TEXT NOT NULL
+CONNECT_SECONDS = 10
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """
+        CREATE TABLE IF NOT EXISTS runs (
+            id TEXT PRIMARY KEY,
+            name TEXT NOT NULL,
+            folder TEXT NOT NULL,
+            status TEXT NOT NULL,
+            started TEXT NOT NULL,
+            model TEXT NOT NULL,
+            device TEXT NOT NULL,
+            plan_digest TEXT NOT NULL,
+            predicted_allocated_bytes BIGINT NOT NULL,
+            measured_allocated_bytes BIGINT,
+            record TEXT NOT NULL
+        )
+        """,
+    ),
+    (
+        "ALTER TABLE runs ADD COLUMN tokens_per_second DOUBLE PRECISION",
+        "ALTER TABLE runs ADD COLUMN faults INTEGER",
+        "ALTER TABLE runs ADD COLUMN device_seconds DOUBLE PRECISION",
+    ),
 )
-"""
+"""What makes each version of the schema from the one before, in SQLite and in PostgreSQL. Only ever added to."""
+COLUMNS = (
+    "id", "name", "folder", "status", "started", "model", "device", "plan_digest", "predicted_allocated_bytes",
+    "measured_allocated_bytes", "record", "tokens_per_second", "faults", "device_seconds",
+)  # fmt: skip
+ENTER = (
+    f"INSERT INTO runs ({', '.join(COLUMNS)}) VALUES ({', '.join(f':{name}' for name in COLUMNS)})"  # noqa: S608
+    f" ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])}"
+)
+LATEST = "SELECT id, folder, status, record FROM runs ORDER BY started DESC, id LIMIT :limit"
+
+
+class Connection(Protocol):
+    """A transaction in either of the databases; SQL has its values by name, as in ``:limit``."""
+
+    def execute(self, sql: str, values: Mapping[str, Any] | None = None) -> list[Any]:
+        """The rows of a statement; none where it has no result."""
+
+    def version(self) -> int:
+        """Of the schema; 0 where nothing was ever entered."""
+
+    def set_version(self, version: int) -> None:
+        """Note what the schema is now."""
+
+
+class _Sqlite:
+    """A `Connection` to a file."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def execute(self, sql: str, values: Mapping[str, Any] | None = None) -> list[Any]:
+        return self._connection.execute(sql, values or {}).fetchall()
+
+    def version(self) -> int:
+        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+
+    def set_version(self, version: int) -> None:
+        self._connection.execute(f"PRAGMA user_version = {version}")
+
+
+class _Postgres:
+    """A `Connection` to a server, through SQLAlchemy."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def execute(self, sql: str, values: Mapping[str, Any] | None = None) -> list[Any]:
+        from sqlalchemy import text
+
+        result = self._connection.execute(text(sql), values or {})
+        return list(result) if result.returns_rows else []
+
+    def version(self) -> int:
+        [[there]] = self.execute("SELECT to_regclass('ledger_version') IS NOT NULL")
+        return self.execute("SELECT version FROM ledger_version")[0][0] if there else 0
+
+    def set_version(self, version: int) -> None:
+        self.execute("CREATE TABLE IF NOT EXISTS ledger_version (version INTEGER NOT NULL)")
+        self.execute("DELETE FROM ledger_version")
+        self.execute("INSERT INTO ledger_version VALUES (:version)", {"version": version})
 
 
 @contextmanager
-def open_ledger(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection to the ledger, made if it does not exist; commits at the end, closes always."""
+def open_ledger(place: Path | str, *, to_write: bool = True) -> Iterator[Connection]:
+    """A transaction in a ledger; its schema is that of this version where it is written to.
+
+    Args:
+        place: the file of a SQLite, which is made if it does not exist, or the URL of a PostgreSQL.
+
+    Raises:
+        OSError: it cannot be opened, read or written, or was written by a later version.
+    """
+    shown = without_secrets(str(place))
+    try:
+        with _sqlite(place, to_write) if isinstance(place, Path) else _postgres(place, to_write) as connection:
+            version = connection.version()
+            if version > len(MIGRATIONS):
+                raise OSError(f"{shown} was written by a later version (schema {version})")
+            if to_write and version < len(MIGRATIONS):
+                for statement in (each for migration in MIGRATIONS[version:] for each in migration):
+                    connection.execute(statement)
+                connection.set_version(len(MIGRATIONS))
+            yield connection
+    except sqlite3.Error as error:
+        raise OSError(str(error)) from error
+
+
+@contextmanager
+def _sqlite(path: Path, to_write: bool) -> Iterator[Connection]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=30)) as connection, connection:
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise sqlite3.DatabaseError(f"{path} was written by a later version (schema {version})")
-        connection.execute(TABLE)
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        yield connection
+    with closing(sqlite3.connect(path, timeout=30, isolation_level=None)) as connection:
+        # the lock comes first: of two that both find an old schema one waits, and finds the new one
+        connection.execute("BEGIN IMMEDIATE" if to_write else "BEGIN")
+        try:
+            yield _Sqlite(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
 
 
-def enter(record: RunRecord, folder: Path, path: Path | None = None) -> None:
+@contextmanager
+def _postgres(url: str, to_write: bool) -> Iterator[Connection]:
+    try:
+        import psycopg  # noqa: F401
+        import sqlalchemy
+    except ImportError as error:
+        raise OSError(
+            'a shared ledger needs packages that are not installed: pip install "qlora-orchestrator[ledger]"'
+        ) from error
+    try:
+        # libpq reads the password, where the URL has none, from PGPASSWORD, PGPASSFILE or ~/.pgpass
+        engine = sqlalchemy.create_engine(
+            sqlalchemy.make_url(url).set(drivername="postgresql+psycopg"),
+            poolclass=sqlalchemy.NullPool,
+            connect_args={"connect_timeout": CONNECT_SECONDS},
+        )
+        with engine.begin() as connection:
+            if to_write:
+                connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(hashtext('qlora ledger'))"))
+            yield _Postgres(connection)
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        reason = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
+        raise OSError(without_secrets(" ".join(str(reason).split()))) from error
+
+
+def enter(record: RunRecord, folder: Path, place: Path | str | None = None) -> None:
     """Put a run's row into the ledger, in place of its earlier one.
 
     Raises:
-        OSError, sqlite3.Error: the ledger cannot be written; the run itself is not harmed by that.
+        OSError: the ledger cannot be written; the run itself is not harmed by that.
     """
     measured = record.measured or {}
-    row = (
-        record.id,
-        record.name,
-        str(folder),
-        record.status,
-        record.attempts[0].started if record.attempts else "",
-        record.plan["model"]["name"],
-        record.plan["estimate"]["gpu"]["name"],
-        record.plan["digest"],
-        record.predicted["allocated_bytes"],
-        measured.get("allocated_bytes"),
-        json.dumps(record.model_dump(mode="json")),
-    )
-    with open_ledger(path or ledger_path()) as connection:
-        connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    fields = record.model_dump(mode="json")
+    row = {
+        "id": record.id,
+        "name": record.name,
+        "folder": str(folder),
+        "status": record.status,
+        "started": record.attempts[0].started if record.attempts else "",
+        "model": record.plan["model"]["name"],
+        "device": record.plan["estimate"]["gpu"]["name"],
+        "plan_digest": record.plan["digest"],
+        "predicted_allocated_bytes": record.predicted["allocated_bytes"],
+        "measured_allocated_bytes": measured.get("allocated_bytes"),
+        "record": json.dumps(fields),
+        "tokens_per_second": tokens_per_second(fields),
+        "faults": faults(fields),
+        "device_seconds": device_seconds(fields),
+    }
+    with open_ledger(ledger_place() if place is None else place) as connection:
+        connection.execute(ENTER, row)
+
+
+def tokens_per_second(record: Mapping[str, Any]) -> float | None:
+    """Of the median step, over all devices; None where it was not measured."""
+    seconds = (record["measured"] or {}).get("step_seconds")
+    return record["plan"]["recipe"]["tokens_per_step"] / seconds if seconds else None
+
+
+def faults(record: Mapping[str, Any]) -> int:
+    """Attempts that ended by a failure."""
+    return sum(attempt.get("failure") is not None for attempt in record["attempts"])
+
+
+def device_seconds(record: Mapping[str, Any]) -> float:
+    """Seconds of all devices over all attempts that have ended."""
+    total = 0.0
+    for attempt in record["attempts"]:
+        if attempt.get("ended"):
+            lasted = datetime.fromisoformat(attempt["ended"]) - datetime.fromisoformat(attempt["started"])
+            total += lasted.total_seconds() * attempt.get("strategy", {}).get("world_size", 1)
+    return total
 
 
 def known_history(tell: Callable[[str], None]) -> History:
     """What earlier runs measured; nothing, and a remark, where the ledger cannot be read."""
-    path = ledger_path()
-    if not path.exists():
+    place = ledger_place()
+    if isinstance(place, Path) and not place.exists():
         return NOTHING_MEASURED
     try:
-        return read_history(path)
+        return read_history(place)
     except OSError as error:
-        tell(f"The ledger {path} was not read: {error}. The plan is not corrected by it.")
+        shown = without_secrets(str(place))
+        tell(f"The ledger {shown} was not read: {error}. The plan is not corrected by it.")
         return NOTHING_MEASURED
 
 
-def read_history(path: Path) -> History:
+def latest(place: Path | str, limit: int) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """The id, folder, status and record of the latest runs of a ledger.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open_ledger(place, to_write=False) as connection:
+        rows = connection.execute(LATEST, {"limit": limit}) if connection.version() else []
+    try:
+        return [(run, folder, status, json.loads(record)) for run, folder, status, record in rows]
+    except ValueError as error:
+        raise OSError(f"it is no ledger that this version reads ({error})") from error
+
+
+def read_history(place: Path | str) -> History:
     """The latest runs of a ledger: what the complete ones measured, and which plans ran out of memory.
 
     Raises:
         OSError: it is no ledger that this version reads.
     """
+    found = [(status, record) for _, _, status, record in latest(place, LATEST_RUNS)]
     try:
-        with open_ledger(path) as connection:
-            rows = connection.execute(
-                "SELECT status, record FROM runs ORDER BY started DESC LIMIT ?", (LATEST_RUNS,)
-            ).fetchall()
-        records = [(status, json.loads(record)) for status, record in rows]
         return History(
-            runs=tuple(measured_run(record) for status, record in records if status == "complete"),
-            ran_out=tuple(each for _, record in records for each in ran_out(record)),
+            runs=tuple(measured_run(record) for status, record in found if status == "complete"),
+            ran_out=tuple(each for _, record in found for each in ran_out(record)),
         )
-    except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise OSError(f"it is no ledger that this version reads ({error})") from error
 
 

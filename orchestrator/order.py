@@ -10,6 +10,9 @@ from typing import Any
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
 
+WAITING = "waiting for "
+"""What is said while others use the devices begins so."""
+
 
 @dataclass(frozen=True, slots=True)
 class Order:
@@ -30,6 +33,7 @@ class Order:
             listens on all interfaces, has joined them over the network.
         predicted: the plan's bytes, as `metrics_of` takes them.
         accelerator_type: what Ray calls the GPUs that workers must have; None where any will do.
+        wait_seconds: how long it waits for devices that others use; None: without end.
         more_workers: the numbers with which the run could go on if as many devices came back.
     """
 
@@ -57,3 +61,4 @@ class Order:
     eval_every: int | None = None
     more_workers: tuple[int, ...] = ()
     accelerator_type: str | None = None
+    wait_seconds: float | None = None

@@ -18,6 +18,7 @@ Kind = Literal[
     "node lost",
     "preempted",
     "devices back",
+    "no room",
     "hung",
     "storage",
     "disk full",
@@ -26,8 +27,8 @@ Kind = Literal[
     "user",
     "error",
 ]
-"""What happened. "devices back": a run that goes on with fewer workers could have more again. "error": anything that no
-rule knows, which is a defect of the code or of a library."""
+"""What happened. "devices back": a run that goes on with fewer workers could have more again. "no room": the devices
+are there, and others use them. "error": anything that no rule knows, which is a defect of the code or of a library."""
 IN_ORDER: frozenset[Kind] = frozenset({"preempted", "devices back"})
 """The workers were asked to end, and left a checkpoint: nothing has failed."""
 Action = Literal["retry", "replan", "shrink", "grow", "wait", "stop"]
@@ -106,6 +107,7 @@ RULES: dict[Kind, Rule] = {
     ),
     "preempted": Rule("wait", "a checkpoint was written before the node went", counted=False),
     "devices back": Rule("grow", "the run was to have more workers, and a checkpoint was written", counted=False),
+    "no room": Rule("stop", "others have used the devices for longer than recovery.wait_minutes"),
     "hung": Rule("retry", "no worker got on for longer than recovery.hang_minutes", seconds=1, most_seconds=60),
     "storage": Rule("retry", "storage that fails often comes back", seconds=5, most_seconds=300),
     "disk full": Rule("stop", "space comes from a person"),

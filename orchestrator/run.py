@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +13,10 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from clusters.errors import RequestError, RunFailed, request_error
+from clusters.errors import RequestError, RunFailed, request_error, without_secrets
 from orchestrator import ledger
 from orchestrator.following import Following, WorkerTraceback, decided, given_up, more_workers, told
-from orchestrator.history import ledger_path
+from orchestrator.history import ledger_place
 from orchestrator.identity import check_same
 from orchestrator.offsite import Offsite, offsite
 from orchestrator.order import Order
@@ -301,9 +300,9 @@ def save(record: RunRecord, output: Path, display: Display) -> None:
         ) from error
     try:
         ledger.enter(record, output)
-    except (OSError, sqlite3.Error) as error:
+    except OSError as error:
         # The ledger serves later plans; this run does not depend on it.
-        display.note(f"The ledger {ledger_path()} was not updated: {error}.")
+        display.note(f"The ledger {without_secrets(str(ledger_place()))} was not updated: {error}.")
 
 
 def order_of(
@@ -332,6 +331,7 @@ def order_of(
         resume_from=resume,
         attempt=attempt,
         more_workers=more_workers,
+        wait_seconds=None if spec.recovery.wait_minutes is None else 60 * spec.recovery.wait_minutes,
         accelerator_type=prepared.machine.accelerator_type,
         rendezvous=output / ".rendezvous" if spec.cluster == "auto" else None,
         predicted=predicted(plan),

@@ -153,6 +153,8 @@ class RecoverySpec(_Section):
     """When no worker has got on for so long, the attempt is ended; loading the base may take six times as long."""
     min_workers: Count | None = None
     """So many workers are enough to go on with when nodes are lost; nothing: it waits for as many as were planned."""
+    wait_minutes: Annotated[float, Field(ge=0)] | None = None
+    """So long an attempt waits for devices of a Ray cluster that others use; nothing: without end."""
 
 
 class RunSpec(_Section):

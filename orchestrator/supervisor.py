@@ -90,8 +90,10 @@ def run_attempt(
                 asked = asked_to_end(message)
                 order.stop_file.touch()  # the workers end after their step, with a checkpoint
             else:
+                watchdog.saw(message)
                 on_event(message)
-            if interrupt.is_set() and last.get("event", "phase") == "phase":  # the loop has not begun
+            wanted = interrupt.is_set() or (asked is None and order.stop_file.exists())
+            if wanted and last.get("event", "phase") == "phase":  # the loop has not begun
                 raise Interrupted
     finally:
         running.kill()

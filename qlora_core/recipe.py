@@ -99,8 +99,8 @@ class Recipe:
     upcast: Upcast = "none"
     """peft: what peft.prepare_model_for_kbit_training does, every unquantized 16-bit weight becomes float32."""
     autocast: bool = False
-    """Run the forward pass under torch.autocast: float32 adapters are computed in the compute dtype, which is faster and
-    keeps less; in float32 it does nothing."""
+    """Run the forward pass under torch.autocast: float32 adapters are computed in the compute dtype, which is faster
+    and keeps less; in float32 it does nothing."""
     optimizer: Optimizer = "adamw"
     """adamw keeps two float32 moments, adamw_8bit two block-wise 8-bit ones (bitsandbytes). Paging is a strategy."""
     seq_len: Count = 512

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import urllib.request
@@ -25,9 +26,9 @@ class Cluster:
     users: dict[str, str]
     head: str = ""
 
-    def node(self, ip: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    def node(self, ip: str, *options: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
         """One more node, with a CPU."""
-        return ray_node(self.head, self.users, ip, "--num-cpus=1")
+        return ray_node(self.head, self.users, ip, "--num-cpus=1", *options)
 
     def start(self, run: Run, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -43,6 +44,12 @@ class Cluster:
         output, _ = process.communicate(timeout=TIMEOUT)
         return process.returncode, output
 
+    def ray(self, *arguments: str) -> str:
+        """What `ray job` says."""
+        environment = {**os.environ, **self.users, "RAY_API_SERVER_ADDRESS": self.address}
+        command = [str(COMMAND.with_name("ray")), "job", *arguments]
+        return str(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
     def shown(self) -> str:
         """All that Ray tells of its jobs to whoever asks."""
         token = Path(self.users["RAY_AUTH_TOKEN_PATH"]).read_text()
@@ -53,9 +60,9 @@ class Cluster:
 
 
 @contextmanager
-def job_cluster() -> Iterator[Cluster]:
+def job_cluster(*options: str) -> Iterator[Cluster]:
     """A head without CPUs for workers."""
     port = free_port()
-    options = (f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}")
-    with ray_head("--num-cpus=0", "--include-dashboard=true", *options) as (address, users):
+    ports = (f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}")
+    with ray_head("--num-cpus=0", "--include-dashboard=true", *ports, *options) as (address, users):
         yield Cluster(f"http://127.0.0.1:{port}", users, address)

@@ -59,13 +59,13 @@ def test_a_ledger_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 99")
-    with pytest.raises(sqlite3.DatabaseError, match="later version"):
+    with pytest.raises(OSError, match="later version"):
         ledger.enter(record(), tmp_path, path)
 
 
 def test_its_place_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("QLORA_LEDGER", str(tmp_path / "x.sqlite"))
-    assert history.ledger_path() == tmp_path / "x.sqlite"
+    assert history.ledger_place() == tmp_path / "x.sqlite"
 
 
 def test_a_resume_shows_every_difference_at_once(tmp_path: Path) -> None:

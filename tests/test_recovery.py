@@ -15,7 +15,7 @@ from orchestrator.failures import WorkerFailed, cause, failure_of, kind_of, lost
 from orchestrator.recovery import RULES, Decision, Failure, Kind, Limits, decide
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-ENDS = {"disk full", "data", "not finite", "user", "error"}
+ENDS = {"no room", "disk full", "data", "not finite", "user", "error"}
 """Of a person's making, or of the code's: the same would fail again."""
 UNBOUNDED = {"gpu memory", "preempted", "devices back"}
 """A leaner plan exists or not; where workers are asked to end it costs no step."""

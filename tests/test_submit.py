@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import threading
 import time
-from collections.abc import Iterator
+import venv
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from job_clusters import SECRET, Cluster, job_cluster
 from real_runs import TIMEOUT, Run, make_run
@@ -103,6 +108,82 @@ def test_a_cluster_that_does_not_answer_is_told_in_a_line(
         assert len(output.splitlines()) == 1
     code, output = cluster.ask(run, "status", "nothing")
     assert (code, "knows no such job" in output) == (2, True)
+
+
+HOLD = """
+import ray, time
+ray.init()
+ray.get(ray.util.placement_group([{"CPU": 1}] * 2, strategy="SPREAD").ready())
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("cluster")
+def test_a_run_waits_for_what_others_use_says_so_and_begins_when_it_is_free(
+    tmp_path: Path, tiny_base: Path, conversations: Path, cluster: Cluster
+) -> None:
+    (tmp_path / "hold.py").write_text(HOLD)
+    cluster.ray("submit", "--no-wait", "--submission-id=other", "--", "python", str(tmp_path / "hold.py"))
+    wait_until(lambda: "\nheld" in cluster.ray("logs", "other"))
+    run = run_of(tmp_path, tiny_base, conversations, steps=2)
+    specification = str(run.specification)
+    code, output = cluster.ask(run, specification, "recovery.wait_minutes=0.2", "--follow")
+    assert code == 1, output
+    assert "waiting for 2 CPUs at once: 0 of 2 are free" in output
+    assert "The devices that the run waited for were not free in time. Start it again" in output
+    [attempt] = run.record["attempts"]
+    assert (attempt["failure"]["kind"], attempt["decision"]["action"]) == ("no room", "stop")
+
+    code, output = cluster.ask(run, specification)
+    assert code == 0, output
+    job = f"{id_stem(load_spec(run.specification))}-2"
+    waits = "waiting for 2 CPUs at once: 0 of 2 are free"
+    wait_until(lambda: waits in cluster.ask(run, "status", job)[1])
+    assert waits in cluster.ask(run, "list")[1]
+    cluster.ray("stop", "--no-wait", "other")
+    assert cluster.ask(run, "wait", job)[0] == 0
+    assert run.record["status"] == "complete"
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_a_python_without_our_packages_is_told_in_a_line(tmp_path: Path) -> None:
+    venv.create(tmp_path / "bare", symlinks=True)
+    done = subprocess.run(
+        [tmp_path / "bare" / "bin" / "python", "-m", "launch.job"],
+        env={"PYTHONPATH": str(Path(__file__).parent.parent)},  # as Ray adds what travelled
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "has no click. Install qlora-orchestrator[train] for the `python` on PATH" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+class StandInForAnotherRay(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"version": "4", "ray_version": "9.9.9", "ray_commit": "none", "session_name": "s"}')
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_stand_in_for_a_head_of_another_ray_is_remarked() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), StandInForAnotherRay) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = jobs.connect(f"http://127.0.0.1:{server.server_port}")
+        remark = jobs.another_ray(client)
+        server.shutdown()
+    assert remark == f"The head runs Ray 9.9.9, this machine {ray.__version__}."
 
 
 def test_what_travels_is_the_specification_the_machine_and_what_is_local(

@@ -150,7 +150,7 @@ def speed(
         add(found, page.BARE, case, loop("bare", specification))
         add(found, page.TRL, case, trl_loop(case, specification, model, "bfloat16"))
         add(found, page.TRL_F32, case, trl_loop(case, specification, model, "float32"))
-    return found
+    return found, peaks
 
 
 def add(found: dict[str, list[float]], name: str, case: Case, measured: dict[str, Any]) -> None:

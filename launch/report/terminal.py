@@ -54,8 +54,8 @@ class Bar:
         return Measurement(0, round(self.share * BAR_WIDTH))
 
 
-def print_plan(plan: Plan, *, explained: bool = False, swept: Sweep | None = None) -> None:
-    """Print a plan to stdout, its warnings to stderr."""
+def print_plan(plan: Plan, *, explained: bool = False, swept: Sweep | None = None, err: bool = False) -> None:
+    """Print a plan to stdout, or with `err` to stderr; its warnings to stderr."""
     console = Console(highlight=False, markup=False, emoji=False)  # a name in brackets is a name
     with console.capture() as captured:
         console.print(*screen(plan, swept), sep="\n")
@@ -68,7 +68,7 @@ def print_plan(plan: Plan, *, explained: bool = False, swept: Sweep | None = Non
                     console.print(Padding(Text(line), (0, 0, 0, 2)))
     for warning in plan.warnings:
         command.warn(warning)
-    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()), err=err)
 
 
 def plan_screen(plan: Plan) -> RenderableType:

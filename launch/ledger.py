@@ -1,0 +1,224 @@
+"""`qlora-capacity ledger`: what all runs predicted and measured, as a table or as a file."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clusters.cluster import Cluster, load_cluster
+from clusters.errors import not_installed, request_error, without_secrets
+from launch.report.words import gib
+from orchestrator.history import ledger_place
+from orchestrator.ledger import device_seconds, faults, latest, tokens_per_second
+from qlora_core.files import replace_atomically
+
+HOUR = 3600.0
+PIPED_WIDTH = 220
+"""Columns where there is no terminal: nothing is cut off."""
+
+Row = dict[str, Any]
+
+
+@click.command("ledger")
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="The latest so many runs.")
+@click.option("--model", help="Only runs of this model.")
+@click.option("--device", help="Only runs on this GPU.")
+@click.option(
+    "--cluster",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A description with prices (docs/clusters.md): what the runs cost there.",
+)
+@click.option(
+    "--export",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write all that is known into a .csv, .parquet or .json.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def ledger(
+    limit: int,
+    model: str | None,
+    device: str | None,
+    cluster: Path | None,
+    export: Path | None,
+    as_json: bool,
+    debug: bool,
+) -> int:
+    """The runs of the ledger, the latest first: $QLORA_LEDGER, or the one in the user's application folder."""
+    write = None if export is None else writer_of(export)
+    prices = None if cluster is None else hourly(load_cluster(cluster), cluster)
+    wanted = {"model": model, "device": device}
+    found = [
+        row
+        for row in rows_of(limit, prices)
+        if all(value is None or row[field] == value for field, value in wanted.items())
+    ]
+    if export is not None and write is not None:
+        try:
+            with replace_atomically(export) as temporary:
+                write(found, temporary)
+        except OSError as error:
+            raise request_error("--export", export, f"it cannot be written: {error}", "Choose another file") from error
+        click.echo(f"{len(found)} runs written to {export}.")
+    elif as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        show(found)
+    return 0
+
+
+def rows_of(limit: int, prices: Mapping[str, tuple[float, str]] | None) -> list[Row]:
+    """The latest runs, each with its figures; bytes, seconds and tokens a second.
+
+    Raises:
+        RequestError: the ledger cannot be read.
+    """
+    place = ledger_place()
+    if isinstance(place, Path) and not place.exists():
+        return []
+    try:
+        return [row_of(*each, prices) for each in latest(place, limit)]
+    except (OSError, KeyError, TypeError) as error:
+        rule, remedy = f"it was not read: {error}", "Name another with QLORA_LEDGER, or put that right"
+        raise request_error("QLORA_LEDGER", without_secrets(str(place)), rule, remedy) from error
+
+
+def row_of(
+    run: str, folder: str, status: str, record: Mapping[str, Any], prices: Mapping[str, tuple[float, str]] | None
+) -> Row:
+    """One run's figures."""
+    plan, predicted, measured = record["plan"], record["predicted"], record["measured"] or {}
+    device = plan["estimate"]["gpu"]["name"]
+    seconds = device_seconds(record)
+    row = {
+        "run": run,
+        "name": record["name"],
+        "status": status,
+        "started": record["attempts"][0]["started"] if record["attempts"] else None,
+        "folder": folder,
+        "model": plan["model"]["name"],
+        "device": device,
+        "workers": plan["strategy"]["world_size"],
+        "plan": plan["digest"],
+        "predicted_allocated_bytes": predicted["allocated_bytes"],
+        "measured_allocated_bytes": measured.get("allocated_bytes"),
+        "predicted_reserved_bytes": predicted.get("reserved_bytes"),
+        "measured_reserved_bytes": measured.get("reserved_bytes"),
+        "predicted_step_seconds": predicted.get("step_seconds"),
+        "measured_step_seconds": measured.get("step_seconds"),
+        "tokens_per_second": tokens_per_second(record),
+        "attempts": len(record["attempts"]),
+        "faults": faults(record),
+        "device_seconds": seconds,
+    }
+    if prices is not None:
+        per_hour, currency = prices.get(device, (None, None))
+        row |= {"cost": None if per_hour is None else per_hour * seconds / HOUR, "currency": currency}
+    return row
+
+
+def hourly(cluster: Cluster, path: Path) -> dict[str, tuple[float, str]]:
+    """What an hour of one GPU costs, by its name; the cheapest pool's.
+
+    Raises:
+        RequestError: no pool has a price.
+    """
+    found: dict[str, tuple[float, str]] = {}
+    for pool in cluster.pools:
+        if pool.price_per_hour is not None and cluster.currency is not None:
+            price = pool.price_per_hour / pool.gpus_per_node
+            if pool.gpu.name not in found or price < found[pool.gpu.name][0]:
+                found[pool.gpu.name] = (price, cluster.currency)
+    if not found:
+        raise request_error("--cluster", path, "no pool of it has a price", "Add price_per_hour and currency")
+    return found
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def writer_of(path: Path) -> Callable[[Sequence[Row], Path], None]:
+    """What writes rows into a file of this kind.
+
+    Raises:
+        RequestError: the name has none of the known endings, or a package is missing.
+    """
+    writers = {".csv": write_csv, ".parquet": write_parquet, ".json": write_rows_json}
+    if path.suffix not in writers:
+        raise request_error("--export", path, f"its name ends in none of {', '.join(writers)}", "Name it so")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise not_installed("--export", path, ["pyarrow"]) from None
+    return writers[path.suffix]
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Comma-separated, with a header."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["run"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(rows: Sequence[Row], path: Path) -> None:
+    """Apache Parquet."""
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+
+
+def write_rows_json(rows: Sequence[Row], path: Path) -> None:
+    """A list of objects."""
+    path.write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+def show(rows: Sequence[Row]) -> None:
+    """A table, a run on each line."""
+    if not rows:
+        click.echo("No run of that kind is in the ledger.")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    columns = ("name", "started", "status", "model", "device", "predicted", "measured", "tokens/s", "faults", "hours")
+    has_cost = "cost" in rows[0]
+    for name in (*columns, *(["cost"] if has_cost else [])):
+        table.add_column(name, no_wrap=True, justify="left" if name in columns[:5] else "right")
+    for row in rows:
+        kind = "reserved" if row["measured_reserved_bytes"] else "allocated"
+        cells = [
+            row["name"],
+            (row["started"] or "").replace("T", " ")[:16],
+            row["status"],
+            Path(row["model"]).name if Path(row["model"]).is_absolute() else row["model"],
+            f"{row['workers']} x {row['device']}",
+            in_gib(row[f"predicted_{kind}_bytes"]),
+            in_gib(row[f"measured_{kind}_bytes"]),
+            "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
+            str(row["faults"]),
+            f"{row['device_seconds'] / HOUR:.2f}",
+        ]
+        if has_cost:
+            cells.append("" if row["cost"] is None else f"{row['cost']:,.2f} {row['currency']}")
+        table.add_row(*cells)
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    console.print(table)
+
+
+def in_gib(size: int | None) -> str:
+    """A size, where it is known."""
+    return "" if size is None else gib(size)

@@ -1,0 +1,183 @@
+"""A run as a manifest: for KubeRay, Slurm or Ray's cluster launcher; nothing is contacted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from clusters import kuberay, ray_launcher, slurm
+from clusters.cluster import Cluster, Pool, load_cluster
+from clusters.errors import Problem, RequestError, request_error
+from clusters.workload import Volume, Workload, nodes_for
+from launch import jobs
+from orchestrator.machine import Machine, describe
+from orchestrator.plans import Plan
+from orchestrator.prepare import Prepared
+from orchestrator.spec import RunSpec
+
+PACKAGE = "qlora-orchestrator"
+
+
+class Asked(NamedTuple):
+    """What the command line says of a manifest.
+
+    Attributes:
+        form: "kuberay", "slurm" or "ray-cluster".
+        cluster: the description's file; None renders workers on CPUs.
+        pool: of the description; None takes the one with the most GPUs.
+        image: with all that a run imports; None takes Ray's and installs what this machine has.
+        package: how pip finds this package.
+        volume: CLAIM:MOUNT, what the pods share.
+        secret, queue, priority: see `Workload`.
+    """
+
+    form: str
+    cluster: Path | None
+    pool: str | None
+    image: str | None
+    package: str | None
+    volume: str | None
+    secret: str | None
+    queue: str | None
+    priority: str | None
+
+
+class Place(NamedTuple):
+    """Where a run is to be carried out: a pool of a described cluster, or CPUs."""
+
+    machine: Machine
+    cluster: Cluster | None = None
+    pool: Pool | None = None
+
+
+def place(asked: Asked, spec: RunSpec) -> Place:
+    """What the run is planned for.
+
+    Raises:
+        RequestError: the description has mistakes, or no such pool.
+    """
+    if asked.cluster is None:
+        workers = spec.strategy_request.world_size
+        here = describe()
+        # nothing is known of the nodes: each is taken to be like this machine
+        return Place(dataclasses.replace(here, kind="cpu", devices=workers if isinstance(workers, int) else 1))
+    cluster = load_cluster(asked.cluster)
+    pools = {pool.name: pool for pool in cluster.pools}
+    if asked.pool is not None and asked.pool not in pools:
+        rule = "the description has no such pool"
+        raise request_error("--pool", asked.pool, rule, f"Give one of {', '.join(pools)}")
+    pool = pools[asked.pool] if asked.pool is not None else max(cluster.pools, key=lambda each: each.gpus)
+    machine = Machine(
+        kind="cuda",
+        name=pool.gpu.name,
+        devices=pool.gpus,
+        memory_bytes=pool.usable_bytes,
+        compute_capability=pool.gpu.compute_capability,
+    )
+    return Place(machine, cluster, pool)
+
+
+def rendered(asked: Asked, prepared: Prepared, where: Place) -> str:
+    """The manifest.
+
+    Raises:
+        RequestError: something would have to travel, or the form lacks what it needs.
+    """
+    workload = workload_of(asked, prepared.spec, prepared.plan, where)
+    if asked.form == "kuberay":
+        return kuberay.render(workload)
+    if asked.form == "slurm":
+        return slurm.render(workload)
+    if where.cluster is None or where.pool is None:
+        raise request_error("--render", "ray-cluster", "it needs machines to start", "Add --cluster FILE")
+    return ray_launcher.render(workload, where.cluster, where.pool)
+
+
+def workload_of(asked: Asked, spec: RunSpec, plan: Plan, where: Place) -> Workload:
+    """What the run asks of the cluster."""
+    volume = shared_volume(asked, spec)
+    workers = plan.strategy.world_size
+    gpus = where.pool is not None
+    nodes, on_each = nodes_for(workers, where.pool.gpus_per_node if where.pool is not None else 1)
+    host = plan.estimate.host.most_bytes
+    ray_version = metadata.version("ray")
+    return Workload(
+        name=jobs.id_stem(spec),
+        files=files_of(spec, where.machine),
+        output=spec.output,
+        metadata=jobs.metadata(spec, plan),
+        nodes=nodes,
+        workers_per_node=on_each,
+        gpus=gpus,
+        # without a GPU a worker's tensors are the host's
+        host_bytes=host if gpus else max(host, on_each * plan.estimate.gpu.process_bytes),
+        ray_version=ray_version,
+        image=asked.image,
+        requirements=pinned(asked.package),
+        volume=volume,
+        secret=asked.secret,
+        queue=asked.queue or (where.pool.partition if where.pool is not None and asked.form == "slurm" else None),
+        priority=asked.priority,
+        node_labels=dict(where.pool.node_labels) if where.pool is not None else {},
+    )
+
+
+def files_of(spec: RunSpec, machine: Machine) -> dict[str, str]:
+    """The specification and what it was planned for; paths stay as they are."""
+    fields = spec.model_dump(mode="json", exclude_unset=True)
+    fields |= {"output": spec.output}
+    fields.pop("cluster", None)
+    return {
+        jobs.SPECIFICATION: yaml.safe_dump(fields, sort_keys=False),
+        jobs.ORDER_FILE: json.dumps(dataclasses.asdict(machine)) + "\n",
+    }
+
+
+def shared_volume(asked: Asked, spec: RunSpec) -> Volume | None:
+    """What the pods of a Kubernetes share, with all that the run reads and writes by a path.
+
+    Raises:
+        RequestError: it is missing, misspelt, or something lies elsewhere.
+    """
+    if asked.form != "kuberay":
+        return None  # the nodes see the folders of this machine
+    local = {"output": spec.output, "data.path": spec.data.path, "model": spec.model, "adapter": spec.adapter}
+    paths = {field: path for field, path in local.items() if path is not None and Path(path).is_absolute()}
+    if asked.volume is None:
+        remedy = "Add --volume CLAIM:MOUNT, a PersistentVolumeClaim that all nodes write, mounted here at MOUNT, too"
+        raise request_error("output", spec.output, "a pod sees no folder of this machine", remedy)
+    claim, _, mount = asked.volume.partition(":")
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", claim) or not Path(mount).is_absolute():
+        raise request_error("--volume", asked.volume, "it is no CLAIM:MOUNT", "Write training-data:/mnt/runs, say")
+    outside = [
+        Problem(field, path, f"it does not lie on the volume, {mount}", "Put it there, or name it by an address")
+        for field, path in paths.items()
+        if not Path(path).is_relative_to(mount)
+    ]
+    if outside:
+        raise RequestError(outside)
+    return Volume(claim, mount)
+
+
+def pinned(package: str | None) -> tuple[str, ...]:
+    """This package and what it trains with, in the versions of this machine, as pip reads them; Ray comes by itself.
+
+    Args:
+        package: how pip finds this package; None: by its name and version.
+    """
+    found = {}
+    for line in metadata.requires(PACKAGE) or ():
+        wanted = re.match(r"[A-Za-z0-9._-]+", line)
+        if wanted is not None and ("extra ==" not in line or re.search(r"extra == ['\"]train['\"]", line)):
+            name = wanted.group().lower()
+            if name != "ray":
+                # a build for CPUs or for a version of CUDA is the machine's matter
+                found[name] = metadata.version(name).partition("+")[0]
+    own = package or f"{PACKAGE}=={metadata.version(PACKAGE)}"
+    return (own, *(f"{name}=={version}" for name, version in sorted(found.items())))

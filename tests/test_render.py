@@ -1,0 +1,297 @@
+"""Manifests: valid by the schemas of those who read them, sized by the plan, and carried out where that can be here."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import ray
+import yaml
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from job_clusters import job_cluster
+from real_runs import Run, make_run
+
+from clusters.errors import RequestError
+from clusters.kuberay import LONGEST_NAME, resource_name
+from clusters.workload import nodes_for
+from launch.submit import submit
+
+CRD = "QLORA_KUBERAY_CRD"
+"""The file of KubeRay's rayjobs.ray.io, as `helm show crds kuberay/kuberay-operator` prints it among others."""
+TEAM = """
+name: team
+region: eu-central-1
+pools:
+- {name: big, gpu: a100-80gb, gpus_per_node: 8, nodes: 2, host_ram_gib: 2048,
+   node_labels: {nvidia.com/gpu.product: NVIDIA-A100-SXM4-80GB}, partition: a100, instance_type: p4de.24xlarge}
+- {name: desk, gpu: rtx-4090, gpus_per_node: 4, nodes: 2, hosts: [10.0.0.1]}
+"""
+
+Render = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_base: Path, conversations: Path) -> Run:
+    return make_run(tmp_path, tiny_base, conversations, checkpoints={"every_steps": 2})
+
+
+@pytest.fixture
+def render(run: Run, tmp_path: Path) -> Render:
+    (tmp_path / "team.yaml").write_text(TEAM)
+
+    def ask(form: str, *options: str) -> Result:
+        found = CliRunner().invoke(
+            submit, [str(run.specification), "--render", form, *options], standalone_mode=False, catch_exceptions=True
+        )
+        if found.exception is not None and not isinstance(found.exception, RequestError):
+            raise found.exception
+        return found
+
+    return ask
+
+
+def documents(result: Result) -> tuple[dict[str, Any], dict[str, Any]]:
+    config, job = yaml.safe_load_all(result.stdout)
+    return config, job
+
+
+VOLUME = ("--volume", "runs:/")
+"""Every path of a test lies on it."""
+
+
+def workers(number: int) -> tuple[str, ...]:
+    """A sequence of a step for each."""
+    return (f"strategy.world_size={number}", "strategy.micro_batch=1", f"recipe.tokens_per_step={64 * number}")
+
+
+TEAMS_GPUS = ("--cluster", "team.yaml", *workers(8))
+
+
+@pytest.fixture
+def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    monkeypatch.chdir(tmp_path)
+    return TEAMS_GPUS
+
+
+# --- KubeRay ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpus", [False, True], ids=["on CPUs", "on GPUs"])
+def test_pods_and_config_are_what_kubernetes_own_schema_takes_and_no_field_more(
+    render: Render, team: tuple[str, ...], gpus: bool
+) -> None:
+    more = (*team, "--secret", "hub") if gpus else ()
+    config, job = documents(render("kuberay", *VOLUME, *more))
+    kubernetes_validate.validate(config, "1.31", strict=True)
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pods = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": job["metadata"], "template": group["template"]}
+        kubernetes_validate.validate(pods, "1.31", strict=True)
+
+
+@pytest.mark.skipif(CRD not in os.environ, reason=f"{CRD} names no file with KubeRay's definition of a RayJob")
+@pytest.mark.parametrize("gpus", [False, True], ids=["on CPUs", "on GPUs"])
+def test_a_ray_job_is_what_kuberays_published_definition_takes_and_no_field_more(
+    render: Render, team: tuple[str, ...], gpus: bool
+) -> None:
+    definition = yaml.safe_load(Path(os.environ[CRD]).read_text())
+    (schema,) = (each["schema"]["openAPIV3Schema"] for each in definition["spec"]["versions"] if each["name"] == "v1")
+    more = (*team, "--secret", "hub", "--queue", "team", "--priority", "high") if gpus else ()
+    _, job = documents(render("kuberay", *VOLUME, *more))
+    jsonschema.validate(job, closed(schema))
+    job["spec"]["entrypointNumCPU"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="entrypointNumCPU"):
+        jsonschema.validate(job, closed(schema))
+
+
+def closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """`schema` without fields that it does not name: a cluster drops them without a word."""
+    found = copy.deepcopy(schema)
+    del found["properties"]["metadata"]  # said elsewhere: ObjectMeta
+    found["properties"]["metadata"] = {}
+    close(found)
+    return found
+
+
+def close(schema: Any) -> None:
+    if isinstance(schema, list):
+        for each in schema:
+            close(each)
+    elif isinstance(schema, dict):
+        if "properties" in schema and "x-kubernetes-preserve-unknown-fields" not in schema:
+            schema.setdefault("additionalProperties", False)
+        for each in schema.values():
+            close(each)
+
+
+def test_workers_have_the_gpus_of_the_plan_on_as_few_nodes_as_can_be_and_its_host_memory(
+    render: Render, team: tuple[str, ...]
+) -> None:
+    config, job = documents(render("kuberay", *VOLUME, *team, "--queue", "team-a", "--priority", "high"))
+    [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (1, 1, 1)
+    pod = group["template"]["spec"]
+    limits = pod["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == "8"
+    assert pod["containers"][0]["resources"]["requests"] == limits
+    assert limits["memory"].endswith("Mi")
+    assert int(limits["memory"][:-2]) >= 4 * 1024  # /dev/shm and Ray's processes, before what the plan says
+    assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
+    assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert "nvidia.com/gpu" not in json.dumps(head)
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
+    assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    assert json.loads(config["data"]["machine.json"])["name"] == "a100-80gb"
+    assert job["spec"]["metadata"]["workers"] == "8"
+
+
+@pytest.mark.parametrize(
+    ("number", "per_node", "expected"), [(8, 8, (1, 8)), (12, 8, (2, 6)), (7, 4, (7, 1)), (1, 8, (1, 1))]
+)
+def test_nodes_are_alike(number: int, per_node: int, expected: tuple[int, int]) -> None:
+    assert nodes_for(number, per_node) == expected
+
+
+def test_with_an_image_nothing_is_installed_and_without_one_all_versions_are_pinned(render: Render) -> None:
+    _, job = documents(render("kuberay", *VOLUME, "--image", "registry.example/qlora:7"))
+    assert "runtimeEnvYAML" not in job["spec"]
+    assert "registry.example/qlora:7" in json.dumps(job)
+    _, job = documents(render("kuberay", *VOLUME, "--package", "https://files.example/qlora-0.1.0-py3-none-any.whl"))
+    wanted = yaml.safe_load(job["spec"]["runtimeEnvYAML"])["pip"]
+    assert wanted[0] == "https://files.example/qlora-0.1.0-py3-none-any.whl"
+    assert {name.partition("==")[0] for name in wanted[1:]} >= {"torch", "transformers", "peft", "bitsandbytes"}
+    assert all("==" in name and "+" not in name for name in wanted[1:])
+    assert f"rayproject/ray:{ray.__version__}-py311" in json.dumps(job)
+
+
+def test_what_no_pod_would_see_is_refused_all_at_once(render: Render, run: Run, tmp_path: Path) -> None:
+    missing = render("kuberay").exception
+    assert isinstance(missing, RequestError)
+    assert "Add --volume CLAIM:MOUNT" in str(missing)
+    elsewhere = render("kuberay", "--volume", "runs:/mnt/runs").exception
+    assert isinstance(elsewhere, RequestError)
+    assert [problem.where for problem in elsewhere.problems] == ["output", "data.path", "model"]
+    for wrong in ("runs", "runs:mnt", "Ru ns:/mnt"):
+        assert "it is no CLAIM:MOUNT" in str(render("kuberay", "--volume", wrong).exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (("--pool", "big"), "no cluster is described"),
+        (("--cluster", "team.yaml", "--pool", "small"), "the description has no such pool"),
+        (("--follow",), "a manifest is printed, not submitted"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(
+    render: Render, team: tuple[str, ...], options: tuple[str, ...], rule: str
+) -> None:
+    assert rule in str(render("slurm", *options).exception)
+
+
+def test_options_of_manifests_are_refused_without_one(run: Run) -> None:
+    found = CliRunner().invoke(submit, [str(run.specification), "--queue", "team"], standalone_mode=False)
+    assert "it is about a manifest" in str(found.exception)
+
+
+@given(st.text(max_size=120), st.text(max_size=120))
+def test_names_are_dns_labels_and_stay_apart(first: str, second: str) -> None:
+    name = resource_name(f"{first}-1a2b3c4d")
+    assert 1 <= len(name) <= LONGEST_NAME
+    assert name[0].isalpha()
+    assert not name.endswith("-")
+    assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert name == resource_name(f"{first}-1a2b3c4d")
+    if len(f"{first}-1a2b3c4d") > LONGEST_NAME and first != second:
+        assert name != resource_name(f"{second}-{'x' * LONGEST_NAME}")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("cluster")
+def test_what_a_ray_job_says_is_carried_out_by_a_ray_that_was_started_as_it_says(
+    render: Render, run: Run, tmp_path: Path
+) -> None:
+    """The operator's part, pods, volumes and the image, is done by hand here: there is no Kubernetes."""
+    config, job = documents(render("kuberay", *VOLUME, "--image", "this machine"))
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    for name, text in config["data"].items():
+        (mounted / name).write_text(text)
+    [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    started = [f"--{name}={value}" for name, value in group["rayStartParams"].items()]
+    with job_cluster() as cluster, cluster.node("127.0.0.2", *started), cluster.node("127.0.0.3", *started):
+        entrypoint = job["spec"]["entrypoint"].replace("/etc/qlora", str(mounted))
+        submitter = Path(sys.executable).with_name("ray")
+        environment = {**run.environment, **cluster.users, "RAY_API_SERVER_ADDRESS": cluster.address}
+        options = ["--metadata-json", json.dumps(job["spec"]["metadata"])]
+        done = subprocess.run(
+            [submitter, "job", "submit", *options, "--", *entrypoint.split()],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert run.record["status"] == "complete"
+    assert run.record["attempts"][0]["strategy"]["world_size"] == group["replicas"] == 2
+
+
+# --- Slurm ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_script_is_a_shells_and_asks_for_what_the_plan_says(render: Render, team: tuple[str, ...]) -> None:
+    script = render("slurm", *team, "--priority", "long").stdout
+    assert script.startswith("#!/bin/bash\n#SBATCH ")
+    for wanted in ("nodes=1", "gpus-per-node=8", "partition=a100", "qos=long", "ntasks-per-node=1", "requeue"):
+        assert f"#SBATCH --{wanted}\n" in script
+    checked = subprocess.run(
+        [Path(sys.executable).with_name("shellcheck"), "--severity=warning", "-"],
+        input=script,
+        capture_output=True,
+        text=True,
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+# --- Ray's cluster launcher -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["big", "desk"])
+def test_a_cluster_for_rays_launcher_is_what_rays_own_schema_takes(
+    render: Render, tmp_path: Path, team: tuple[str, ...], pool: str
+) -> None:
+    number = {"big": 16, "desk": 4}[pool]
+    found = render("ray-cluster", "--cluster", "team.yaml", "--pool", pool, *workers(number))
+    fields = yaml.safe_load(found.stdout)
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    jsonschema.validate(fields, schema)
+    assert "--dashboard-host=127.0.0.1" in fields["head_start_ray_commands"][1]
+    if pool == "desk":
+        assert fields["provider"] == {"type": "local", "head_ip": "10.0.0.1", "worker_ips": []}
+    else:
+        assert fields["provider"] == {"type": "aws", "region": "eu-central-1"}
+        node = fields["available_node_types"]["workers"]
+        assert node["node_config"] == {"InstanceType": "p4de.24xlarge"}
+        assert (node["min_workers"], fields["max_workers"]) == (2, 2)
+
+
+def test_a_launcher_wants_machines(render: Render, tmp_path: Path, team: tuple[str, ...]) -> None:
+    assert "it needs machines to start" in str(render("ray-cluster").exception)
+    few = render("ray-cluster", "--cluster", "team.yaml", "--pool", "desk", *workers(8)).exception
+    assert "the plan has 2 nodes, and 1 hosts are named" in str(few)
+    (tmp_path / "bare.yaml").write_text("name: bare\npools:\n- {name: some, gpu: a100-80gb, gpus_per_node: 8}\n")
+    bare = render("ray-cluster", "--cluster", "bare.yaml", *workers(8)).exception
+    assert "it says neither the hosts of that pool, nor its instance_type" in str(bare)
