@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
@@ -39,6 +39,8 @@ sys.path += [str(ROOT / "tests"), str(ROOT / "examples")]
 from job_clusters import COMMAND, Cluster, job_cluster
 
 RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
+DOCUMENT = ROOT / "docs" / "scale.md"
+BEGIN, END = "<!-- make scale writes from here -->\n", "<!-- to here -->\n"
 KILLED = 0.1
 """The part of the clients that are killed while they follow their run; the run is then submitted once more."""
 STEPS = 3
@@ -61,6 +63,8 @@ def command(runs: int, clients: int, debug: bool) -> int:
     whole = results["complete"] == results["ledger_rows"] == runs and not results["steps_done_twice"]
     if whole and runs >= KEPT_FROM:
         write_json(RESULTS, results)
+        before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+        DOCUMENT.write_text(before + BEGIN + table(results) + END + rest.split(END)[1], encoding="utf-8")
     return 0 if whole else 1
 
 
@@ -218,6 +222,37 @@ class Scale:
             "gcs_mib": [round(first[1] / 2**20), round(last[1] / 2**20)],
             "dashboard_mib": [round(first[2] / 2**20), round(last[2] / 2**20)],
         }
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results as they stand in docs/scale.md."""
+    on = results["machine"]
+    submit, client = results["submit_seconds"], results["client_mib"]
+    early, late = results["client_mib_halves"]
+    grown = (results["gcs_mib"][1] - results["gcs_mib"][0]) / results["runs"]
+    rows = {
+        "runs, clients at once, clients killed while they followed theirs": f"{results['runs']:,}, "
+        f"{results['clients']}, {results['clients_killed']}",
+        "runs complete, rows in the ledger": f"{results['complete']:,}, {results['ledger_rows']:,}",
+        "steps done twice": str(results["steps_done_twice"]),
+        "attempts, of which each run needs one": f"{results['attempts']:,}",
+        "all of it, minutes": f"{results['seconds'] / 60:.0f}",
+        "from the command to the submitted job, seconds (quartiles)": " / ".join(f"{each:.1f}" for each in submit),
+        "memory of a client, MiB (quartiles)": " / ".join(f"{each:.0f}" for each in client),
+        "the same, median of the first and of the second half": f"{early}, {late}",
+        "Ray's GCS, MiB at first and at last": " and ".join(map(str, results["gcs_mib"])) + f": {grown:.1f} a run",
+        "Ray's dashboard, MiB at first and at last": " and ".join(map(str, results["dashboard_mib"])),
+    }
+    lines = [
+        f"Measured on {results['date']}: {on['processor']}, {on['cores']} cores, {on['system']}, Ray {results['ray']};",
+        "a head without workers and two nodes with a CPU each, token authentication.",
+        "",
+        "| | |",
+        "| --- | ---: |",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def quartiles(values: list[float]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,36 @@ def base_from_hub(hub: HubId, instead: str, output: Path, tell: Callable[[str], 
     folder = fetch_model(model, "model", instead, tell)
     check_weights(folder)
     return Base(folder, model.repo, model.commit, model.pinned, architecture)
+
+
+def base_on_this_node(folder: Path, name: str, commit: str | None, identity: str) -> Path:
+    """The folder of a run's base model on a node of a cluster: `folder`, or where it is not there a copy, made once.
+
+    Args:
+        name, commit, identity: see `Base`.
+
+    Raises:
+        RequestError: it cannot be fetched, or is another one.
+    """
+    if folder.is_dir():
+        return folder
+    if commit is not None:
+        model = find_on_hub(HubId(name, commit), "model", INSTEAD)
+        here, found = fetch_model(model, "model", INSTEAD, said_by_nobody), model.pinned
+    elif is_address(name):
+        here = model_folder(name, models_folder(), said_by_nobody)
+        found = model_fingerprint(here)
+    else:
+        rule = f"the node {socket.gethostname()} does not see that folder"
+        raise request_error("model", folder, rule, "Put it on storage that all nodes see, or name it by an address")
+    if found != identity:
+        rule = f"what the node {socket.gethostname()} fetched is another model than the run was planned for"
+        raise request_error("model", name, rule, "Leave the files there alone while the run goes on")
+    return here
+
+
+def said_by_nobody(_: str) -> None:
+    """A worker tells nobody what it fetches."""
 
 
 def check_weights(folder: Path) -> None:

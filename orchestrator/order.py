@@ -20,6 +20,7 @@ class Order:
 
     Attributes:
         name: the run's, by which its figures are found among those of others.
+        model: the base model's folder where the run was planned; a node that has none there fetches `model_name`.
         device: "cuda" or "cpu".
         examples: the folder with train.safetensors and eval.safetensors.
         adapter: a trained adapter to start from, in peft's layout.
@@ -34,6 +35,8 @@ class Order:
         predicted: the plan's bytes, as `metrics_of` takes them.
         accelerator_type: what Ray calls the GPUs that workers must have; None where any will do.
         wait_seconds: how long it waits for devices that others use; None: without end.
+        model_name: what others load the base by: the folder, its address, or the Hub id.
+        model_commit: of the Hub's repository; None for any other.
         more_workers: the numbers with which the run could go on if as many devices came back.
     """
 
@@ -62,3 +65,5 @@ class Order:
     more_workers: tuple[int, ...] = ()
     accelerator_type: str | None = None
     wait_seconds: float | None = None
+    model_name: str = ""
+    model_commit: str | None = None

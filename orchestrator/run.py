@@ -313,6 +313,8 @@ def order_of(
     return Order(
         name=spec.name,
         model=str(prepared.base.folder),
+        model_name=prepared.base.name,
+        model_commit=prepared.base.commit,
         adapter=None if spec.adapter is None else Path(spec.adapter),
         recipe=spec.recipe,
         strategy=plan.strategy,

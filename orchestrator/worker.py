@@ -21,6 +21,7 @@ from ray import train as ray_train
 from ray.train.torch import get_device
 
 from clusters.errors import request_error
+from orchestrator.base import base_on_this_node
 from orchestrator.failures import WorkerFailed, failure_of
 from orchestrator.gauges import Gauges
 from orchestrator.metrics import metrics_of
@@ -164,7 +165,10 @@ def usable_cores() -> int:
 
 def prepare(order: Order, rank: int, device: torch.device, meter: Meter) -> TrainingRun:
     """Load, quantize, adapt and wrap the model; map the data."""
-    folder = order.model
+    here = base_on_this_node(
+        Path(order.model), order.model_name, order.model_commit, str(order.facts["identity"]["model"])
+    )
+    folder = str(here)
     if order.resume_from is not None and order.recipe.method == "full":
         folder = str(order.resume_from / "model")
     base = load_base(folder, order.recipe, order.strategy, order.compute_dtype, device)
@@ -187,7 +191,7 @@ def prepare(order: Order, rank: int, device: torch.device, meter: Meter) -> Trai
         eval_every=order.eval_every,
         model=model,
         engine=engine,
-        tokenizer=load_tokenizer(order.model),
+        tokenizer=load_tokenizer(str(here)),
         train_data=Rows(Examples(order.examples / "train.safetensors"), order.recipe, order.seed),
         eval_data=Examples(order.examples / "eval.safetensors"),
         meter=meter,

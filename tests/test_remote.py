@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import yaml
 from s3_server import new_bucket, s3_server
 
 from clusters.errors import RequestError
-from orchestrator.base import find_base
+from orchestrator.base import base_on_this_node, find_base
+from orchestrator.identity import model_fingerprint
 from orchestrator.prepare import prepare
 from orchestrator.spec import load_spec
 from qlora_core.remote import model_folder
@@ -49,6 +51,24 @@ def test_a_run_takes_its_model_from_an_address(
     # known by its content, wherever it lies
     local = load_spec(specification, [f"model={tiny_base}"])
     assert base.identity == find_base(local, said.append).identity
+
+
+def test_a_node_that_has_no_copy_makes_one_for_all_its_workers(
+    bucket: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache" / "tokens"))
+    there, identity = tmp_path / "planned" / "here", model_fingerprint(tiny_base)
+    with ThreadPoolExecutor(2) as workers:
+        found = set(workers.map(lambda _: base_on_this_node(there, ADDRESS, None, identity), range(2)))
+    [folder] = found
+    assert folder.parent == tmp_path / "cache" / "models"
+    assert [each.name for each in folder.parent.iterdir() if each.is_dir()] == [folder.name]
+    assert base_on_this_node(tiny_base, str(tiny_base), None, identity) == tiny_base
+    bucket.pipe("/bucket/model/config.json", (tiny_base / "config.json").read_bytes() + b" ")
+    with pytest.raises(RequestError, match="is another model than the run was planned for"):
+        base_on_this_node(there, ADDRESS, None, identity)
+    with pytest.raises(RequestError, match="does not see that folder"):
+        base_on_this_node(there, str(there), None, identity)
 
 
 def test_model_and_data_come_from_a_real_s3(
