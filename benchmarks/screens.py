@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "planning.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "planning.md", ROOT / "docs" / "capacity.md")
 COLUMNS = 100
-BLOCK = re.compile(r"(?<=```console\n)\$ (?P<command>qlora-plan [^\n]+)\n(?P<printed>[^$`][^`]*)(?=```)")
+BLOCK = re.compile(r"(?<=```console\n)\$ (?P<command>qlora-(?:plan|capacity) [^\n]+)\n(?P<printed>[^$`][^`]*)(?=```)")
 """A block with one command and what it prints; blocks of commands alone are left as they are."""
 
 

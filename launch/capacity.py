@@ -1,30 +1,61 @@
-"""qlora-capacity: what a fleet's runs came to. Planning a fleet's work is not built yet, and it says so."""
+"""qlora-capacity: what a fleet of GPUs can carry, and what its past runs came to."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
-from clusters.errors import request_error
 from launch import command
 from launch.ledger import ledger
 
+if TYPE_CHECKING:
+    from orchestrator.history import History
 
-@click.command(
-    "qlora-capacity",
-    cls=command.WithSubcommands,
-    subcommands=(ledger,),
-    context_settings={"ignore_unknown_options": True},
+
+@click.command("qlora-capacity", cls=command.WithSubcommands, subcommands=(ledger,))
+@click.argument("fleet", type=click.Path(path_type=Path))
+@click.option("--jobs", required=True, type=click.Path(path_type=Path), help="The fine-tunes it is to carry (YAML).")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0.1, max=600),
+    default=3.0,
+    show_default=True,
+    help="That the solver may take; longer brings the answer nearer to the best.",
 )
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--methods", is_flag=True, help="Say what the same work takes with QLoRA, LoRA and all weights.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a Markdown file, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.version_option(package_name="qlora-orchestrator")
-def capacity(arguments: tuple[str, ...]) -> int:
-    """Will plan a fleet's capacity; of this the ledger of past runs is built."""
-    raise request_error(
-        "qlora-capacity",
-        " ".join(arguments),
-        "this part of the command is not built yet",
-        "Past runs: qlora-capacity ledger. Single plans: qlora-plan --model NAME --gpus N",
-    )
+def capacity(
+    fleet: Path, jobs: Path, seconds: float, methods: bool, report: Path | None, as_json: bool, debug: bool
+) -> int:
+    """What the FLEET of a description (docs/clusters.md) comes to with a list of fine-tunes (docs/capacity.md).
+
+    Exit code 1 where a run fits nowhere or a deadline is missed.
+    """
+    from clusters.cluster import load_cluster
+    from launch.report import capacity as words
+    from orchestrator.fleet.jobs import load_jobs
+    from orchestrator.fleet.outlook import outlook
+
+    answer = outlook(load_cluster(fleet), load_jobs(jobs), measured(), seconds, other_methods=methods)
+    if report is not None:
+        words.write(answer, report)
+    if as_json:
+        click.echo(words.as_json(answer))
+    else:
+        words.show(answer)
+    return 1 if answer.figures.nowhere or answer.figures.late else 0
+
+
+def measured() -> History:
+    """What runs entered in the ledger measured."""
+    from orchestrator.ledger import known_history
+
+    return known_history(command.warn)
 
 
 def main() -> None:

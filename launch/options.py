@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qlora_core.tokens import parse_tokens
+
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 AUTO = "auto"
-UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 OBJECTIVES = ("fastest", "cheapest", "fewest-gpus", "longest")
 
 
@@ -40,15 +41,10 @@ class Tokens(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """See click."""
-        text = str(value).strip().lower().replace("_", "")
-        unit = UNITS.get(text[-1:], 1)
         try:
-            tokens = round(float(text[:-1] if unit > 1 else text) * unit)
-        except (ValueError, OverflowError):
-            self.fail(f"{value!r} is no number of tokens, such as 12500000, 12.5M or 3B.", param, ctx)
-        if not 1 <= tokens <= 10**18:
-            self.fail(f"{value!r} tokens are not between 1 and 1e18.", param, ctx)
-        return tokens
+            return parse_tokens(str(value))
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
 
 
 def models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -1,0 +1,312 @@
+"""What a fleet comes to, as tables: on the terminal, in Markdown, and as JSON. All numbers come from `Outlook`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from clusters.errors import request_error
+from launch.report.words import gib
+from orchestrator.fleet.options import Option
+from orchestrator.fleet.outlook import Change, Figures, Outlook
+from orchestrator.fleet.schedule import Placed
+from qlora_core.files import replace_atomically
+
+SCHEMA_VERSION = 1
+PIPED_WIDTH = 160
+"""Columns where there is no terminal: nothing is cut off."""
+MOST_ROWS = 40
+"""Runs that a table lists; JSON has all."""
+
+
+class Table(NamedTuple):
+    """A table with its heading; columns whose names begin with a blank are numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def tables(answer: Outlook) -> Iterator[Table]:
+    """All that is told, in order."""
+    yield overview(answer)
+    yield where_they_fit(answer)
+    yield schedule(answer)
+    used = answer.utilization()
+    yield Table(
+        "Pools",
+        ("pool", " GPUs", " taken", " price an hour"),
+        [
+            (
+                pool.name,
+                str(pool.gpus),
+                f"{used[pool.name]:.0%}",
+                "-" if pool.price_per_hour is None else money(pool.price_per_hour * pool.nodes, answer),
+            )
+            for pool in answer.fleet.pools
+        ],
+        "Taken: of the GPU hours until the last run has ended.",
+    )
+    yield Table(
+        "What would change it",
+        ("fleet", " too late", " hours too late", " mean wait, h", " cost", " last end, h"),
+        [
+            changed("as it is", answer.by_rules, answer),
+            *(changed(one.title, one.figures, answer) for one in answer.changes),
+        ],
+        "All of these are scheduled by rules, so that they can be compared; the schedule above may be better.",
+    )
+    if answer.purchases:
+        yield Table(
+            "The smallest purchase that keeps all deadlines",
+            ("pool", " more nodes", " a week"),
+            [
+                (one.pool, str(one.nodes), "-" if one.per_week is None else money(one.per_week, answer))
+                for one in answer.purchases
+            ],
+        )
+    if answer.methods:
+        yield methods(answer)
+
+
+def overview(answer: Outlook) -> Table:
+    """The figures of the schedule."""
+    figures, plan = answer.figures, answer.schedule
+    rows = [
+        ("runs", f"{figures.runs:,}"),
+        ("fit nowhere", f"{figures.nowhere:,}"),
+        ("miss their deadline", f"{figures.late:,}, by {figures.late_hours:,.1f} h together"),
+        (
+            "weighted hours too late",
+            f"{plan.late:,.1f}; no schedule has fewer than {plan.least_late:,.1f}, to three minutes a run",
+        ),
+        ("cost", cost_words(figures, answer)),
+        ("GPU hours", f"{figures.gpu_hours:,.1f}"),
+        ("mean wait", f"{figures.waited_hours:,.1f} h"),
+        ("last end", f"{figures.ends:,.1f} h"),
+        ("scheduled by", plan.by),
+    ]
+    late = [f"{name} cannot be kept by any GPUs of the fleet." for name in answer.impossible]
+    return Table(
+        f"{answer.fleet.name}: {len(answer.jobs.jobs)} jobs", ("", " "), rows, " ".join([*answer.remarks, *late])
+    )
+
+
+def cost_words(figures: Figures, answer: Outlook) -> str:
+    """The cost with its interval."""
+    if figures.cost is None or figures.low_cost is None or figures.high_cost is None:
+        return "not known: a pool that is used has no price"
+    return f"{money(figures.cost, answer)} ({money(figures.low_cost, answer)} to {money(figures.high_cost, answer)})"
+
+
+def where_they_fit(answer: Outlook) -> Table:
+    """Each job's ways."""
+    rows: list[tuple[str, ...]] = []
+    for index, job in enumerate(answer.jobs.jobs):
+        if not answer.ways[index]:
+            rows.append((job.name, job.model, "fits nowhere", "", "", "", ""))
+        for option in answer.ways[index]:
+            rows.append((job.name, job.model, *way(option, answer)))
+    return Table(
+        "Where each job fits",
+        ("job", "model", "on", " hours", " to", " cost", " GiB a GPU"),
+        rows,
+        "Hours: as expected, and nine times of ten at most.",
+    )
+
+
+def way(option: Option, answer: Outlook) -> tuple[str, ...]:
+    """A way's cells."""
+    return (
+        f"{option.gpus} x {option.pool}",
+        f"{option.hours:,.1f}",
+        f"{option.high_hours:,.1f}",
+        "-" if option.cost is None else money(option.cost, answer),
+        gib(option.way.process_bytes).removesuffix(" GiB"),
+    )
+
+
+def schedule(answer: Outlook) -> Table:
+    """The first runs of the schedule, and all that are too late."""
+    placed = sorted(answer.schedule.placed, key=lambda one: (one.start, one.run.job))
+    shown = placed if len(placed) <= MOST_ROWS else placed[:MOST_ROWS]
+    note = "" if len(shown) == len(placed) else f"The first {MOST_ROWS} of {len(placed):,}; --json has all."
+    return Table(
+        "Schedule (hours from the beginning)",
+        ("run", "on", "nodes", " asked for", " start", " end", " due", ""),
+        [placed_cells(one, answer) for one in shown],
+        note,
+    )
+
+
+def placed_cells(one: Placed, answer: Outlook) -> tuple[str, ...]:
+    """A run's cells."""
+    job = answer.jobs.jobs[one.run.job]
+    return (
+        job.name if job.per_week is None else f"{job.name} {one.run.number}",
+        f"{one.option.gpus} x {one.option.pool}",
+        ", ".join(str(node + 1) for node in one.nodes),
+        f"{one.run.release:,.1f}",
+        f"{one.start:,.1f}",
+        f"{one.end:,.1f}",
+        "-" if one.run.due is None else f"{one.run.due:,.1f}",
+        f"{one.late_hours:,.1f} h too late" if one.late_hours > 1e-9 else "",
+    )
+
+
+def changed(title: str, figures: Figures, answer: Outlook) -> tuple[str, ...]:
+    """A fleet's cells."""
+    late = f"{figures.late:,}" + (f", {figures.nowhere:,} nowhere" if figures.nowhere else "")
+    return (
+        title,
+        late,
+        f"{figures.late_hours:,.1f}",
+        f"{figures.waited_hours:,.1f}",
+        "-" if figures.cost is None else money(figures.cost, answer),
+        f"{figures.ends:,.1f}",
+    )
+
+
+def methods(answer: Outlook) -> Table:
+    """Each job's cheapest way with each method."""
+    rows = []
+    for one in answer.methods:
+        fits = one.gpus is not None
+        rows.append(
+            (
+                one.job,
+                one.method,
+                str(one.gpus) if fits else "fits nowhere",
+                f"{one.hours:,.1f}" if one.hours is not None else "",
+                "" if not fits else "-" if one.cost is None else money(one.cost, answer),
+            )
+        )
+    return Table(
+        "The same work by other methods: the cheapest way", ("job", "method", " GPUs", " hours", " cost"), rows
+    )
+
+
+def money(value: float, answer: Outlook) -> str:
+    """A price."""
+    return f"{value:,.2f} {answer.fleet.currency or ''}".rstrip()
+
+
+# --- forms ------------------------------------------------------------------------------------------------------------
+
+
+def show(answer: Outlook) -> None:
+    """Print it."""
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    with console.capture() as captured:
+        for table in tables(answer):
+            console.print(f"\n{table.title}", style="bold")
+            grid = Grid(box=None, show_header=any(name.strip() for name in table.columns))
+            for name in table.columns:
+                grid.add_column(name.strip(), justify="right" if name.startswith(" ") and name.strip() else "left")
+            for row in table.rows:
+                grid.add_row(*row)
+            console.print(grid)
+            if table.note:
+                console.print(table.note)
+    click.echo("\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines()))
+
+
+def markdown(answer: Outlook) -> str:
+    """It as a document."""
+    lines = [f"# What {escaped(answer.fleet.name)} can carry", ""]
+    for table in tables(answer):
+        lines += [f"## {escaped(table.title)}", ""]
+        lines.append(f"| {' | '.join(escaped(name.strip()) for name in table.columns)} |")
+        lines.append(f"| {' | '.join('---:' if name.startswith(' ') else '---' for name in table.columns)} |")
+        lines += [f"| {' | '.join(map(escaped, row))} |" for row in table.rows]
+        lines += ["", *([table.note, ""] if table.note else [])]
+    return "\n".join(lines)
+
+
+def escaped(text: str) -> str:
+    """`text` as Markdown shows it: no markup of a name's own, and no HTML."""
+    for sign in ("\\", "|", "<", ">", "*", "_", "`", "[", "]"):
+        text = text.replace(sign, f"\\{sign}" if sign not in "<>" else {"<": "&lt;", ">": "&gt;"}[sign])
+    return text
+
+
+def write(answer: Outlook, path: Path) -> None:
+    """Write the Markdown file.
+
+    Raises:
+        RequestError: it cannot be written.
+    """
+    try:
+        with replace_atomically(path) as temporary:
+            temporary.write_text(markdown(answer), encoding="utf-8")
+    except OSError as error:
+        raise request_error("--report", path, f"it cannot be written: {error}", "Choose another file") from error
+
+
+def as_json(answer: Outlook) -> str:
+    """It as one object; hours from the beginning, prices in `currency`."""
+    names = [job.name for job in answer.jobs.jobs]
+    fields: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "fleet": answer.fleet.name,
+        "currency": answer.fleet.currency,
+        "scheduled_by": answer.schedule.by,
+        "figures": dataclasses.asdict(answer.figures),
+        "weighted_hours_too_late": answer.schedule.late,
+        "weighted_hours_too_late_at_least": answer.schedule.least_late,
+        "jobs": [
+            {
+                "name": job.name,
+                "model": job.model,
+                "owner": job.owner,
+                "ways": [way_json(one) for one in answer.ways[index]],
+            }
+            for index, job in enumerate(answer.jobs.jobs)
+        ],
+        "impossible": list(answer.impossible),
+        "schedule": [
+            {
+                "job": names[one.run.job],
+                "number": one.run.number,
+                "pool": one.option.pool,
+                "gpus": one.option.gpus,
+                "nodes": list(one.nodes),
+                "release": one.run.release,
+                "start": one.start,
+                "end": one.end,
+                "due": one.run.due,
+                "late_hours": one.late_hours,
+            }
+            for one in answer.schedule.placed
+        ],
+        "nowhere": [{"job": names[run.job], "number": run.number} for run in answer.schedule.nowhere],
+        "utilization": answer.utilization(),
+        "by_rules": dataclasses.asdict(answer.by_rules),
+        "changes": [change_json(one) for one in answer.changes],
+        "purchases": [dataclasses.asdict(one) for one in answer.purchases],
+        "methods": [dataclasses.asdict(one) for one in answer.methods],
+        "remarks": list(answer.remarks),
+    }
+    return json.dumps(fields, indent=2)
+
+
+def way_json(option: Option) -> dict[str, Any]:
+    """A way's fields."""
+    fields = {field.name: getattr(option, field.name) for field in dataclasses.fields(option) if field.name != "way"}
+    return {**fields, "process_bytes": option.way.process_bytes, "strategy": dataclasses.asdict(option.way.strategy)}
+
+
+def change_json(change: Change) -> dict[str, Any]:
+    """A change's fields."""
+    return {"title": change.title, **dataclasses.asdict(change.figures)}

@@ -1,0 +1,146 @@
+"""The file of fine-tunes that a fleet is to carry, and the runs that they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from clusters.errors import Problem, RequestError
+from clusters.mistakes import mistakes, shown
+from clusters.yaml_file import PlainName, read_yaml
+from qlora_core.catalogue import find_model
+from qlora_core.recipe import Recipe
+from qlora_core.tokens import parse_tokens
+
+WHERE = "job list"
+START = "Start from clusters/examples/jobs/two-pools.yaml"
+WEEK_HOURS = 168.0
+MOST_RUNS = 100_000
+
+
+def _tokens(value: object) -> object:
+    """A validator: a whole number, or text such as 20M."""
+    return parse_tokens(value) if isinstance(value, str) else value
+
+
+Hours = Annotated[float, Field(ge=0, le=100_000)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class JobForm(_Section):
+    """A fine-tune that is carried out once, or so many times a week."""
+
+    name: PlainName
+    """Names the job; letters, digits, dots, hyphens and underscores."""
+    model: str
+    """A name of the catalogue, a folder with config.json, or a Hub id."""
+    tokens: Annotated[int, Field(ge=1, le=10**18), BeforeValidator(_tokens)]
+    """Tokens that one run trains on, all epochs together: 12500000, 12.5M, 3B."""
+    recipe: Recipe = Recipe()
+    """As in a run specification."""
+    per_week: Annotated[float, Field(gt=0, le=100_000)] | None = None
+    """Runs a week, evenly over it; left out, one run."""
+    start_hours: Hours = 0.0
+    """The first run is asked for so many hours after the beginning."""
+    deadline_hours: Annotated[float, Field(gt=0, le=100_000)] | None = None
+    """Hours from when a run is asked for until it has to have ended."""
+    priority: Annotated[int, Field(ge=1, le=100)] = 1
+    """What an hour too late weighs."""
+    owner: PlainName | None = None
+    """Whose it is."""
+
+
+class JobListForm(_Section):
+    """What a fleet is to carry, from its YAML file."""
+
+    weeks: Annotated[float, Field(gt=0, le=520)] = 1.0
+    """For so long runs are asked for; what was asked for is carried out to its end."""
+    jobs: Annotated[list[Any], Field(min_length=1, max_length=1000)]
+    """The jobs, each with a name of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a job.
+
+    Attributes:
+        job: its index in the list.
+        number: of the job's runs, from 1.
+        release: hours from the beginning, when it is asked for.
+        due: when it has to have ended; None without a deadline.
+        priority: what an hour too late weighs.
+    """
+
+    job: int
+    number: int
+    release: float
+    due: float | None
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobList:
+    """Jobs, and for how many weeks they are asked for."""
+
+    jobs: tuple[JobForm, ...]
+    weeks: float
+
+    def runs(self) -> list[Run]:
+        """All runs, in the order in which they are asked for."""
+        found = []
+        for index, job in enumerate(self.jobs):
+            count = 1 if job.per_week is None else max(1, round(job.per_week * self.weeks))
+            apart = 0.0 if job.per_week is None else WEEK_HOURS / job.per_week
+            for number in range(count):
+                release = job.start_hours + number * apart
+                due = None if job.deadline_hours is None else release + job.deadline_hours
+                found.append(Run(index, number + 1, release, due, job.priority))
+        return sorted(found, key=lambda run: run.release)
+
+
+def load_jobs(path: Path) -> JobList:
+    """The job list of a YAML file (docs/capacity.md).
+
+    Raises:
+        RequestError: with every mistake of the file.
+    """
+    fields = read_yaml(path, WHERE, START)
+    given = fields.get("jobs")
+    problems = [*mistakes(JobListForm, fields), *_of_jobs(given if isinstance(given, list) else [])]
+    if problems:
+        raise RequestError(problems)
+    found = JobList(tuple(JobForm.model_validate(job) for job in fields["jobs"]), float(fields.get("weeks", 1.0)))
+    wanted = sum(1 if job.per_week is None else job.per_week * found.weeks for job in found.jobs)
+    if wanted > MOST_RUNS:
+        rule = f"they come to {wanted:,.0f} runs, and at most {MOST_RUNS:,} can be planned"
+        raise RequestError([Problem("jobs", str(path), rule, "Lower per_week or weeks")])
+    return found
+
+
+def _of_jobs(jobs: Sequence[Any]) -> Iterator[Problem]:
+    """What is wrong with each job by itself, and with its name among the others."""
+    names: set[str] = set()
+    for number, job in enumerate(jobs, start=1):
+        if not isinstance(job, dict):
+            yield Problem(f"job {number}", shown(job), "it should be a section of fields", "Correct it")
+            continue
+        name, model = job.get("name"), job.get("model")
+        place = f"job {name if isinstance(name, str) and name not in names else number}"
+        for problem in mistakes(JobForm, job):
+            yield replace(problem, where=f"{place}.{problem.where}")
+        if isinstance(name, str):
+            if name in names:
+                yield Problem(f"{place}.name", shown(name), "another job has that name", "Give it its own")
+            names.add(name)
+        if isinstance(model, str):
+            try:
+                find_model(model)
+            except RequestError as error:
+                yield from error.at(f"{place}.model").problems

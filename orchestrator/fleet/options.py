@@ -1,0 +1,126 @@
+"""Where a fine-tune can run: on each number of GPUs of each pool the fastest way that fits, with its time and price."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from clusters.cluster import Cluster, Pool
+from orchestrator.alternatives import Alternatives
+from orchestrator.fleet.jobs import JobForm
+from orchestrator.history import History
+from orchestrator.planner import fitting_defaults, targets_of
+from orchestrator.plans import Alternative, Target
+from orchestrator.question import STRATEGY_FIELDS, Candidate, Question
+from orchestrator.rules import trained_stages
+from orchestrator.search import best_of
+from orchestrator.space import places
+from qlora_core.catalogue import find_model
+from qlora_core.recipe import Method, Recipe
+from qlora_core.strategy import Strategy
+
+OPEN = frozenset({"world_size", "micro_batch", "gradient_checkpointing", "zero_stage"})
+"""What is chosen for each job: what matters most. Where nothing fits a pool so, all of the strategy is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to carry a job out.
+
+    Attributes:
+        pool: the name of the nodes.
+        gpus: that it takes: of one node, or whole nodes.
+        nodes: that they are in.
+        hours, low_hours, high_hours: of a run, as expected, and between which it lies.
+        cost, low_cost, high_cost: of the GPUs that it takes, at the pool's price; None where it has none.
+        way: the plan behind it.
+    """
+
+    pool: str
+    gpus: int
+    nodes: int
+    hours: float
+    low_hours: float
+    high_hours: float
+    cost: float | None
+    low_cost: float | None
+    high_cost: float | None
+    way: Alternative
+
+    @property
+    def gpus_of_a_node(self) -> int:
+        """Taken of each node that it is in."""
+        return -(-self.gpus // self.nodes)
+
+    @property
+    def price(self) -> float:
+        """What it is compared by: its cost, or where no pool has a price its GPU hours."""
+        return self.gpus * self.hours if self.cost is None else self.cost
+
+
+def options(job: JobForm, fleet: Cluster, history: History, method: Method | None = None) -> list[Option]:
+    """The ways to carry a job out in a fleet, each pool by itself; none where it fits nowhere.
+
+    Args:
+        method: another than the job's: what the same work takes with it.
+    """
+    recipe = job.recipe
+    if method is not None and method != recipe.method:
+        quantization = recipe.quantization if method == "qlora" else "none"
+        recipe = replace(recipe, method=method, quantization=quantization)
+    return list(_options(job.model, job.tokens, recipe, fleet, history))
+
+
+def _options(model: str, tokens: int, recipe: Recipe, fleet: Cluster, history: History) -> Sequence[Option]:
+    architecture = find_model(model)
+    question = Question(
+        architecture,
+        recipe,
+        fitting_defaults(architecture, Strategy()),
+        OPEN,
+        whole_step=True,
+        objective="cheapest",  # no groups of unlike pools
+        stages=trained_stages(recipe),
+    )
+    others = Alternatives(architecture, tokens, fleet.currency, history)
+    found: list[Option] = []
+    for target in targets_of(fleet.pools, recipe.compute_dtype, 1):
+        pool = target.pool
+        if pool is None:
+            continue
+        # as in a run, nothing is moved to a host of whose memory nothing is known
+        rest = frozenset(STRATEGY_FIELDS) - (frozenset() if pool.host_ram_bytes else {"offload"})
+        found += in_pool(question, target, pool, others) or in_pool(replace(question, open=rest), target, pool, others)
+    return found
+
+
+def in_pool(question: Question, target: Target, pool: Pool, others: Alternatives) -> list[Option]:
+    """A pool's options, the fewest GPUs first; more GPUs that make it no faster are left out."""
+    found: list[Option] = []
+    for place in places(question, [target]):
+        if place.nodes > 1 and place.gpus % pool.gpus_per_node:
+            continue
+        one = best_of(question, place)
+        if one is None:
+            continue
+        way = others.of("", place, one.target, Candidate(one.recipe, one.strategy), one.needed, ())
+        if way.duration is None or (found and way.duration.seconds / 3600 >= found[-1].hours):
+            continue
+        share = place.gpus / (place.nodes * pool.gpus_per_node)
+        prices = (way.duration.price, way.duration.low_price, way.duration.high_price)
+        cost, low, high = (None if price is None else price * share for price in prices)
+        found.append(
+            Option(
+                pool=pool.name,
+                gpus=place.gpus,
+                nodes=place.nodes,
+                hours=way.duration.seconds / 3600,
+                low_hours=way.duration.low_seconds / 3600,
+                high_hours=way.duration.high_seconds / 3600,
+                cost=cost,
+                low_cost=low,
+                high_cost=high,
+                way=way,
+            )
+        )
+    return found

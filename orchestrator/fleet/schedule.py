@@ -1,0 +1,159 @@
+"""A schedule: which run is carried out when, on which GPUs of which nodes.
+
+For a few hundred runs by a solver (OR-tools' CP-SAT), which says how far from the best its answer can be; beyond that,
+and to begin with, by rules that place one run after the other.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from clusters.cluster import Cluster, Pool
+from orchestrator.fleet.jobs import Run
+from orchestrator.fleet.options import Option
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A run in a schedule.
+
+    Attributes:
+        start, end: hours from the beginning.
+        nodes: the numbers of the pool's nodes that it is on, from 0.
+    """
+
+    run: Run
+    option: Option
+    start: float
+    end: float
+    nodes: tuple[int, ...]
+
+    @property
+    def late_hours(self) -> float:
+        """After its deadline; 0 where it has none or keeps it."""
+        return 0.0 if self.run.due is None else max(0.0, self.end - self.run.due)
+
+    @property
+    def waited_hours(self) -> float:
+        """Between being asked for and beginning."""
+        return self.start - self.run.release
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """All runs that fit somewhere, and those that fit nowhere.
+
+    Attributes:
+        by: "solver" or "rules".
+        least_late: weighted hours too late that no schedule can go below.
+        least_price: what no schedule can cost less than.
+    """
+
+    placed: tuple[Placed, ...]
+    nowhere: tuple[Run, ...]
+    by: str
+    least_late: float
+    least_price: float
+
+    @property
+    def late(self) -> float:
+        """Hours too late, weighted by priority."""
+        return sum(one.run.priority * one.late_hours for one in self.placed)
+
+    @property
+    def price(self) -> float:
+        """The sum of the options' prices."""
+        return sum(one.option.price for one in self.placed)
+
+
+# --- by rules ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Nodes:
+    """A pool's nodes while runs are placed: from when on each GPU is free, of each node in order."""
+
+    pool: Pool
+    free: list[list[float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.free = [[0.0] * self.pool.gpus_per_node for _ in range(self.pool.nodes)]
+        # nodes by when so many of their GPUs are free; entries that are out of date are passed over
+        self._queues: dict[int, list[tuple[float, int]]] = {}
+
+    def earliest(self, option: Option) -> float:
+        """When an option's GPUs could be had."""
+        return max(moment for moment, _ in self._soonest(option))
+
+    def take(self, option: Option, start: float, end: float) -> tuple[int, ...]:
+        """Take an option's GPUs; returns the nodes."""
+        nodes = tuple(node for _, node in self._soonest(option))
+        for node in nodes:
+            gpus = self.free[node]
+            gpus[: option.gpus_of_a_node] = [end] * option.gpus_of_a_node
+            gpus.sort()
+            for wanted, queue in self._queues.items():
+                heapq.heappush(queue, (gpus[wanted - 1], node))
+        return nodes
+
+    def _soonest(self, option: Option) -> list[tuple[float, int]]:
+        wanted = option.gpus_of_a_node
+        if wanted not in self._queues:
+            self._queues[wanted] = [(gpus[wanted - 1], node) for node, gpus in enumerate(self.free)]
+            heapq.heapify(self._queues[wanted])
+        queue = self._queues[wanted]
+        found: list[tuple[float, int]] = []
+        seen: set[int] = set()
+        while len(found) < option.nodes:
+            moment, node = heapq.heappop(queue)
+            if node not in seen and moment == self.free[node][wanted - 1]:
+                found.append((moment, node))
+                seen.add(node)
+        for entry in found:
+            heapq.heappush(queue, entry)
+        return found
+
+
+def by_rules(runs: Sequence[Run], ways: Mapping[int, Sequence[Option]], fleet: Cluster) -> Schedule:
+    """The better of several orders in which each run takes the cheapest option that keeps its deadline.
+
+    Where none keeps it, or there is no deadline, the one that ends first; of runs without one, the cheapest that does
+    not wait.
+    """
+    orders = (
+        lambda run: (run.release, math.inf if run.due is None else run.due, -run.priority),
+        lambda run: (math.inf if run.due is None else run.due, run.release),
+        lambda run: (-run.priority, run.release),
+    )
+    found = [placed_in_order(sorted(runs, key=order), ways, fleet) for order in orders]
+    return min(found, key=lambda one: (one.late, one.price))
+
+
+def placed_in_order(runs: Iterable[Run], ways: Mapping[int, Sequence[Option]], fleet: Cluster) -> Schedule:
+    """Place one run after the other."""
+    nodes = {pool.name: Nodes(pool) for pool in fleet.pools}
+    placed, nowhere, least_late, least_price = [], [], 0.0, 0.0
+    for run in runs:
+        if not ways[run.job]:
+            nowhere.append(run)
+            continue
+        best: tuple[tuple[float, ...], Option, float] | None = None
+        for option in ways[run.job]:
+            start = max(run.release, nodes[option.pool].earliest(option))
+            end = start + option.hours
+            late = 0.0 if run.due is None else max(0.0, end - run.due)
+            waits = run.due is None and start > run.release
+            merit = (late, float(waits), end if late or waits else option.price, end)
+            if best is None or merit < best[0]:
+                best = merit, option, start
+        if best is not None:
+            _, option, start = best
+            taken = nodes[option.pool].take(option, start, start + option.hours)
+            placed.append(Placed(run, option, start, start + option.hours, taken))
+        alone = min(option.hours for option in ways[run.job])
+        least_late += run.priority * (0.0 if run.due is None else max(0.0, run.release + alone - run.due))
+        least_price += min(option.price for option in ways[run.job])
+    return Schedule(tuple(placed), tuple(nowhere), "rules", least_late, least_price)

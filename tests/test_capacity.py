@@ -1,0 +1,283 @@
+"""Schedules by an independent validator and by brute force; what the outlook says, by hand; what files may say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clusters.cluster import Cluster, load_cluster
+from clusters.errors import RequestError
+from clusters.gpu import find_gpu
+from launch.capacity import capacity
+from launch.report.capacity import escaped
+from orchestrator.devices import any_nodes
+from orchestrator.fleet import outlook as fleet_outlook
+from orchestrator.fleet.jobs import Run, load_jobs
+from orchestrator.fleet.options import Option, options
+from orchestrator.fleet.schedule import Schedule, by_rules
+from orchestrator.fleet.solver import by_solver
+from orchestrator.history import NOTHING_MEASURED
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "clusters" / "examples"
+
+
+def pool(name: str, nodes: int, gpus: int) -> Any:
+    return replace(any_nodes(find_gpu("a100-80gb")), name=name, nodes=nodes, gpus_per_node=gpus, exists=True)
+
+
+def fleet_of(*pools: Any) -> Cluster:
+    return Cluster("fleet", pools, None, None, "a test")
+
+
+def way(pool: str, gpus: int, nodes: int, hours: float, cost: float | None = None) -> Option:
+    return Option(pool, gpus, nodes, hours, hours, hours, cost, cost, cost, cast(Any, None))
+
+
+def check(schedule: Schedule, runs: list[Run], ways: dict[int, list[Option]], fleet: Cluster) -> None:
+    """All that makes a schedule one that could be carried out; nothing of the scheduler's own is used."""
+    sizes = {each.name: (each.nodes, each.gpus_per_node) for each in fleet.pools}
+    assert sorted(map(id, runs)) == sorted([*(id(one.run) for one in schedule.placed), *map(id, schedule.nowhere)])
+    busy: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
+    for one in schedule.placed:
+        assert one.option in ways[one.run.job]
+        assert one.start >= one.run.release
+        assert one.end == pytest.approx(one.start + one.option.hours)
+        late = 0 if one.run.due is None else max(0.0, one.end - one.run.due)
+        assert one.late_hours == pytest.approx(late)
+        nodes, per_node = sizes[one.option.pool]
+        assert len(set(one.nodes)) == one.option.nodes
+        assert all(0 <= node < nodes for node in one.nodes)
+        assert one.option.gpus <= len(one.nodes) * per_node
+        for node in one.nodes:
+            busy.setdefault((one.option.pool, node), []).append(
+                (one.start, one.end, one.option.gpus // one.option.nodes)
+            )
+    for (name, _), all_taken in busy.items():
+        for moment, _, _ in all_taken:  # what is taken only grows where something starts
+            assert sum(gpus for start, end, gpus in all_taken if start <= moment < end - 1e-6) <= sizes[name][1]
+    for run in schedule.nowhere:
+        assert not ways[run.job]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[list[Run], dict[int, list[Option]], Cluster]:
+    pools = [
+        pool(f"p{n}", draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4]))) for n in range(draw(st.integers(1, 2)))
+    ]
+    ways: dict[int, list[Option]] = {}
+    for job in range(draw(st.integers(1, 4))):
+        found = []
+        for each in draw(st.lists(st.sampled_from(pools), unique_by=lambda one: one.name)):
+            inside = [gpus for gpus in (1, 2, 4) if gpus <= each.gpus_per_node]
+            gpus = draw(st.sampled_from([*inside, *(n * each.gpus_per_node for n in range(2, each.nodes + 1))]))
+            hours, cost = draw(st.floats(0.05, 30)), draw(st.floats(0, 100))
+            found.append(way(each.name, gpus, max(1, gpus // each.gpus_per_node), hours, cost))
+        ways[job] = found
+    runs = []
+    for number in range(draw(st.integers(0, 8))):
+        release = draw(st.floats(0, 50))
+        within = draw(st.none() | st.floats(0.1, 60))
+        due = None if within is None else release + within
+        runs.append(Run(draw(st.sampled_from(sorted(ways))), number, release, due, draw(st.integers(1, 5))))
+    return runs, ways, fleet_of(*pools)
+
+
+@given(problems())
+def test_schedules_by_rules_could_be_carried_out(problem: tuple[list[Run], dict[int, list[Option]], Cluster]) -> None:
+    check(by_rules(*problem), *problem)
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems())
+def test_schedules_by_the_solver_could_be_carried_out_and_are_no_worse(
+    problem: tuple[list[Run], dict[int, list[Option]], Cluster],
+) -> None:
+    begun = by_rules(*problem)
+    found = by_solver(*problem, begun, 0.5)
+    assert found is not None
+    check(found, *problem)
+    assert (found.late, found.price) <= (begun.late, begun.price)
+    assert found.least_late <= found.late + 1e-6
+    assert found.least_price <= found.price + 1e-6
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 9), st.integers(0, 6), st.integers(2, 25), st.integers(1, 3), st.sampled_from([1, 2])),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_the_solver_finds_what_trying_everything_finds(runs: list[tuple[int, int, int, int, int]]) -> None:
+    """One node of two GPUs, one way for each run: an order in which each begins as soon as it can is the best."""
+    fleet = fleet_of(pool("p", 1, 2))
+    ways = {number: [way("p", gpus, 1, hours)] for number, (hours, _, _, _, gpus) in enumerate(runs)}
+    asked = [Run(n, 1, release, release + due, weight) for n, (_, release, due, weight, _) in enumerate(runs)]
+
+    def late(order: tuple[int, ...]) -> float:
+        taken: list[tuple[float, float, int]] = []
+        total = 0.0
+        for number in order:
+            hours, release, due, weight, gpus = runs[number]
+            moments = sorted({float(release), *(end for _, end, _ in taken if end > release)})
+            for start in moments:
+                inside = [start, *(begin for begin, _, _ in taken if start < begin < start + hours)]
+                if all(sum(g for b, e, g in taken if b <= at < e) + gpus <= 2 for at in inside):
+                    break
+            taken.append((start, start + hours, gpus))
+            total += weight * max(0.0, start + hours - release - due)
+        return total
+
+    best = min(late(order) for order in itertools.permutations(range(len(runs))))
+    found = by_solver(asked, ways, fleet, by_rules(asked, ways, fleet), 5.0)
+    assert found is not None
+    assert found.late == pytest.approx(best)
+    assert found.least_late == pytest.approx(best)
+
+
+def test_ten_thousand_runs_on_a_thousand_nodes_are_placed() -> None:
+    fleet = fleet_of(*(pool(f"p{n}", 125, 8) for n in range(8)))
+    ways = {
+        job: [
+            way(f"p{(job + n) % 8}", gpus, max(1, gpus // 8), 40 / gpus + job % 7, gpus + n)
+            for n in range(2)
+            for gpus in (1, 4, 8, 16)
+        ]
+        for job in range(50)
+    }
+    runs = [Run(n % 50, n, n / 60, n / 60 + 30 if n % 3 else None, 1 + n % 4) for n in range(10_000)]
+    found = by_rules(runs, ways, fleet)
+    assert len(found.placed) == 10_000
+    assert by_solver(runs, ways, fleet, found, 1.0) is None  # too large for it
+
+
+# --- the questions ----------------------------------------------------------------------------------------------------
+
+
+def test_what_one_more_node_and_a_lost_pool_come_to_by_hand() -> None:
+    fleet = fleet_of(pool("a", 1, 1), pool("b", 1, 1))
+    ways = {0: [way("a", 1, 1, 10), way("b", 1, 1, 20)]}
+    runs = [Run(0, n, 0.0, 20.0, 1) for n in range(4)]  # a carries two in time, b one
+    found = {one.title: one.figures for one in fleet_outlook.changes(fleet, runs, ways)}
+    assert fleet_outlook.figures_of(by_rules(runs, ways, fleet)).late == 1
+    assert found["one more node of a"].late == 0
+    assert found["one more node of b"].late == 0
+    assert found["without a"].late == 3
+    assert found["without b"].late == 2
+    assert fleet_outlook.fewest(fleet, fleet.pools[0], runs * 3, ways) == 5  # 12 runs: 6 of a carry 12 in time, b one
+
+
+def test_a_purchase_is_told_only_where_one_is_needed() -> None:
+    fleet = fleet_of(pool("a", 1, 1))
+    ways = {0: [way("a", 1, 1, 10)]}
+    alone = [Run(0, 1, 0.0, 10.0, 1)]
+    assert fleet_outlook.purchases(fleet, alone, ways, by_rules(alone, ways, fleet)) == []
+    three = [Run(0, n, 0.0, 10.0, 1) for n in range(3)]
+    [bought] = fleet_outlook.purchases(fleet, three, ways, by_rules(three, ways, fleet))
+    assert (bought.pool, bought.nodes, bought.per_week) == ("a", 2, None)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def ask(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(capacity, [str(each) for each in arguments], standalone_mode=False)
+
+
+def test_the_example_is_carried_and_its_forms_say_the_same(tmp_path: Path) -> None:
+    given = (EXAMPLES / "two-pools.yaml", "--jobs", EXAMPLES / "jobs" / "two-pools.yaml")
+    answer = ask(*given, "--json", "--seconds", "1", "--report", tmp_path / "report.md")
+    assert answer.return_value == 0
+    found = json.loads(answer.stdout)
+    assert found["figures"]["runs"] == len(found["schedule"]) == 20
+    assert (found["figures"]["late"], found["nowhere"], found["impossible"]) == (0, [], [])
+    assert found["figures"]["low_cost"] < found["figures"]["cost"] < found["figures"]["high_cost"]
+    prices = {(job["name"], way["pool"], way["gpus"]): way["cost"] for job in found["jobs"] for way in job["ways"]}
+    paid = sum(prices[one["job"], one["pool"], one["gpus"]] for one in found["schedule"])
+    assert found["figures"]["cost"] == pytest.approx(paid)
+    report = (tmp_path / "report.md").read_text()
+    assert f"{found['figures']['cost']:,.2f} EUR" in report
+    assert report.count("| support ") + report.count("| law ") > 10
+    assert found["methods"] == []
+
+
+def test_other_methods_are_planned_where_they_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "jobs.yaml").write_text("jobs:\n- {name: j, model: 33b, tokens: 1M}\n")
+    (tmp_path / "fleet.yaml").write_text("name: f\npools:\n- {name: desk, gpu: rtx-4090, gpus_per_node: 1}\n")
+    text = ask(tmp_path / "fleet.yaml", "--jobs", tmp_path / "jobs.yaml", "--methods", "--seconds", "1").stdout
+    rows = {line.split()[1]: line for line in text.splitlines() if line.split()[:1] == ["j"] and "33b" not in line}
+    assert "fits nowhere" in rows["full"]  # 65 GB of weights, as much of gradients, on a card of 24
+    assert "fits nowhere" not in rows["qlora"]
+
+
+def test_an_option_takes_the_time_and_a_share_of_the_price_of_the_plan() -> None:
+    fleet = load_cluster(EXAMPLES / "two-pools.yaml")
+    [job] = [each for each in load_jobs(EXAMPLES / "jobs" / "two-pools.yaml").jobs if each.name == "support"]
+    found = {(one.pool, one.gpus): one for one in options(job, fleet, NOTHING_MEASURED)}
+    one, whole = found["a100", 1], found["a100", 8]
+    assert one.cost == pytest.approx(20.5 / 8 * one.hours)  # the file's price of a node of 8
+    assert whole.cost == pytest.approx(20.5 * whole.hours)
+    assert one.hours > 4 * whole.hours
+    assert one.low_hours < one.hours < one.high_hours
+    full = options(job, fleet, NOTHING_MEASURED, "full")
+    assert all(each.way.recipe.method == "full" for each in full)
+    assert min(each.gpus for each in full if each.pool == "a100") >= 1
+
+
+def test_a_deadline_that_nothing_can_keep_is_told(tmp_path: Path) -> None:
+    (tmp_path / "jobs.yaml").write_text("jobs:\n- {name: j, model: llama-3.1-8b, tokens: 1B, deadline_hours: 0.1}\n")
+    answer = ask(EXAMPLES / "two-pools.yaml", "--jobs", tmp_path / "jobs.yaml", "--json", "--seconds", "1")
+    found = json.loads(answer.stdout)
+    assert answer.return_value == 1
+    assert found["impossible"] == ["j"]
+    assert found["purchases"] == []
+    assert found["weighted_hours_too_late_at_least"] > 0
+
+
+def test_all_mistakes_of_a_job_list_are_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "jobs.yaml").write_text(
+        """
+weeks: 0
+jobs:
+- {name: a, model: no-such-model, tokens: 1M}
+- {name: a, model: 7b, tokens: many, per_week: -1}
+- {name: "<b>", model: 7b, tokens: 1M, deadline_hours: 0, recipe: {rank: 0}, more: 1}
+- 7
+"""
+    )
+    with pytest.raises(RequestError) as error:
+        load_jobs(tmp_path / "jobs.yaml")
+    told = [problem.where for problem in error.value.problems]
+    for where in ("weeks", "job a.model", "job 2.name", "job 2.tokens", "job 2.per_week", "job 4"):
+        assert where in told, told
+    assert any(where.endswith("deadline_hours") for where in told)
+    assert any("rank" in where for where in told)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("jobs: []", "jobs"),
+        ("x" * 70_000, "larger than 64 KiB"),
+        ("jobs:\n- {name: a, model: 7b, tokens: 1M, per_week: 100000}\nweeks: 500", "at most 100,000 can be planned"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\njobs: [*b]", "job 1"),
+    ],
+)
+def test_what_is_no_job_list_is_refused(tmp_path: Path, text: str, rule: str) -> None:
+    (tmp_path / "jobs.yaml").write_text(text)
+    with pytest.raises(RequestError, match=rule):
+        load_jobs(tmp_path / "jobs.yaml")
+
+
+def test_markup_in_a_name_stays_text() -> None:
+    assert escaped("<script>|`x`[y](z)") == "&lt;script&gt;\\|\\`x\\`\\[y\\](z)"
