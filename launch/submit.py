@@ -129,10 +129,12 @@ def list_jobs(address: str, debug: bool) -> int:
         facts = (said.get(name, "") for name in ("model", "workers", "predicted", "owner"))
         waits = jobs.says(client, one) or ""
         table.add_row(one.submission_id, one.status.value.lower(), *facts, moment(one.start_time), waits)
-    console = Console()
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PIPED_WIDTH
-    console.print(table if table.row_count else "No run was submitted to this cluster.")
+    with console.capture() as captured:
+        console.print(table if table.row_count else "No run was submitted to this cluster.")
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
     return 0
 
 
