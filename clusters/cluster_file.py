@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from clusters.errors import Problem, RequestError
 from clusters.gpu import find_gpu
-from clusters.mistakes import mistakes, shown
-from clusters.yaml_file import NAME, PlainName, read_yaml
+from clusters.mistakes import mistakes, mistakes_of_each, shown
+from clusters.yaml_file import PlainName, read_yaml
 
 WHERE = "cluster description"
 START = "Start from clusters/examples/two-pools.yaml"
@@ -101,37 +100,14 @@ def read_forms(path: Path) -> tuple[ClusterForm, tuple[PoolForm, ...]]:
     fields = read_yaml(path, WHERE, START)
     pools = fields.get("pools")
     pools = pools if isinstance(pools, list) else []
-    problems = [*mistakes(ClusterForm, fields), *_without_currency(fields, pools), *_of_pools(pools)]
+    problems = [
+        *mistakes(ClusterForm, fields),
+        *_without_currency(fields, pools),
+        *mistakes_of_each("pool", PoolForm, pools, "gpu", find_gpu),
+    ]
     if problems:
         raise RequestError(problems)
     return ClusterForm.model_validate(fields), tuple(PoolForm.model_validate(pool) for pool in pools)
-
-
-def _of_pools(pools: Sequence[Any]) -> Iterator[Problem]:
-    """What is wrong with each pool by itself, and with its name among the others."""
-    names: set[str] = set()
-    for number, pool in enumerate(pools, start=1):
-        if not isinstance(pool, dict):
-            yield Problem(f"pool {number}", shown(pool), "it should be a section of fields", "Correct it")
-            continue
-        name, gpu = pool.get("name"), pool.get("gpu")
-        # A name that is right and its own says more than a number.
-        place = f"pool {name if _is_plain(name) and name not in names else number}"
-        for problem in mistakes(PoolForm, pool):
-            yield replace(problem, where=f"{place}.{problem.where}")
-        if isinstance(name, str):
-            if name in names:
-                yield Problem(f"{place}.name", shown(name), "another pool has that name", "Give it its own")
-            names.add(name)
-        if isinstance(gpu, str):
-            try:
-                find_gpu(gpu)
-            except RequestError as error:
-                yield from error.at(f"{place}.gpu").problems
-
-
-def _is_plain(name: object) -> bool:
-    return isinstance(name, str) and NAME.fullmatch(name) is not None
 
 
 def _without_currency(fields: Mapping[str, Any], pools: Sequence[Any]) -> Iterator[Problem]:

@@ -6,14 +6,16 @@ import dataclasses
 import json
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from clusters.errors import Conflicting, Problem, nearest
+from clusters.errors import Conflicting, Problem, RequestError, nearest
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What could be part of a path and of a label."""
 CLOSE = 0.5
 """How alike a word must be to be offered instead (0 to 1)."""
 
@@ -48,6 +50,37 @@ def mistakes(model: type[BaseModel], fields: Mapping[str, Any]) -> list[Problem]
             and not any((*path[:-1], field) in by_path for field in detail["ctx"]["fields"])
         ]
     return found
+
+
+def mistakes_of_each(
+    kind: str, form: type[BaseModel], sections: Sequence[Any], field: str, find: Callable[[str], object]
+) -> Iterator[Problem]:
+    """Everything that keeps the sections of a list from being `form`s, each with a name of its own.
+
+    Args:
+        kind: what one is called, as in "pool".
+        field: what `find` has to know, or raises a RequestError about.
+    """
+    names: set[str] = set()
+    for number, section in enumerate(sections, start=1):
+        if not isinstance(section, dict):
+            yield Problem(f"{kind} {number}", shown(section), "it should be a section of fields", "Correct it")
+            continue
+        name, value = section.get("name"), section.get(field)
+        # a name that is right and its own says more than a number
+        is_right = isinstance(name, str) and NAME.fullmatch(name) is not None and name not in names
+        place = f"{kind} {name if is_right else number}"
+        for problem in mistakes(form, section):
+            yield dataclasses.replace(problem, where=f"{place}.{problem.where}")
+        if isinstance(name, str):
+            if name in names:
+                yield Problem(f"{place}.name", shown(name), f"another {kind} has that name", "Give it its own")
+            names.add(name)
+        if isinstance(value, str):
+            try:
+                find(value)
+            except RequestError as error:
+                yield from error.at(f"{place}.{field}").problems
 
 
 def errors(model: type[BaseModel], fields: Mapping[str, Any]) -> list[ErrorDetails]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +10,10 @@ import yaml
 from pydantic import AfterValidator
 
 from clusters.errors import request_error
-from clusters.mistakes import shown
+from clusters.mistakes import NAME, shown
 
 LARGEST_BYTES = 64 * 1024
 """Hundreds of pools; the parser takes about a second for so much."""
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def _plain_name(value: str) -> str:

@@ -27,7 +27,7 @@ import orchestrator
 import qlora_core
 from clusters.errors import RequestError, first_line, request_error
 from launch.report.words import gib
-from orchestrator.machine import Machine
+from orchestrator.machine import Machine, machine_of_pool
 from orchestrator.order import WAITING
 from orchestrator.plans import Plan
 from orchestrator.ray_nodes import cluster_of, gpus_of, types_of
@@ -119,15 +119,7 @@ def machine_of(address: str) -> tuple[Machine, str | None]:
         kind = max(
             (name for each in resources for name in types_of(each) if pool.gpu in gpus_of(types_of(each))), key=len
         )
-    machine = Machine(
-        kind="cuda",
-        name=pool.gpu.name,
-        devices=pool.gpus,
-        memory_bytes=pool.usable_bytes,
-        compute_capability=pool.gpu.compute_capability,
-        accelerator_type=kind,
-    )
-    return machine, "; ".join(remarks) or None
+    return machine_of_pool(pool, kind), "; ".join(remarks) or None
 
 
 # --- submitting -------------------------------------------------------------------------------------------------------

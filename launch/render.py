@@ -16,7 +16,7 @@ from clusters.cluster import Cluster, Pool, load_cluster
 from clusters.errors import Problem, RequestError, request_error
 from clusters.workload import Volume, Workload, nodes_for
 from launch import jobs
-from orchestrator.machine import Machine, describe
+from orchestrator.machine import Machine, describe, machine_of_pool
 from orchestrator.plans import Plan
 from orchestrator.prepare import Prepared
 from orchestrator.spec import RunSpec
@@ -73,14 +73,7 @@ def place(asked: Asked, spec: RunSpec) -> Place:
         rule = "the description has no such pool"
         raise request_error("--pool", asked.pool, rule, f"Give one of {', '.join(pools)}")
     pool = pools[asked.pool] if asked.pool is not None else max(cluster.pools, key=lambda each: each.gpus)
-    machine = Machine(
-        kind="cuda",
-        name=pool.gpu.name,
-        devices=pool.gpus,
-        memory_bytes=pool.usable_bytes,
-        compute_capability=pool.gpu.compute_capability,
-    )
-    return Place(machine, cluster, pool)
+    return Place(machine_of_pool(pool), cluster, pool)
 
 
 def rendered(asked: Asked, prepared: Prepared, where: Place) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 import psutil
 import torch
 
+from clusters.cluster import Pool
 from clusters.errors import RequestError
 from clusters.gpu import find_gpu
 from orchestrator.devices import any_nodes, as_dtype, compute_dtype, cpu_target, pool_target
@@ -37,6 +38,18 @@ class Machine:
     compute_capability: tuple[int, int] = (0, 0)
     has_bfloat16: bool = False
     accelerator_type: str | None = None
+
+
+def machine_of_pool(pool: Pool, accelerator_type: str | None = None) -> Machine:
+    """What the nodes of a pool offer, all together."""
+    return Machine(
+        kind="cuda",
+        name=pool.gpu.name,
+        devices=pool.gpus,
+        memory_bytes=pool.usable_bytes,
+        compute_capability=pool.gpu.compute_capability,
+        accelerator_type=accelerator_type,
+    )
 
 
 def describe() -> Machine:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from clusters.errors import Problem, RequestError
-from clusters.mistakes import mistakes, shown
+from clusters.mistakes import mistakes, mistakes_of_each
 from clusters.yaml_file import PlainName, read_yaml
 from qlora_core.catalogue import find_model
 from qlora_core.recipe import Recipe
@@ -113,7 +112,8 @@ def load_jobs(path: Path) -> JobList:
     """
     fields = read_yaml(path, WHERE, START)
     given = fields.get("jobs")
-    problems = [*mistakes(JobListForm, fields), *_of_jobs(given if isinstance(given, list) else [])]
+    each = given if isinstance(given, list) else []
+    problems = [*mistakes(JobListForm, fields), *mistakes_of_each("job", JobForm, each, "model", find_model)]
     if problems:
         raise RequestError(problems)
     found = JobList(tuple(JobForm.model_validate(job) for job in fields["jobs"]), float(fields.get("weeks", 1.0)))
@@ -122,25 +122,3 @@ def load_jobs(path: Path) -> JobList:
         rule = f"they come to {wanted:,.0f} runs, and at most {MOST_RUNS:,} can be planned"
         raise RequestError([Problem("jobs", str(path), rule, "Lower per_week or weeks")])
     return found
-
-
-def _of_jobs(jobs: Sequence[Any]) -> Iterator[Problem]:
-    """What is wrong with each job by itself, and with its name among the others."""
-    names: set[str] = set()
-    for number, job in enumerate(jobs, start=1):
-        if not isinstance(job, dict):
-            yield Problem(f"job {number}", shown(job), "it should be a section of fields", "Correct it")
-            continue
-        name, model = job.get("name"), job.get("model")
-        place = f"job {name if isinstance(name, str) and name not in names else number}"
-        for problem in mistakes(JobForm, job):
-            yield replace(problem, where=f"{place}.{problem.where}")
-        if isinstance(name, str):
-            if name in names:
-                yield Problem(f"{place}.name", shown(name), "another job has that name", "Give it its own")
-            names.add(name)
-        if isinstance(model, str):
-            try:
-                find_model(model)
-            except RequestError as error:
-                yield from error.at(f"{place}.model").problems
