@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     help="That the solver may take; longer brings the answer nearer to the best.",
 )
 @click.option("--methods", is_flag=True, help="Say what the same work takes with QLoRA, LoRA and all weights.")
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a Markdown file, too.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a FILE.html or FILE.md, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.version_option(package_name="qlora-orchestrator")
@@ -41,6 +41,8 @@ def capacity(
     from orchestrator.fleet.jobs import load_jobs
     from orchestrator.fleet.outlook import outlook
 
+    if report is not None:
+        words.check_report(report)
     answer = outlook(load_cluster(fleet), load_jobs(jobs), measured(), seconds, other_methods=methods)
     if report is not None:
         words.write(answer, report)

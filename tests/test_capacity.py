@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
+import subprocess
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,6 +22,7 @@ from clusters.cluster import Cluster, load_cluster
 from clusters.errors import RequestError
 from clusters.gpu import find_gpu
 from launch.capacity import capacity
+from launch.report import capacity as words
 from launch.report.capacity import escaped
 from orchestrator.devices import any_nodes
 from orchestrator.fleet import outlook as fleet_outlook
@@ -209,6 +215,86 @@ def test_the_example_is_carried_and_its_forms_say_the_same(tmp_path: Path) -> No
     assert f"{found['figures']['cost']:,.2f} EUR" in report
     assert report.count("| support ") + report.count("| law ") > 10
     assert found["methods"] == []
+
+
+class Page(HTMLParser):
+    """What a page holds: rows of tables, pictures, and all that it would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows, self.pictures, self.tags = 0, 0, set[str]()
+        self.fetched: list[str | None] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.rows += tag == "tr"
+        self.pictures += tag == "svg"
+        self.fetched += [
+            value
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href") and not (value or "").startswith("#")
+        ]
+
+
+def test_a_page_stands_by_itself_and_has_the_schedule_and_its_pictures(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    given = (EXAMPLES / "two-pools.yaml", "--jobs", EXAMPLES / "jobs" / "two-pools.yaml", "--seconds", "1")
+    answer = ask(*given, "--json", "--report", page)
+    found, text = json.loads(answer.stdout), page.read_text()
+    read = Page(text)
+    assert read.fetched == []
+    assert read.pictures == 2
+    assert read.rows > len(found["schedule"])
+    assert f"{found['figures']['cost']:,.2f} EUR" in text
+    assert len(text) < 3e6
+    assert "#000000" not in text  # pictures have the page's ink, also in the dark
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no Chromium here")
+def test_chromium_shows_the_page_without_an_error(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    given = (EXAMPLES / "two-pools.yaml", "--jobs", EXAMPLES / "jobs" / "two-pools.yaml", "--seconds", "1")
+    ask(*given, "--report", page)
+    # what a person would do, and an error if it did nothing
+    script = """<script>
+    const head = [...document.querySelectorAll("th button")].find((each) => each.textContent === "hours");
+    head.click(); head.click();
+    const cells = [...head.closest("table").tBodies[0].rows].map((row) => parseFloat(row.cells[3].textContent));
+    if (cells.some((each, at) => at && each > cells[at - 1])) throw new Error("it is not sorted");
+    </script></body>"""
+    page.write_text(page.read_text().replace("</body>", script))
+    shown = subprocess.run(
+        [
+            "chromium",
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--dump-dom",
+            page.as_uri(),
+        ],
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert "aria-sort" in shown.stdout
+    assert "CONSOLE" not in shown.stderr
+
+
+def test_a_job_that_is_called_like_markup_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = words.Table("<script>alert(1)</script>", ("a",), [("<img src=x onerror=alert(1)>",)], "<b>")
+    monkeypatch.setattr(words, "tables", lambda _: [table])
+    answer = cast(Any, SimpleNamespace(fleet=SimpleNamespace(name="</title><script>x</script>")))
+    read = Page(words.html(answer))
+    assert "img" not in read.tags
+    assert "b" not in read.tags
+    assert words.html(answer).count("<script>") == 1
+
+
+def test_a_report_of_another_form_is_refused_before_anything_is_planned(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"Write FILE\.html or FILE\.md"):
+        words.check_report(tmp_path / "report.pdf")
 
 
 def test_other_methods_are_planned_where_they_are_asked_for(tmp_path: Path) -> None:

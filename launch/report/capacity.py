@@ -1,4 +1,4 @@
-"""What a fleet comes to, as tables: on the terminal, in Markdown, and as JSON. All numbers come from `Outlook`."""
+"""What a fleet comes to: on the terminal, in Markdown, as a page and as JSON. All numbers come from `Outlook`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from clusters.errors import request_error
+from clusters.errors import not_installed, request_error
 from launch.report.words import gib
 from orchestrator.fleet.options import Option
 from orchestrator.fleet.outlook import Change, Figures, Outlook
@@ -125,8 +125,8 @@ def way(option: Option, answer: Outlook) -> tuple[str, ...]:
     """A way's cells."""
     return (
         f"{option.gpus} x {option.pool}",
-        f"{option.hours:,.1f}",
-        f"{option.high_hours:,.1f}",
+        hours(option.hours),
+        hours(option.high_hours),
         "-" if option.cost is None else money(option.cost, answer),
         gib(option.way.process_bytes).removesuffix(" GiB"),
     )
@@ -183,13 +183,18 @@ def methods(answer: Outlook) -> Table:
                 one.job,
                 one.method,
                 str(one.gpus) if fits else "fits nowhere",
-                f"{one.hours:,.1f}" if one.hours is not None else "",
+                "" if one.hours is None else hours(one.hours),
                 "" if not fits else "-" if one.cost is None else money(one.cost, answer),
             )
         )
     return Table(
         "The same work by other methods: the cheapest way", ("job", "method", " GPUs", " hours", " cost"), rows
     )
+
+
+def hours(value: float) -> str:
+    """A time of a run."""
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def money(value: float, answer: Outlook) -> str:
@@ -241,15 +246,63 @@ def escaped(text: str) -> str:
     return text
 
 
-def write(answer: Outlook, path: Path) -> None:
-    """Write the Markdown file.
+def html(answer: Outlook) -> str:
+    """It as a page of its own: no network, light and dark, tables that sort, pictures.
 
     Raises:
-        RequestError: it cannot be written.
+        RequestError: a package that draws or fills the page is missing.
     """
     try:
+        import jinja2
+        import markupsafe
+
+        from launch.report import figures
+    except ImportError as error:
+        raise not_installed("--report", "FILE.html", [str(error.name)]) from error
+    drawn = {"Schedule": figures.gantt, "Where each job fits": figures.ways}
+    sections = []
+    for table in tables(answer):
+        draw = next((each for name, each in drawn.items() if table.title.startswith(name)), None)
+        picture = None if draw is None else draw(answer)
+        sections.append(
+            {
+                "title": table.title,
+                # matplotlib escapes the texts of its SVG
+                "figure": None if picture is None else picture._replace(svg=markupsafe.Markup(picture.svg)),  # noqa: S704
+                "table": bool(table.rows),
+                "has_header": any(name.strip() for name in table.columns),
+                "columns": [{"name": name.strip(), "number": name.startswith(" ")} for name in table.columns],
+                "rows": table.rows,
+                "note": table.note,
+            }
+        )
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("launch", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    title = f"What {answer.fleet.name} can carry"
+    return environment.get_template("page.html.j2").render(title=title, sections=sections)
+
+
+FORMS = {".md": markdown, ".html": html}
+
+
+def check_report(path: Path) -> None:
+    """Raise a RequestError for an ending that names no form of a report."""
+    if path.suffix.lower() not in FORMS:
+        raise request_error("--report", path, "its ending names no form of a report", "Write FILE.html or FILE.md")
+
+
+def write(answer: Outlook, path: Path) -> None:
+    """Write the report, in the form that the file's ending names.
+
+    Raises:
+        RequestError: another ending, or it cannot be written.
+    """
+    check_report(path)
+    text = FORMS[path.suffix.lower()](answer)
+    try:
         with replace_atomically(path) as temporary:
-            temporary.write_text(markdown(answer), encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise request_error("--report", path, f"it cannot be written: {error}", "Choose another file") from error
 
