@@ -52,12 +52,7 @@ def ledger(
     """The runs of the ledger, the latest first: $QLORA_LEDGER, or the one in the user's application folder."""
     write = None if export is None else writer_of(export)
     prices = None if cluster is None else hourly(load_cluster(cluster), cluster)
-    wanted = {"model": model, "device": device}
-    found = [
-        row
-        for row in rows_of(limit, prices)
-        if all(value is None or row[field] == value for field, value in wanted.items())
-    ]
+    found = rows_of(limit, model, device, prices)
     if export is not None and write is not None:
         try:
             with replace_atomically(export) as temporary:
@@ -72,7 +67,9 @@ def ledger(
     return 0
 
 
-def rows_of(limit: int, prices: Mapping[str, tuple[float, str]] | None) -> list[Row]:
+def rows_of(
+    limit: int, model: str | None, device: str | None, prices: Mapping[str, tuple[float, str]] | None
+) -> list[Row]:
     """The latest runs, each with its figures; bytes, seconds and tokens a second.
 
     Raises:
@@ -82,7 +79,7 @@ def rows_of(limit: int, prices: Mapping[str, tuple[float, str]] | None) -> list[
     if isinstance(place, Path) and not place.exists():
         return []
     try:
-        return [row_of(*each, prices) for each in latest(place, limit)]
+        return [row_of(*each, prices) for each in latest(place, limit, model, device)]
     except (OSError, KeyError, TypeError) as error:
         rule, remedy = f"it was not read: {error}", "Name another with QLORA_LEDGER, or put that right"
         raise request_error("QLORA_LEDGER", without_secrets(str(place)), rule, remedy) from error

@@ -34,7 +34,7 @@ DRAINING_SECONDS = 1.0
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 FOREVER_SECONDS = 10 * 365 * 24 * 3600.0
 SOON_SECONDS = 5.0
-"""Workers that have not begun after this may be waiting for their devices."""
+"""Workers that have not begun after this may be waiting for their devices; so often it is looked."""
 AGAIN_SECONDS = 600.0
 """What is waited for is told again after this; before recovery.hang_minutes are over."""
 Message = dict[str, Any]
@@ -246,7 +246,8 @@ class Queue:
     def __init__(self, order: Order) -> None:
         self._order = order
         self._begun = False
-        self._told, self._at = "", time.monotonic()
+        self._next = time.monotonic() + SOON_SECONDS
+        self._told, self._at = "", 0.0
 
     def waits(self) -> str | None:
         """What to say of it: when it begins or changes, and now and then; None where there is nothing to say.
@@ -256,9 +257,12 @@ class Queue:
         """
         import ray
 
-        self._begun = self._begun or bool(hosts(self._order))
         now = time.monotonic()
-        if self._begun or now - self._at < (SOON_SECONDS if not self._told else 0):
+        if self._begun or now < self._next:
+            return None
+        self._next = now + SOON_SECONDS
+        if hosts(self._order):
+            self._begun = True
             return None
         wanted, total = self._order.strategy.world_size, there(self._order)
         if total < wanted:
@@ -268,8 +272,11 @@ class Queue:
         groups = ray.util.placement_group_table()
         if not any(group["state"] == "PENDING" for name, group in groups.items() if name.endswith(job)):
             return None
-        free = min(int(ray.available_resources().get(resource(self._order), 0)), total)
+        available = ray.available_resources()
+        free = min(int(available.get(resource(self._order), 0)), total)
         text = f"{WAITING}{wanted} {resource(self._order)}s at once: {free} of {total} are free"
+        if free >= wanted:
+            text += f", and {int(available.get('CPU', 0))} CPUs, of which each worker takes one"
         if text == self._told and now - self._at < AGAIN_SECONDS:
             return None
         self._told, self._at = text, now

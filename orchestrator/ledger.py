@@ -55,7 +55,10 @@ ENTER = (
     f"INSERT INTO runs ({', '.join(COLUMNS)}) VALUES ({', '.join(f':{name}' for name in COLUMNS)})"  # noqa: S608
     f" ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])}"
 )
-LATEST = "SELECT id, folder, status, record FROM runs ORDER BY started DESC, id LIMIT :limit"
+LATEST = (
+    "SELECT id, folder, status, record FROM runs WHERE (CAST(:model AS TEXT) IS NULL OR model = :model)"
+    " AND (CAST(:device AS TEXT) IS NULL OR device = :device) ORDER BY started DESC, id LIMIT :limit"
+)
 
 
 class Connection(Protocol):
@@ -236,14 +239,17 @@ def known_history(tell: Callable[[str], None]) -> History:
         return NOTHING_MEASURED
 
 
-def latest(place: Path | str, limit: int) -> list[tuple[str, str, str, dict[str, Any]]]:
-    """The id, folder, status and record of the latest runs of a ledger.
+def latest(
+    place: Path | str, limit: int, model: str | None = None, device: str | None = None
+) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """The id, folder, status and record of the latest runs of a ledger, of a model and on a device where one is named.
 
     Raises:
         OSError: it cannot be read.
     """
     with open_ledger(place, to_write=False) as connection:
-        rows = connection.execute(LATEST, {"limit": limit}) if connection.version() else []
+        asked = {"limit": limit, "model": model, "device": device}
+        rows = connection.execute(LATEST, asked) if connection.version() else []
     try:
         return [(run, folder, status, json.loads(record)) for run, folder, status, record in rows]
     except ValueError as error:

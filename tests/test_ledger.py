@@ -212,3 +212,10 @@ def test_what_cannot_be_is_told(runs: Path) -> None:
         with pytest.raises(RequestError, match=message):
             ask(*arguments)
     assert "No run of that kind" in ask("--model", "another")
+
+
+def test_runs_of_a_kind_are_found_behind_the_latest(runs: Path) -> None:
+    for number in range(3, 6):
+        ledger.enter(record(id=f"run-{number}"), runs, ledger_place())
+    rows = json.loads(ask("--device", "a100-80gb", "--limit", "2", "--json"))
+    assert sorted(row["run"] for row in rows) == ["run-1", "run-2"]
