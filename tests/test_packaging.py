@@ -119,7 +119,8 @@ def test_the_wheel_holds_every_module_and_catalogue_and_example(wheel: Path) -> 
     sources = {path for package in PACKAGES for path in (ROOT / package).glob("**/*.py")}
     catalogues = {*(ROOT / "clusters").glob("**/*.yaml"), *(ROOT / "qlora_core" / "models").glob("*.json")}
     assert len(catalogues) > 50
-    assert {path.relative_to(ROOT).as_posix() for path in sources | catalogues} <= wheel_names(wheel)
+    pages = set((ROOT / "launch").glob("**/*.j2"))
+    assert {path.relative_to(ROOT).as_posix() for path in sources | catalogues | pages} <= wheel_names(wheel)
 
 
 def test_the_wheel_has_four_commands(wheel: Path) -> None:

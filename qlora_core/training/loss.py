@@ -6,6 +6,7 @@ Shapes: B micro-batch, S sequence, H hidden, V vocabulary, N labelled tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,7 +28,7 @@ class SummedLoss(nn.Module):
         model: a causal language model of transformers, with peft's adapters or without.
         kind: "full" lets transformers make all logits; "chunked" makes LOSS_CHUNK_TOKENS tokens' at a time, only for
             labelled tokens, and keeps none of them.
-        narrow: the dtype of torch.autocast; None runs without it.
+        narrow: the dtype of torch.autocast; None leaves it as it is around the call.
     """
 
     def __init__(self, model: nn.Module, kind: Loss, narrow: torch.dtype | None = None) -> None:
@@ -49,7 +50,8 @@ class SummedLoss(nn.Module):
             attention_mask_BS: None without padding, and for packed rows.
             position_ids_BS: of packed rows: where they begin anew, another example does.
         """
-        with torch.autocast(input_ids_BS.device.type, self.narrow, enabled=self.narrow is not None):
+        # a context that is not enabled would switch off one that is
+        with nullcontext() if self.narrow is None else torch.autocast(input_ids_BS.device.type, self.narrow):
             return self._loss(input_ids_BS, attention_mask_BS, labels_BS, position_ids_BS)
 
     def _loss(
