@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from typing import Any
 
 import yaml
@@ -105,8 +106,9 @@ def resource_name(name: str) -> str:
 
 
 def image_of(workload: Workload) -> str:
-    """The image that is asked for, or Ray's own for the Python that the requirements were pinned with."""
-    return workload.image or f"rayproject/ray:{workload.ray_version}-py311{'-gpu' if workload.gpus else ''}"
+    """The image that is asked for, or Ray's own for this Python, with which the requirements were pinned."""
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    return workload.image or f"rayproject/ray:{workload.ray_version}-{python}{'-gpu' if workload.gpus else ''}"
 
 
 def runtime_environment(workload: Workload) -> dict[str, str]:

@@ -175,7 +175,8 @@ def test_with_an_image_nothing_is_installed_and_without_one_all_versions_are_pin
     assert wanted[0] == "https://files.example/qlora-0.1.0-py3-none-any.whl"
     assert {name.partition("==")[0] for name in wanted[1:]} >= {"torch", "transformers", "peft", "bitsandbytes"}
     assert all("==" in name and "+" not in name for name in wanted[1:])
-    assert f"rayproject/ray:{ray.__version__}-py311" in json.dumps(job)
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    assert f"rayproject/ray:{ray.__version__}-{python}" in json.dumps(job)
 
 
 def test_what_no_pod_would_see_is_refused_all_at_once(render: Render, run: Run, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def outlook(
         figures=figures_of(schedule),
         by_rules=figures_of(begun),
         impossible=impossible,
-        changes=tuple(changes(fleet, runs, ways)),
+        changes=tuple(changes(fleet, runs, ways, begun.order)),
         purchases=tuple(purchases(fleet, runs, ways, begun)) if not impossible else (),
         methods=tuple(by_method(fleet, jobs, ways, history)) if other_methods else (),
         remarks=tuple(remarks),
@@ -188,16 +188,18 @@ def total(placed: Sequence[Placed], which: str) -> float | None:
     return None if any(price is None for price in prices) else float(sum(prices))
 
 
-def changes(fleet: Cluster, runs: Sequence[Run], ways: Mapping[int, Sequence[Option]]) -> list[Change]:
-    """One more node of each pool; each pool lost."""
+def changes(
+    fleet: Cluster, runs: Sequence[Run], ways: Mapping[int, Sequence[Option]], order: int | None = None
+) -> list[Change]:
+    """One more node of each pool; each pool lost; the runs placed in the same order as before."""
     found = []
     for pool in fleet.pools:
         more = with_nodes(fleet, pool.name, pool.nodes + 1)
-        found.append(Change(f"one more node of {pool.name}", figures_of(by_rules(runs, ways, more))))
+        found.append(Change(f"one more node of {pool.name}", figures_of(by_rules(runs, ways, more, order))))
     for pool in fleet.pools if len(fleet.pools) > 1 else ():
         less = replace(fleet, pools=tuple(each for each in fleet.pools if each is not pool))
         left = {job: [way for way in each if way.pool != pool.name] for job, each in ways.items()}
-        found.append(Change(f"without {pool.name}", figures_of(by_rules(runs, left, less))))
+        found.append(Change(f"without {pool.name}", figures_of(by_rules(runs, left, less, order))))
     return found
 
 
@@ -216,18 +218,20 @@ def purchases(
         return []
     found = []
     for pool in fleet.pools:
-        number = fewest(fleet, pool, runs, ways)
+        number = fewest(fleet, pool, runs, ways, begun.order)
         if number is not None:
             price = None if pool.price_per_hour is None else number * pool.price_per_hour * 168
             found.append(Purchase(pool.name, number, price))
     return sorted(found, key=lambda one: (one.per_week is None, one.per_week or 0.0, one.nodes))
 
 
-def fewest(fleet: Cluster, pool: Pool, runs: Sequence[Run], ways: Mapping[int, Sequence[Option]]) -> int | None:
+def fewest(
+    fleet: Cluster, pool: Pool, runs: Sequence[Run], ways: Mapping[int, Sequence[Option]], order: int | None = None
+) -> int | None:
     """How many more nodes of a pool it takes, up to MOST_NODES; None where that does not do."""
 
     def enough(more: int) -> bool:
-        return by_rules(runs, ways, with_nodes(fleet, pool.name, pool.nodes + more)).late == 0
+        return by_rules(runs, ways, with_nodes(fleet, pool.name, pool.nodes + more), order).late == 0
 
     step = 1
     while step <= MOST_NODES and not enough(step):

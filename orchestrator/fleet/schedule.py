@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from clusters.cluster import Cluster, Pool
 from orchestrator.fleet.jobs import Run
@@ -50,6 +50,7 @@ class Schedule:
         by: "solver" or "rules".
         least_late: weighted hours too late that no schedule can go below.
         least_price: what no schedule can cost less than.
+        order: of ORDERS, the one by which the rules placed the runs.
     """
 
     placed: tuple[Placed, ...]
@@ -57,6 +58,7 @@ class Schedule:
     by: str
     least_late: float
     least_price: float
+    order: int = 0
 
     @property
     def late(self) -> float:
@@ -117,18 +119,30 @@ class Nodes:
         return found
 
 
-def by_rules(runs: Sequence[Run], ways: Mapping[int, Sequence[Option]], fleet: Cluster) -> Schedule:
-    """The better of several orders in which each run takes the cheapest option that keeps its deadline.
+ORDERS: tuple[Callable[[Run], tuple[float, ...]], ...] = (
+    lambda run: (run.release, math.inf if run.due is None else run.due, -run.priority),
+    lambda run: (math.inf if run.due is None else run.due, run.release),
+    lambda run: (-run.priority, run.release),
+)
+"""In which runs are placed: as they are asked for, by deadline, by priority."""
+
+
+def by_rules(
+    runs: Sequence[Run], ways: Mapping[int, Sequence[Option]], fleet: Cluster, order: int | None = None
+) -> Schedule:
+    """The best of several orders in which each run takes the cheapest option that keeps its deadline.
 
     Where none keeps it, or there is no deadline, the one that ends first; of runs without one, the cheapest that does
     not wait.
+
+    Args:
+        order: the only one of ORDERS that is tried.
     """
-    orders = (
-        lambda run: (run.release, math.inf if run.due is None else run.due, -run.priority),
-        lambda run: (math.inf if run.due is None else run.due, run.release),
-        lambda run: (-run.priority, run.release),
-    )
-    found = [placed_in_order(sorted(runs, key=order), ways, fleet) for order in orders]
+    found = [
+        replace(placed_in_order(sorted(runs, key=key), ways, fleet), order=number)
+        for number, key in enumerate(ORDERS)
+        if order in (None, number)
+    ]
     return min(found, key=lambda one: (one.late, one.price))
 
 
