@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from clusters.gpu import MIB
 from clusters.workload import (
     HEAD_BYTES,
     HEAD_CPUS,
@@ -20,7 +21,6 @@ from clusters.workload import (
     Workload,
 )
 
-MIB = 1024**2
 LONGEST_NAME = 47
 """Of a RayJob; its cluster's and pods' names are made from it (ray-operator/controllers/ray/utils/constant.go)."""
 FILES = "/etc/qlora"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 
+from clusters.gpu import MIB
 from clusters.workload import OBJECT_STORE_BYTES, Workload
 
-MIB = 1024**2
 FOLDER = ".slurm"
 """In the output folder, which all nodes see: the run's specification and the token of its Ray."""
 END = "END_OF_FILE"

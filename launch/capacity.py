@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from launch import command
 from launch.ledger import ledger
-
-if TYPE_CHECKING:
-    from orchestrator.history import History
+from launch.plan import measured
 
 
 @click.command("qlora-capacity", cls=command.WithSubcommands, subcommands=(ledger,))
@@ -51,13 +48,6 @@ def capacity(
     else:
         words.show(answer)
     return 1 if answer.figures.nowhere or answer.figures.late else 0
-
-
-def measured() -> History:
-    """What runs entered in the ledger measured."""
-    from orchestrator.ledger import known_history
-
-    return known_history(command.warn)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ray
 import yaml
@@ -214,9 +214,7 @@ def pack(spec: RunSpec, machine: Machine, folder: Path) -> None:
     Raises:
         RequestError: they are larger than what may travel.
     """
-    fields = spec.model_dump(mode="json", exclude_unset=True)
-    fields["output"] = spec.output
-    fields.pop("cluster", None)
+    fields = fields_of(spec)
     named = {"data": spec.data.path, "model": spec.model, "adapter": spec.adapter}
     local = {field: Path(value) for field, value in named.items() if value is not None}
     local = {field: path for field, path in local.items() if path.is_absolute() and path.exists()}
@@ -241,8 +239,23 @@ def pack(spec: RunSpec, machine: Machine, folder: Path) -> None:
             fields["data"]["path"] = inside
         else:
             fields[field] = inside
-    (folder / SPECIFICATION).write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
-    (folder / ORDER_FILE).write_text(json.dumps(dataclasses.asdict(machine)), encoding="utf-8")
+    for name, text in texts_of(fields, machine).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def fields_of(spec: RunSpec) -> dict[str, Any]:
+    """A specification for a job, whose cluster is the one that it is in."""
+    fields = spec.model_dump(mode="json", exclude_unset=True) | {"output": spec.output}
+    fields.pop("cluster", None)
+    return fields
+
+
+def texts_of(fields: Mapping[str, Any], machine: Machine) -> dict[str, str]:
+    """What `launch.job` reads, by the files' names: the specification, and what it was planned for."""
+    return {
+        SPECIFICATION: yaml.safe_dump(dict(fields), sort_keys=False),
+        ORDER_FILE: json.dumps(dataclasses.asdict(machine)) + "\n",
+    }
 
 
 def size_of(path: Path) -> int:

@@ -12,7 +12,7 @@ import click
 
 from clusters.cluster import Cluster, load_cluster
 from clusters.errors import not_installed, request_error, without_secrets
-from launch.report.words import gib
+from launch.report.words import echo, gib
 from orchestrator.history import ledger_place
 from orchestrator.ledger import device_seconds, faults, latest, tokens_per_second
 from qlora_core.files import replace_atomically
@@ -185,7 +185,6 @@ def show(rows: Sequence[Row]) -> None:
     if not rows:
         click.echo("No run of that kind is in the ledger.")
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None)
@@ -210,10 +209,7 @@ def show(rows: Sequence[Row]) -> None:
         if has_cost:
             cells.append("" if row["cost"] is None else f"{row['cost']:,.2f} {row['currency']}")
         table.add_row(*cells)
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
-    console.print(table)
+    echo(table, piped_width=PIPED_WIDTH)
 
 
 def in_gib(size: int | None) -> str:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
-
-import yaml
 
 from clusters import kuberay, ray_launcher, slurm
 from clusters.cluster import Cluster, Pool, load_cluster
@@ -102,7 +99,7 @@ def workload_of(asked: Asked, spec: RunSpec, plan: Plan, where: Place) -> Worklo
     ray_version = metadata.version("ray")
     return Workload(
         name=jobs.id_stem(spec),
-        files=files_of(spec, where.machine),
+        files=jobs.texts_of(jobs.fields_of(spec), where.machine),  # paths stay as they are
         output=spec.output,
         metadata=jobs.metadata(spec, plan),
         nodes=nodes,
@@ -119,17 +116,6 @@ def workload_of(asked: Asked, spec: RunSpec, plan: Plan, where: Place) -> Worklo
         priority=asked.priority,
         node_labels=dict(where.pool.node_labels) if where.pool is not None else {},
     )
-
-
-def files_of(spec: RunSpec, machine: Machine) -> dict[str, str]:
-    """The specification and what it was planned for; paths stay as they are."""
-    fields = spec.model_dump(mode="json", exclude_unset=True)
-    fields |= {"output": spec.output}
-    fields.pop("cluster", None)
-    return {
-        jobs.SPECIFICATION: yaml.safe_dump(fields, sort_keys=False),
-        jobs.ORDER_FILE: json.dumps(dataclasses.asdict(machine)) + "\n",
-    }
 
 
 def shared_volume(asked: Asked, spec: RunSpec) -> Volume | None:

@@ -115,10 +115,10 @@ def stop(job: str, address: str, debug: bool) -> int:
 @of_cluster
 def list_jobs(address: str, debug: bool) -> int:
     """The runs that were submitted to a cluster, the newest first."""
-    from rich.console import Console
     from rich.table import Table
 
     from launch import jobs
+    from launch.report.words import echo
 
     client = client_of(address)
     table = Table(box=None)
@@ -129,12 +129,7 @@ def list_jobs(address: str, debug: bool) -> int:
         facts = (said.get(name, "") for name in ("model", "workers", "predicted", "owner"))
         waits = jobs.says(client, one) or ""
         table.add_row(one.submission_id, one.status.value.lower(), *facts, moment(one.start_time), waits)
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
-    with console.capture() as captured:
-        console.print(table if table.row_count else "No run was submitted to this cluster.")
-    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    echo(table if table.row_count else "No run was submitted to this cluster.", piped_width=PIPED_WIDTH)
     return 0
 
 

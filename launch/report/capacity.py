@@ -6,16 +6,17 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import click
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clusters.errors import not_installed, request_error
-from launch.report.words import gib
+from launch.report.words import echo, gib
 from orchestrator.fleet.options import Option
 from orchestrator.fleet.outlook import Change, Figures, Outlook
 from orchestrator.fleet.schedule import Placed
 from qlora_core.files import replace_atomically
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 SCHEMA_VERSION = 1
 PIPED_WIDTH = 160
@@ -207,24 +208,19 @@ def money(value: float, answer: Outlook) -> str:
 
 def show(answer: Outlook) -> None:
     """Print it."""
-    from rich.console import Console
     from rich.table import Table as Grid
+    from rich.text import Text
 
-    console = Console(highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
-    with console.capture() as captured:
-        for table in tables(answer):
-            console.print(f"\n{table.title}", style="bold")
-            grid = Grid(box=None, show_header=any(name.strip() for name in table.columns))
-            for name in table.columns:
-                grid.add_column(name.strip(), justify="right" if name.startswith(" ") and name.strip() else "left")
-            for row in table.rows:
-                grid.add_row(*row)
-            console.print(grid)
-            if table.note:
-                console.print(table.note)
-    click.echo("\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines()))
+    printed: list[RenderableType] = []
+    for number, table in enumerate(tables(answer)):
+        printed += [*([""] if number else []), Text(table.title, style="bold")]
+        grid = Grid(box=None, show_header=any(name.strip() for name in table.columns))
+        for name in table.columns:
+            grid.add_column(name.strip(), justify="right" if name.startswith(" ") and name.strip() else "left")
+        for row in table.rows:
+            grid.add_row(*row)
+        printed += [grid, *([table.note] if table.note else [])]
+    echo(*printed, piped_width=PIPED_WIDTH)
 
 
 def markdown(answer: Outlook) -> str:

@@ -14,9 +14,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from clusters.gpu import GIB, MIB
 from launch import command
 from launch.listing import parameters
-from launch.report.words import GIB, MIB, gib, time_words
+from launch.report.words import gib, time_words
 from orchestrator.plans import Duration, Plan, Verdict
 from qlora_core.step_time import StepTime
 

@@ -1,13 +1,37 @@
-"""Sizes and times as people read them."""
+"""Sizes and times as people read them, and tables without blanks at the ends of their lines."""
 
 from __future__ import annotations
 
-GIB, MIB = 1024**3, 1024**2
+from typing import TYPE_CHECKING
+
+import click
+
+from clusters.gpu import GIB, MIB
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def gib(value: int) -> str:
     """Bytes as GiB; as MiB below a tenth of one."""
     return f"{value / GIB:.2f} GiB" if abs(value) >= GIB // 10 else f"{value / MIB:.2f} MiB"
+
+
+def echo(*renderables: RenderableType, piped_width: int) -> None:
+    """Print on stdout as rich lays it out, without blanks at the ends of lines.
+
+    Args:
+        piped_width: columns where there is no terminal.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)  # a name in brackets is a name
+    if not console.is_terminal:
+        console.width = piped_width
+    with console.capture() as captured:
+        for each in renderables:
+            console.print(each)
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def time_words(seconds: float) -> str:

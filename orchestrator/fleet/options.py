@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from clusters.cluster import Cluster, Pool
@@ -16,7 +15,7 @@ from orchestrator.rules import trained_stages
 from orchestrator.search import best_of
 from orchestrator.space import places
 from qlora_core.catalogue import find_model
-from qlora_core.recipe import Method, Recipe
+from qlora_core.recipe import Method
 from qlora_core.strategy import Strategy
 
 OPEN = frozenset({"world_size", "micro_batch", "gradient_checkpointing", "zero_stage"})
@@ -68,11 +67,7 @@ def options(job: JobForm, fleet: Cluster, history: History, method: Method | Non
     if method is not None and method != recipe.method:
         quantization = recipe.quantization if method == "qlora" else "none"
         recipe = replace(recipe, method=method, quantization=quantization)
-    return list(_options(job.model, job.tokens, recipe, fleet, history))
-
-
-def _options(model: str, tokens: int, recipe: Recipe, fleet: Cluster, history: History) -> Sequence[Option]:
-    architecture = find_model(model)
+    architecture = find_model(job.model)
     question = Question(
         architecture,
         recipe,
@@ -82,7 +77,7 @@ def _options(model: str, tokens: int, recipe: Recipe, fleet: Cluster, history: H
         objective="cheapest",  # no groups of unlike pools
         stages=trained_stages(recipe),
     )
-    others = Alternatives(architecture, tokens, fleet.currency, history)
+    others = Alternatives(architecture, job.tokens, fleet.currency, history)
     found: list[Option] = []
     for target in targets_of(fleet.pools, recipe.compute_dtype, 1):
         pool = target.pool
