@@ -115,10 +115,10 @@ def request_error(where: str, given: object, rule: str, remedy: str) -> RequestE
     return RequestError([Problem(where, str(given), rule, remedy)])
 
 
-def not_installed(where: str, given: object, packages: Iterable[str]) -> RequestError:
-    """The error of a request that needs packages of the extra `train`."""
+def not_installed(where: str, given: object, packages: Iterable[str], extra: str = "train") -> RequestError:
+    """The error of a request that needs packages of an extra."""
     rule = f"it needs packages that are not installed: {', '.join(packages)}"
-    return request_error(where, given, rule, 'Install them: pip install "qlora-orchestrator[train]"')
+    return request_error(where, given, rule, f'Install them: pip install "qlora-orchestrator[{extra}]"')
 
 
 def first_line(error: BaseException) -> str:

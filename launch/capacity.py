@@ -23,30 +23,42 @@ from launch.plan import measured
 )
 @click.option("--methods", is_flag=True, help="Say what the same work takes with QLoRA, LoRA and all weights.")
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a FILE.html or FILE.md, too.")
+@click.option("--figures", type=click.Path(path_type=Path, file_okay=False), help="Write its pictures into a folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.version_option(package_name="qlora-orchestrator")
 def capacity(
-    fleet: Path, jobs: Path, seconds: float, methods: bool, report: Path | None, as_json: bool, debug: bool
+    fleet: Path,
+    jobs: Path,
+    seconds: float,
+    methods: bool,
+    report: Path | None,
+    figures: Path | None,
+    as_json: bool,
+    debug: bool,
 ) -> int:
     """What the FLEET of a description (docs/clusters.md) comes to with a list of fine-tunes (docs/capacity.md).
 
     Exit code 1 where a run fits nowhere or a deadline is missed.
     """
     from clusters.cluster import load_cluster
-    from launch.report import capacity as words
+    from launch.report import document
+    from launch.report.capacity import as_json as json_of
+    from launch.report.capacity import document as report_of
     from orchestrator.fleet.jobs import load_jobs
     from orchestrator.fleet.outlook import outlook
 
     if report is not None:
-        words.check_report(report)
+        document.check_report(report)
     answer = outlook(load_cluster(fleet), load_jobs(jobs), measured(), seconds, other_methods=methods)
     if report is not None:
-        words.write(answer, report)
+        document.write(report_of(answer), report)
+    if figures is not None:
+        document.write_figures(report_of(answer), figures)
     if as_json:
-        click.echo(words.as_json(answer))
+        click.echo(json_of(answer))
     else:
-        words.show(answer)
+        document.show(report_of(answer))
     return 1 if answer.figures.nowhere or answer.figures.late else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,7 @@ OPTIONS = (
     ),
     click.option("--write", metavar="FILE.yaml", help="Write what qlora-train runs."),
     click.option("--report", metavar="FILE.html|FILE.md", help="Write the answer as a page."),
+    click.option("--figures", metavar="FOLDER", help="Write the report's pictures, as SVG and PNG."),
     click.option("--list-models", "list_kind", flag_value="models", help="List the catalogue of models."),
     click.option("--list-gpus", "list_kind", flag_value="gpus", help="List the catalogue of GPUs."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/planning.md)."),
@@ -182,6 +184,27 @@ def with_options(function: Callable[..., int]) -> Callable[..., int]:
     for option in reversed(OPTIONS):
         function = option(function)
     return function
+
+
+NOT_ASKED = frozenset({"report", "figures", "write", "as_json", "debug", "explain", "list_kind", "version"})
+"""Options that say what becomes of an answer, and nothing of the question."""
+
+
+def command_line(context: click.Context) -> str:
+    """What asks the same once more, as a shell reads it: the options that were passed, in the order of --help."""
+    source = click.core.ParameterSource
+    words = [context.command.name or "qlora-plan"]
+    for parameter in context.command.params:
+        name, value = parameter.name or "", context.params.get(parameter.name or "")
+        if name in NOT_ASKED or context.get_parameter_source(name) in (source.DEFAULT, source.DEFAULT_MAP):
+            continue
+        flag = parameter.opts[0]
+        if isinstance(parameter, click.Option) and parameter.is_flag:
+            words += [flag] if value else []
+        else:
+            each = value if isinstance(value, tuple) else (value,)
+            words += [word for one in each for word in (flag, str(one))]
+    return shlex.join(words)
 
 
 def passed(context: click.Context) -> frozenset[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launch import command
-from launch.options import passed, with_options
+from launch.options import command_line, passed, with_options
 from launch.request import plan_of
 from orchestrator.history import NOTHING_MEASURED, History, ledger_place
 
@@ -36,11 +36,13 @@ def plan(context: click.Context, /, **options: Any) -> int:
     if options["model"] is None:
         raise click.UsageError("Missing option --model; --list-models shows what is known by name.")
     if options["report"]:
-        from launch.report.plan_report import check_report
+        from launch.report.document import check_report
 
-        check_report(options["report"])
+        check_report(Path(options["report"]))
     given, history = passed(context), measured()
-    wants_all = options["as_json"] or options["explain"] or options["cluster"] or options["report"]
+    wants_all = (
+        options["as_json"] or options["explain"] or options["cluster"] or options["report"] or options["figures"]
+    )
     answer = plan_of(options, given, history, alternatives="all" if wants_all else "nearest")
     swept = None
     if options["sweeps"]:
@@ -51,10 +53,15 @@ def plan(context: click.Context, /, **options: Any) -> int:
         from launch.run_file import write_run
 
         write_run(answer, options)
-    if options["report"]:
-        from launch.report.plan_report import write_plan_report
+    if options["report"] or options["figures"]:
+        from launch.report.document import write, write_figures
+        from launch.report.plan_report import document
 
-        write_plan_report(options["report"], answer, swept)
+        report = document(answer, swept, command_line(context))
+        if options["report"]:
+            write(report, Path(options["report"]))
+        if options["figures"]:
+            write_figures(report, Path(options["figures"]))
     show(answer, swept, options)
     return 0 if answer.fits else 1
 

@@ -25,6 +25,7 @@ NOT_SWEPT = frozenset(
         "explain",
         "write",
         "report",
+        "figures",
         "estimator",
         "compare",
         "version",

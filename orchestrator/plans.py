@@ -10,7 +10,7 @@ from typing import Any, Literal
 from clusters.cluster import Pool
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.device import Device
-from qlora_core.memory.estimate import Estimate
+from qlora_core.memory.estimate import Components, Estimate
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.step_time import StepTime
 from qlora_core.strategy import Strategy
@@ -76,6 +76,7 @@ class Verdict:
     """Whether a request fits on one kind of device, and how far it could be taken there.
 
     Attributes:
+        components: the allocated bytes, at the moment of the peak.
         largest_micro_batch, longest_seq_len: with all else as asked for; 0 where not even 1 fits.
         headroom_bytes: usable minus process bytes; negative where it does not fit.
         confidence: how sure that is.
@@ -84,6 +85,7 @@ class Verdict:
 
     gpu: str
     usable_bytes: int
+    components: Components
     allocated_bytes: int
     reserved_bytes: int
     process_bytes: int
@@ -296,9 +298,11 @@ class Plan:
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
     """A verdict's fields as JSON has them."""
-    names = (field.name for field in dataclasses.fields(verdict) if field.name not in ("confidence", "step_time"))
+    nested = ("components", "confidence", "step_time")
+    names = (field.name for field in dataclasses.fields(verdict) if field.name not in nested)
     return {
         **{name: getattr(verdict, name) for name in names},
+        "components": dataclasses.asdict(verdict.components),
         "confidence": dataclasses.asdict(verdict.confidence),
         "step_time": time_json(verdict.step_time),
     }

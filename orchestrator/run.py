@@ -35,6 +35,7 @@ from orchestrator.supervisor import (
 )
 from orchestrator.tracking import tracked
 from qlora_core.training.examples import save_examples
+from qlora_core.training.layout import histogram
 from qlora_core.training.manifest import folder_name, newest_valid, put_aside
 from qlora_core.training.restore import load_facts
 
@@ -279,6 +280,7 @@ def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> R
             **dataclasses.asdict(prepared.data),
             "rows": len(prepared.layout.rows),
             "padding_percent": round(100 * prepared.layout.waste, 2),
+            "row_lengths": dict(zip(("bin_tokens", "counts"), histogram(prepared.layout.lengths), strict=True)),
         },
         "machine": {"kind": prepared.machine.kind, "name": prepared.machine.name},
         "versions": versions(),

@@ -48,6 +48,7 @@ def verdict(
     return Verdict(
         gpu=target.name,
         usable_bytes=target.usable_bytes,
+        components=gpu.components,
         allocated_bytes=gpu.allocated_bytes,
         reserved_bytes=gpu.reserved_bytes,
         process_bytes=gpu.process_bytes,

@@ -91,6 +91,7 @@ def test_the_json_has_every_key_of_the_contract(ask: Ask) -> None:
     assert set(verdict) == {
         "gpu",
         "usable_bytes",
+        "components",
         "allocated_bytes",
         "reserved_bytes",
         "process_bytes",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from launch.report.run_report import attempts_section
+from launch.report.document import Document, markdown
+from launch.report.run_report import attempts
 from orchestrator.record import Attempt, RunRecord
 
 STRATEGY = {"world_size": 2, "micro_batch": 4, "gradient_accumulation": 1, "zero_stage": 2}
@@ -15,7 +16,7 @@ def record(*attempts: Attempt) -> RunRecord:
 
 
 def test_a_run_without_a_failure_has_no_such_section() -> None:
-    assert attempts_section(record(Attempt(started="2026", from_step=0, to_step=6, status="complete"))) == ""
+    assert not list(attempts(record(Attempt(started="2026", from_step=0, to_step=6, status="complete"))))
 
 
 def test_each_attempt_has_its_line_and_what_was_passed_over_too() -> None:
@@ -37,10 +38,10 @@ def test_each_attempt_has_its_line_and_what_was_passed_over_too() -> None:
         strategy={**STRATEGY, "micro_batch": 1, "gradient_accumulation": 4},
         skipped=[{"checkpoint": "step-00000004", "reason": "checkpoint.json is missing"}],
     )
-    lines = attempts_section(record(failed, resumed)).splitlines()[4:]
-    assert lines == [
+    lines = markdown(Document("Run", tuple(attempts(record(failed, resumed))))).splitlines()
+    assert lines[-3:] == [
         "| 1 | 0 to 2 | 2 x 4 x 1, ZeRO 2 | failed | gpu memory: a \\| in a message "
         "| replan: the same plan would run out again |",
         "| 2 | 2 to 6 | 2 x 1 x 4, ZeRO 2 | complete |  |  |",
-        "| | | | passed over | step-00000004: checkpoint.json is missing | |",
+        "|  |  |  | passed over | step-00000004: checkpoint.json is missing |  |",
     ]

@@ -58,6 +58,17 @@ def title_of(plan: Plan) -> str:
 
 def alternatives_table(plan: Plan) -> Table:
     """One line for each: what it is, its memory, speed, time and price."""
+    titles, rows = alternative_rows(plan)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="left" if number < 2 else "right", header_style="dim", no_wrap=number >= 2)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def alternative_rows(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The columns' titles, of which the first two are words, and the cells."""
     columns: dict[str, Cell] = {
         "needed\nGiB": lambda one: f"{one.process_bytes / GIB:.2f}",
         "to spare\nGiB": lambda one: f"{(one.usable_bytes - one.process_bytes) / GIB:.2f}",
@@ -67,16 +78,12 @@ def alternatives_table(plan: Plan) -> Table:
         columns["\nwhole run"] = lambda one: "-" if one.duration is None else time_words(one.duration.seconds)
     if any(one.price_per_hour is not None for one in plan.alternatives):
         columns["\nprice"] = price
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "what changes"):
-        table.add_column(title, header_style="dim")
-    for title in columns:
-        table.add_column(title, justify="right", header_style="dim", no_wrap=True)
+    rows = []
     for one in plan.alternatives:
         sure = "" if one.confidence.chance >= SURE else f" ({one.confidence.chance:.0%} sure)"
         what = (f"{one.title}: " if one.title else "") + changes_words(one) + sure
-        table.add_row(one.place, what, *(cell(one) for cell in columns.values()))
-    return table
+        rows.append((one.place, what, *(cell(one) for cell in columns.values())))
+    return ("", "what changes", *columns), rows
 
 
 def price(one: Alternative) -> str:

@@ -1,46 +1,39 @@
-"""What a fleet comes to: on the terminal, in Markdown, as a page and as JSON. All numbers come from `Outlook`."""
+"""What a fleet comes to, as a report and as JSON. All numbers come from `Outlook`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from clusters.errors import not_installed, request_error
-from launch.report.words import echo, gib
+from launch.report.document import Document, Section
+from launch.report.words import gib
 from orchestrator.fleet.options import Option
 from orchestrator.fleet.outlook import Change, Figures, Outlook
 from orchestrator.fleet.schedule import Placed
-from qlora_core.files import replace_atomically
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from launch.report.pictures.style import Picture
 
 SCHEMA_VERSION = 1
-PIPED_WIDTH = 160
-"""Columns where there is no terminal: nothing is cut off."""
 MOST_ROWS = 40
 """Runs that a table lists; JSON has all."""
 
 
-class Table(NamedTuple):
-    """A table with its heading; columns whose names begin with a blank are numbers."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
+def document(answer: Outlook) -> Document:
+    """The whole report."""
+    return Document(f"What {answer.fleet.name} can carry", tuple(sections(answer)))
 
 
-def tables(answer: Outlook) -> Iterator[Table]:
+def sections(answer: Outlook) -> Iterator[Section]:
     """All that is told, in order."""
     yield overview(answer)
     yield where_they_fit(answer)
     yield schedule(answer)
     used = answer.utilization()
-    yield Table(
+    yield Section(
         "Pools",
         ("pool", " GPUs", " taken", " price an hour"),
         [
@@ -54,7 +47,7 @@ def tables(answer: Outlook) -> Iterator[Table]:
         ],
         "Taken: of the GPU hours until the last run has ended.",
     )
-    yield Table(
+    yield Section(
         "What would change it",
         ("fleet", " too late", " hours too late", " mean wait, h", " cost", " last end, h"),
         [
@@ -64,7 +57,7 @@ def tables(answer: Outlook) -> Iterator[Table]:
         "All of these are scheduled by rules, so that they can be compared; the schedule above may be better.",
     )
     if answer.purchases:
-        yield Table(
+        yield Section(
             "The smallest purchase that keeps all deadlines",
             ("pool", " more nodes", " a week"),
             [
@@ -76,7 +69,7 @@ def tables(answer: Outlook) -> Iterator[Table]:
         yield methods(answer)
 
 
-def overview(answer: Outlook) -> Table:
+def overview(answer: Outlook) -> Section:
     """The figures of the schedule."""
     figures, plan = answer.figures, answer.schedule
     rows = [
@@ -94,7 +87,7 @@ def overview(answer: Outlook) -> Table:
         ("scheduled by", plan.by),
     ]
     late = [f"{name} cannot be kept by any GPUs of the fleet." for name in answer.impossible]
-    return Table(
+    return Section(
         f"{answer.fleet.name}: {len(answer.jobs.jobs)} jobs", ("", " "), rows, " ".join([*answer.remarks, *late])
     )
 
@@ -106,7 +99,7 @@ def cost_words(figures: Figures, answer: Outlook) -> str:
     return f"{money(figures.cost, answer)} ({money(figures.low_cost, answer)} to {money(figures.high_cost, answer)})"
 
 
-def where_they_fit(answer: Outlook) -> Table:
+def where_they_fit(answer: Outlook) -> Section:
     """Each job's ways."""
     rows: list[tuple[str, ...]] = []
     for index, job in enumerate(answer.jobs.jobs):
@@ -114,11 +107,12 @@ def where_they_fit(answer: Outlook) -> Table:
             rows.append((job.name, job.model, "fits nowhere", "", "", "", ""))
         for option in answer.ways[index]:
             rows.append((job.name, job.model, *way(option, answer)))
-    return Table(
+    return Section(
         "Where each job fits",
         ("job", "model", "on", " hours", " to", " cost", " GiB a GPU"),
         rows,
         "Hours: as expected, and nine times of ten at most.",
+        draw=partial(drawn, "ways", answer),
     )
 
 
@@ -133,17 +127,25 @@ def way(option: Option, answer: Outlook) -> tuple[str, ...]:
     )
 
 
-def schedule(answer: Outlook) -> Table:
+def schedule(answer: Outlook) -> Section:
     """The first runs of the schedule, and all that are too late."""
     placed = sorted(answer.schedule.placed, key=lambda one: (one.start, one.run.job))
     shown = placed if len(placed) <= MOST_ROWS else placed[:MOST_ROWS]
     note = "" if len(shown) == len(placed) else f"The first {MOST_ROWS} of {len(placed):,}; --json has all."
-    return Table(
+    return Section(
         "Schedule (hours from the beginning)",
         ("run", "on", "nodes", " asked for", " start", " end", " due", ""),
         [placed_cells(one, answer) for one in shown],
         note,
+        draw=partial(drawn, "gantt", answer),
     )
+
+
+def drawn(name: str, answer: Outlook) -> Picture | None:
+    """A picture; what draws takes a while to import."""
+    from launch.report.pictures import fleet
+
+    return {"ways": fleet.ways, "gantt": fleet.gantt}[name](answer)
 
 
 def placed_cells(one: Placed, answer: Outlook) -> tuple[str, ...]:
@@ -174,7 +176,7 @@ def changed(title: str, figures: Figures, answer: Outlook) -> tuple[str, ...]:
     )
 
 
-def methods(answer: Outlook) -> Table:
+def methods(answer: Outlook) -> Section:
     """Each job's cheapest way with each method."""
     rows = []
     for one in answer.methods:
@@ -188,7 +190,7 @@ def methods(answer: Outlook) -> Table:
                 "" if not fits else "-" if one.cost is None else money(one.cost, answer),
             )
         )
-    return Table(
+    return Section(
         "The same work by other methods: the cheapest way", ("job", "method", " GPUs", " hours", " cost"), rows
     )
 
@@ -201,106 +203,6 @@ def hours(value: float) -> str:
 def money(value: float, answer: Outlook) -> str:
     """A price."""
     return f"{value:,.2f} {answer.fleet.currency or ''}".rstrip()
-
-
-# --- forms ------------------------------------------------------------------------------------------------------------
-
-
-def show(answer: Outlook) -> None:
-    """Print it."""
-    from rich.table import Table as Grid
-    from rich.text import Text
-
-    printed: list[RenderableType] = []
-    for number, table in enumerate(tables(answer)):
-        printed += [*([""] if number else []), Text(table.title, style="bold")]
-        grid = Grid(box=None, show_header=any(name.strip() for name in table.columns))
-        for name in table.columns:
-            grid.add_column(name.strip(), justify="right" if name.startswith(" ") and name.strip() else "left")
-        for row in table.rows:
-            grid.add_row(*row)
-        printed += [grid, *([table.note] if table.note else [])]
-    echo(*printed, piped_width=PIPED_WIDTH)
-
-
-def markdown(answer: Outlook) -> str:
-    """It as a document."""
-    lines = [f"# What {escaped(answer.fleet.name)} can carry", ""]
-    for table in tables(answer):
-        lines += [f"## {escaped(table.title)}", ""]
-        lines.append(f"| {' | '.join(escaped(name.strip()) for name in table.columns)} |")
-        lines.append(f"| {' | '.join('---:' if name.startswith(' ') else '---' for name in table.columns)} |")
-        lines += [f"| {' | '.join(map(escaped, row))} |" for row in table.rows]
-        lines += ["", *([table.note, ""] if table.note else [])]
-    return "\n".join(lines)
-
-
-def escaped(text: str) -> str:
-    """`text` as Markdown shows it: no markup of a name's own, and no HTML."""
-    for sign in ("\\", "|", "<", ">", "*", "_", "`", "[", "]"):
-        text = text.replace(sign, f"\\{sign}" if sign not in "<>" else {"<": "&lt;", ">": "&gt;"}[sign])
-    return text
-
-
-def html(answer: Outlook) -> str:
-    """It as a page of its own: no network, light and dark, tables that sort, pictures.
-
-    Raises:
-        RequestError: a package that draws or fills the page is missing.
-    """
-    try:
-        import jinja2
-        import markupsafe
-
-        from launch.report import figures
-    except ImportError as error:
-        raise not_installed("--report", "FILE.html", [str(error.name)]) from error
-    drawn = {"Schedule": figures.gantt, "Where each job fits": figures.ways}
-    sections = []
-    for table in tables(answer):
-        draw = next((each for name, each in drawn.items() if table.title.startswith(name)), None)
-        picture = None if draw is None else draw(answer)
-        sections.append(
-            {
-                "title": table.title,
-                # matplotlib escapes the texts of its SVG
-                "figure": None if picture is None else picture._replace(svg=markupsafe.Markup(picture.svg)),  # noqa: S704
-                "table": bool(table.rows),
-                "has_header": any(name.strip() for name in table.columns),
-                "columns": [{"name": name.strip(), "number": name.startswith(" ")} for name in table.columns],
-                "rows": table.rows,
-                "note": table.note,
-            }
-        )
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("launch", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    title = f"What {answer.fleet.name} can carry"
-    return environment.get_template("page.html.j2").render(title=title, sections=sections)
-
-
-FORMS = {".md": markdown, ".html": html}
-
-
-def check_report(path: Path) -> None:
-    """Raise a RequestError for an ending that names no form of a report."""
-    if path.suffix.lower() not in FORMS:
-        raise request_error("--report", path, "its ending names no form of a report", "Write FILE.html or FILE.md")
-
-
-def write(answer: Outlook, path: Path) -> None:
-    """Write the report, in the form that the file's ending names.
-
-    Raises:
-        RequestError: another ending, or it cannot be written.
-    """
-    check_report(path)
-    text = FORMS[path.suffix.lower()](answer)
-    try:
-        with replace_atomically(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise request_error("--report", path, f"it cannot be written: {error}", "Choose another file") from error
 
 
 def as_json(answer: Outlook) -> str:

@@ -1,47 +1,80 @@
-"""A plan as a page: the terminal's screen as one self-contained HTML file, or as Markdown."""
+"""A plan as a report: what was asked, where the memory goes, what fits, and the other ways."""
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.text import Text
 
-from clusters.errors import request_error
-from launch.report.terminal import screen
+from launch.report.alternatives import alternative_rows, title_of
+from launch.report.document import Document, Section
+from launch.report.explain import explain
+from launch.report.sweep import SweepCells, sweep_cells
+from launch.report.terminal import VERDICT_COLUMNS, memory_lines, request_rows, verdict_cells, verdict_line
 from launch.sweep import Sweep
 from orchestrator.plans import Plan
-from qlora_core.files import replace_atomically
 
-FLAG = "--report"
-WIDTH = 120
-
-
-def check_report(file: str) -> None:
-    """Raise a RequestError for an ending that names no form of a report."""
-    if Path(file).suffix.lower() not in (".html", ".md"):
-        raise request_error(FLAG, file, "its ending names no form of a report", "Write FILE.html or FILE.md")
+if TYPE_CHECKING:
+    from launch.report.pictures.style import Picture
 
 
-def write_plan_report(file: str, plan: Plan, swept: Sweep | None) -> None:
-    """Write `plan` to `file`, in the form that its ending names; a page of that name is replaced.
+def document(plan: Plan, swept: Sweep | None = None, command: str = "") -> Document:
+    """The whole report; `command` is what asks for the plan again."""
+    return Document(verdict_line(plan).plain, tuple(sections(plan, swept, command)))
 
-    Raises:
-        RequestError: another ending, or it cannot be written.
-    """
-    check_report(file)
-    path = Path(file)
-    console = Console(record=True, width=WIDTH, file=io.StringIO(), highlight=False, markup=False, emoji=False)
-    console.print(*screen(plan, swept), sep="\n")
-    for warning in plan.warnings:
-        console.print(f"warning: {warning}")
-    if path.suffix.lower() == ".html":
-        page = console.export_html(inline_styles=True)
-    else:
-        page = f"# {plan.architecture.name} on {plan.target.name}\n\n```\n{console.export_text().rstrip()}\n```\n"
-    try:
-        with replace_atomically(path) as temporary:
-            temporary.write_text(page, encoding="utf-8")
-    except OSError as error:
-        rule = f"it cannot be written: {error.strerror or error}"
-        raise request_error(FLAG, file, rule, "Choose a folder that can") from error
+
+def sections(plan: Plan, swept: Sweep | None, command: str) -> Iterator[Section]:
+    """Its parts, in order."""
+    yield Section("What was asked", ("", ""), list(request_rows(plan)), " ".join(plan.warnings))
+    lines = [
+        (line.title, line.size, "" if line.share is None else f"{line.share:.1%}", line.remark)
+        for line in memory_lines(plan)
+    ]
+    at = f"At the peak, {plan.estimate.gpu.peak_moment}."
+    yield Section("Memory", ("of the GPU", " size", " share", ""), lines, at, draw=partial(drawn, "needed", plan))
+    yield Section("In the course of a step", draw=partial(drawn, "over_a_step", plan))
+    columns = ("GPU", "fits", *(f" {title.strip()}".replace("\n", " ") for title in VERDICT_COLUMNS[2:]))
+    cells = [
+        tuple(cell.plain if isinstance(cell, Text) else cell for cell in verdict_cells(verdict))
+        for verdict in plan.verdicts
+    ]
+    yield Section("Fits on", columns, cells, "Sizes in GiB; what is largest and longest fits as likely as not.")
+    yield Section("What fits", draw=partial(drawn, "what_fits", plan))
+    if plan.alternatives:
+        titles, rows = alternative_rows(plan)
+        columns = ("where", titles[1], *(f" {title.strip()}".replace("\n", " ") for title in titles[2:]))
+        yield Section(title_of(plan), columns, rows, draw=partial(drawn, "ways", plan))
+    for found in sweep_cells(swept, plan) if swept is not None else ():
+        yield swept_section(found)
+    for part in explain(plan):
+        yield Section(part.title, text=tuple(part.lines))
+    if command:
+        yield Section("Ask again", text=(command,))
+
+
+def swept_section(found: SweepCells) -> Section:
+    """A sweep's table and its heat map."""
+
+    def draw() -> Picture:
+        from launch.report.pictures.memory import heat
+
+        return heat(found)
+
+    rows = [(value, *(cell.words for cell in cells)) for value, cells in found.rows]
+    columns = (found.down, *(f" {column}" for column in found.columns))
+    return Section(found.title, columns, rows, "* fits barely, x does not fit, - refused", draw=draw)
+
+
+def drawn(name: str, plan: Plan) -> Picture | None:
+    """A picture; what draws takes a while to import."""
+    from launch.report.pictures import memory
+
+    pictures = {
+        "needed": memory.needed,
+        "over_a_step": memory.over_a_step,
+        "what_fits": memory.what_fits,
+        "ways": memory.ways,
+    }
+    return pictures[name](plan)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.report.terminal import Bar
+from qlora_core.training import layout
 from qlora_core.training.dataset import DataReport
 from qlora_core.training.examples import Encoded
 
@@ -65,10 +66,7 @@ def counts(report: DataReport, seq_len: int) -> RenderableType:
 
 def histogram(lengths: Sequence[int]) -> RenderableType:
     """How many examples are how long, in bins of one width."""
-    width = max(1, -(-max(lengths) // BINS))
-    bins = [0] * -(-max(lengths) // width)
-    for length in lengths:
-        bins[(length - 1) // width] += 1
+    width, bins = layout.histogram(lengths, BINS)
     table = Table(box=None, pad_edge=False, title="\nTokens of an example", title_justify="left", title_style="")
     table.add_column("tokens", justify="right")
     table.add_column("examples", justify="right")

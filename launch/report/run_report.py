@@ -1,25 +1,46 @@
-"""The report of a run as Markdown, from its record and its events."""
+"""The report of a run, from its record and its events: what was predicted beside what was measured, and how it went."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launch.report.terminal import memory_rows
-from launch.report.words import gib
+from launch.report.document import DRAWS, Document, Section, write
+from launch.report.terminal import COMPONENT_TITLES, memory_rows
+from launch.report.words import gib, time_words
 from orchestrator.record import RunRecord
 from qlora_core.perplexity import perplexity
 
+if TYPE_CHECKING:
+    from launch.report.pictures.style import Picture
+
 FILE_NAME = "report.md"
+PAGE_NAME = "report.html"
 LOSS_ROWS = 20
+PARTS = {
+    "products": "matrix products",
+    "adapters": "adapters",
+    "attention": "attention",
+    "memory": "all else that moves memory",
+    "dequantization": "dequantization",
+    "starting": "waiting for kernels to be started",
+    "exchange": "exchange between workers",
+    "host": "to and from the host",
+    "optimizer": "optimizer",
+}
+"""Of a step's time, as `qlora_core.step_time` counts them."""
 
 
 def write_report(record: RunRecord, folder: Path) -> Path:
-    """Write ``report.md`` beside the record and return its path."""
+    """Write ``report.md`` beside the record and return its path; ``report.html`` too where what draws is installed."""
     path = folder / FILE_NAME
-    path.write_text(run_report(record, read_events(folder / "events.jsonl")), encoding="utf-8")
+    document = run_report(record, read_events(folder / "events.jsonl"))
+    write(document, path)
+    if all(importlib.util.find_spec(name) is not None for name in DRAWS):
+        write(document, folder / PAGE_NAME)
     return path
 
 
@@ -36,53 +57,64 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def run_report(record: RunRecord, events: list[dict[str, Any]]) -> str:
+def run_report(record: RunRecord, events: Sequence[Mapping[str, Any]]) -> Document:
     """The whole report."""
-    sections = [
-        f"# Run {record.name}",
-        f"Status: {record.status}. {record.total_steps} steps planned, {len(record.attempts)} attempt(s). "
-        f"Machine: {record.machine['name']}.",
-        results_section(record),
-        attempts_section(record),
-        memory_section(record),
-        loss_section(events),
-        evaluation_section(events),
-        data_section(record.data),
-        choices_section(record.plan["choices"]),
-        versions_section(record.versions),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    return Document(f"Run {record.name}", tuple(sections(record, events)))
 
 
-def results_section(record: RunRecord) -> str:
+def sections(record: RunRecord, events: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
+    """Its parts, in order; those with nothing to say are left out."""
+    yield result(record)
+    yield from attempts(record)
+    yield from memory(record)
+    yield from time(record)
+    yield training(events)
+    yield from evaluation(events)
+    yield from data(record.data)
+    choices = [(item["field"].replace("_", " "), item["value"], item["reason"]) for item in record.plan["choices"]]
+    yield Section("Choices", ("what", "is", "because"), choices)
+    yield again(record)
+
+
+def drawn(draw: str, *arguments: Any) -> Callable[[], Picture | None]:
+    """What makes the picture of that name; what draws takes a while to import."""
+
+    def make() -> Picture | None:
+        from launch.report.pictures import run
+
+        picture: Picture | None = getattr(run, draw)(*arguments)
+        return picture
+
+    return make
+
+
+def result(record: RunRecord) -> Section:
     """Evaluation before and after, and the sample answers."""
     results = record.results
     before, after = results.get("eval_before"), results.get("eval_after")
-    lines = ["## Result"]
+    said = [
+        f"Status: {record.status}. {record.total_steps} steps planned, {len(record.attempts)} attempt(s). "
+        f"Machine: {record.machine['name']}."
+    ]
     if before is not None and after is not None:
-        lines.append(
+        said.append(
             f"Evaluation loss on held-out examples: {before:.4f} before, {after:.4f} after; perplexity "
             f"{perplexity(before):.2f} and {perplexity(after):.2f}."
         )
-    if record.adapter:
-        lines.append(f"Adapter: `{record.adapter}`")
-    if record.weights:
-        lines.append(f"Model: `{record.weights}`")
-    for first, last in zip(results.get("answers_before", []), results.get("answers_after", []), strict=False):
-        lines += [
-            f"> {first['question']}",
-            f"- expected: {first['expected']}\n"
-            f"- before: {first['given'] or '(nothing)'}\n"
-            f"- after: {last['given'] or '(nothing)'}",
-        ]
-    return "\n\n".join(lines)
+    said += [f"Adapter: {record.adapter}"] if record.adapter else []
+    said += [f"Model: {record.weights}"] if record.weights else []
+    answers = [
+        (first["question"], first["expected"], first["given"] or "(nothing)", last["given"] or "(nothing)")
+        for first, last in zip(results.get("answers_before", []), results.get("answers_after", []), strict=False)
+    ]
+    return Section("Result", ("asked", "expected", "before", "after"), answers, text=tuple(said))
 
 
-def attempts_section(record: RunRecord) -> str:
+def attempts(record: RunRecord) -> Iterator[Section]:
     """What happened on the way and what was decided; nothing where the first attempt came to the end."""
     if len(record.attempts) == 1 and not record.attempts[0].failure:
-        return ""
-    rows = []
+        return
+    rows: list[tuple[str, ...]] = []
     for number, attempt in enumerate(record.attempts, start=1):
         failure, decision = attempt.failure or {}, attempt.decision or {}
         strategy = attempt.strategy
@@ -92,88 +124,117 @@ def attempts_section(record: RunRecord) -> str:
             if strategy
             else ""
         )
-        # what a library says may hold what Markdown would take for its own
-        said = (attempt.reason or "").replace("|", "\\|").replace("\n", " ")
         kind = f"{failure['kind']}: " if failure else ""
         then = f"{decision['action']}: {decision['reason']}" if decision else ""
         steps = f"{attempt.from_step} to {'?' if attempt.to_step is None else attempt.to_step}"
-        rows.append(f"| {number} | {steps} | {how} | {attempt.status} | {kind}{said} | {then} |")
-        rows += [f"| | | | passed over | {one['checkpoint']}: {one['reason']} | |" for one in attempt.skipped]
-    head = "| attempt | steps | workers x micro-batch x accumulation | ended | what happened | what followed |"
-    return "\n".join(["## Attempts", "", head, "| ---: | --- | --- | --- | --- | --- |", *rows])
+        rows.append((str(number), steps, how, attempt.status, f"{kind}{attempt.reason or ''}", then))
+        rows += [("", "", "", "passed over", f"{one['checkpoint']}: {one['reason']}", "") for one in attempt.skipped]
+    columns = (" attempt", "steps", "workers x micro-batch x accumulation", "ended", "what happened", "what followed")
+    yield Section("Attempts", columns, rows)
 
 
-def memory_section(record: RunRecord) -> str:
-    """Predicted beside measured."""
+def memory(record: RunRecord) -> Iterator[Section]:
+    """Predicted beside measured, and what the prediction is made of."""
     if record.measured is None:
-        return ""
-    rows = [
-        f"| {title} | {gib(guess)} | {gib(found)} | {(guess - found) / found:+.1%} |"
-        for title, guess, found in memory_rows(record.predicted, record.measured)
-        if found
-    ]
-    return "\n".join(
-        [
-            "## Memory of the fullest rank",
-            "",
-            f"Measured: {record.measured['allocated_is']}. Predicted peak: {record.predicted['peak_moment']}.",
-            "",
-            "| | predicted | measured | error |",
-            "| --- | ---: | ---: | ---: |",
-            *rows,
-        ]
+        return
+    found = [row for row in memory_rows(record.predicted, record.measured) if row[2]]
+    yield Section(
+        "Memory of the fullest rank",
+        ("", " predicted", " measured", " error"),
+        [(title, gib(guess), gib(seen), f"{(guess - seen) / seen:+.1%}") for title, guess, seen in found],
+        f"Measured: {record.measured['allocated_is']}. Predicted peak: {record.predicted['peak_moment']}.",
+        draw=drawn("predicted_and_measured", found),
     )
+    gpu = record.plan["estimate"]["gpu"]
+    rows = [
+        (COMPONENT_TITLES[name], gib(size), f"{size / gpu['allocated_bytes']:.1%}")
+        for name, size in gpu["components"].items()
+        if size
+    ]
+    yield Section("What the predicted peak is made of", ("", " predicted", " share"), rows)
 
 
-def loss_section(events: list[dict[str, Any]]) -> str:
-    """The loss curve as a table of at most LOSS_ROWS rows."""
+def time(record: RunRecord) -> Iterator[Section]:
+    """A step's predicted time by its parts, beside the measured one."""
+    verdict: dict[str, Any] = next(iter(record.plan["verdicts"]), {})
+    step, seconds = verdict.get("step_time"), (record.measured or {}).get("step_seconds")
+    if step is None or not seconds:
+        return
+    rows = [
+        (PARTS.get(name, name), f"{spent:.4f}", f"{spent / sum(step['parts'].values()):.0%}")
+        for name, spent in step["parts"].items()
+        if spent >= 1e-4
+    ]
+    bounds = f"{step['low_seconds']:.3f} to {step['high_seconds']:.3f}"
+    said = (
+        f"A step took {seconds:.3f} s (the median); {step['seconds']:.3f} s were predicted, {bounds} nine times of "
+        f"ten, for one of {step['tokens']:,} tokens."
+    )
+    began, ended = record.attempts[0].started, record.attempts[-1].ended
+    whole = f"Started {began}, ended {ended or 'not yet'}."
+    duration = record.plan.get("duration") or {}
+    if duration.get("price") is not None:
+        whole += f" Planned: {time_words(duration['seconds'])}, {duration['price']:,.2f} {duration['currency']}."
+    yield Section("Time of a step", ("predicted", " s", " share"), rows, text=(said, whole))
+
+
+def training(events: Sequence[Mapping[str, Any]]) -> Section:
+    """The loss curve, and a table of at most LOSS_ROWS rows."""
     steps = [event for event in events if event["event"] == "step"]
     every = max(1, -(-len(steps) // LOSS_ROWS))
     rows = [
-        f"| {event['step']} | {event['loss']:.4f} | {event['learning_rate']:.2e} "
-        f"| {event['tokens'] / event['seconds']:.0f} |"
+        (
+            str(event["step"]),
+            f"{event['loss']:.4f}",
+            f"{event['learning_rate']:.2e}",
+            f"{event['tokens'] / event['seconds']:.0f}",
+        )
         for index, event in enumerate(steps, start=1)
         if index % every == 0 or index == len(steps)
     ]
-    return "\n".join(
-        ["## Training", "", "| step | loss | learning rate | tokens/s |", "| ---: | ---: | ---: | ---: |", *rows]
-    )
+    columns = (" step", " loss", " learning rate", " tokens/s")
+    return Section("Training", columns, rows, draw=drawn("losses", steps, evaluated(events)))
 
 
-def evaluation_section(events: list[dict[str, Any]]) -> str:
+def evaluated(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The evaluations that gave a loss."""
+    return [event for event in events if event["event"] == "eval" and event["eval_loss"] is not None]
+
+
+def evaluation(events: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
     """Loss and perplexity on the held-out examples, each time that they were measured."""
     rows = [
-        f"| {event['step']} | {event['eval_loss']:.4f} | {perplexity(event['eval_loss']):.2f} |"
-        for event in events
-        if event["event"] == "eval" and event["eval_loss"] is not None
+        (str(event["step"]), f"{event['eval_loss']:.4f}", f"{perplexity(event['eval_loss']):.2f}")
+        for event in evaluated(events)
     ]
-    head = ["## Evaluation", "", "| step | held-out loss | perplexity |", "| ---: | ---: | ---: |"]
-    return "\n".join([*head, *rows]) if rows else ""
+    if rows:
+        yield Section("Evaluation", (" step", " held-out loss", " perplexity"), rows)
 
 
-def data_section(data: Mapping[str, Any]) -> str:
+def data(found: Mapping[str, Any]) -> Iterator[Section]:
     """What became of the data."""
-    rows = ""
-    if "rows" in data:
-        rows = f" They are trained on in {data['rows']} sequences; were all as long as the longest, "
-        rows += f"{data['padding_percent']} % would be padding."
-    # records of earlier versions do not count these
-    bad = "".join(f"\n- left out: {record}" for record in data.get("bad_records", ()))
-    return (
-        f"## Data\n\n{data['examples']} examples in format {data['format']}, {data['tokens']} tokens, the longest "
-        f"{data['longest']}; {data['truncated']} truncated, {data['unlearnable']} left out because nothing to learn "
-        f"was within the length, {data.get('empty_answers', 0)} because the answer is empty, {data.get('bad', 0)} as "
-        f"bad.{rows} Digest `{data['digest']}`.{bad and chr(10)}{bad}"
+    said = [
+        f"{found['examples']} examples in format {found['format']}, {found['tokens']} tokens, the longest "
+        f"{found['longest']}; {found['truncated']} truncated, {found['unlearnable']} left out because nothing to learn "
+        f"was within the length, {found.get('empty_answers', 0)} because the answer is empty, {found.get('bad', 0)} as "
+        "bad."
+    ]
+    if "rows" in found:
+        said[0] += (
+            f" They are trained on in {found['rows']} sequences; were all as long as the longest, "
+            f"{found['padding_percent']} % would be padding."
+        )
+    said += [f"Left out: {bad}" for bad in found.get("bad_records", ())]
+    lengths = found.get("row_lengths")  # records of earlier versions do not have them
+    yield Section("Data", text=tuple(said), draw=None if lengths is None else drawn("row_lengths", lengths))
+
+
+def again(record: RunRecord) -> Section:
+    """What decides what is learned, and with which versions it was."""
+    identity = {name: value for name, value in record.identity.items() if value is not None}
+    rows = [(name, str(value)) for name, value in [*identity.items(), *record.versions.items()]]
+    said = (
+        "The same specification with these gives the same run; qlora-train resumes it where its folder is kept, and "
+        "--fresh starts it anew beside it."
     )
-
-
-def choices_section(choices: list[dict[str, str]]) -> str:
-    """What the planner chose, and why."""
-    return "\n".join(
-        ["## Choices", "", *(f"- {item['field']}: {item['value']} ({item['reason']})" for item in choices)]
-    )
-
-
-def versions_section(versions: Mapping[str, str]) -> str:
-    """Versions, one line."""
-    return "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items())
+    return Section("To run it again", ("", ""), rows, text=(said,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -130,18 +130,24 @@ def verdict_word(plan: Plan) -> Text:
 def request_table(plan: Plan) -> Table:
     """What was asked, and what was chosen for it."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_row("model", f"{plan.architecture.name}, {parameters(plan.architecture.parameters)} parameters")
-    table.add_row("base", base_words(plan))
-    table.add_row("trained", trained_words(plan))
-    table.add_row("step", step_words(plan))
-    table.add_row("strategy", strategy_words(plan))
-    if plan.fits and plan.verdict.step_time is not None:
-        table.add_row("speed", speed_words(plan.verdict.step_time))
-    if plan.fits and plan.duration is not None:
-        table.add_row("whole run", duration_words(plan.duration))
-    for choice in plan.choices:
-        table.add_row(choice.field.replace("_", " "), f"{choice.value}: {choice.reason}")
+    for name, words in request_rows(plan):
+        table.add_row(name, words)
     return table
+
+
+def request_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What was asked, and what was chosen for it, each with its name."""
+    yield "model", f"{plan.architecture.name}, {parameters(plan.architecture.parameters)} parameters"
+    yield "base", base_words(plan)
+    yield "trained", trained_words(plan)
+    yield "step", step_words(plan)
+    yield "strategy", strategy_words(plan)
+    if plan.fits and plan.verdict.step_time is not None:
+        yield "speed", speed_words(plan.verdict.step_time)
+    if plan.fits and plan.duration is not None:
+        yield "whole run", duration_words(plan.duration)
+    for choice in plan.choices:
+        yield choice.field.replace("_", " "), f"{choice.value}: {choice.reason}"
 
 
 def speed_words(step: StepTime) -> str:
@@ -214,47 +220,69 @@ def targets(plan: Plan) -> str:
     return chosen if isinstance(chosen, str) else ", ".join(chosen)
 
 
+class Line(NamedTuple):
+    """A line of the table of memory: its size as text, its share of the allocated bytes, or a remark."""
+
+    title: str
+    size: str
+    share: float | None
+    remark: str = ""
+
+
 def memory_table(plan: Plan) -> Table:
-    """A bar per component, then their sum and what it becomes on the device, all in one unit."""
-    gpu, host = plan.estimate.gpu, plan.estimate.host
-    unit, name = (GIB, "GiB") if gpu.allocated_bytes >= GIB else (MIB, "MiB")
+    """A bar per component, then their sum and what it becomes on the device."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(min_width=24, no_wrap=True)
     table.add_column(min_width=10, justify="right", no_wrap=True)
     table.add_column(min_width=5, justify="right", no_wrap=True)
     table.add_column(no_wrap=True)
-
-    def add(title: str, size: int, share: str, remark: RenderableType, style: str = "") -> None:
-        table.add_row(Text(title, style), Text(f"{size / unit:.2f} {name}", style), share, remark)
-
-    for component, size in dataclasses.asdict(gpu.components).items():
-        if size >= unit / 200:
-            share = size / gpu.allocated_bytes
-            add(COMPONENT_TITLES[component], size, f"{share:.1%}", Bar(share))
-    add("allocated", gpu.allocated_bytes, "", remark("the sum: what tensors take"), "bold")
-    if plan.target.device.kind == "cuda":
-        low, high = (f"{bound / unit:.2f}" for bound in gpu.reserved_interval)
-        held = "held by the caching allocator" if low == high else f"fragmentation: {low} to {high}"
-        add("reserved", gpu.reserved_bytes, "", remark(held))
-        add("process", gpu.process_bytes, "", remark("in nvidia-smi: CUDA context too"))
-    if gpu.paged_bytes:
-        add("paged", gpu.paged_bytes, "", remark("managed memory, outside the sum"))
-    for title, size in (("host, loading", host.load_peak_bytes), ("host, training", host.steady_bytes)):
-        if size:
-            add(title, size, "", remark("of the host, for all its ranks"))
+    for title, size, share, remark in memory_lines(plan):
+        style = "bold" if title == "allocated" else ""
+        beside = Text(remark, style="dim") if share is None else Bar(share)
+        table.add_row(Text(title, style), Text(size, style), "" if share is None else f"{share:.1%}", beside)
     return table
 
 
-def remark(text: str) -> Text:
-    """A remark beside a number."""
-    return Text(text, style="dim")
+def memory_lines(plan: Plan) -> Iterator[Line]:
+    """The components, their sum, and what it becomes on the device and the host, all in one unit."""
+    gpu, host = plan.estimate.gpu, plan.estimate.host
+    unit, name = (GIB, "GiB") if gpu.allocated_bytes >= GIB else (MIB, "MiB")
+
+    def size_text(size: int) -> str:
+        return f"{size / unit:.2f} {name}"
+
+    for component, size in dataclasses.asdict(gpu.components).items():
+        if size >= unit / 200:
+            yield Line(COMPONENT_TITLES[component], size_text(size), size / gpu.allocated_bytes)
+    yield Line("allocated", size_text(gpu.allocated_bytes), None, "the sum: what tensors take")
+    if plan.target.device.kind == "cuda":
+        low, high = (f"{bound / unit:.2f}" for bound in gpu.reserved_interval)
+        held = "held by the caching allocator" if low == high else f"fragmentation: {low} to {high}"
+        yield Line("reserved", size_text(gpu.reserved_bytes), None, held)
+        yield Line("process", size_text(gpu.process_bytes), None, "in nvidia-smi: CUDA context too")
+    if gpu.paged_bytes:
+        yield Line("paged", size_text(gpu.paged_bytes), None, "managed memory, outside the sum")
+    for title, size in (("host, loading", host.load_peak_bytes), ("host, training", host.steady_bytes)):
+        if size:
+            yield Line(title, size_text(size), None, "of the host, for all its ranks")
+
+
+VERDICT_COLUMNS = (
+    "",
+    "",
+    "\nusable",
+    "\nneeded",
+    "\nto spare",
+    "largest\nmicro-batch",
+    "longest\nsequence",
+    "\ntokens/s",
+)
 
 
 def verdicts_table(plan: Plan) -> Table:
     """One line per device."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    limits = ("largest\nmicro-batch", "longest\nsequence")
-    for title in ("", "", "\nusable", "\nneeded", "\nto spare", *limits, "\ntokens/s"):
+    for title in VERDICT_COLUMNS:
         table.add_column(title, justify="right" if title else "left", no_wrap=True, header_style="dim")
     for verdict in plan.verdicts:
         table.add_row(*verdict_cells(verdict))

@@ -16,13 +16,14 @@ from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, Heads, is_masked, kernel_of
 from qlora_core.memory.device import Device
-from qlora_core.memory.estimate import Estimate
+from qlora_core.memory.estimate import Components, Estimate, Phase
 from qlora_core.memory.experts import Experts, Scores
 from qlora_core.memory.layer import Activation, Layer, Projection
 from qlora_core.memory.residents import fetched_ahead, residents, shard_of
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.sizes import Sizes
 from qlora_core.memory.step import Handling, Logits, Step
+from qlora_core.memory.timeline import course as parts_of
 from qlora_core.memory.timeline import timeline
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
@@ -69,6 +70,25 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
     return sizes.at(strategy.micro_batch, recipe.seq_len).estimate(strategy.micro_batch, recipe.seq_len)
 
 
+def course(
+    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device
+) -> list[tuple[str, Phase | None, Components]]:
+    """What is on a rank's device in the course of a step: the most in each part of it, in their order.
+
+    Returns:
+        For each a name, such as "last layer"; its phase, None before the step begins; and its bytes by component. Of
+        the layers there are the first and the last: between them, memory changes by as much with each layer.
+    """
+    kinds = prepared(architecture, recipe, strategy, device)
+    shape = strategy.micro_batch, recipe.seq_len
+    sizes = kinds.at(*shape)
+    found: list[tuple[str, Phase | None, Components]] = [("before", None, sizes.between_steps())]
+    for (phase, part), candidates in parts_of(kinds.step(*shape)):
+        passing: Phase = "forward" if phase == "forward" else "backward"
+        found.append((part, passing, sizes.highest(passing, candidates, *shape)))
+    return [*found, ("optimizer", "optimizer", sizes.optimizer_step(*shape))]
+
+
 def segments(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> int:
     """Bytes of all segments, before fragmentation."""
     sizes = prepared(architecture, recipe, strategy, device)
@@ -102,23 +122,32 @@ class Prepared:
 
     def at(self, micro_batch: int, seq_len: int) -> Sizes:
         """The sizes that hold for these, among others."""
-        kind = (
+        kind = self._kind(micro_batch, seq_len)
+        if kind not in self._of_kind:
+            asked = self._asked(*kind)
+            step, strategy = step_of(*asked), asked[2]
+            layers = self._architecture.num_layers
+            self._of_kind[kind] = Sizes(
+                residents(*asked), timeline(step), self._device, strategy, layers, step.layer.trained
+            )
+        return self._of_kind[kind]
+
+    def step(self, micro_batch: int, seq_len: int) -> Step:
+        """The step of these, among others."""
+        return step_of(*self._asked(*self._kind(micro_batch, seq_len)))
+
+    def _kind(self, micro_batch: int, seq_len: int) -> tuple[bool, bool]:
+        return (
             self._single_is_special and micro_batch == 1,
             is_masked(self._architecture, seq_len, self._recipe["packing"]),
         )
-        if kind not in self._of_kind:
-            self._of_kind[kind] = self._prepare(*kind)
-        return self._of_kind[kind]
 
-    def _prepare(self, single: bool, masked: bool) -> Sizes:
+    def _asked(self, single: bool, masked: bool) -> tuple[ModelArchitecture, Recipe, Strategy, Device]:
+        """A recipe and a strategy that stand for all of a kind."""
         length = ENDLESS if masked else 1
         recipe = Recipe(**self._recipe, seq_len=length, tokens_per_step=length)
         strategy = Strategy(**self._strategy, micro_batch=1 if single else 2)
-        asked = self._architecture, recipe, strategy, self._device
-        step = step_of(*asked)
-        return Sizes(
-            residents(*asked), timeline(step), self._device, strategy, self._architecture.num_layers, step.layer.trained
-        )
+        return self._architecture, recipe, strategy, self._device
 
 
 OPEN = frozenset({"seq_len", "tokens_per_step", "micro_batch"})

@@ -95,16 +95,11 @@ class Sizes:
                 totals[phase] += too_large
         peak_phase = max(totals, key=totals.__getitem__)
         peak, allocated = moments[peak_phase], totals[peak_phase]
-        parts = self._parts[peak_phase].copy()
-        for room, size in peak.rooms.items():
-            parts[room] = parts.get(room, 0) + value(size, variables)
-        if peak_phase != "optimizer":
-            parts["framework"] += too_large
         low, reserved, high = self._reserved(allocated, micro_batch, seq_len)
         return Estimate(
             "formula",
             GpuEstimate(
-                components=Components(**parts),
+                components=self._components(peak_phase, peak, variables),
                 phases=Phases(stays.load_peak, totals["forward"], totals["backward"], totals["optimizer"]),
                 peak_phase=peak_phase,
                 peak_moment=in_words(peak_phase, peak.where, self._layers),
@@ -116,6 +111,29 @@ class Sizes:
             ),
             HostEstimate(stays.host_load, stays.host_steady),
         )
+
+    def between_steps(self) -> Components:
+        """What is there before a step begins."""
+        return Components(**_sum(self._stays.loaded, self._stays.between))
+
+    def optimizer_step(self, micro_batch: int, seq_len: int) -> Components:
+        """What is there while the optimizer works."""
+        (candidate,) = self._candidates["optimizer"]
+        return self._components("optimizer", candidate, _variables(micro_batch, seq_len))
+
+    def highest(self, phase: Phase, candidates: Sequence[Candidate], micro_batch: int, seq_len: int) -> Components:
+        """What is there at the highest of some moments of a pass."""
+        variables = _variables(micro_batch, seq_len)
+        return self._components(phase, highest(candidates, variables), variables)
+
+    def _components(self, phase: Phase, moment: Candidate, variables: Sequence[int]) -> Components:
+        """What is there at a moment."""
+        parts = self._parts[phase].copy()
+        for room, size in moment.rooms.items():
+            parts[room] = parts.get(room, 0) + value(size, variables)
+        if phase != "optimizer":
+            parts["framework"] += self._slack(variables)
+        return Components(**parts)
 
     def _slack(self, variables: Sequence[int]) -> int:
         """What blocks of the activations that all layers keep are too large.

@@ -118,15 +118,26 @@ def _moments(step: Step, rank: int) -> Moments:
     return Moments(recording, parts, alive, _stretches(parts, alive))
 
 
-@lru_cache(maxsize=512)
-def timeline(step: Step) -> Timeline:
-    """The candidate peaks of a step; none of those kept is below another for every size.
+class Whole(NamedTuple):
+    """A step with all its layers.
 
-    Raises:
-        ValueError: nothing is trained.
+    Attributes:
+        peaks: its candidate peaks, those of the layers in between included.
+        made: what the backward pass of the layers in between leaves.
+        in_between: what those layers keep meanwhile.
     """
-    recording, parts, alive, stretches = _moments(on_tape(step), step.layer.rank)
-    marks, end = recording.marks, len(recording.changes)
+
+    moments: Moments
+    peaks: list[Peak]
+    made: dict[Room, Size]
+    in_between: Counter[Kept]
+
+
+def _whole(step: Step) -> Whole:
+    """A step with all its layers, from what two of them do."""
+    moments = _moments(on_tape(step), step.layer.rank)
+    recording, parts, alive, _ = moments
+    marks = recording.marks
     middle = max(step.layers - 2, 0)
     in_between = Counter[Kept]()
     kept: dict[Room, Size] = {}
@@ -142,6 +153,18 @@ def timeline(step: Step) -> Timeline:
     made = _made(step, middle)
     kept_after = _sum(kept, forgotten)
     peaks = [*_with_middle(parts, kept, kept_after, made), *_after_flush(step, middle, parts, kept_after)]
+    return Whole(moments, peaks, made, in_between)
+
+
+@lru_cache(maxsize=512)
+def timeline(step: Step) -> Timeline:
+    """The candidate peaks of a step; none of those kept is below another for every size.
+
+    Raises:
+        ValueError: nothing is trained.
+    """
+    (recording, _, alive, stretches), peaks, made, in_between = _whole(step)
+    end = len(recording.changes)
     left = _sum(by_room(alive[end]), made)
     if step.reduced_after:
         added = _sum(made, {GRADIENTS: Size(fixed=step.reduced_after)})
@@ -158,6 +181,19 @@ def timeline(step: Step) -> Timeline:
         stretches=stretches,
         kept=tuple((size, count) for (_, size), count in in_between.items() if _may_be_large(size)),
     )
+
+
+def course(step: Step) -> list[tuple[Part, tuple[Candidate, ...]]]:
+    """The candidate peaks of each part of a step, in the order in which they come; of the layers the first and last.
+
+    Raises:
+        ValueError: nothing is trained.
+    """
+    moments, peaks, _, _ = _whole(step)
+    parts: dict[Part, list[Peak]] = {}
+    for peak in peaks:
+        parts.setdefault((peak.where[0], peak.where[1]), []).append(peak)
+    return [(part, _candidates(moments.alive, found)) for part, found in parts.items()]
 
 
 def _kept_in_between(step: Step, middle: int, before: Alive, after: Alive) -> Counter[Kept]:

@@ -37,6 +37,18 @@ def lay_out(lengths: Sequence[int], recipe: Recipe) -> Layout:
     return Layout(rows, [sum(lengths[index] for index in row) for row in rows])
 
 
+HISTOGRAM_BINS = 20
+
+
+def histogram(lengths: Sequence[int], bins: int = HISTOGRAM_BINS) -> tuple[int, list[int]]:
+    """How many of at least one length lie in bins of one width, from 1: that width, and at most `bins` counts."""
+    width = max(1, -(-max(lengths) // bins))
+    counts = [0] * -(-max(lengths) // width)
+    for length in lengths:
+        counts[(length - 1) // width] += 1
+    return width, counts
+
+
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: each example, the longest first, into the row with the least space that takes it.
 

@@ -1,37 +1,13 @@
-"""Pictures of a fleet's outlook, as SVG inside a page: readable without colour, and in the page's own ink."""
+"""Pictures of a fleet's outlook: the schedule, and cost against time."""
 
 from __future__ import annotations
 
-import io
-import re
-from typing import Any, NamedTuple
-
-import matplotlib as mpl
-from matplotlib.figure import Figure as Canvas
-
+from launch.report.pictures.style import COLORS, INK, MARKERS, Picture, canvas, kind, styled
 from orchestrator.fleet.outlook import Outlook
 
-mpl.use("svg")
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "qlora",
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
-"""Those of Okabe and Ito, which people who see fewer colours can tell apart."""
-MARKERS = "osD^vPX*"
+LATE = "#d00000"
 MOST_LANES = 60
 """Nodes that a picture of a schedule shows."""
-
-
-class Picture(NamedTuple):
-    """A picture and what it shows, in a sentence."""
-
-    svg: str
-    caption: str
 
 
 def gantt(answer: Outlook) -> Picture | None:
@@ -45,9 +21,9 @@ def gantt(answer: Outlook) -> Picture | None:
     if not shown:
         return None
     names = list(dict.fromkeys(answer.jobs.jobs[one.run.job].name for one in placed))
-    with mpl.rc_context(STYLE):
-        canvas = Canvas(figsize=(10, 0.8 + 0.42 * len(shown)), layout="constrained")
-        axes = canvas.subplots()
+    with styled():
+        figure = canvas(0.8 + 0.42 * len(shown))
+        axes = figure.subplots()
         sizes = {pool.name: pool.gpus_per_node for pool in answer.fleet.pools}
         labelled: set[str] = set()
         for lane, (pool, node) in enumerate(shown):
@@ -56,7 +32,6 @@ def gantt(answer: Outlook) -> Picture | None:
                 if one.option.pool != pool or node not in one.nodes:
                     continue
                 name = answer.jobs.jobs[one.run.job].name
-                kind = names.index(name)
                 rows = [row for row, ends in enumerate(taken) if ends[-1] <= one.start + 1e-6]
                 for row in rows[: one.option.gpus_of_a_node]:
                     taken[row].append(one.end)
@@ -65,20 +40,19 @@ def gantt(answer: Outlook) -> Picture | None:
                         one.end - one.start,
                         left=one.start,
                         height=0.8 / sizes[pool],
-                        color=COLORS[kind % len(COLORS)],
-                        hatch=HATCHES[kind % len(HATCHES)],
-                        edgecolor="#d00000" if one.late_hours > 1e-9 else "#000000",
+                        edgecolor=LATE if one.late_hours > 1e-9 else INK,
                         linewidth=1.6 if one.late_hours > 1e-9 else 0.5,
                         label=name if name not in labelled else None,
+                        **kind(names.index(name)),
                     )
                     labelled.add(name)
         axes.set_yticks(range(len(shown)), [f"{pool} {node + 1}" for pool, node in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel("hours from the beginning")
-        canvas.legend(loc="outside upper right", ncols=min(6, len(names)), frameon=False)
+        figure.legend(loc="outside upper right", ncols=min(6, len(names)), frameon=False)
         rest = "" if len(lanes) == len(shown) else f" {len(lanes) - len(shown)} more nodes are left out."
         late = " A thick edge: too late." if answer.figures.late else ""
-        return Picture(inline(canvas, "The schedule"), f"A lane for each node, a row for each GPU.{late}{rest}")
+        return Picture(figure, "schedule", "The schedule", f"A lane for each node, a row for each GPU.{late}{rest}")
 
 
 def ways(answer: Outlook) -> Picture | None:
@@ -88,17 +62,17 @@ def ways(answer: Outlook) -> Picture | None:
         return None
     priced = all(option.cost is not None for options in every.values() for option in options)
     pools = [pool.name for pool in answer.fleet.pools]
-    with mpl.rc_context(STYLE):
-        canvas = Canvas(figsize=(10, 4), layout="constrained")
-        axes = canvas.subplots()
-        for kind, (_, options) in enumerate(list(every.items())[: len(COLORS)]):
+    with styled():
+        figure = canvas(4.0)
+        axes = figure.subplots()
+        for number, (_, options) in enumerate(list(every.items())[: len(COLORS)]):
             for pool in pools:
                 those = [option for option in options if option.pool == pool]
                 axes.plot(
                     [option.hours for option in those],
                     [option.price for option in those],
                     marker=MARKERS[pools.index(pool) % len(MARKERS)],
-                    color=COLORS[kind],
+                    color=COLORS[number],
                     linewidth=0.8,
                 )
         axes.set_xscale("log")
@@ -112,21 +86,7 @@ def ways(answer: Outlook) -> Picture | None:
             axes.plot([], [], color="#777777", linestyle="", marker=MARKERS[n % len(MARKERS)], label=f"on {name}")[0]
             for n, name in enumerate(pools)
         ]
-        canvas.legend(handles=handles, loc="outside right upper", frameon=False)
+        figure.legend(handles=handles, loc="outside right upper", frameon=False)
         left = "" if len(every) <= len(COLORS) else f" The first {len(COLORS)} jobs."
-        return Picture(
-            inline(canvas, "Cost against time"), f"More GPUs are further left; the marker says on which pool.{left}"
-        )
-
-
-def inline(canvas: Any, label: str) -> str:
-    """A figure as SVG for a page: black becomes the page's ink, and it has a name for who cannot see it."""
-    buffer = io.StringIO()
-    canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"#000000", "currentColor", svg)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    # text has matplotlib's black by default, and no colour of its own
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" fill="currentColor" ', 1)
-    return "\n".join(line.rstrip() for line in svg.splitlines())
+        caption = f"More GPUs are further left; the marker says on which pool.{left}"
+        return Picture(figure, "ways", "Cost against time", caption)
