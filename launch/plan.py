@@ -12,6 +12,7 @@ import click
 from launch import command
 from launch.options import command_line, passed, with_options
 from launch.request import plan_of
+from launch.serve import serve
 from orchestrator.history import NOTHING_MEASURED, History, ledger_place
 
 if TYPE_CHECKING:
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     from orchestrator.plans import Plan
 
 
-@click.command("qlora-plan", context_settings={"max_content_width": 120})
+@click.command(
+    "qlora-plan",
+    cls=command.WithSubcommands,
+    subcommands=(serve,),
+    context_settings={"max_content_width": 120},
+)
 @with_options
 @click.version_option(package_name="qlora-orchestrator")
 @click.pass_context

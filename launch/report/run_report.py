@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.report.components import COMPONENT_TITLES
 from launch.report.document import DRAWS, Document, Section, write
-from launch.report.terminal import COMPONENT_TITLES, memory_rows
+from launch.report.terminal import memory_rows
 from launch.report.words import gib, time_words
 from orchestrator.record import RunRecord
 from qlora_core.perplexity import perplexity

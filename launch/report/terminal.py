@@ -17,6 +17,7 @@ from rich.text import Text
 from clusters.gpu import GIB, MIB
 from launch import command
 from launch.listing import parameters
+from launch.report.components import COMPONENT_TITLES
 from launch.report.words import gib, time_words
 from orchestrator.plans import Duration, Plan, Verdict
 from qlora_core.step_time import StepTime
@@ -25,20 +26,6 @@ if TYPE_CHECKING:
     from launch.sweep import Sweep
 
 BAR_WIDTH = 24
-
-COMPONENT_TITLES = {
-    "base_weights": "base weights",
-    "quantization_constants": "quantization constants",
-    "unquantized_weights": "unquantized weights",
-    "lora_weights": "adapters (LoRA)",
-    "gradients": "gradients",
-    "optimizer_state": "optimizer state",
-    "activations": "activations",
-    "logits_and_loss": "logits and loss",
-    "dequantization_workspace": "dequantization workspace",
-    "communication_buffers": "communication buffers",
-    "framework": "framework",
-}
 
 
 @dataclass(frozen=True, slots=True)

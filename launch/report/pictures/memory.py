@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,30 +9,14 @@ from typing import Any
 from matplotlib.patches import Rectangle
 
 from clusters.gpu import GIB, MIB
+from launch.report.components import GROUPS, grouped
 from launch.report.pictures.style import COLORS, INK, MARKERS, Picture, canvas, kind, stacked, styled
 from launch.report.sweep import SweepCells
 from orchestrator.plans import SURE, Alternative, Plan, Verdict
-from qlora_core.memory.estimate import Components
 from qlora_core.memory.formula import course, prepared
 
-GROUPS = {
-    "base model": ("base_weights", "quantization_constants", "unquantized_weights"),
-    "adapters, gradients, optimizer": ("lora_weights", "gradients", "optimizer_state"),
-    "activations": ("activations",),
-    "logits and loss": ("logits_and_loss",),
-    "workspaces and buffers": ("dequantization_workspace", "communication_buffers"),
-    "allocator and context": ("framework",),
-}
-"""Components that a picture shows together; the last group has what is beyond the allocated bytes, too."""
 LENGTHS = tuple(2**power for power in range(8, 18))
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-
-
-def grouped(components: Components, beyond: int = 0) -> list[int]:
-    """Bytes of each group."""
-    sizes = dataclasses.asdict(components)
-    found = [sum(sizes[name] for name in names) for names in GROUPS.values()]
-    return [*found[:-1], found[-1] + beyond]
 
 
 def unit_of(most: int) -> tuple[int, str]:
@@ -47,11 +30,11 @@ def needed(plan: Plan) -> Picture:
     most = max(verdict.process_bytes for verdict in verdicts)
     unit, name = unit_of(most)
     rows = [grouped(one.components, one.process_bytes - one.allocated_bytes) for one in verdicts]
-    layers = [
-        (title, [row[number] / unit for row in rows])
+    layers = {
+        number: (title, [row[number] / unit for row in rows])
         for number, title in enumerate(GROUPS)
         if any(row[number] >= unit / 200 for row in rows)
-    ]
+    }
     with styled():
         figure = canvas(1.1 + 0.34 * len(verdicts))
         axes = figure.subplots()

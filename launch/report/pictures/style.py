@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,15 +54,15 @@ def kind(number: int) -> dict[str, Any]:
 
 
 def stacked(
-    axes: Any, labels: Sequence[str], layers: Sequence[tuple[str, Sequence[float]]], format_: Callable[[float], str]
+    axes: Any, labels: Sequence[str], layers: Mapping[int, tuple[str, Sequence[float]]], words: Callable[[float], str]
 ) -> None:
-    """Horizontal bars, one for each label, of layers with their names; each ends with its sum."""
+    """Horizontal bars, one for each label, of layers with their names, by their kinds; each ends with its sum."""
     left = [0.0] * len(labels)
-    for number, (name, sizes) in enumerate(layers):
+    for number, (name, sizes) in layers.items():
         axes.barh(range(len(labels)), sizes, left=left, label=name, edgecolor=INK, linewidth=0.5, **kind(number))
         left = [before + size for before, size in zip(left, sizes, strict=True)]
     for row, total in enumerate(left):
-        axes.annotate(format_(total), (total, row), xytext=(4, 0), textcoords="offset points", va="center")
+        axes.annotate(words(total), (total, row), xytext=(4, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
 

@@ -1,0 +1,206 @@
+"""Reports and the planner's page in a real browser: drawn, read by all, printed whole, and doing what they say."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browsers import chromium, drawn, needs_chromium, opened, printed_whole, read_by_all
+from click.testing import CliRunner
+from playwright.sync_api import Browser, expect
+
+from launch.capacity import capacity
+from launch.plan import plan
+from launch.report.document import write
+from launch.report.run_report import run_report
+from orchestrator.history import NOTHING_MEASURED
+from orchestrator.outcome import predicted
+from orchestrator.plans import Plan
+from orchestrator.record import Attempt, RunRecord
+
+pytestmark = [needs_chromium, pytest.mark.slow, pytest.mark.xdist_group("pages")]
+EXAMPLES = Path(__file__).parent.parent / "clusters" / "examples"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A report of each kind."""
+    folder = tmp_path_factory.mktemp("reports")
+    paths = {name: folder / f"{name}.html" for name in ("plan", "fleet", "run")}
+    ask = ["--model", "33b", "--gpus", "1", "--tokens", "20M", "--report", str(paths["plan"])]
+    sweep = ["--sweep", "seq-len=512,2048", "--sweep", "micro-batch=1,8"]
+    assert CliRunner().invoke(plan, [*ask, *sweep], standalone_mode=False).return_value == 0
+    jobs = EXAMPLES / "jobs" / "two-pools.yaml"
+    ask = [str(EXAMPLES / "two-pools.yaml"), "--jobs", str(jobs), "--seconds", "1", "--report", str(paths["fleet"])]
+    assert CliRunner().invoke(capacity, ask, standalone_mode=False).return_value == 0
+    write(run_report(record(), events()), paths["run"])
+    return paths
+
+
+def record() -> RunRecord:
+    """A run as its plan had it, with a failure on the way and an answer that would be markup."""
+    found: Plan = planned("7b")
+    phases = {"after_load": 4 * 10**9, "forward": 5 * 10**9, "backward": 7 * 10**9, "optimizer": 6 * 10**9}
+    strategy = {"world_size": 1, "micro_batch": 1, "gradient_accumulation": 1, "zero_stage": 0}
+    answer = {"question": "<img src=x onerror=alert(1)>", "expected": "fish " * 40, "given": "fish"}
+    return RunRecord(
+        id="1",
+        name="seven",
+        status="complete",
+        identity={"model": "a" * 64, "seed": 0},
+        total_steps=40,
+        plan=found.to_json(),
+        data={
+            "examples": 100,
+            "format": "text",
+            "tokens": 5000,
+            "longest": 90,
+            "truncated": 0,
+            "unlearnable": 0,
+            "row_lengths": {"bin_tokens": 10, "counts": [1, 5, 30, 40, 20, 4]},
+        },
+        predicted=predicted(found),
+        measured={"allocated_bytes": 7 * 10**9, "allocated_is": "a test", "phases": phases, "step_seconds": 1.5},
+        results={"eval_before": 2.0, "eval_after": 1.0, "answers_before": [answer], "answers_after": [answer]},
+        attempts=[
+            Attempt(
+                started="2026",
+                from_step=0,
+                to_step=20,
+                status="failed",
+                reason="x" * 300,
+                strategy=strategy,
+                failure={"kind": "gpu memory"},
+                decision={"action": "replan", "reason": "the same plan would run out again"},
+            ),
+            Attempt(started="2026", from_step=20, to_step=40, status="complete", strategy=strategy),
+        ],
+        machine={"name": "a machine"},
+        versions={"torch": "2.13"},
+    )
+
+
+def planned(model: str) -> Plan:
+    from launch.options import passed
+    from launch.request import plan_of
+
+    context = plan.make_context("qlora-plan", ["--model", model, "--gpus", "1", "--gpu", "rtx-4090"])
+    return plan_of(context.params, passed(context), NOTHING_MEASURED)
+
+
+def events() -> list[dict[str, object]]:
+    steps: list[dict[str, object]] = [
+        {"event": "step", "step": n, "loss": 2 - n / 40, "learning_rate": 1e-4, "tokens": 512, "seconds": 1.5}
+        for n in range(1, 41)
+    ]
+    held_out: list[dict[str, object]] = [{"event": "eval", "step": n, "eval_loss": 2 - n / 40} for n in (0, 20, 40)]
+    return [*steps, *held_out]
+
+
+PICTURES = {"plan": 5, "fleet": 2, "run": 3}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_report_is_drawn_and_can_be_read_by_all(
+    browser: Browser, reports: dict[str, Path], name: str, scheme: str
+) -> None:
+    with opened(browser, reports[name].as_uri(), scheme) as page:
+        shapes = drawn(page)
+        assert len(shapes) == PICTURES[name]
+        assert min(shapes) > 10  # axes alone have fewer
+        read_by_all(page)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_report_is_whole_on_paper(browser: Browser, reports: dict[str, Path], name: str) -> None:
+    assert reports[name].stat().st_size < 3e6
+    with opened(browser, reports[name].as_uri()) as page:
+        printed_whole(page)
+
+
+def test_a_table_is_sorted_by_a_click_and_turned_by_another(browser: Browser, reports: dict[str, Path]) -> None:
+    with opened(browser, reports["fleet"].as_uri()) as page:
+        head = page.get_by_role("button", name="hours", exact=True).first
+        for turn, order in ((1, "ascending"), (2, "descending")):
+            head.click()
+            expect(page.locator(f"th[aria-sort={order}]")).to_have_count(1)
+            cells = page.locator("section", has=page.get_by_role("heading", name="Where each job fits"))
+            hours = [float(text) for text in cells.locator("tbody td:nth-child(4)").all_inner_texts()]
+            assert hours == sorted(hours, reverse=turn == 2)
+
+
+# --- the planner's page -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real `qlora-plan serve`; its address."""
+    command = [str(Path(sys.executable).parent / "qlora-plan"), "serve", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[0]
+        process.terminate()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_answers_at_once_and_can_be_read_by_all(browser: Browser, server: str, scheme: str) -> None:
+    with opened(browser, server, scheme) as page:
+        expect(page.locator("#headline")).to_contain_text("llama-3.1-8b")
+        assert drawn(page)[0] > 20
+        page.get_by_text("More", exact=True).click()
+        read_by_all(page)
+
+
+def test_a_change_is_answered_and_the_address_asks_the_same(browser: Browser, server: str) -> None:
+    with opened(browser, server) as page:
+        page.get_by_label("model", exact=True).fill("65b")
+        page.get_by_label("gpu", exact=True).select_option("a100-80gb")
+        page.get_by_label("seq len").fill("2048")
+        expect(page.locator("#command")).to_have_text("qlora-plan --model 65b --gpu a100-80gb --seq-len 2048")
+        headline = page.locator("#headline").inner_text()
+        assert "llama-65b on a100-80gb" in headline
+        answer = CliRunner().invoke(plan, page.locator("#command").inner_text().split()[1:], standalone_mode=False)
+        assert re.sub(r"\s+", " ", headline) in re.sub(r"\s+", " ", answer.stdout)
+        address = page.url
+    with opened(browser, address) as page:
+        expect(page.locator("#headline")).to_have_text(headline)
+        expect(page.get_by_label("seq len")).to_have_value("2048")
+
+
+def test_a_bad_value_is_told_beside_its_field(browser: Browser, server: str) -> None:
+    with opened(browser, server) as page:
+        page.get_by_label("seq len").fill("0")
+        field = page.locator(".field", has=page.locator("#seq-len"))
+        expect(field.locator(".mistake")).to_contain_text("greater than or equal to 1")
+        expect(page.locator("#seq-len")).to_have_attribute("aria-invalid", "true")
+        read_by_all(page)
+        page.get_by_label("seq len").fill("512")
+        expect(field.locator(".mistake")).to_be_empty()
+        page.get_by_label("model", exact=True).fill("llama-9000b")
+        expect(page.locator(".field", has=page.locator("#model")).locator(".mistake")).not_to_be_empty()
+
+
+def test_what_does_not_fit_shows_the_nearest_that_would(browser: Browser, server: str) -> None:
+    with opened(browser, f"{server}?model=65b&gpu=rtx-4090&gpus=1") as page:
+        expect(page.locator("#headline")).to_contain_text("DOES NOT FIT")
+        expect(page.locator("#ways h2")).to_contain_text("The nearest that would fit", timeout=20_000)
+        assert page.locator("#ways tbody tr").count() >= 1
+
+
+def test_the_page_leads_to_the_report(browser: Browser, server: str) -> None:
+    with opened(browser, f"{server}?model=7b&gpu=rtx-4090&gpus=1") as page:
+        expect(page.locator("#headline")).to_contain_text("FITS")
+        page.get_by_role("link", name="The whole report").click()
+        expect(page.get_by_role("heading", level=1)).to_contain_text("llama-7b on rtx-4090", timeout=30_000)
+        assert min(drawn(page)) > 10
