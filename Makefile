@@ -16,7 +16,7 @@ WHEELS ?= $(wildcard wheels)
 # DeepSpeed compiles its optimizer for the CPU on first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint coverage grids chaos fast gpu speed bench scale screens accuracy format clean
+.PHONY: help demo test lint coverage grids chaos fast gpu speed bench scale load capacity screens accuracy format clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -69,8 +69,20 @@ speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a pe
 bench: $(INSTALLED) ## training beside TRL's and a bare loop, and its memory (docs/benchmarks.md); on a quiet machine
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.training
 
-scale: $(INSTALLED) ## 200 runs submitted by 20 clients at once to three nodes on this machine (docs/scale.md); half an hour
+scale: $(INSTALLED) ## 200 runs submitted by 20 clients at once to three nodes on this machine (docs/scale.md); two hours
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.scale
+
+load: $(INSTALLED) ## how long qlora-plan serve takes to answer 50 clients (docs/serve.md); on a quiet machine
+	QLORA_LEDGER=.cache/no-ledger $(BIN)/python -m benchmarks.load
+
+capacity: $(INSTALLED) ## the three worked examples of docs/capacity.md: documents, pictures, and pages in .cache/capacity
+	mkdir -p .cache/capacity
+	for each in workstation two-pools thousand-nodes; do \
+		QLORA_LEDGER=.cache/no-ledger $(BIN)/qlora-capacity clusters/examples/$$each.yaml \
+			--jobs clusters/examples/jobs/$$each.yaml --seconds 10 --methods --report docs/capacity/$$each.md \
+			--report .cache/capacity/$$each.html --figures docs/capacity/$$each || [ $$? -eq 1 ] || exit 2; \
+	done
+	rm docs/capacity/*/*.png
 
 screens: $(INSTALLED) ## run the commands that README.md and docs/planning.md show, and put in what they print
 	$(BIN)/python -m benchmarks.screens

@@ -22,7 +22,13 @@ from launch.plan import measured
     help="That the solver may take; longer brings the answer nearer to the best.",
 )
 @click.option("--methods", is_flag=True, help="Say what the same work takes with QLoRA, LoRA and all weights.")
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a FILE.html or FILE.md, too.")
+@click.option(
+    "--report",
+    "reports",
+    type=click.Path(path_type=Path, dir_okay=False),
+    multiple=True,
+    help="Write a FILE.html or FILE.md, too; may be repeated.",
+)
 @click.option("--figures", type=click.Path(path_type=Path, file_okay=False), help="Write its pictures into a folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
@@ -32,7 +38,7 @@ def capacity(
     jobs: Path,
     seconds: float,
     methods: bool,
-    report: Path | None,
+    reports: tuple[Path, ...],
     figures: Path | None,
     as_json: bool,
     debug: bool,
@@ -48,10 +54,10 @@ def capacity(
     from orchestrator.fleet.jobs import load_jobs
     from orchestrator.fleet.outlook import outlook
 
-    if report is not None:
+    for report in reports:
         document.check_report(report)
     answer = outlook(load_cluster(fleet), load_jobs(jobs), measured(), seconds, other_methods=methods)
-    if report is not None:
+    for report in reports:
         document.write(report_of(answer), report)
     if figures is not None:
         document.write_figures(report_of(answer), figures)

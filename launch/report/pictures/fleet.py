@@ -2,72 +2,105 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from launch.report.pictures.style import COLORS, INK, MARKERS, Picture, canvas, kind, styled
 from orchestrator.fleet.outlook import Outlook
+from orchestrator.fleet.schedule import Placed
 
 LATE = "#d00000"
 MOST_LANES = 60
 """Nodes that a picture of a schedule shows."""
+MOST_BARS = 3000
+"""Runs on nodes that it shows, so that a page stays small."""
+
+
+class Bar(NamedTuple):
+    """A run on rows of a node, the GPUs beside each other that it takes there: of the first row, and how many."""
+
+    run: Placed
+    row: int
+    rows: int
 
 
 def gantt(answer: Outlook) -> Picture | None:
     """The schedule: a lane for each node that is used; None where nothing is placed."""
-    placed = answer.schedule.placed
-    used = {(one.option.pool, node) for one in placed for node in one.nodes}
+    on_node: dict[tuple[str, int], list[Placed]] = defaultdict(list)
+    for one in sorted(answer.schedule.placed, key=lambda each: each.start):
+        for node in one.nodes:
+            on_node[one.option.pool, node].append(one)
+    sizes = {pool.name: pool.gpus_per_node for pool in answer.fleet.pools}
     lanes = [
-        (pool.name, node) for pool in answer.fleet.pools for node in range(pool.nodes) if (pool.name, node) in used
+        (pool.name, node) for pool in answer.fleet.pools for node in range(pool.nodes) if (pool.name, node) in on_node
     ]
-    shown = lanes[:MOST_LANES]
+    shown: list[tuple[str, list[Bar]]] = []
+    for pool, node in lanes[:MOST_LANES]:
+        bars = bars_of(on_node[pool, node], sizes[pool])
+        if shown and sum(len(each) for _, each in shown) + len(bars) > MOST_BARS:
+            break
+        shown.append((f"{pool} {node + 1}", bars))
     if not shown:
         return None
-    names = list(dict.fromkeys(answer.jobs.jobs[one.run.job].name for one in placed))
+    placed = {one.run.job for one in answer.schedule.placed}
     with styled():
         figure = canvas(0.8 + 0.42 * len(shown))
         axes = figure.subplots()
-        sizes = {pool.name: pool.gpus_per_node for pool in answer.fleet.pools}
         labelled: set[str] = set()
-        for lane, (pool, node) in enumerate(shown):
-            taken: list[list[float]] = [[0.0] for _ in range(sizes[pool])]
-            for one in sorted(placed, key=lambda each: each.start):
-                if one.option.pool != pool or node not in one.nodes:
-                    continue
-                name = answer.jobs.jobs[one.run.job].name
-                rows = [row for row, ends in enumerate(taken) if ends[-1] <= one.start + 1e-6]
-                for row in rows[: one.option.gpus_of_a_node]:
-                    taken[row].append(one.end)
-                    axes.barh(
-                        lane - 0.4 + 0.8 * (row + 0.5) / sizes[pool],
-                        one.end - one.start,
-                        left=one.start,
-                        height=0.8 / sizes[pool],
-                        edgecolor=LATE if one.late_hours > 1e-9 else INK,
-                        linewidth=1.6 if one.late_hours > 1e-9 else 0.5,
-                        label=name if name not in labelled else None,
-                        **kind(names.index(name)),
-                    )
-                    labelled.add(name)
-        axes.set_yticks(range(len(shown)), [f"{pool} {node + 1}" for pool, node in shown])
+        for lane, ((pool, _), (_, bars)) in enumerate(zip(lanes, shown, strict=False)):
+            row_height = 0.8 / sizes[pool]
+            for one, row, rows in bars:
+                name, is_late = answer.jobs.jobs[one.run.job].name, one.late_hours > 1e-9
+                axes.barh(
+                    lane - 0.4 + row_height * (row + rows / 2),
+                    one.end - one.start,
+                    left=one.start,
+                    height=row_height * rows,
+                    edgecolor=LATE if is_late else INK,
+                    linewidth=1.6 if is_late else 0.5,
+                    label=name if name not in labelled else None,
+                    **kind(one.run.job),
+                )
+                labelled.add(name)
+        axes.set_yticks(range(len(shown)), [label for label, _ in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel("hours from the beginning")
-        figure.legend(loc="outside upper right", ncols=min(6, len(names)), frameon=False)
-        rest = "" if len(lanes) == len(shown) else f" {len(lanes) - len(shown)} more nodes are left out."
+        figure.legend(loc="outside upper right", ncols=min(6, len(placed)), frameon=False)
+        rest = "" if len(lanes) == len(shown) else f" {len(lanes) - len(shown):,} more nodes are left out."
         late = " A thick edge: too late." if answer.figures.late else ""
         return Picture(figure, "schedule", "The schedule", f"A lane for each node, a row for each GPU.{late}{rest}")
 
 
+def bars_of(placed: Sequence[Placed], gpus: int) -> list[Bar]:
+    """The runs of a node, in the order of their start, on rows that are free, those beside each other together."""
+    free = [0.0] * gpus
+    found: list[Bar] = []
+    for one in placed:
+        rows = [row for row in range(gpus) if free[row] <= one.start + 1e-6][: one.option.gpus_of_a_node]
+        for row in rows:
+            free[row] = one.end
+            if found and found[-1].run is one and found[-1].row + found[-1].rows == row:
+                found[-1] = found[-1]._replace(rows=found[-1].rows + 1)
+            else:
+                found.append(Bar(one, row, 1))
+    return found
+
+
 def ways(answer: Outlook) -> Picture | None:
     """Cost, or GPU hours without prices, against time of each job's ways; None where nothing fits."""
-    every = {job.name: answer.ways[index] for index, job in enumerate(answer.jobs.jobs) if answer.ways[index]}
+    every = {index: found for index, found in answer.ways.items() if found}
     if not every:
         return None
-    priced = all(option.cost is not None for options in every.values() for option in options)
+    shown = {index: found for index, found in every.items() if index < len(COLORS)}
+    priced = all(option.cost is not None for found in every.values() for option in found)
     pools = [pool.name for pool in answer.fleet.pools]
     with styled():
         figure = canvas(4.0)
         axes = figure.subplots()
-        for number, (_, options) in enumerate(list(every.items())[: len(COLORS)]):
+        for number, found in shown.items():
             for pool in pools:
-                those = [option for option in options if option.pool == pool]
+                those = [option for option in found if option.pool == pool]
                 axes.plot(
                     [option.hours for option in those],
                     [option.price for option in those],
@@ -79,14 +112,12 @@ def ways(answer: Outlook) -> Picture | None:
         axes.set_yscale("log")
         axes.set_xlabel("hours of a run")
         axes.set_ylabel(f"cost of a run, {answer.fleet.currency}" if priced else "GPU hours of a run")
-        handles = [
-            axes.plot([], [], color=COLORS[n], label=name)[0] for n, name in enumerate(list(every)[: len(COLORS)])
-        ]
+        handles = [axes.plot([], [], color=COLORS[n], label=answer.jobs.jobs[n].name)[0] for n in shown]
         handles += [
             axes.plot([], [], color="#777777", linestyle="", marker=MARKERS[n % len(MARKERS)], label=f"on {name}")[0]
             for n, name in enumerate(pools)
         ]
         figure.legend(handles=handles, loc="outside right upper", frameon=False)
-        left = "" if len(every) <= len(COLORS) else f" The first {len(COLORS)} jobs."
+        left = "" if len(every) == len(shown) else f" The first {len(COLORS)} jobs."
         caption = f"More GPUs are further left; the marker says on which pool.{left}"
         return Picture(figure, "ways", "Cost against time", caption)

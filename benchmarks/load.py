@@ -1,0 +1,113 @@
+"""`make load`: how long `qlora-plan serve` takes to answer while 50 clients ask twice a second each.
+
+Every question is another one: no answer is kept from before. The clients are in a process of their own on the same
+machine, and begin after one of each model's structures was asked for, as in a server that runs for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+import httpx
+
+from benchmarks.speed import ROOT, machine
+from qlora_core.files import write_json
+
+RESULTS = ROOT / "benchmarks" / "results" / "load.json"
+DOCUMENT = ROOT / "docs" / "serve.md"
+BEGIN, END = "<!-- make load writes from here -->\n", "<!-- to here -->\n"
+MODELS = ("llama-7b", "llama-13b", "llama-33b", "llama-65b", "llama-3.1-8b", "qwen2.5-7b")
+GPUS = ("rtx-4090", "l40s", "a100-80gb", "h100-80gb")
+
+
+def question(chance: random.Random) -> dict[str, str]:
+    """One that was hardly asked before."""
+    return {
+        "model": chance.choice(MODELS),
+        "gpu": chance.choice(GPUS),
+        "seq-len": str(chance.randint(64, 8192)),
+        "micro-batch": str(chance.randint(1, 16)),
+        "rank": chance.choice(("16", "64")),
+    }
+
+
+async def client(address: str, seconds: float, number: int, took: list[float]) -> None:
+    """Ask twice a second, whether the last answer has come or not, beginning at a moment of its own."""
+    chance = random.Random(number)  # noqa: S311
+
+    async def ask(session: httpx.AsyncClient) -> None:
+        began = time.perf_counter()
+        response = await session.get("/api/plan", params=question(chance))
+        response.raise_for_status()
+        took.append(time.perf_counter() - began)
+
+    async with httpx.AsyncClient(base_url=address, timeout=60) as session:
+        await asyncio.sleep(chance.random() / 2)
+        asked = []
+        for _ in range(round(2 * seconds)):
+            asked.append(asyncio.create_task(ask(session)))
+            await asyncio.sleep(0.5)
+        await asyncio.gather(*asked)
+
+
+async def load(address: str, clients: int, seconds: float) -> list[float]:
+    """The seconds of all answers."""
+    async with httpx.AsyncClient(base_url=address, timeout=60) as session:
+        for model in MODELS:
+            for gpu in GPUS:
+                for rank in ("16", "64"):
+                    asked = {"model": model, "gpu": gpu, "rank": rank}
+                    (await session.get("/api/plan", params=asked)).raise_for_status()
+    took: list[float] = []
+    await asyncio.gather(*(client(address, seconds, number, took) for number in range(clients)))
+    return took
+
+
+@click.command(name="benchmarks.load")
+@click.option("--clients", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option("--seconds", type=click.FloatRange(min=1), default=30.0, show_default=True)
+def main(clients: int, seconds: float) -> None:
+    """Ask, and write what it took."""
+    command = [str(Path(sys.executable).with_name("qlora-plan")), "serve", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None  # noqa: S101
+            address = server.stdout.readline().split()[0]
+            before = machine()
+            took = sorted(asyncio.run(load(address, clients, seconds)))
+        finally:
+            server.terminate()
+    percentiles = statistics.quantiles(took, n=100)
+    found = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": before,
+        "clients": clients,
+        "answers": len(took),
+        "median_ms": round(1000 * percentiles[49], 1),
+        "p95_ms": round(1000 * percentiles[94], 1),
+        "p99_ms": round(1000 * percentiles[98], 1),
+        "most_ms": round(1000 * took[-1], 1),
+    }
+    write_json(RESULTS, found)
+    text = DOCUMENT.read_text()
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    said = (
+        f"{clients} clients, two questions a second each, {len(took):,} unlike ones in all, answered by one process on "
+        f"the machine that asks ({before['processor']}, {before['cores']} cores, {found['date']}): median "
+        f"{found['median_ms']} ms, 99th percentile {found['p99_ms']} ms, longest {found['most_ms']} ms. "
+        "`make load` asks again.\n"
+    )
+    DOCUMENT.write_text(text[:begin] + said + text[end:])
+    click.echo(said)
+
+
+if __name__ == "__main__":
+    main()
