@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,7 +24,7 @@ from launch.report.document import Document, Section, escaped
 from orchestrator.devices import any_nodes
 from orchestrator.fleet import outlook as fleet_outlook
 from orchestrator.fleet.jobs import Run, load_jobs
-from orchestrator.fleet.options import Option, options
+from orchestrator.fleet.options import JOBS_OF_A_PROCESS, Option, options, options_of_all
 from orchestrator.fleet.schedule import Schedule, by_rules
 from orchestrator.fleet.solver import by_solver
 from orchestrator.history import NOTHING_MEASURED
@@ -250,37 +248,6 @@ def test_a_page_stands_by_itself_and_has_the_schedule_and_its_pictures(tmp_path:
     assert "#000000" not in text  # pictures have the page's ink, also in the dark
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no Chromium here")
-def test_chromium_shows_the_page_without_an_error(tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    given = (EXAMPLES / "two-pools.yaml", "--jobs", EXAMPLES / "jobs" / "two-pools.yaml", "--seconds", "1")
-    ask(*given, "--report", page)
-    # what a person would do, and an error if it did nothing
-    script = """<script>
-    const head = [...document.querySelectorAll("th button")].find((each) => each.textContent === "hours");
-    head.click(); head.click();
-    const cells = [...head.closest("table").tBodies[0].rows].map((row) => parseFloat(row.cells[3].textContent));
-    if (cells.some((each, at) => at && each > cells[at - 1])) throw new Error("it is not sorted");
-    </script></body>"""
-    page.write_text(page.read_text().replace("</body>", script))
-    shown = subprocess.run(
-        [
-            "chromium",
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--enable-logging=stderr",
-            "--dump-dom",
-            page.as_uri(),
-        ],
-        env={**os.environ, "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert "aria-sort" in shown.stdout
-    assert "CONSOLE" not in shown.stderr
-
-
 def test_a_name_that_is_markup_is_text() -> None:
     table = Section("<script>alert(1)</script>", ("a",), [("<img src=x onerror=alert(1)>",)], "<b>", ("<i>",))
     text = document.html(Document("</title><script>x</script>", (table,)))
@@ -363,3 +330,17 @@ def test_what_is_no_job_list_is_refused(tmp_path: Path, text: str, rule: str) ->
 
 def test_markup_in_a_name_stays_text() -> None:
     assert escaped("<script>|`x`[y](z)") == "&lt;script&gt;\\|\\`x\\`\\[y\\](z)"
+
+
+def test_many_jobs_are_shared_out_among_processors_and_come_back_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = fleet_of(pool("p", 1, 2))
+    models = ["7b", "llama-3.1-8b"] * JOBS_OF_A_PROCESS
+    lines = [f"- {{name: j{number}, model: {model}, tokens: {number + 1}M}}" for number, model in enumerate(models)]
+    (tmp_path / "jobs.yaml").write_text("\n".join(["jobs:", *lines]))
+    jobs = load_jobs(tmp_path / "jobs.yaml").jobs
+    expected = [options(job, fleet, NOTHING_MEASURED) for job in jobs]
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert options_of_all([(job, None) for job in jobs], fleet, NOTHING_MEASURED) == expected
+    assert len({found[0].hours for found in expected}) == len(jobs)  # no two of them are alike

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 from clusters.cluster import Cluster, Pool
 from orchestrator.alternatives import Alternatives
@@ -18,6 +23,8 @@ from qlora_core.catalogue import find_model
 from qlora_core.recipe import Method
 from qlora_core.strategy import Strategy
 
+JOBS_OF_A_PROCESS = 4
+"""One that is started takes as long as so many, or so."""
 OPEN = frozenset({"world_size", "micro_batch", "gradient_checkpointing", "zero_stage"})
 """What is chosen for each job: what matters most. Where nothing fits a pool so, all of the strategy is."""
 
@@ -87,6 +94,29 @@ def options(job: JobForm, fleet: Cluster, history: History, method: Method | Non
         rest = frozenset(STRATEGY_FIELDS) - (frozenset() if pool.host_ram_bytes else {"offload"})
         found += in_pool(question, target, pool, others) or in_pool(replace(question, open=rest), target, pool, others)
     return found
+
+
+def options_of_all(
+    jobs: Sequence[tuple[JobForm, Method | None]], fleet: Cluster, history: History
+) -> list[list[Option]]:
+    """`options` of several jobs, each with another method or None for its own, in their order.
+
+    Many are shared out among this machine's processors: those of one model together, as they have much in common.
+    """
+    processes = min(os.cpu_count() or 1, len(jobs) // JOBS_OF_A_PROCESS)
+    if processes < 2:
+        return [options(job, fleet, history, method) for job, method in jobs]
+    order = sorted(range(len(jobs)), key=lambda index: (jobs[index][0].model, str(jobs[index][1])))
+    ask = partial(_options_of, fleet=fleet, history=history)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        shares = max(1, len(jobs) // (2 * processes))
+        found = dict(zip(order, pool.map(ask, (jobs[index] for index in order), chunksize=shares), strict=True))
+    return [found[index] for index in range(len(jobs))]
+
+
+def _options_of(asked: tuple[JobForm, Method | None], fleet: Cluster, history: History) -> list[Option]:
+    job, method = asked
+    return options(job, fleet, history, method)
 
 
 def in_pool(question: Question, target: Target, pool: Pool, others: Alternatives) -> list[Option]:

@@ -9,7 +9,7 @@ from statistics import mean
 
 from clusters.cluster import Cluster, Pool
 from orchestrator.fleet.jobs import JobList, Run
-from orchestrator.fleet.options import Option, options
+from orchestrator.fleet.options import Option, options_of_all
 from orchestrator.fleet.schedule import Placed, Schedule, by_rules
 from orchestrator.history import History
 from qlora_core.recipe import Method
@@ -126,7 +126,7 @@ def outlook(
         other_methods: say what the same work takes by them, which takes two times as long again.
     """
     runs = jobs.runs()
-    ways = {index: options(job, fleet, history) for index, job in enumerate(jobs.jobs)}
+    ways = dict(enumerate(options_of_all([(job, None) for job in jobs.jobs], fleet, history)))
     begun = by_rules(runs, ways, fleet)
     remarks: list[str] = []
     schedule = begun
@@ -247,10 +247,14 @@ def fewest(
 
 def by_method(fleet: Cluster, jobs: JobList, ways: Mapping[int, Sequence[Option]], history: History) -> list[ByMethod]:
     """What each job takes at least with QLoRA, LoRA and all weights."""
+    asked = [(job, method) for job in jobs.jobs for method in METHODS if method != job.recipe.method]
+    others = dict(
+        zip(((job.name, method) for job, method in asked), options_of_all(asked, fleet, history), strict=True)
+    )
     found = []
     for index, job in enumerate(jobs.jobs):
         for method in METHODS:
-            known = ways[index] if job.recipe.method == method else options(job, fleet, history, method)
+            known = ways[index] if job.recipe.method == method else others[job.name, method]
             best = min(known, key=lambda option: option.price, default=None)
             found.append(
                 ByMethod(
