@@ -16,7 +16,7 @@ WHEELS ?= $(wildcard wheels)
 # DeepSpeed compiles its optimizer for the CPU on first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint coverage grids chaos fast gpu speed bench scale load capacity screens accuracy format clean
+.PHONY: help demo test lint coverage grids chaos fast gpu speed bench scale load fleet capacity screens accuracy format clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -71,6 +71,9 @@ bench: $(INSTALLED) ## training beside TRL's and a bare loop, and its memory (do
 
 scale: $(INSTALLED) ## 200 runs submitted by 20 clients at once to three nodes on this machine (docs/scale.md); two hours
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.scale
+
+fleet: $(INSTALLED) ## how long qlora-capacity takes for 50 unlike jobs and for 10,000 runs (docs/capacity.md); on a quiet machine
+	$(BIN)/python -m benchmarks.fleet
 
 load: $(INSTALLED) ## how long qlora-plan serve takes to answer 50 clients (docs/serve.md); on a quiet machine
 	QLORA_LEDGER=.cache/no-ledger $(BIN)/python -m benchmarks.load

@@ -96,7 +96,9 @@ def cost_words(figures: Figures, answer: Outlook) -> str:
     """The cost with its interval."""
     if figures.cost is None or figures.low_cost is None or figures.high_cost is None:
         return "not known: a pool that is used has no price"
-    return f"{money(figures.cost, answer)} ({money(figures.low_cost, answer)} to {money(figures.high_cost, answer)})"
+    bounds = f"{money(figures.low_cost, answer)} to {money(figures.high_cost, answer)}"
+    least = money(answer.schedule.least_price, answer)
+    return f"{money(figures.cost, answer)} ({bounds}); no schedule costs less than {least}"
 
 
 def where_they_fit(answer: Outlook) -> Section:

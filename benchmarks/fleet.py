@@ -1,0 +1,100 @@
+"""`make fleet`: how long `qlora-capacity` takes for 50 unlike jobs on eight pools, and for ten thousand runs.
+
+Each question is asked by the command itself, in a process of its own, as somebody would ask it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from benchmarks.speed import ROOT, machine
+from qlora_core.files import write_json
+
+RESULTS = ROOT / "benchmarks" / "results" / "fleet.json"
+DOCUMENT = ROOT / "docs" / "capacity.md"
+BEGIN, END = "<!-- make fleet writes from here -->\n", "<!-- to here -->\n"
+EXAMPLES = ROOT / "clusters" / "examples"
+FLEET = EXAMPLES / "thousand-nodes.yaml"
+MODELS = (
+    "llama-3.1-8b",
+    "qwen2.5-7b",
+    "mistral-7b-v0.1",
+    "llama-3.1-70b",
+    "33b",
+    "mixtral-8x7b",
+    "7b",
+    "13b",
+    "65b",
+    "qwen2.5-14b",
+)
+SECONDS = 1.0
+"""For the solver, which takes all that it may where it does not prove that nothing is better."""
+
+
+def unlike_jobs(count: int) -> dict[str, Any]:
+    """A list of jobs of which no two have model, rank and length alike."""
+    jobs = []
+    for number in range(count):
+        length = 256 * (1 + number % 12)
+        recipe = {"rank": 8 * (1 + number // len(MODELS)), "seq_len": length, "tokens_per_step": 64 * length}
+        model = MODELS[number % len(MODELS)]
+        jobs.append({"name": f"job-{number}", "model": model, "tokens": "10M", "deadline_hours": 48, "recipe": recipe})
+    return {"jobs": jobs}
+
+
+def asked(jobs: Path) -> tuple[float, float]:
+    """Seconds on the clock, and of processors, for one question."""
+    command = [str(Path(sys.executable).with_name("qlora-capacity")), str(FLEET), "--jobs", str(jobs)]
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    environment = {**os.environ, "QLORA_LEDGER": str(ROOT / ".cache" / "no-ledger")}
+    done = subprocess.run(
+        [*command, "--seconds", str(SECONDS), "--json"], capture_output=True, text=True, env=environment
+    )
+    took, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode not in (0, 1):
+        raise SystemExit(done.stderr)
+    return took, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@click.command(name="benchmarks.fleet")
+def main() -> None:
+    """Ask, and write what it took."""
+    here = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        fifty = Path(folder) / "fifty.yaml"
+        fifty.write_text(yaml.safe_dump(unlike_jobs(50)))
+        questions = {"50 unlike jobs": fifty, "10,000 runs of 7 jobs": EXAMPLES / "jobs" / "thousand-nodes.yaml"}
+        found = {name: asked(path) for name, path in questions.items()}
+    took = {name: {"seconds": round(clock, 1), "cpu_seconds": round(cpu, 1)} for name, (clock, cpu) in found.items()}
+    write_json(RESULTS, {"date": datetime.now(UTC).date().isoformat(), "machine": here, "took": took})
+    rows = [f"| {name} | {each['seconds']} | {each['cpu_seconds']} |" for name, each in took.items()]
+    said = "\n".join(
+        [
+            f"On the eight pools of a thousand nodes ({here['processor']}, {here['cores']} cores, {SECONDS:.0f} s for "
+            f"the solver, {datetime.now(UTC).date()}; `make fleet` asks again):",
+            "",
+            "| | seconds | seconds of processors |",
+            "| --- | ---: | ---: |",
+            *rows,
+            "",
+        ]
+    )
+    text = DOCUMENT.read_text()
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    DOCUMENT.write_text(text[:begin] + said + text[end:])
+    click.echo(said)
+
+
+if __name__ == "__main__":
+    main()
