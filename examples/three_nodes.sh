@@ -21,12 +21,16 @@ start() {
   ray start --disable-usage-stats --block "$@" >"$work/$RANDOM.log" 2>&1 &
   nodes+=($!)
 }
+alive() { until [ "$(ray list nodes --address "$RAY_API_SERVER_ADDRESS" 2>/dev/null | grep -c ALIVE)" = "$1" ]; do sleep 1; done; }
+
 # the head has no workers; a node that is a machine of its own needs no --node-ip-address
 start --head --port=6399 --num-cpus=0 --dashboard-port=8265
 until [ -e "$work/ray/ray_current_cluster" ]; do sleep 1; done
+# one after the other: two that start on one machine at once may get in each other's way
 start --address=127.0.0.1:6399 --node-ip-address=127.0.0.2 --num-cpus=1
+alive 2
 start --address=127.0.0.1:6399 --node-ip-address=127.0.0.3 --num-cpus=1
-until [ "$(ray list nodes --address "$RAY_API_SERVER_ADDRESS" 2>/dev/null | grep -c ALIVE)" = 3 ]; do sleep 1; done
+alive 3
 
 submit() { printf '$ qlora-submit %s\n' "$*" && qlora-submit "$@" 2>/dev/null | tail -n 2; }
 submit examples/demo.yaml name=first "output=$work/runs/first"
