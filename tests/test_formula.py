@@ -19,12 +19,12 @@ from qlora_core.huggingface.config import architecture_from_config
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Phases
-from qlora_core.memory.formula import LEARNING, estimate, prepared, step_of
+from qlora_core.memory.formula import LEARNING, course, estimate, prepared, step_of
 from qlora_core.memory.measure import StorageMeter
 from qlora_core.memory.settled import settled
 from qlora_core.memory.step import on_tape, recorded
 from qlora_core.recipe import Recipe
-from qlora_core.strategy import Strategy
+from qlora_core.strategy import Strategy, ZeroStage
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import attach_adapters, load_base, trainable
 from qlora_core.training.optimizer import build_optimizer
@@ -379,3 +379,21 @@ def test_an_int8_base_lies_in_segments_of_a_byte_a_weight() -> None:
     weights = 32 * 4096 * (4 * 4096 + 3 * 11008)
     loaded = settled(model("llama-7b"), recipe(quantization="int8", double_quantization=False), A100)
     assert loaded.reserved > weights
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_the_course_of_a_step_reaches_the_peak_of_each_phase_and_no_more(
+    zero_stage: ZeroStage, checkpointing: bool
+) -> None:
+    strategy = Strategy(world_size=2, micro_batch=2, gradient_checkpointing=checkpointing, zero_stage=zero_stage)
+    asked = model("llama-7b"), recipe(seq_len=1024), strategy, A100
+    peaks = dataclasses.asdict(estimate(*asked).gpu.phases)
+    moments = course(*asked)
+    assert [moments[0][:2], moments[-1][:2]] == [("before", None), ("optimizer", "optimizer")]
+    for phase in ("forward", "backward", "optimizer"):
+        assert max(found.total for _, of, found in moments if of == phase) == peaks[phase]
+    if not checkpointing:  # what 32 layers keep is there by the last one, and gone by the first one's backward pass
+        by_part = {(part, of): found.activations for part, of, found in moments}
+        assert by_part["last layer", "forward"] > 20 * by_part["first layer", "forward"] > 0
+        assert by_part["first layer", "backward"] < by_part["last layer", "backward"] / 10
