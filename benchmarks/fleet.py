@@ -18,12 +18,13 @@ from typing import Any
 import click
 import yaml
 
+from benchmarks.place import Place
 from benchmarks.speed import ROOT, machine
 from qlora_core.files import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "fleet.json"
 DOCUMENT = ROOT / "docs" / "capacity.md"
-BEGIN, END = "<!-- make fleet writes from here -->\n", "<!-- to here -->\n"
+PLACE = Place(DOCUMENT, "make fleet")
 EXAMPLES = ROOT / "clusters" / "examples"
 FLEET = EXAMPLES / "thousand-nodes.yaml"
 MODELS = (
@@ -90,9 +91,7 @@ def main() -> None:
             "",
         ]
     )
-    text = DOCUMENT.read_text()
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    DOCUMENT.write_text(text[:begin] + said + text[end:])
+    PLACE.write(said)
     click.echo(said)
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 import click
 import httpx
 
+from benchmarks.place import Place
 from benchmarks.speed import ROOT, machine
 from qlora_core.files import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "load.json"
 DOCUMENT = ROOT / "docs" / "serve.md"
-BEGIN, END = "<!-- make load writes from here -->\n", "<!-- to here -->\n"
+PLACE = Place(DOCUMENT, "make load")
 MODELS = ("llama-7b", "llama-13b", "llama-33b", "llama-65b", "llama-3.1-8b", "qwen2.5-7b")
 GPUS = ("rtx-4090", "l40s", "a100-80gb", "h100-80gb")
 
@@ -97,15 +98,13 @@ def main(clients: int, seconds: float) -> None:
         "most_ms": round(1000 * took[-1], 1),
     }
     write_json(RESULTS, found)
-    text = DOCUMENT.read_text()
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     said = (
         f"{clients} clients, two questions a second each, {len(took):,} unlike ones in all, answered by one process on "
         f"the machine that asks ({before['processor']}, {before['cores']} cores, {found['date']}): median "
         f"{found['median_ms']} ms, 99th percentile {found['p99_ms']} ms, longest {found['most_ms']} ms. "
         "`make load` asks again.\n"
     )
-    DOCUMENT.write_text(text[:begin] + said + text[end:])
+    PLACE.write(said)
     click.echo(said)
 
 

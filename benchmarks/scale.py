@@ -29,6 +29,7 @@ import click
 import psutil
 import yaml
 
+from benchmarks.place import Place
 from benchmarks.speed import ROOT, machine
 from benchmarks.training.case import Case, make_model
 from launch.command import main as run_command
@@ -40,7 +41,7 @@ from job_clusters import COMMAND, Cluster, job_cluster
 
 RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
 DOCUMENT = ROOT / "docs" / "scale.md"
-BEGIN, END = "<!-- make scale writes from here -->\n", "<!-- to here -->\n"
+PLACE = Place(DOCUMENT, "make scale")
 KILLED = 0.1
 """The part of the clients that are killed while they follow their run; the run is then submitted once more."""
 STEPS = 3
@@ -63,8 +64,7 @@ def command(runs: int, clients: int, debug: bool) -> int:
     whole = results["complete"] == results["ledger_rows"] == runs and not results["steps_done_twice"]
     if whole and runs >= KEPT_FROM:
         write_json(RESULTS, results)
-        before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-        DOCUMENT.write_text(before + BEGIN + table(results) + END + rest.split(END)[1], encoding="utf-8")
+        PLACE.write(table(results))
     return 0 if whole else 1
 
 

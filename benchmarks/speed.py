@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from benchmarks import search
+from benchmarks.place import Place
 from clusters.errors import RunFailed
 from clusters.gpu import find_gpu
 from launch.command import main as run_command
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 DOCUMENT = ROOT / "docs" / "speed.md"
 PEERS = ROOT / ".cache" / "peers"
-BEGIN, END = "<!-- make speed writes from here -->\n", "<!-- to here -->\n"
+PLACE = Place(DOCUMENT, "make speed")
 
 PEER, PEER_VERSION = "fitcheck-llm", "0.3.1"
 PEER_MODEL = "huggyllama/llama-65b"
@@ -117,8 +118,7 @@ def command(rounds: int, debug: bool) -> int:
     RESULTS.parent.mkdir(exist_ok=True)
     write_json(RESULTS, results)
     text = tables(results)
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-    DOCUMENT.write_text(before + BEGIN + text + END + rest.split(END)[1], encoding="utf-8")
+    PLACE.write(text)
     click.echo(text)
     return 0
 

@@ -57,14 +57,15 @@ def capacity(
     for report in reports:
         document.check_report(report)
     answer = outlook(load_cluster(fleet), load_jobs(jobs), measured(), seconds, other_methods=methods)
+    found = report_of(answer)
     for report in reports:
-        document.write(report_of(answer), report)
+        document.write(found, report)
     if figures is not None:
-        document.write_figures(report_of(answer), figures)
+        document.write_figures(found, figures)
     if as_json:
         click.echo(json_of(answer))
     else:
-        document.show(report_of(answer))
+        document.show(found)
     return 1 if answer.figures.nowhere or answer.figures.late else 0
 
 

@@ -192,11 +192,10 @@ NOT_ASKED = frozenset({"report", "figures", "write", "as_json", "debug", "explai
 
 def command_line(context: click.Context) -> str:
     """What asks the same once more, as a shell reads it: the options that were passed, in the order of --help."""
-    source = click.core.ParameterSource
     words = [context.command.name or "qlora-plan"]
     for parameter in context.command.params:
         name, value = parameter.name or "", context.params.get(parameter.name or "")
-        if name in NOT_ASKED or context.get_parameter_source(name) in (source.DEFAULT, source.DEFAULT_MAP):
+        if name in NOT_ASKED or not was_passed(context, name):
             continue
         flag = parameter.opts[0]
         if isinstance(parameter, click.Option) and parameter.is_flag:
@@ -209,9 +208,10 @@ def command_line(context: click.Context) -> str:
 
 def passed(context: click.Context) -> frozenset[str]:
     """The names of the options that were really passed, and are no `auto`."""
+    return frozenset(name for name, value in context.params.items() if was_passed(context, name) and value != AUTO)
+
+
+def was_passed(context: click.Context, name: str) -> bool:
+    """Whether an option was passed, and has not its default."""
     source = click.core.ParameterSource
-    return frozenset(
-        name
-        for name, value in context.params.items()
-        if context.get_parameter_source(name) not in (source.DEFAULT, source.DEFAULT_MAP) and value != AUTO
-    )
+    return context.get_parameter_source(name) not in (source.DEFAULT, source.DEFAULT_MAP)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import sys
 from contextlib import suppress
 
@@ -26,7 +25,7 @@ def serve(host: str, port: int, models: tuple[str, ...], debug: bool) -> int:
     try:
         import uvicorn
 
-        from launch.api import application
+        from launch.api.application import application
     except ImportError as error:
         raise not_installed("serve", "", [str(error.name)], extra="serve") from error
     from qlora_core.catalogue import find_model
@@ -55,6 +54,8 @@ def serve(host: str, port: int, models: tuple[str, ...], debug: bool) -> int:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches an address."""
+    import ipaddress  # every plan imports this module
+
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

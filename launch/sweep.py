@@ -10,27 +10,13 @@ from typing import Any
 import click
 
 from clusters.errors import RequestError, nearest, request_error
+from launch.options import NOT_ASKED
 from launch.request import plan_of
 from orchestrator.history import History
 from orchestrator.plans import Plan, verdict_json
 
 FLAG = "--sweep"
-NOT_SWEPT = frozenset(
-    {
-        "sweeps",
-        "model",
-        "list_kind",
-        "as_json",
-        "debug",
-        "explain",
-        "write",
-        "report",
-        "figures",
-        "estimator",
-        "compare",
-        "version",
-    }
-)
+NOT_SWEPT = NOT_ASKED | {"sweeps", "model", "estimator", "compare"}
 """Options whose values are no question of one fine-tune."""
 MOST_PLANS = 1000
 

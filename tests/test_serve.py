@@ -18,7 +18,8 @@ from click.testing import CliRunner
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, settings
 
-from launch.api import application, options
+from launch.api.application import application
+from launch.api.parameters import options
 from launch.plan import plan
 
 APP = application()

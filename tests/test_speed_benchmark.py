@@ -116,7 +116,7 @@ def test_the_largest_space_is_what_its_goal_says() -> None:
 
 def test_the_document_shows_the_results_that_are_written_down() -> None:
     found = json.loads(speed.RESULTS.read_text(encoding="utf-8"))
-    shown = speed.DOCUMENT.read_text(encoding="utf-8").split(speed.BEGIN)[1].split(speed.END)[0]
+    shown = speed.PLACE.read()
     assert shown == speed.tables(found)
 
 

@@ -112,5 +112,5 @@ def test_a_gpu_s_rates_are_those_of_the_newest_file_that_has_any(
 
 
 def test_the_document_shows_the_results_that_are_written_down() -> None:
-    shown = page.DOCUMENT.read_text(encoding="utf-8").split(page.BEGIN)[1].split(page.END)[0]
+    shown = page.PLACE.read()
     assert shown == page.current()

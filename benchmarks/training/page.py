@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.place import Place
 from benchmarks.speed import ROOT, spread
 from benchmarks.tokenization import BATCHED
 from benchmarks.training import memory
@@ -14,7 +15,7 @@ from benchmarks.training import memory
 RESULTS = ROOT / "benchmarks" / "results" / "training.json"
 TOKENIZATION = ROOT / "benchmarks" / "results" / "tokenization.json"
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- make bench writes from here -->\n", "<!-- to here -->\n"
+PLACE = Place(DOCUMENT, "make bench")
 
 OURS, OURS_BF16 = "ours, float32", "ours, bfloat16"
 PLANNED, PLANNED_BF16 = "ours as planned, float32", "ours as planned, bfloat16"
@@ -203,5 +204,4 @@ def current() -> str:
 
 def write() -> None:
     """Put the tables into the document."""
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
-    DOCUMENT.write_text(before + BEGIN + current() + END + rest.split(END)[1], encoding="utf-8")
+    PLACE.write(current())

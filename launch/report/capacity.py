@@ -5,17 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from launch.report.document import Document, Section
+from launch.report.document import Document, Section, drawn
 from launch.report.words import gib
 from orchestrator.fleet.options import Option
 from orchestrator.fleet.outlook import Change, Figures, Outlook
 from orchestrator.fleet.schedule import Placed
-
-if TYPE_CHECKING:
-    from launch.report.pictures.style import Picture
 
 SCHEMA_VERSION = 1
 MOST_ROWS = 40
@@ -114,7 +110,7 @@ def where_they_fit(answer: Outlook) -> Section:
         ("job", "model", "on", " hours", " to", " cost", " GiB a GPU"),
         rows,
         "Hours: as expected, and nine times of ten at most.",
-        draw=partial(drawn, "ways", answer),
+        draw=drawn("fleet", "ways", answer),
     )
 
 
@@ -139,15 +135,8 @@ def schedule(answer: Outlook) -> Section:
         ("run", "on", "nodes", " asked for", " start", " end", " due", ""),
         [placed_cells(one, answer) for one in shown],
         note,
-        draw=partial(drawn, "gantt", answer),
+        draw=drawn("fleet", "gantt", answer),
     )
-
-
-def drawn(name: str, answer: Outlook) -> Picture | None:
-    """A picture; what draws takes a while to import."""
-    from launch.report.pictures import fleet
-
-    return {"ways": fleet.ways, "gantt": fleet.gantt}[name](answer)
 
 
 def placed_cells(one: Placed, answer: Outlook) -> tuple[str, ...]:

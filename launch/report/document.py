@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clusters.errors import not_installed, request_error
 from launch.report.words import echo
@@ -56,6 +58,20 @@ class Document:
 
     title: str
     sections: tuple[Section, ...]
+
+
+def drawn(room: str, name: str, *arguments: Any) -> Callable[[], Picture | None]:
+    """For a section: makes that picture of a module of `launch.report.pictures` once, when a form first shows it.
+
+    What draws takes a while to import, and the terminal does without.
+    """
+
+    @cache
+    def make() -> Picture | None:
+        picture: Picture | None = getattr(import_module(f"launch.report.pictures.{room}"), name)(*arguments)
+        return picture
+
+    return make
 
 
 def numeric(column: str) -> bool:
@@ -175,10 +191,10 @@ def write_figures(document: Document, folder: Path) -> None:
         from launch.report.pictures.style import save
     except ImportError as error:
         raise not_installed("--figures", "", [str(error.name)], extra="report") from error
-    drawn = [picture for section in document.sections if section.draw and (picture := section.draw())]
+    pictures = [picture for section in document.sections if section.draw and (picture := section.draw())]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in drawn:
+        for picture in pictures:
             save(picture, folder)
     except OSError as error:
         rule = f"they cannot be written: {error.strerror or error}"

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
-from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from launch.report.alternatives import alternative_rows, title_of
-from launch.report.document import Document, Section
+from launch.report.document import Document, Section, drawn
 from launch.report.explain import explain
 from launch.report.sweep import SweepCells, sweep_cells
 from launch.report.terminal import VERDICT_COLUMNS, memory_lines, request_rows, verdict_cells, verdict_line
+from launch.report.words import on_one_line
 from launch.sweep import Sweep
 from orchestrator.plans import Plan
-
-if TYPE_CHECKING:
-    from launch.report.pictures.style import Picture
 
 
 def document(plan: Plan, swept: Sweep | None = None, command: str = "") -> Document:
@@ -33,19 +29,19 @@ def sections(plan: Plan, swept: Sweep | None, command: str) -> Iterator[Section]
         for line in memory_lines(plan)
     ]
     at = f"At the peak, {plan.estimate.gpu.peak_moment}."
-    yield Section("Memory", ("of the GPU", " size", " share", ""), lines, at, draw=partial(drawn, "needed", plan))
-    yield Section("In the course of a step", draw=partial(drawn, "over_a_step", plan))
-    columns = ("GPU", "fits", *(f" {title.strip()}".replace("\n", " ") for title in VERDICT_COLUMNS[2:]))
+    yield Section("Memory", ("of the GPU", " size", " share", ""), lines, at, draw=drawn("memory", "needed", plan))
+    yield Section("In the course of a step", draw=drawn("memory", "over_a_step", plan))
+    columns = ("GPU", "fits", *(f" {on_one_line(title)}" for title in VERDICT_COLUMNS[2:]))
     cells = [
         tuple(cell.plain if isinstance(cell, Text) else cell for cell in verdict_cells(verdict))
         for verdict in plan.verdicts
     ]
     yield Section("Fits on", columns, cells, "Sizes in GiB; what is largest and longest fits as likely as not.")
-    yield Section("What fits", draw=partial(drawn, "what_fits", plan))
+    yield Section("What fits", draw=drawn("memory", "what_fits", plan))
     if plan.alternatives:
         titles, rows = alternative_rows(plan)
-        columns = ("where", titles[1], *(f" {title.strip()}".replace("\n", " ") for title in titles[2:]))
-        yield Section(title_of(plan), columns, rows, draw=partial(drawn, "ways", plan))
+        columns = ("where", titles[1], *(f" {on_one_line(title)}" for title in titles[2:]))
+        yield Section(title_of(plan), columns, rows, draw=drawn("memory", "ways", plan))
     for found in sweep_cells(swept, plan) if swept is not None else ():
         yield swept_section(found)
     for part in explain(plan):
@@ -56,25 +52,7 @@ def sections(plan: Plan, swept: Sweep | None, command: str) -> Iterator[Section]
 
 def swept_section(found: SweepCells) -> Section:
     """A sweep's table and its heat map."""
-
-    def draw() -> Picture:
-        from launch.report.pictures.memory import heat
-
-        return heat(found)
-
     rows = [(value, *(cell.words for cell in cells)) for value, cells in found.rows]
     columns = (found.down, *(f" {column}" for column in found.columns))
-    return Section(found.title, columns, rows, "* fits barely, x does not fit, - refused", draw=draw)
-
-
-def drawn(name: str, plan: Plan) -> Picture | None:
-    """A picture; what draws takes a while to import."""
-    from launch.report.pictures import memory
-
-    pictures = {
-        "needed": memory.needed,
-        "over_a_step": memory.over_a_step,
-        "what_fits": memory.what_fits,
-        "ways": memory.ways,
-    }
-    return pictures[name](plan)
+    note = "* fits barely, x does not fit, - refused"
+    return Section(found.title, columns, rows, note, draw=drawn("memory", "heat", found))

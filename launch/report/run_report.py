@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launch.report.components import COMPONENT_TITLES
-from launch.report.document import DRAWS, Document, Section, write
+from launch.report.document import DRAWS, Document, Section, drawn, write
 from launch.report.terminal import memory_rows
 from launch.report.words import gib, time_words
 from orchestrator.record import RunRecord
 from qlora_core.perplexity import perplexity
-
-if TYPE_CHECKING:
-    from launch.report.pictures.style import Picture
 
 FILE_NAME = "report.md"
 PAGE_NAME = "report.html"
@@ -77,18 +74,6 @@ def sections(record: RunRecord, events: Sequence[Mapping[str, Any]]) -> Iterator
     yield again(record)
 
 
-def drawn(draw: str, *arguments: Any) -> Callable[[], Picture | None]:
-    """What makes the picture of that name; what draws takes a while to import."""
-
-    def make() -> Picture | None:
-        from launch.report.pictures import run
-
-        picture: Picture | None = getattr(run, draw)(*arguments)
-        return picture
-
-    return make
-
-
 def result(record: RunRecord) -> Section:
     """Evaluation before and after, and the sample answers."""
     results = record.results
@@ -144,7 +129,7 @@ def memory(record: RunRecord) -> Iterator[Section]:
         ("", " predicted", " measured", " error"),
         [(title, gib(guess), gib(seen), f"{(guess - seen) / seen:+.1%}") for title, guess, seen in found],
         f"Measured: {record.measured['allocated_is']}. Predicted peak: {record.predicted['peak_moment']}.",
-        draw=drawn("predicted_and_measured", found),
+        draw=drawn("run", "predicted_and_measured", found),
     )
     gpu = record.plan["estimate"]["gpu"]
     rows = [
@@ -194,7 +179,7 @@ def training(events: Sequence[Mapping[str, Any]]) -> Section:
         if index % every == 0 or index == len(steps)
     ]
     columns = (" step", " loss", " learning rate", " tokens/s")
-    return Section("Training", columns, rows, draw=drawn("losses", steps, evaluated(events)))
+    return Section("Training", columns, rows, draw=drawn("run", "losses", steps, evaluated(events)))
 
 
 def evaluated(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -227,7 +212,7 @@ def data(found: Mapping[str, Any]) -> Iterator[Section]:
         )
     said += [f"Left out: {bad}" for bad in found.get("bad_records", ())]
     lengths = found.get("row_lengths")  # records of earlier versions do not have them
-    yield Section("Data", text=tuple(said), draw=None if lengths is None else drawn("row_lengths", lengths))
+    yield Section("Data", text=tuple(said), draw=None if lengths is None else drawn("run", "row_lengths", lengths))
 
 
 def again(record: RunRecord) -> Section:

@@ -17,6 +17,11 @@ def gib(value: int) -> str:
     return f"{value / GIB:.2f} GiB" if abs(value) >= GIB // 10 else f"{value / MIB:.2f} MiB"
 
 
+def on_one_line(title: str) -> str:
+    """A column's title, which a terminal shows on two lines."""
+    return " ".join(title.split())
+
+
 def echo(*renderables: RenderableType, piped_width: int) -> None:
     """Print on stdout as rich lays it out, without blanks at the ends of lines.
 

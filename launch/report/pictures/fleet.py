@@ -35,12 +35,14 @@ def gantt(answer: Outlook) -> Picture | None:
     lanes = [
         (pool.name, node) for pool in answer.fleet.pools for node in range(pool.nodes) if (pool.name, node) in on_node
     ]
-    shown: list[tuple[str, list[Bar]]] = []
+    shown: list[tuple[str, int, list[Bar]]] = []
+    many = 0
     for pool, node in lanes[:MOST_LANES]:
         bars = bars_of(on_node[pool, node], sizes[pool])
-        if shown and sum(len(each) for _, each in shown) + len(bars) > MOST_BARS:
+        many += len(bars)
+        if shown and many > MOST_BARS:
             break
-        shown.append((f"{pool} {node + 1}", bars))
+        shown.append((pool, node, bars))
     if not shown:
         return None
     placed = {one.run.job for one in answer.schedule.placed}
@@ -48,7 +50,7 @@ def gantt(answer: Outlook) -> Picture | None:
         figure = canvas(0.8 + 0.42 * len(shown))
         axes = figure.subplots()
         labelled: set[str] = set()
-        for lane, ((pool, _), (_, bars)) in enumerate(zip(lanes, shown, strict=False)):
+        for lane, (pool, _, bars) in enumerate(shown):
             row_height = 0.8 / sizes[pool]
             for one, row, rows in bars:
                 name, is_late = answer.jobs.jobs[one.run.job].name, one.late_hours > 1e-9
@@ -63,7 +65,7 @@ def gantt(answer: Outlook) -> Picture | None:
                     **kind(one.run.job),
                 )
                 labelled.add(name)
-        axes.set_yticks(range(len(shown)), [label for label, _ in shown])
+        axes.set_yticks(range(len(shown)), [f"{pool} {node + 1}" for pool, node, _ in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel("hours from the beginning")
         figure.legend(loc="outside upper right", ncols=min(6, len(placed)), frameon=False)

@@ -1,0 +1,160 @@
+"""The application: the addresses, what answers which, and whom it lets in.
+
+What a question may be comes from the command's own options (`parameters.py`), and so do its rules: a question is turned
+into the command line that asks the same, which is in the answer too (`answers.py`).
+"""
+
+# Annotations are not postponed here: FastAPI reads them, and those of a question are made as the application is.
+
+import asyncio
+import multiprocessing
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import lru_cache
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from clusters.errors import Problem
+from launch.api.answers import Answer, Question, Refused, Reply, outcome, refused, reported
+from launch.api.parameters import inputs, is_searched, problem_of, question_form, words_of
+from launch.plan import measured
+from launch.report.page import asset, environment
+from orchestrator.history import NOTHING_MEASURED, History
+from qlora_core.catalogue import list_models
+
+MOST_WAITING = 64
+"""Searches and reports that may wait for their turn; more are sent away."""
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'self'; connect-src 'self'; base-uri 'none'; "
+        "form-action 'self'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+REPORT_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'",
+}
+"""A report has its script in itself, as where it is a file."""
+
+
+# A second process has searches and pictures, which would hold up the estimates of others.
+_history = NOTHING_MEASURED
+
+
+def _begin() -> None:
+    global _history
+    _history = measured()
+
+
+def _work(do: Callable[[Question, History], Reply], question: Question) -> Reply:
+    return do(question, _history)
+
+
+def application(offered: Sequence[str] = (), hosts: Sequence[str] = ("*",)) -> FastAPI:
+    """The page and the API.
+
+    Args:
+        offered: folders and Hub ids that may be asked for besides the catalogue's models.
+        hosts: names by which it may be called: a page of somebody else's could else have its own name lead here.
+    """
+    names = [name for model in list_models() for name in (model.entry.name, *model.entry.aliases)]
+    models = list(dict.fromkeys([*offered, *names]))
+    form = question_form(models)
+    history = measured()
+    waiting = 0
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin) as pool:
+            app.state.pool = pool
+            yield
+
+    app = FastAPI(
+        title="qlora-plan",
+        version="1",
+        description="What a fine-tune needs, where it fits, how to run it best. Parameters are qlora-plan's options.",
+        lifespan=lifespan,
+        docs_url=None,  # those pages are fetched from elsewhere
+        redoc_url=None,
+    )
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    estimated = lru_cache(maxsize=4096)(lambda question: outcome(question, history))
+
+    @app.middleware("http")
+    async def guarded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await call_next(request)
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def mistaken(_: Request, error: RequestValidationError) -> Response:
+        told: dict[str, Problem] = {}
+        for problem in map(problem_of, error.errors()):
+            # a value that may be of two types is refused by both
+            first = told.setdefault(problem.where, problem)
+            if first is not problem:
+                told[problem.where] = replace(first, rule=f"{first.rule}, or {problem.rule}")
+        return as_json(refused(422, told.values()))
+
+    async def aside(do: Callable[[Question, History], Reply], question: Question) -> Reply:
+        nonlocal waiting
+        if waiting >= MOST_WAITING:
+            busy = Problem("", "", "too many searches wait already", "Ask again in a few seconds")
+            return refused(503, [busy])
+        waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(app.state.pool, _work, do, question)
+        finally:
+            waiting -= 1
+
+    responses: dict[int | str, dict[str, Any]] = {
+        409: {"model": Refused, "description": "The values do not go together"},
+        422: {"model": Refused, "description": "A value is none that the parameter has"},
+        503: {"model": Refused, "description": "Too many searches wait already"},
+    }
+
+    asked_for: Any = Annotated[form, Query()]
+
+    @app.get("/api/plan", response_model=Answer, responses=responses, summary="Plan a fine-tune")
+    async def ask(asked: asked_for) -> Response:
+        question = Question(words_of(asked))
+        return as_json(await aside(outcome, question) if is_searched(asked) else estimated(question))
+
+    @app.get("/api/ways", response_model=Answer, responses=responses, summary="Plan it, and look for other ways")
+    async def ask_for_ways(asked: asked_for) -> Response:
+        return as_json(await aside(outcome, Question(words_of(asked), ways=True)))
+
+    @app.get("/report", response_class=HTMLResponse, responses=responses, summary="The plan as a page of its own")
+    async def report(asked: asked_for) -> Response:
+        status, body = await aside(reported, Question(words_of(asked), ways=True))
+        return HTMLResponse(body, headers=REPORT_HEADERS) if status == 200 else as_json((status, body))
+
+    page = environment().get_template("planner.html.j2").render(groups=inputs(models))
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def show() -> HTMLResponse:
+        return HTMLResponse(page)
+
+    @app.get("/planner.js", include_in_schema=False)
+    async def script() -> Response:
+        return Response(asset("planner.js"), media_type="text/javascript")
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return Response(status_code=204)
+
+    return app
+
+
+def as_json(reply: Reply) -> Response:
+    """A response."""
+    status, body = reply
+    return Response(body, status, media_type="application/json")
