@@ -30,6 +30,7 @@ class Pool:
         network_bytes_per_s: of one node, one direction; None where it is not stated.
         price_per_hour: of one node, in the cluster's currency; None where it is not stated.
         spot: the nodes may be taken away at any time.
+        hours: when they may be used (clusters/hours.py); None where they always may be.
         exists: somebody has these nodes; else any number of any nodes with this GPU are meant.
         node_labels: of the nodes on Kubernetes, names and values.
         partition: on Slurm.
@@ -48,6 +49,7 @@ class Pool:
     network_bytes_per_s: int | None
     price_per_hour: float | None
     spot: bool
+    hours: str | None = None
     exists: bool = True
     node_labels: tuple[tuple[str, str], ...] = ()
     partition: str | None = None
@@ -123,6 +125,7 @@ def _pool(form: PoolForm) -> Pool:
         network_bytes_per_s=_scaled(form.network_gbit_per_s, BYTES_PER_GBIT),
         price_per_hour=form.price_per_hour,
         spot=form.spot,
+        hours=form.hours,
         node_labels=tuple(form.node_labels.items()),
         partition=form.partition,
         instance_type=form.instance_type,

@@ -7,10 +7,11 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from clusters.errors import Problem, RequestError
 from clusters.gpu import find_gpu
+from clusters.hours import check_hours
 from clusters.mistakes import mistakes, mistakes_of_each, shown
 from clusters.yaml_file import PlainName, read_yaml
 
@@ -66,6 +67,8 @@ class PoolForm(_Section):
     nvlink: bool | None = None
     """The GPUs of a node reach each other over NVLink; left out, whatever is usual for that GPU: true for boards with
     a fabric of NVLink (SXM), false where NVLink is a bridge between two cards, or does not exist."""
+    hours: Annotated[str, Field(max_length=500), AfterValidator(check_hours)] | None = None
+    """When they may be used, as OpenStreetMap writes opening hours, by the clock on their wall; left out, always."""
     node_labels: Annotated[dict[Label, Label], Field(max_length=20)] = Field(default_factory=dict)
     """Labels of the pool's nodes on Kubernetes, by which a rendered job finds them."""
     partition: PlainName | None = None

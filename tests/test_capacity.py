@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from dataclasses import replace
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from clusters.cluster import Cluster, load_cluster
 from clusters.errors import RequestError
 from clusters.gpu import find_gpu
+from clusters.hours import OpenHours
 from launch.capacity import capacity
 from launch.report import document
 from launch.report.document import Document, Section, escaped
@@ -344,3 +347,119 @@ def test_many_jobs_are_shared_out_among_processors_and_come_back_in_order(
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert options_of_all([(job, None) for job in jobs], fleet, NOTHING_MEASURED) == expected
     assert len({found[0].hours for found in expected}) == len(jobs)  # no two of them are alike
+
+
+# --- hours ------------------------------------------------------------------------------------------------------------
+
+NIGHTS = "Mo-Fr 18:00-08:00; Sa,Su"
+"""Open, in hours from Monday 0:00 on: 18 to 32, 42 to 56, 66 to 80, 90 to 104, and from 114 on to the week's end."""
+
+
+def test_work_pauses_while_its_pool_is_closed_by_hand() -> None:
+    clock = OpenHours(NIGHTS)
+    assert list(clock.spans(0, 200)) == [(18, 32), (42, 56), (66, 80), (90, 104), (114, 168), (186, 200)]
+    assert [clock.begin(moment) for moment in (0, 18, 31.5, 32, 113)] == [18, 18, 31.5, 42, 114]
+    assert clock.end(18, 14) == 32  # to the closing, and not to the next opening
+    assert clock.end(18, 15) == 43
+    assert clock.end(31, 1 + 14 + 14 + 14 + 54 + 2) == 188
+    assert [clock.opened(moment) for moment in (0, 20, 40, 168)] == [0, 2, 14, 4 * 14 + 54]
+
+
+def test_a_pool_that_never_opens_again_ends_nothing() -> None:
+    clock = OpenHours("2001 Jan 02-03", datetime(2001, 1, 1))
+    assert clock.end(clock.begin(0), 48) == 72
+    assert clock.end(clock.begin(0), 49) == math.inf
+    assert clock.begin(72) == math.inf
+    fleet, runs = fleet_of(pool("p", 1, 1)), [Run(0, 1, 0.0, None, 1), Run(0, 2, 0.0, None, 1)]
+    found = by_rules(runs, {0: [way("p", 1, 1, 40)]}, fleet, hours={"p": clock})
+    assert ([one.end for one in found.placed], len(found.nowhere)) == ([64], 1)
+    assert OpenHours("2001 Jan 02+").end(24, 1e5) == 24 + 1e5  # once open, it stays so
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 20), st.integers(1, 3)), min_size=1, max_size=5),
+    st.integers(0, 400),
+    st.integers(1, 60),
+)
+def test_the_clock_is_what_counting_hour_by_hour_finds(
+    given_spans: list[tuple[int, int, int]], release: int, hours: int
+) -> None:
+    days = ["Mo", "Tu", "We", "Th", "Fr", "Sa", "Su"]
+    text = ", ".join(f"{days[day]} {start:02}:00-{start + long:02}:00" for day, start, long in given_spans)
+    is_open = {24 * day + hour for day, start, long in given_spans for hour in range(start, start + long)}
+    clock = OpenHours(text)
+    moment = next(at for at in itertools.count(release) if at % 168 in is_open)
+    assert clock.begin(release) == moment
+    left, at = hours, moment
+    while left:
+        left -= at % 168 in is_open
+        at += 1
+    assert clock.end(moment, hours) == at
+    assert clock.opened(release) == sum(at % 168 in is_open for at in range(release))
+
+
+@settings(deadline=None)
+@given(problems())
+def test_schedules_of_pools_that_close_could_be_carried_out(
+    problem: tuple[list[Run], dict[int, list[Option]], Cluster],
+) -> None:
+    """In the hours in which the pools are open they are schedules as any other."""
+    runs, ways, fleet = problem
+    clock = OpenHours(NIGHTS)
+    found = by_rules(*problem, hours={each.name: clock for each in fleet.pools})
+
+    def opened(moment: float) -> float:
+        inside = [(18, 32), (42, 56), (66, 80), (90, 104), (114, 168)]
+        weeks, rest = divmod(moment, 168)
+        return 110 * weeks + sum(min(max(rest - start, 0), end - start) for start, end in inside)
+
+    for one in found.placed:
+        assert one.start >= one.run.release
+        assert opened(one.start + 0.01) > opened(one.start) + 0.009  # it begins while it is open
+    moved = {id(run): replace(run, release=opened(run.release), due=None) for run in runs}
+    placed = [
+        replace(one, run=moved[id(one.run)], start=opened(one.start), end=opened(one.end)) for one in found.placed
+    ]
+    nowhere = tuple(moved[id(run)] for run in found.nowhere)
+    check(replace(found, placed=tuple(placed), nowhere=nowhere), list(moved.values()), ways, fleet)
+
+
+def fleet_file(folder: Path, hours: str) -> Path:
+    path = folder / "fleet.yaml"
+    path.write_text(
+        f"name: f\npools:\n- {{name: night, gpu: a100-80gb, gpus_per_node: 1, hours: {json.dumps(hours)}}}\n"
+    )
+    return path
+
+
+def test_the_command_plans_with_hours_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "jobs.yaml").write_text(
+        "begins: 2026-11-28\njobs:\n- {name: j, model: 7b, tokens: 1M, start_hours: 40}\n"
+    )
+    given = (fleet_file(tmp_path, NIGHTS), "--jobs", tmp_path / "jobs.yaml")
+    answer = ask(*given, "--json")
+    [placed] = json.loads(answer.stdout)["schedule"]
+    assert placed["start"] == 40  # a Saturday: it is Sunday, 16:00
+    text = ask(*given, "--report", tmp_path / "page.html").stdout
+    assert "night: a run pauses when its pool closes, and goes on when it opens." in text
+    assert "Hour 0: Saturday, 0:00." in text
+    assert "Grey: closed" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("hours", "rule"),
+    [
+        ("Mo-Fr 8-18", "it is not, from character"),
+        ("always", "Mo-Fr 18:00-08:00; Sa,Su"),
+        ("off", "hours that come"),
+        ("PH off; 24/7", "name days and times alone"),
+        ("sunrise-sunset", "name days and times alone"),
+        ("24/7 " * 200, "at most 500"),
+        ("", "hours that come|OpenStreetMap"),
+    ],
+)
+def test_what_are_no_hours_is_refused(tmp_path: Path, hours: str, rule: str) -> None:
+    with pytest.raises(RequestError, match=rule) as error:
+        load_cluster(fleet_file(tmp_path, hours))
+    assert error.value.problems[0].where == "pool night.hours"

@@ -28,21 +28,7 @@ def sections(answer: Outlook) -> Iterator[Section]:
     yield overview(answer)
     yield where_they_fit(answer)
     yield schedule(answer)
-    used = answer.utilization()
-    yield Section(
-        "Pools",
-        ("pool", " GPUs", " taken", " price an hour"),
-        [
-            (
-                pool.name,
-                str(pool.gpus),
-                f"{used[pool.name]:.0%}",
-                "-" if pool.price_per_hour is None else money(pool.price_per_hour * pool.nodes, answer),
-            )
-            for pool in answer.fleet.pools
-        ],
-        "Taken: of the GPU hours until the last run has ended.",
-    )
+    yield pools(answer)
     yield Section(
         "What would change it",
         ("fleet", " too late", " hours too late", " mean wait, h", " cost", " last end, h"),
@@ -165,6 +151,27 @@ def changed(title: str, figures: Figures, answer: Outlook) -> tuple[str, ...]:
         "-" if figures.cost is None else money(figures.cost, answer),
         f"{figures.ends:,.1f}",
     )
+
+
+def pools(answer: Outlook) -> Section:
+    """What each pool is, and how much of it is taken; when it is open, where one closes."""
+    used = answer.utilization()
+    rows = [
+        (
+            pool.name,
+            str(pool.gpus),
+            f"{used[pool.name]:.0%}",
+            "-" if pool.price_per_hour is None else money(pool.price_per_hour * pool.nodes, answer),
+            pool.hours or "always",
+        )
+        for pool in answer.fleet.pools
+    ]
+    columns = ("pool", " GPUs", " taken", " price an hour", "open")
+    note = "Taken: of the GPU hours until the last run has ended."
+    if not answer.hours:
+        return Section("Pools", columns[:-1], [row[:-1] for row in rows], note)
+    note = f"Taken: of the open GPU hours until the last run has ended. Hour 0: {answer.jobs.begins:%A}, 0:00."
+    return Section("Pools", columns, rows, note)
 
 
 def methods(answer: Outlook) -> Section:

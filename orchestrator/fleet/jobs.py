@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, time
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from clusters.cluster_file import Day
 from clusters.errors import Problem, RequestError
+from clusters.hours import ANY_MONDAY
 from clusters.mistakes import mistakes, mistakes_of_each
 from clusters.yaml_file import PlainName, read_yaml
 from qlora_core.catalogue import find_model
@@ -59,6 +62,8 @@ class JobForm(_Section):
 class JobListForm(_Section):
     """What a fleet is to carry, from its YAML file."""
 
+    begins: Day | None = None
+    """The day, as YYYY-MM-DD, from whose first hour on hours are counted; left out, a Monday."""
     weeks: Annotated[float, Field(gt=0, le=520)] = 1.0
     """For so long runs are asked for; what was asked for is carried out to its end."""
     jobs: Annotated[list[Any], Field(min_length=1, max_length=1000)]
@@ -86,10 +91,11 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class JobList:
-    """Jobs, and for how many weeks they are asked for."""
+    """Jobs, for how many weeks they are asked for, and when hour 0 is."""
 
     jobs: tuple[JobForm, ...]
     weeks: float
+    begins: datetime = ANY_MONDAY
 
     def runs(self) -> list[Run]:
         """All runs, in the order in which they are asked for."""
@@ -116,7 +122,9 @@ def load_jobs(path: Path) -> JobList:
     problems = [*mistakes(JobListForm, fields), *mistakes_of_each("job", JobForm, each, "model", find_model)]
     if problems:
         raise RequestError(problems)
-    found = JobList(tuple(JobForm.model_validate(job) for job in fields["jobs"]), float(fields.get("weeks", 1.0)))
+    form = JobListForm.model_validate(fields)
+    begins = ANY_MONDAY if form.begins is None else datetime.combine(form.begins, time())
+    found = JobList(tuple(JobForm.model_validate(job) for job in form.jobs), form.weeks, begins)
     wanted = sum(1 if job.per_week is None else job.per_week * found.weeks for job in found.jobs)
     if wanted > MOST_RUNS:
         rule = f"they come to {wanted:,.0f} runs, and at most {MOST_RUNS:,} can be planned"

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from statistics import mean
 
 from clusters.cluster import Cluster, Pool
-from orchestrator.fleet.jobs import JobList, Run
+from clusters.hours import NEVER_CLOSES, OpenHours
+from orchestrator.fleet.jobs import WEEK_HOURS, JobList, Run
 from orchestrator.fleet.options import Option, options_of_all
-from orchestrator.fleet.schedule import Placed, Schedule, by_rules
+from orchestrator.fleet.schedule import ALWAYS_OPEN, Placed, Schedule, by_rules
 from orchestrator.history import History
 from qlora_core.recipe import Method
 
@@ -58,7 +59,7 @@ class Purchase:
     """So many nodes more of a pool's kind with which no deadline is missed.
 
     Attributes:
-        per_week: what they cost a week; None without a price.
+        per_week: what they cost a week, for the hours of the first in which they may be used; None without a price.
     """
 
     pool: str
@@ -86,6 +87,7 @@ class Outlook:
     """The answer of `qlora-capacity`.
 
     Attributes:
+        hours: when those pools are open that close, by their names.
         ways: of each job, by its index.
         impossible: jobs whose deadline no GPUs of the fleet can keep, even all alone.
         by_rules: the figures that the changes are to be held against.
@@ -94,6 +96,7 @@ class Outlook:
 
     fleet: Cluster
     jobs: JobList
+    hours: Mapping[str, OpenHours]
     ways: Mapping[int, Sequence[Option]]
     schedule: Schedule
     figures: Figures
@@ -105,14 +108,13 @@ class Outlook:
     remarks: tuple[str, ...]
 
     def utilization(self) -> dict[str, float]:
-        """The part of each pool's GPU hours that is taken, until the last run has ended."""
+        """The part of each pool's open GPU hours that is taken, until the last run has ended."""
         return {pool.name: self._taken(pool) for pool in self.fleet.pools}
 
     def _taken(self, pool: Pool) -> float:
-        taken = sum(
-            (one.end - one.start) * one.option.gpus for one in self.schedule.placed if one.option.pool == pool.name
-        )
-        return taken / (pool.gpus * self.figures.ends) if self.figures.ends else 0.0
+        taken = sum(one.option.hours * one.option.gpus for one in self.schedule.placed if one.option.pool == pool.name)
+        opened = self.hours.get(pool.name, NEVER_CLOSES).opened(self.figures.ends)
+        return taken / (pool.gpus * opened) if opened else 0.0
 
 
 def outlook(
@@ -127,10 +129,16 @@ def outlook(
     """
     runs = jobs.runs()
     ways = dict(enumerate(options_of_all([(job, None) for job in jobs.jobs], fleet, history)))
-    begun = by_rules(runs, ways, fleet)
+    hours = {pool.name: OpenHours(pool.hours, jobs.begins) for pool in fleet.pools if pool.hours is not None}
+    begun = by_rules(runs, ways, fleet, hours=hours)
     remarks: list[str] = []
     schedule = begun
-    if importlib.util.find_spec("ortools") is None:
+    if hours:
+        remarks.append(
+            f"{' and '.join(hours)}: a run pauses when its pool closes, and goes on when it opens."
+            " The schedule is by rules alone: the solver knows no hours."
+        )
+    elif importlib.util.find_spec("ortools") is None:
         remarks.append(
             'The schedule is by rules alone: OR-tools is not installed (pip install "qlora-orchestrator[capacity]").'
         )
@@ -152,13 +160,14 @@ def outlook(
     return Outlook(
         fleet=fleet,
         jobs=jobs,
+        hours=hours,
         ways=ways,
         schedule=schedule,
         figures=figures_of(schedule),
         by_rules=figures_of(begun),
         impossible=impossible,
-        changes=tuple(changes(fleet, runs, ways, begun.order)),
-        purchases=tuple(purchases(fleet, runs, ways, begun)) if not impossible else (),
+        changes=tuple(changes(fleet, runs, ways, begun.order, hours)),
+        purchases=tuple(purchases(fleet, runs, ways, begun, hours)) if not impossible else (),
         methods=tuple(by_method(fleet, jobs, ways, history)) if other_methods else (),
         remarks=tuple(remarks),
     )
@@ -189,17 +198,21 @@ def total(placed: Sequence[Placed], which: str) -> float | None:
 
 
 def changes(
-    fleet: Cluster, runs: Sequence[Run], ways: Mapping[int, Sequence[Option]], order: int | None = None
+    fleet: Cluster,
+    runs: Sequence[Run],
+    ways: Mapping[int, Sequence[Option]],
+    order: int | None = None,
+    hours: Mapping[str, OpenHours] = ALWAYS_OPEN,
 ) -> list[Change]:
     """One more node of each pool; each pool lost; the runs placed in the same order as before."""
     found = []
     for pool in fleet.pools:
         more = with_nodes(fleet, pool.name, pool.nodes + 1)
-        found.append(Change(f"one more node of {pool.name}", figures_of(by_rules(runs, ways, more, order))))
+        found.append(Change(f"one more node of {pool.name}", figures_of(by_rules(runs, ways, more, order, hours))))
     for pool in fleet.pools if len(fleet.pools) > 1 else ():
         less = replace(fleet, pools=tuple(each for each in fleet.pools if each is not pool))
         left = {job: [way for way in each if way.pool != pool.name] for job, each in ways.items()}
-        found.append(Change(f"without {pool.name}", figures_of(by_rules(runs, left, less, order))))
+        found.append(Change(f"without {pool.name}", figures_of(by_rules(runs, left, less, order, hours))))
     return found
 
 
@@ -211,27 +224,37 @@ def with_nodes(fleet: Cluster, name: str, nodes: int) -> Cluster:
 
 
 def purchases(
-    fleet: Cluster, runs: Sequence[Run], ways: Mapping[int, Sequence[Option]], begun: Schedule
+    fleet: Cluster,
+    runs: Sequence[Run],
+    ways: Mapping[int, Sequence[Option]],
+    begun: Schedule,
+    hours: Mapping[str, OpenHours] = ALWAYS_OPEN,
 ) -> list[Purchase]:
     """Of each kind of node the fewest more with which all deadlines are kept, the cheapest first; none if they are."""
     if begun.late == 0:
         return []
     found = []
     for pool in fleet.pools:
-        number = fewest(fleet, pool, runs, ways, begun.order)
+        number = fewest(fleet, pool, runs, ways, begun.order, hours)
         if number is not None:
-            price = None if pool.price_per_hour is None else number * pool.price_per_hour * 168
+            open_hours = hours.get(pool.name, NEVER_CLOSES).opened(WEEK_HOURS)
+            price = None if pool.price_per_hour is None else number * pool.price_per_hour * open_hours
             found.append(Purchase(pool.name, number, price))
     return sorted(found, key=lambda one: (one.per_week is None, one.per_week or 0.0, one.nodes))
 
 
 def fewest(
-    fleet: Cluster, pool: Pool, runs: Sequence[Run], ways: Mapping[int, Sequence[Option]], order: int | None = None
+    fleet: Cluster,
+    pool: Pool,
+    runs: Sequence[Run],
+    ways: Mapping[int, Sequence[Option]],
+    order: int | None = None,
+    hours: Mapping[str, OpenHours] = ALWAYS_OPEN,
 ) -> int | None:
     """How many more nodes of a pool it takes, up to MOST_NODES; None where that does not do."""
 
     def enough(more: int) -> bool:
-        return by_rules(runs, ways, with_nodes(fleet, pool.name, pool.nodes + more), order).late == 0
+        return by_rules(runs, ways, with_nodes(fleet, pool.name, pool.nodes + more), order, hours).late == 0
 
     step = 1
     while step <= MOST_NODES and not enough(step):

@@ -10,10 +10,15 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from clusters.cluster import Cluster, Pool
+from clusters.hours import NEVER_CLOSES, OpenHours
 from orchestrator.fleet.jobs import Run
 from orchestrator.fleet.options import Option
+
+ALWAYS_OPEN: Mapping[str, OpenHours] = MappingProxyType({})
+"""The hours of pools of which none closes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +26,7 @@ class Placed:
     """A run in a schedule.
 
     Attributes:
-        start, end: hours from the beginning.
+        start, end: hours from the beginning. Between them it pauses while its pool is closed.
         nodes: the numbers of the pool's nodes that it is on, from 0.
     """
 
@@ -85,14 +90,20 @@ class Nodes:
         self.free = [[0.0] * self.pool.gpus_per_node for _ in range(self.pool.nodes)]
         # nodes by when so many of their GPUs are free; entries that are out of date are passed over
         self._queues: dict[int, list[tuple[float, int]]] = {}
+        # by GPUs of a node and nodes; what was found holds until something is taken
+        self._earliest: dict[tuple[int, int], float] = {}
 
     def earliest(self, option: Option) -> float:
         """When an option's GPUs could be had."""
-        return max(moment for moment, _ in self._soonest(option))
+        size = option.gpus_of_a_node, option.nodes
+        if size not in self._earliest:
+            self._earliest[size] = max(moment for moment, _ in self._soonest(option))
+        return self._earliest[size]
 
-    def take(self, option: Option, start: float, end: float) -> tuple[int, ...]:
-        """Take an option's GPUs; returns the nodes."""
+    def take(self, option: Option, end: float) -> tuple[int, ...]:
+        """Take an option's GPUs until `end`; returns the nodes."""
         nodes = tuple(node for _, node in self._soonest(option))
+        self._earliest.clear()
         for node in nodes:
             gpus = self.free[node]
             gpus[: option.gpus_of_a_node] = [end] * option.gpus_of_a_node
@@ -128,7 +139,11 @@ ORDERS: tuple[Callable[[Run], tuple[float, ...]], ...] = (
 
 
 def by_rules(
-    runs: Sequence[Run], ways: Mapping[int, Sequence[Option]], fleet: Cluster, order: int | None = None
+    runs: Sequence[Run],
+    ways: Mapping[int, Sequence[Option]],
+    fleet: Cluster,
+    order: int | None = None,
+    hours: Mapping[str, OpenHours] = ALWAYS_OPEN,
 ) -> Schedule:
     """The best of several orders in which each run takes the cheapest option that keeps its deadline.
 
@@ -137,37 +152,43 @@ def by_rules(
 
     Args:
         order: the only one of ORDERS that is tried.
+        hours: of the pools that close.
     """
     found = [
-        replace(placed_in_order(sorted(runs, key=key), ways, fleet), order=number)
+        replace(placed_in_order(sorted(runs, key=key), ways, fleet, hours), order=number)
         for number, key in enumerate(ORDERS)
         if order in (None, number)
     ]
     return min(found, key=lambda one: (one.late, one.price))
 
 
-def placed_in_order(runs: Iterable[Run], ways: Mapping[int, Sequence[Option]], fleet: Cluster) -> Schedule:
+def placed_in_order(
+    runs: Iterable[Run], ways: Mapping[int, Sequence[Option]], fleet: Cluster, hours: Mapping[str, OpenHours]
+) -> Schedule:
     """Place one run after the other."""
     nodes = {pool.name: Nodes(pool) for pool in fleet.pools}
+    clocks = {pool.name: hours.get(pool.name, NEVER_CLOSES) for pool in fleet.pools}
     placed, nowhere, least_late, least_price = [], [], 0.0, 0.0
     for run in runs:
-        if not ways[run.job]:
-            nowhere.append(run)
-            continue
-        best: tuple[tuple[float, ...], Option, float] | None = None
+        best: tuple[tuple[float, ...], Option, float, float] | None = None
+        alone = math.inf
         for option in ways[run.job]:
-            start = max(run.release, nodes[option.pool].earliest(option))
-            end = start + option.hours
+            clock = clocks[option.pool]
+            start = clock.begin(max(run.release, nodes[option.pool].earliest(option)))
+            end = clock.end(start, option.hours)
+            if end == math.inf:
+                continue
+            alone = min(alone, clock.end(clock.begin(run.release), option.hours))
             late = 0.0 if run.due is None else max(0.0, end - run.due)
             waits = run.due is None and start > run.release
             merit = (late, float(waits), end if late or waits else option.price, end)
             if best is None or merit < best[0]:
-                best = merit, option, start
-        if best is not None:
-            _, option, start = best
-            taken = nodes[option.pool].take(option, start, start + option.hours)
-            placed.append(Placed(run, option, start, start + option.hours, taken))
-        alone = min(option.hours for option in ways[run.job])
-        least_late += run.priority * (0.0 if run.due is None else max(0.0, run.release + alone - run.due))
+                best = merit, option, start, end
+        if best is None:
+            nowhere.append(run)
+            continue
+        _, option, start, end = best
+        placed.append(Placed(run, option, start, end, nodes[option.pool].take(option, end)))
+        least_late += run.priority * (0.0 if run.due is None else max(0.0, alone - run.due))
         least_price += min(option.price for option in ways[run.job])
     return Schedule(tuple(placed), tuple(nowhere), "rules", least_late, least_price)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from clusters.hours import NEVER_CLOSES, OpenHours
 from launch.report.pictures.style import COLORS, INK, MARKERS, Picture, canvas, kind, styled
 from orchestrator.fleet.outlook import Outlook
 from orchestrator.fleet.schedule import Placed
@@ -52,12 +53,14 @@ def gantt(answer: Outlook) -> Picture | None:
         labelled: set[str] = set()
         for lane, (pool, _, bars) in enumerate(shown):
             row_height = 0.8 / sizes[pool]
+            clock = answer.hours.get(pool, NEVER_CLOSES)
             for one, row, rows in bars:
+                worked = list(clock.spans(one.start, one.end)) if pool in answer.hours else [(one.start, one.end)]
                 name, is_late = answer.jobs.jobs[one.run.job].name, one.late_hours > 1e-9
                 axes.barh(
-                    lane - 0.4 + row_height * (row + rows / 2),
-                    one.end - one.start,
-                    left=one.start,
+                    [lane - 0.4 + row_height * (row + rows / 2)] * len(worked),
+                    [end - start for start, end in worked],
+                    left=[start for start, _ in worked],
                     height=row_height * rows,
                     edgecolor=LATE if is_late else INK,
                     linewidth=1.6 if is_late else 0.5,
@@ -65,13 +68,29 @@ def gantt(answer: Outlook) -> Picture | None:
                     **kind(one.run.job),
                 )
                 labelled.add(name)
+            if pool in answer.hours:
+                for start, end in closed(clock, answer.figures.ends):
+                    axes.barh(lane, end - start, left=start, height=0.9, color=INK, alpha=0.12, linewidth=0)
         axes.set_yticks(range(len(shown)), [f"{pool} {node + 1}" for pool, node, _ in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel("hours from the beginning")
         figure.legend(loc="outside upper right", ncols=min(6, len(placed)), frameon=False)
         rest = "" if len(lanes) == len(shown) else f" {len(lanes) - len(shown):,} more nodes are left out."
         late = " A thick edge: too late." if answer.figures.late else ""
-        return Picture(figure, "schedule", "The schedule", f"A lane for each node, a row for each GPU.{late}{rest}")
+        shut = " Grey: closed; what has begun pauses." if answer.hours else ""
+        caption = f"A lane for each node, a row for each GPU.{late}{shut}{rest}"
+        return Picture(figure, "schedule", "The schedule", caption)
+
+
+def closed(clock: OpenHours, until: float) -> Iterator[tuple[float, float]]:
+    """When a pool is not open."""
+    last = 0.0
+    for start, end in clock.spans(0.0, until):
+        if start > last:
+            yield last, start
+        last = end
+    if last < until:
+        yield last, until
 
 
 def bars_of(placed: Sequence[Placed], gpus: int) -> list[Bar]:
