@@ -44,14 +44,19 @@ class CatalogueEntry:
 
     def architecture(self) -> ModelArchitecture:
         """Its shapes."""
-        fields = json.loads((_FOLDER / f"{self.name}.json").read_bytes())
-        return architecture_from_config(fields, name=self.name, source=self.source)
+        return _architecture(self)
 
     def repository(self, given: str) -> str:
         """The Hub id that `given`, one of its names, means: models of one shape differ in their weights."""
         ids = [self.hub, *(alias for alias in self.aliases if "/" in alias)]
         same = [one for one in ids if plain(given) in (plain(one), plain(one.partition("/")[2]))]
         return same[0] if same else self.hub
+
+
+@functools.cache
+def _architecture(entry: CatalogueEntry) -> ModelArchitecture:
+    fields = json.loads((_FOLDER / f"{entry.name}.json").read_bytes())
+    return architecture_from_config(fields, name=entry.name, source=entry.source)
 
 
 @dataclass(frozen=True, slots=True)

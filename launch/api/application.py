@@ -8,7 +8,7 @@ into the command line that asks the same, which is in the answer too (`answers.p
 
 import asyncio
 import multiprocessing
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,7 +18,9 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
+from starlette.datastructures import MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clusters.errors import Problem
 from launch.api.answers import Answer, Question, Refused, Reply, outcome, refused, reported
@@ -85,14 +87,8 @@ def application(offered: Sequence[str] = (), hosts: Sequence[str] = ("*",)) -> F
         redoc_url=None,
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    app.add_middleware(Guarded)
     estimated = lru_cache(maxsize=4096)(lambda question: outcome(question, history))
-
-    @app.middleware("http")
-    async def guarded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await call_next(request)
-        for name, value in HEADERS.items():
-            response.headers.setdefault(name, value)
-        return response
 
     @app.exception_handler(RequestValidationError)
     async def mistaken(_: Request, error: RequestValidationError) -> Response:
@@ -152,6 +148,25 @@ def application(offered: Sequence[str] = (), hosts: Sequence[str] = ("*",)) -> F
         return Response(status_code=204)
 
     return app
+
+
+class Guarded:
+    """Puts HEADERS into all responses that lack them. Starlette's decorator for that takes a task for each."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self._app(scope, receive, guarded if scope["type"] == "http" else send)
 
 
 def as_json(reply: Reply) -> Response:
