@@ -127,7 +127,7 @@ def merged_measurement(end: Mapping[str, Any], before: dict[str, Any] | None) ->
         return before
     if before is not None and len(before["ranks"]) == len(ranks):
         ranks = [
-            {key: max(value, old[key]) for key, value in new.items()}
+            {key: max(value, old.get(key, 0)) for key, value in new.items()}
             for new, old in zip(ranks, before["ranks"], strict=True)
         ]
     phases = {phase: max(rank[phase] for rank in ranks) for phase in ("after_load", "forward", "backward", "optimizer")}
@@ -136,5 +136,6 @@ def merged_measurement(end: Mapping[str, Any], before: dict[str, Any] | None) ->
         "reserved_bytes": max(rank["reserved"] for rank in ranks),
         "allocated_is": end["allocated_is"],
         "phases": phases,
+        "weights": {kind: max(rank[f"{kind}_weights"] for rank in ranks) for kind in ("frozen", "trained")},
         "ranks": ranks,
     }

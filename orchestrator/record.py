@@ -58,6 +58,8 @@ class RunRecord(BaseModel):
     status: Status = "running"
     identity: dict[str, Any]
     """What a resume must find unchanged: model, data, recipe, seed."""
+    specification: dict[str, Any] = {}
+    """What was asked for, as its file says it; records of earlier versions do not have it."""
     total_steps: int
     plan: dict[str, Any]
     """The plan of the last attempt, as `qlora-plan --json` prints it."""

@@ -26,7 +26,7 @@ from orchestrator.failures import WorkerFailed, failure_of
 from orchestrator.gauges import Gauges
 from orchestrator.metrics import metrics_of
 from orchestrator.order import Order
-from qlora_core.memory.measure import Meter, meter_for
+from qlora_core.memory.measure import Meter, meter_for, weight_bytes
 from qlora_core.quiet import quiet_libraries
 from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import Examples, Rows
@@ -205,8 +205,14 @@ def prepare(order: Order, rank: int, device: torch.device, meter: Meter) -> Trai
 
 
 def gather_measurements(run: TrainingRun, world_size: int) -> list[dict[str, Any]]:
-    """Measured peaks of every rank, by rank."""
-    mine = {**dataclasses.asdict(run.meter.peaks()), "reserved": run.meter.reserved()}
+    """Measured peaks of every rank, and what it holds of the weights, by rank."""
+    frozen, trained = weight_bytes(run.model)
+    mine = {
+        **dataclasses.asdict(run.meter.peaks()),
+        "reserved": run.meter.reserved(),
+        "frozen_weights": frozen,
+        "trained_weights": trained,
+    }
     if world_size == 1:
         return [mine]
     everyone: list[dict[str, Any]] = [{} for _ in range(world_size)]

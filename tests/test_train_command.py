@@ -20,6 +20,7 @@ import yaml
 from click.testing import CliRunner
 from ray_heads import ray_head
 from real_runs import STEPS, TIMEOUT, Run, Shown, make_run
+from safetensors.numpy import load_file
 
 from launch.train import train
 from qlora_core.training.examples import Examples
@@ -60,6 +61,13 @@ def test_a_run_leaves_adapter_checkpoints_record_report_and_a_row(finished: tupl
         assert shown in output
     report = (run.folder / "report.md").read_text()
     assert f"{record['results']['eval_after']:.4f}" in report
+    assert f"| data.path | {json.dumps(record['specification']['data']['path'])} |" in report
+    held = record["measured"]["weights"]
+    adapter = load_file(run.folder / "adapter" / "adapter_model.safetensors")
+    assert held["trained"] == sum(tensor.nbytes for tensor in adapter.values())
+    whole = record["predicted"]["phases"]["after_load"]
+    assert held["frozen"] + held["trained"] == pytest.approx(whole, rel=0.01)
+    assert "## Its parts, measured" in report
     events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
     evaluated = {event["step"]: event for event in events if event["event"] == "eval"}
     assert list(evaluated) == [0, 2, 3, 4, 6]  # before, at each checkpoint, and every third step

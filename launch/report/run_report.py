@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.report.components import COMPONENT_TITLES
+from launch.report.components import COMPONENT_TITLES, GROUPS
 from launch.report.document import DRAWS, Document, Section, drawn, write
 from launch.report.terminal import memory_rows
 from launch.report.words import gib, time_words
@@ -71,6 +72,7 @@ def sections(record: RunRecord, events: Sequence[Mapping[str, Any]]) -> Iterator
     yield from data(record.data)
     choices = [(item["field"].replace("_", " "), item["value"], item["reason"]) for item in record.plan["choices"]]
     yield Section("Choices", ("what", "is", "because"), choices)
+    yield from specification(record)
     yield again(record)
 
 
@@ -132,12 +134,30 @@ def memory(record: RunRecord) -> Iterator[Section]:
         draw=drawn("run", "predicted_and_measured", found),
     )
     gpu = record.plan["estimate"]["gpu"]
-    rows = [
-        (COMPONENT_TITLES[name], gib(size), f"{size / gpu['allocated_bytes']:.1%}")
-        for name, size in gpu["components"].items()
-        if size
-    ]
+    sizes = {name: size for name, size in gpu["components"].items() if size}
+    rows = [(COMPONENT_TITLES[name], gib(size), f"{size / gpu['allocated_bytes']:.1%}") for name, size in sizes.items()]
     yield Section("What the predicted peak is made of", ("", " predicted", " share"), rows)
+    yield from held(sizes, record.measured)
+
+
+def held(sizes: Mapping[str, int], measured: Mapping[str, Any]) -> Iterator[Section]:
+    """The peak's parts that can be told apart in a real process: weights, and all else."""
+    weights = measured.get("weights")
+    if weights is None:  # records of earlier versions do not have them
+        return
+    base = sum(sizes.get(name, 0) for name in GROUPS["base model"])
+    adapters = sizes.get("lora_weights", 0)
+    # with method full it is the base that is trained
+    frozen, trained = (weights["frozen"], weights["trained"]) if adapters else (sum(weights.values()), 0)
+    parts = (
+        ("base model", base, frozen),
+        ("adapters", adapters, trained),
+        ("all else", sum(sizes.values()) - base - adapters, measured["allocated_bytes"] - frozen - trained),
+    )
+    rows = [
+        (title, gib(guess), gib(found), f"{(guess - found) / found:+.1%}") for title, guess, found in parts if found > 0
+    ]
+    yield Section("Its parts, measured", ("", " predicted", " measured", " error"), rows)
 
 
 def time(record: RunRecord) -> Iterator[Section]:
@@ -157,11 +177,22 @@ def time(record: RunRecord) -> Iterator[Section]:
         f"ten, for one of {step['tokens']:,} tokens."
     )
     began, ended = record.attempts[0].started, record.attempts[-1].ended
-    whole = f"Started {began}, ended {ended or 'not yet'}."
+    whole = f"Started {began}, ended {ended or 'not yet'}; its attempts took {time_words(spent_seconds(record))}."
     duration = record.plan.get("duration") or {}
     if duration.get("price") is not None:
-        whole += f" Planned: {time_words(duration['seconds'])}, {duration['price']:,.2f} {duration['currency']}."
+        paid = duration["price"] / duration["seconds"] * spent_seconds(record)
+        whole += (
+            f" That costs {paid:,.2f} {duration['currency']}; planned, for its steps alone: "
+            f"{time_words(duration['seconds'])}, {duration['price']:,.2f} {duration['currency']}."
+        )
     yield Section("Time of a step", ("predicted", " s", " share"), rows, text=(said, whole))
+
+
+def spent_seconds(record: RunRecord) -> float:
+    """For how long its attempts that have ended held their devices, all together."""
+    moments = [(one.started, one.ended) for one in record.attempts if one.ended is not None]
+    took = (datetime.fromisoformat(ended) - datetime.fromisoformat(started) for started, ended in moments)
+    return sum(each.total_seconds() for each in took)
 
 
 def training(events: Sequence[Mapping[str, Any]]) -> Section:
@@ -213,6 +244,21 @@ def data(found: Mapping[str, Any]) -> Iterator[Section]:
     said += [f"Left out: {bad}" for bad in found.get("bad_records", ())]
     lengths = found.get("row_lengths")  # records of earlier versions do not have them
     yield Section("Data", text=tuple(said), draw=None if lengths is None else drawn("run", "row_lengths", lengths))
+
+
+def specification(record: RunRecord) -> Iterator[Section]:
+    """What was asked for; all that is not in it is as the defaults say."""
+
+    def flat(fields: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+        for name, value in fields.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{before}{name}.")
+            else:
+                yield f"{before}{name}", json.dumps(value, ensure_ascii=False)
+
+    rows = list(flat(record.specification))
+    if rows:
+        yield Section("The specification", ("field", "is"), rows)
 
 
 def again(record: RunRecord) -> Section:

@@ -220,6 +220,20 @@ def model_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     yield from model.buffers()
 
 
+def weight_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes that this rank holds of frozen weights, their constants and buffers, and of trained weights."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    trained |= {
+        id(parameter.ds_tensor)
+        for parameter in model.parameters()
+        if parameter.requires_grad and hasattr(parameter, "ds_tensor")
+    }
+    sizes = {True: 0, False: 0}
+    for tensor in {id(tensor): tensor for tensor in model_tensors(model)}.values():
+        sizes[id(tensor) in trained] += tensor.nbytes
+    return sizes[False], sizes[True]
+
+
 def quantization_constants(state: Any) -> Iterator[torch.Tensor]:
     """The tensors of a bitsandbytes QuantState: absmax, code book and, nested, offset and the second level's."""
     second = getattr(state, "state2", None)
