@@ -16,7 +16,8 @@ WHEELS ?= $(wildcard wheels)
 # DeepSpeed compiles its optimizer for the CPU on first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint coverage grids chaos fast gpu speed bench scale load fleet capacity screens accuracy format clean
+.PHONY: help demo test lint coverage grids chaos fast gpu speed bench scale planners site load fleet capacity screens \
+	accuracy format clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +75,12 @@ scale: $(INSTALLED) ## 200 runs submitted by 20 clients at once to three nodes o
 
 fleet: $(INSTALLED) ## how long qlora-capacity takes for 50 unlike jobs and for 10,000 runs (docs/capacity.md); on a quiet machine
 	$(BIN)/python -m benchmarks.fleet
+
+planners: $(INSTALLED) ## other planners on the steps that were measured on a T4, beside ours (docs/planners.md)
+	$(BIN)/python -m benchmarks.planners
+
+site: $(INSTALLED) ## the documentation as a site, in .cache/site; fails where a link leads nowhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 load: $(INSTALLED) ## how long qlora-plan serve takes to answer 50 clients (docs/serve.md); on a quiet machine
 	QLORA_LEDGER=.cache/no-ledger $(BIN)/python -m benchmarks.load

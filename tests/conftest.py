@@ -24,8 +24,8 @@ os.environ["QLORA_CACHE"] = os.path.join(LEDGER.name, "tokens")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run in two processes: a file in one of them, since its tests share what was made for them.
 
-    All that start workers are in one, so that no two do at a time, and those that submit them in another. They come
-    first, since they take longest.
+    All that start Ray's workers are in one, so that no two do at a time, and those that submit them in another. They
+    come first, since they take longest.
     """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:

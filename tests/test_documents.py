@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
 import subprocess
 import sys
@@ -44,6 +46,15 @@ def test_the_page_on_reliability_has_the_rules_of_the_code_and_the_faults_that_w
     assert len(rows) == 2 + len(RULES)
 
 
+def test_what_the_page_on_accuracy_says_of_other_planners_was_measured() -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "planners.json").read_text())["planners"][
+        "fitcheck-llm 0.3.1"
+    ]
+    allocated, process = (found["errors"][figure]["mean"] for figure in ("allocated", "process"))
+    said = f"is {allocated:.1f} % off on allocated memory and {process:.1f} % on the process."
+    assert said in (ROOT / "docs" / "accuracy.md").read_text().replace("\n", " ")
+
+
 def test_five_real_questions_are_shown() -> None:
     assert sum(document == "planning.md" for document, _, _ in SCREENS) >= 5
 
@@ -52,6 +63,17 @@ def test_five_real_questions_are_shown() -> None:
 def test_every_link_to_a_file_leads_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), target
+
+
+def test_the_site_is_built_and_every_link_and_anchor_leads_somewhere(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    commands = (tmp_path / "site" / "reference" / "commands.html").read_text()
+    assert "Usage: qlora-submit status" in commands
+    fields = (tmp_path / "site" / "reference" / "configuration.html").read_text()
+    assert "Seeds the adapters, the split and the order of the data." in fields
 
 
 def test_the_python_of_the_planning_guide_runs() -> None:

@@ -49,7 +49,8 @@ def test_chunked_gradients_equal_those_of_the_whole(trained: bool) -> None:
     for of_whole, of_chunks in zip(*gradients, strict=True):
         assert of_whole is not None
         assert of_chunks is not None
-        assert torch.allclose(of_whole, of_chunks, rtol=1e-5, atol=1e-6)
+        # the sums of thousands of numbers of either sign, whose order is the processor's
+        assert float((of_whole - of_chunks).abs().max()) <= 5e-6 * float(of_whole.abs().max())
 
 
 def test_in_16_bits_the_step_s_divisor_is_not_rounded_with_the_gradient() -> None:

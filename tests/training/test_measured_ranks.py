@@ -241,7 +241,6 @@ def test_one_process_needs_what_the_formula_says(folder: Path, case: Case) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("workers")
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("index", range(len(TOGETHER)), ids=[str(case) for case in TOGETHER])
 def test_each_of_two_ranks_needs_what_the_formula_says(two_ranks: list[list[Phases]], index: int, rank: int) -> None:
@@ -249,7 +248,6 @@ def test_each_of_two_ranks_needs_what_the_formula_says(two_ranks: list[list[Phas
 
 
 @pytest.mark.grid
-@pytest.mark.xdist_group("workers")
 def test_all_weights_under_zero_2_and_3_take_what_docs_methods_says_and_are_no_stage_of_a_run(folder: Path) -> None:
     cases = [Case(stage, accumulation=2, changes=FULL) for stage in BEYOND]
     for peaks in on_two_ranks(folder, cases):

@@ -1,0 +1,208 @@
+"""`make planners`: other planners from the package index, each in an environment of its own, asked what we are asked.
+
+Writes benchmarks/results/planners.json and the tables of docs/planners.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import click
+
+from benchmarks.accuracy import t4
+from benchmarks.place import Place
+from benchmarks.speed import PEERS, ROOT, machine
+from clusters.errors import RunFailed
+from launch.command import main as run_command
+from qlora_core.files import write_json
+from qlora_core.memory import formula
+
+RESULTS = ROOT / "benchmarks" / "results" / "planners.json"
+PLACE = Place(ROOT / "docs" / "planners.md", "make planners")
+SCRIPT = Path(__file__).with_name("asked.py")
+MEASURED = {
+    "allocated": "peak_allocated_mib",
+    "reserved": "peak_reserved_mib",
+    "process": "process_mib",
+    "loaded": "after_load_allocated_mib",
+}
+"""What a planner may say, and the figure of a row that it is held against."""
+TITLES = {"loaded": "weights after loading"}
+TIMED = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """One from the package index.
+
+    Attributes:
+        name: its distribution.
+        version: the one that is asked.
+        claims: what it says of itself, and what is held against it.
+        with_ours: it is asked in our environment, where it is a dependency, or needs our torch and transformers.
+    """
+
+    name: str
+    version: str
+    claims: str
+    with_ours: bool = False
+
+
+PLANNERS = (
+    Planner("fitcheck-llm", "0.3.1", "measured these rows itself, and fits constants to them"),
+    Planner("canifinetune", "0.4.1", "peak reserved on an RTX 4080; without its safety margin"),
+    Planner("peft-doctor", "0.9.2", "a formula-based planning estimate of training VRAM"),
+    Planner("qmemcalc", "0.1.1", "GPU memory of QLoRA and LoRA", with_ours=True),
+    Planner("accelerate", metadata.version("accelerate"), "the model's size alone (`estimate-memory`)", with_ours=True),
+)
+
+
+def environment_of(planner: Planner) -> Path:
+    """The Python in which a planner is asked; it is installed where it is not.
+
+    Raises:
+        RunFailed: it cannot be installed.
+    """
+    if planner.name == "accelerate":
+        return Path(sys.executable)
+    folder = PEERS / f"{planner.name}-{planner.version}"
+    python = folder / "bin" / "python"
+    if not (folder / "installed").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        wanted = [f"{planner.name}=={planner.version}", "--constraint", str(ROOT / "constraints.txt")]
+        install = [str(python), "-m", "pip", "install", "-q", *(["--no-deps"] if planner.with_ours else []), *wanted]
+        for step in ([sys.executable, "-m", "venv", str(folder)], install):
+            done = subprocess.run(step, capture_output=True, text=True)
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+                raise RunFailed(f"{planner.name} could not be installed: {last}.", "It needs a package index.")
+        (folder / "installed").touch()
+    return python
+
+
+def asked(planner: Planner, rows: Sequence[Mapping[str, Any]], hub: Path) -> dict[str, Any]:
+    """What a planner answers."""
+    variables = {**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    python = environment_of(planner)
+    if planner.with_ours:
+        variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+    command = [str(python), str(SCRIPT), planner.name]
+    done = subprocess.run(command, input=json.dumps(rows), capture_output=True, text=True, env=variables)
+    if done.returncode:
+        raise RunFailed(f"{planner.name} failed: {done.stderr.strip().splitlines()[-1]}.", "Look at asked.py.")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def questions(folder: Path) -> list[dict[str, Any]]:
+    """The rows, each with its model's shapes in a folder and in a Hub cache, as if they had been fetched."""
+    rows: list[dict[str, Any]] = json.loads(t4.MEASURED.read_text())["rows"]
+    for row, ours in zip(rows, t4.t4_rows(), strict=True):
+        name = str(row["model"]).replace("/", "--")
+        cache = folder / "hub" / f"models--{name}"
+        for place in (folder / name, cache / "snapshots" / ("0" * 40)):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "config.json").write_text(json.dumps(row["config"]))
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / "main").write_text("0" * 40)
+        row |= {"folder": str(folder / name), "parameters": ours.architecture.parameters}
+    return rows
+
+
+def errors(answers: Sequence[Mapping[str, Any]], figure: str) -> dict[str, float] | None:
+    """The errors of one figure in per cent, over the rows that were answered; None where it is none of a planner's."""
+    said = [
+        100 * (answer[figure] / row.measured[MEASURED[figure]] - 1)
+        for answer, row in zip(answers, t4.t4_rows(), strict=True)
+        if figure in answer
+    ]
+    if not said:
+        return None
+    worst = max(said, key=abs)
+    return {"rows": len(said), "mean": fmean(map(abs, said)), "median": median(map(abs, said)), "worst": worst}
+
+
+def ours() -> dict[str, dict[str, Any]]:
+    """Our own answers, in MiB, and microseconds of one by the formula."""
+    row, took = t4.t4_rows()[0], []
+    for _ in range(TIMED):
+        began = time.perf_counter()
+        formula.estimate(row.architecture, row.recipe, row.strategy, row.device)
+        took.append(time.perf_counter() - began)
+    found: dict[str, dict[str, Any]] = {}
+    for name, said in (("ours, trace", t4.by_trace()), ("ours, formula", t4.by_formula())):
+        if said is not None:
+            answers = [
+                {figure: one["after loading" if figure == "loaded" else figure] / 2**20 for figure in MEASURED}
+                for one in said
+            ]
+            found[name] = {"answers": answers}
+    found["ours, formula"]["us"] = 1e6 * median(took)
+    return found
+
+
+@click.command(name="benchmarks.planners")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def command(debug: bool) -> int:
+    """Ask all of them, and write what came out."""
+    everyone: dict[str, dict[str, Any]] = ours()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = questions(Path(folder))
+        for planner in PLANNERS:
+            everyone[f"{planner.name} {planner.version}"] = {
+                **asked(planner, rows, Path(folder)),
+                "claims": planner.claims,
+            }
+    results = {
+        "schema_version": 1,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "rows": len(t4.t4_rows()),
+        "planners": {
+            name: {
+                "claims": one.get("claims", ""),
+                "errors": {figure: errors(one["answers"], figure) for figure in MEASURED},
+                "us": one.get("us"),
+                "answers": one["answers"],
+            }
+            for name, one in everyone.items()
+        },
+    }
+    write_json(RESULTS, results)
+    text = tables(results)
+    PLACE.write(text)
+    click.echo(text)
+    return 0
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """What docs/planners.md shows."""
+    lines = [f"Asked on {results['date']} ({results['machine']['processor']}). Errors in per cent, mean and worst:", ""]
+    heads = [TITLES.get(figure, figure) for figure in MEASURED]
+    lines += [f"| planner | {' | '.join(heads)} | µs an answer | |", f"| --- |{' ---: |' * (len(heads) + 1)} --- |"]
+    for name, one in results["planners"].items():
+        cells = [
+            "-" if error is None else f"{error['mean']:.1f}, {error['worst']:+.0f}" for error in one["errors"].values()
+        ]
+        if name.startswith("ours"):
+            cells = [f"{error['mean']:.2f}, {error['worst']:+.1f}" for error in one["errors"].values()]
+        took = "-" if one["us"] is None else f"{one['us']:,.0f}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {took} | {one['claims']} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_command(command)
