@@ -16,7 +16,7 @@ WHEELS ?= $(wildcard wheels)
 # DeepSpeed compiles its optimizer for the CPU on first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint coverage grids chaos fast gpu speed bench scale planners site load fleet capacity screens \
+.PHONY: help demo test lint coverage grids chaos fast gpu speed bench scale planners figures site load fleet capacity screens \
 	accuracy format clean
 
 help: ## show this help
@@ -78,6 +78,9 @@ fleet: $(INSTALLED) ## how long qlora-capacity takes for 50 unlike jobs and for 
 
 planners: $(INSTALLED) ## other planners on the steps that were measured on a T4, beside ours (docs/planners.md)
 	$(BIN)/python -m benchmarks.planners
+
+figures: $(INSTALLED) ## the pictures of docs/memory.md
+	$(BIN)/python -m benchmarks.figures
 
 site: $(INSTALLED) ## the documentation as a site, in .cache/site; fails where a link leads nowhere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
