@@ -16,7 +16,7 @@ WHEELS ?= $(wildcard wheels)
 # DeepSpeed compiles its optimizer for the CPU on first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint coverage grids chaos fast gpu speed bench scale planners figures site load fleet capacity screens \
+.PHONY: help demo test lint coverage grids chaos fast gpu speed bench profile start scale planners figures site load fleet capacity screens \
 	accuracy format clean
 
 help: ## show this help
@@ -69,6 +69,12 @@ speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a pe
 
 bench: $(INSTALLED) ## training beside TRL's and a bare loop, and its memory (docs/benchmarks.md); on a quiet machine
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.training
+
+profile: $(INSTALLED) ## where the time of a training step goes on this CPU (docs/performance.md); on a quiet machine
+	PYTHONPATH=examples $(BIN)/python -m benchmarks.training.profile
+
+start: $(INSTALLED) ## from the command to the first step, part by part (docs/performance.md); on a quiet machine
+	PYTHONPATH=examples $(BIN)/python -m benchmarks.start
 
 scale: $(INSTALLED) ## 200 runs submitted by 20 clients at once to three nodes on this machine (docs/scale.md); two hours
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.scale

@@ -23,7 +23,7 @@ from orchestrator.spec import load_spec
 from orchestrator.worker import prepare as build
 from qlora_core.memory.measure import StorageMeter, meter_for
 from qlora_core.quiet import quiet_libraries
-from qlora_core.training.loop import train
+from qlora_core.training.loop import TrainingRun, train
 
 CPU = torch.device("cpu")
 BATCHES, ADAPTER = "batches.safetensors", "adapter.safetensors"
@@ -54,14 +54,19 @@ class Watch:
         """See `Observer`."""
 
 
-def ours(specification: Path) -> dict[str, Any]:
-    """A run as a worker makes it, without Ray. Leaves its micro-batches and its first adapter for the others."""
+def begun(specification: Path) -> tuple[TrainingRun, str]:
+    """A run as a worker makes it, without Ray, before its first step; and its compute dtype."""
     spec = load_spec(specification)
     prepared = prepare(spec)
     output = Path(spec.output)
     output.mkdir(exist_ok=True)
     open_record(prepared, None, output)
-    run = build(order_of(prepared, output, None), 0, CPU, meter_for(CPU))
+    return build(order_of(prepared, output, None), 0, CPU, meter_for(CPU)), prepared.plan.target.compute_dtype
+
+
+def ours(specification: Path) -> dict[str, Any]:
+    """A run as a worker makes it, without Ray. Leaves its micro-batches and its first adapter for the others."""
+    run, compute_dtype = begun(specification)
     first = {name: value.detach().clone() for name, value in run.model.named_parameters() if value.requires_grad}
     save_file(first, specification.with_name(ADAPTER))
     watch = Watch()
@@ -82,7 +87,7 @@ def ours(specification: Path) -> dict[str, Any]:
         "seconds": [step["seconds"] for step in watch.steps],
         "losses": [step["loss"] for step in watch.steps],
         "peaks": watch.steps[-1]["peaks"],
-        "compute_dtype": prepared.plan.target.compute_dtype,
+        "compute_dtype": compute_dtype,
     }
 
 
