@@ -274,7 +274,7 @@ def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> R
     except (OSError, SafetensorError) as error:
         raise unwritable(output, error if isinstance(error, OSError) else OSError(str(error))) from error
     fields: dict[str, Any] = {
-        "specification": prepared.spec.model_dump(mode="json", exclude_unset=True),
+        "specification": prepared.spec.model_dump(mode="json", exclude_defaults=True),
         "plan": plan.to_json(),
         "predicted": predicted(plan),
         "data": {

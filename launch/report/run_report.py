@@ -128,7 +128,7 @@ def memory(record: RunRecord) -> Iterator[Section]:
     found = [row for row in memory_rows(record.predicted, record.measured) if row[2]]
     yield Section(
         "Memory of the fullest rank",
-        ("", " predicted", " measured", " error"),
+        ("phase", " predicted", " measured", " error"),
         [(title, gib(guess), gib(seen), f"{(guess - seen) / seen:+.1%}") for title, guess, seen in found],
         f"Measured: {record.measured['allocated_is']}. Predicted peak: {record.predicted['peak_moment']}.",
         draw=drawn("run", "predicted_and_measured", found),
@@ -136,7 +136,7 @@ def memory(record: RunRecord) -> Iterator[Section]:
     gpu = record.plan["estimate"]["gpu"]
     sizes = {name: size for name, size in gpu["components"].items() if size}
     rows = [(COMPONENT_TITLES[name], gib(size), f"{size / gpu['allocated_bytes']:.1%}") for name, size in sizes.items()]
-    yield Section("What the predicted peak is made of", ("", " predicted", " share"), rows)
+    yield Section("What the predicted peak is made of", ("component", " predicted", " share"), rows)
     yield from held(sizes, record.measured)
 
 
@@ -157,7 +157,7 @@ def held(sizes: Mapping[str, int], measured: Mapping[str, Any]) -> Iterator[Sect
     rows = [
         (title, gib(guess), gib(found), f"{(guess - found) / found:+.1%}") for title, guess, found in parts if found > 0
     ]
-    yield Section("Its parts, measured", ("", " predicted", " measured", " error"), rows)
+    yield Section("Its parts, measured", ("part", " predicted", " measured", " error"), rows)
 
 
 def time(record: RunRecord) -> Iterator[Section]:
