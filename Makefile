@@ -16,7 +16,7 @@ WHEELS ?= $(wildcard wheels)
 # DeepSpeed compiles its optimizer for the CPU on first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint coverage grids chaos fast gpu speed bench profile start scale planners figures site load fleet capacity screens \
+.PHONY: help demo test lint suite coverage grids chaos fast gpu speed bench profile start scale planners figures site load fleet capacity screens \
 	accuracy format clean
 
 help: ## show this help
@@ -27,15 +27,20 @@ demo: $(INSTALLED) ## plan a 65B fine-tune for one GPU, then fine-tune a tiny mo
 	$(BIN)/python examples/make_demo_base.py --out .cache/demo-base
 	$(BIN)/qlora-train examples/demo.yaml $(if $(FRESH),--fresh)
 
-test: lint coverage ## what CI runs: lint, then all tests with coverage
+SUITE := -m "not grid and not chaos" -rs -n 2 --dist loadgroup --no-loadscope-reorder
+
+test: lint suite ## what CI runs: lint, then all tests
 
 lint: $(INSTALLED) ## rules of style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-coverage: $(INSTALLED) ## all tests, the slow ones too, with coverage
-	$(BIN)/pytest -m "not grid and not chaos" -rs --cov -n 2 --dist loadgroup --no-loadscope-reorder
+suite: $(INSTALLED) ## all tests, the slow ones too
+	$(BIN)/pytest $(SUITE)
+
+coverage: $(INSTALLED) ## the same with coverage, which makes tests that compute take nearly twice as long
+	$(BIN)/pytest $(SUITE) --cov
 
 grids: $(INSTALLED) ## the long grids of which the tests run a sample
 	$(BIN)/pytest -m grid
