@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from statistics import NormalDist
 
 import torch
 
 from benchmarks.speed import ROOT
 from clusters.gpu import GIB, find_gpu
-from launch.report.components import GROUPS, grouped
+from launch.report.components import grouped
+from launch.report.pictures.memory import layers_of
 from launch.report.pictures.style import COLORS, INK, MARKERS, Picture, canvas, stacked, styled, svg_of
 from orchestrator.devices import gpu_target
 from qlora_core import nf4
@@ -93,11 +93,7 @@ def methods() -> Picture:
             gpu = formula.estimate(architecture, recipe, Strategy(paged_optimizer=paged), device).gpu
             labels.append(f"{model}: {name}")
             rows.append(grouped(gpu.components, gpu.process_bytes - gpu.allocated_bytes))
-    layers = {
-        number: (title, [row[number] / GIB for row in rows])
-        for number, title in enumerate(GROUPS)
-        if any(row[number] >= GIB / 20 for row in rows)
-    }
+    layers = layers_of(rows, GIB, least=GIB / 20)
     with styled():
         figure = canvas(1.2 + 0.3 * len(rows))
         axes = figure.subplots()
@@ -145,7 +141,7 @@ def main() -> None:
     """Write all pictures."""
     FOLDER.mkdir(exist_ok=True)
     for picture in (levels(), errors(), methods(), paging()):
-        Path(FOLDER / f"{picture.name}.svg").write_text(svg_of(picture), encoding="utf-8")
+        (FOLDER / f"{picture.name}.svg").write_text(svg_of(picture), encoding="utf-8")
 
 
 if __name__ == "__main__":

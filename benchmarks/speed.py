@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import click
 
 from benchmarks import search
+from benchmarks.peers import PEERS, installed, put_in_hub_cache
 from benchmarks.place import Place
 from clusters.errors import RunFailed
 from clusters.gpu import find_gpu
@@ -34,7 +34,6 @@ from qlora_core.strategy import Strategy
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
 DOCUMENT = ROOT / "docs" / "speed.md"
-PEERS = ROOT / ".cache" / "peers"
 PLACE = Place(DOCUMENT, "make speed")
 
 PEER, PEER_VERSION = "fitcheck-llm", "0.3.1"
@@ -247,29 +246,14 @@ def trace_times() -> dict[str, Any]:
 
 
 def install_peer() -> Path:
-    """The peer in an environment of its own, with our versions of what both use, and 65B's config in its Hub cache.
+    """The peer's environment, with 65B's config in its Hub cache.
 
     Raises:
         RunFailed: it cannot be installed.
     """
-    folder = PEERS / f"{PEER}-{PEER_VERSION}"
-    if not (folder / "installed").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        python = str(folder / "bin" / "python")
-        wanted = [f"{PEER}=={PEER_VERSION}", "--constraint", str(ROOT / "constraints.txt")]
-        for step in ([sys.executable, "-m", "venv", str(folder)], [python, "-m", "pip", "install", "-q", *wanted]):
-            done = subprocess.run(step, capture_output=True, text=True)
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-                raise RunFailed(f"{PEER} {PEER_VERSION} could not be installed: {last}.", "It needs a package index.")
-        (folder / "installed").touch()
-    commit = "0" * 40
-    cache = PEERS / "hub" / "hub" / f"models--{PEER_MODEL.replace('/', '--')}"
-    (cache / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
-    (cache / "refs").mkdir(exist_ok=True)
-    (cache / "refs" / "main").write_text(commit)
-    shutil.copy(ROOT / "qlora_core" / "models" / "llama-65b.json", cache / "snapshots" / commit / "config.json")
-    return folder
+    config = (ROOT / "qlora_core" / "models" / "llama-65b.json").read_text(encoding="utf-8")
+    put_in_hub_cache(PEERS / "hub", PEER_MODEL, config)
+    return installed(PEER, PEER_VERSION)
 
 
 def versions() -> dict[str, str]:

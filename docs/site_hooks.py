@@ -115,12 +115,12 @@ def specification() -> Iterator[str]:
             sections[name] = schema["$defs"][inner]
     for name, section in sections.items():
         yield f"\n## {f'`{name}`' if name else 'The file'}\n"
-        if name:
-            yield f"{section.get('description', '').splitlines()[0] if section.get('description') else ''}\n"
+        if name and "description" in section:
+            yield f"{section['description'].splitlines()[0]}\n"
         yield "| field | may be | left out | |\n| --- | --- | --- | --- |"
         required = section.get("required", ())
         for field, about in section["properties"].items():
-            left_out = "required" if field in required else f"`{plain(about.get('default'))}`"
+            left_out = "required" if field in required else f"`{json.dumps(about.get('default'))}`"
             if not name and field in sections:
                 left_out, kind = ("required" if field in required else "its defaults"), f"[section](#{field})"
             else:
@@ -159,8 +159,3 @@ def kinds(field: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[str]:
             if key in field and abs(field[key]) < 1e9
         ]
         yield " ".join([{"null": "nothing"}.get(field.get("type", ""), str(field.get("type", "any"))), *bounds])
-
-
-def plain(value: Any) -> str:
-    """A default as a specification has it."""
-    return json.dumps(value)

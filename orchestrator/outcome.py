@@ -126,7 +126,7 @@ def merged_measurement(end: Mapping[str, Any], before: dict[str, Any] | None) ->
     if not any(rank["optimizer"] for rank in ranks):
         return before
     if before is not None and len(before["ranks"]) == len(ranks):
-        ranks = [
+        ranks = [  # records of earlier versions lack some figures
             {key: max(value, old.get(key, 0)) for key, value in new.items()}
             for new, old in zip(ranks, before["ranks"], strict=True)
         ]

@@ -59,7 +59,7 @@ class RunRecord(BaseModel):
     identity: dict[str, Any]
     """What a resume must find unchanged: model, data, recipe, seed."""
     specification: dict[str, Any] = {}
-    """What was asked for, as its file says it; records of earlier versions do not have it."""
+    """What was asked for beyond the defaults, as a file says it; records of earlier versions do not have it."""
     total_steps: int
     plan: dict[str, Any]
     """The plan of the last attempt, as `qlora-plan --json` prints it."""

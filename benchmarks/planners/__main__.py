@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,24 +22,20 @@ from typing import Any
 import click
 
 from benchmarks.accuracy import t4
+from benchmarks.peers import installed, put_in_hub_cache
 from benchmarks.place import Place
-from benchmarks.speed import PEERS, ROOT, machine
+from benchmarks.speed import ROOT, machine
 from clusters.errors import RunFailed
 from launch.command import main as run_command
 from qlora_core.files import write_json
 from qlora_core.memory import formula
+from qlora_core.memory.device import MIB
 
 RESULTS = ROOT / "benchmarks" / "results" / "planners.json"
 PLACE = Place(ROOT / "docs" / "planners.md", "make planners")
 SCRIPT = Path(__file__).with_name("asked.py")
-MEASURED = {
-    "allocated": "peak_allocated_mib",
-    "reserved": "peak_reserved_mib",
-    "process": "process_mib",
-    "loaded": "after_load_allocated_mib",
-}
-"""What a planner may say, and the figure of a row that it is held against."""
-TITLES = {"loaded": "weights after loading"}
+FIGURES = ("allocated", "reserved", "process", "after loading")
+"""What a planner may say, of those that a row has."""
 TIMED = 200
 
 
@@ -70,33 +65,22 @@ PLANNERS = (
 )
 
 
-def environment_of(planner: Planner) -> Path:
-    """The Python in which a planner is asked; it is installed where it is not.
+def python_of(planner: Planner) -> Path:
+    """The Python in which a planner is asked; its environment is made where it is not there.
 
     Raises:
         RunFailed: it cannot be installed.
     """
     if planner.name == "accelerate":
         return Path(sys.executable)
-    folder = PEERS / f"{planner.name}-{planner.version}"
-    python = folder / "bin" / "python"
-    if not (folder / "installed").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        wanted = [f"{planner.name}=={planner.version}", "--constraint", str(ROOT / "constraints.txt")]
-        install = [str(python), "-m", "pip", "install", "-q", *(["--no-deps"] if planner.with_ours else []), *wanted]
-        for step in ([sys.executable, "-m", "venv", str(folder)], install):
-            done = subprocess.run(step, capture_output=True, text=True)
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-                raise RunFailed(f"{planner.name} could not be installed: {last}.", "It needs a package index.")
-        (folder / "installed").touch()
-    return python
+    options = ["--no-deps"] if planner.with_ours else []
+    return installed(planner.name, planner.version, options) / "bin" / "python"
 
 
 def asked(planner: Planner, rows: Sequence[Mapping[str, Any]], hub: Path) -> dict[str, Any]:
     """What a planner answers."""
     variables = {**os.environ, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    python = environment_of(planner)
+    python = python_of(planner)
     if planner.with_ours:
         variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
     command = [str(python), str(SCRIPT), planner.name]
@@ -111,21 +95,18 @@ def questions(folder: Path) -> list[dict[str, Any]]:
     """The rows, each with its model's shapes in a folder and in a Hub cache, as if they had been fetched."""
     rows: list[dict[str, Any]] = json.loads(t4.MEASURED.read_text())["rows"]
     for row, ours in zip(rows, t4.t4_rows(), strict=True):
-        name = str(row["model"]).replace("/", "--")
-        cache = folder / "hub" / f"models--{name}"
-        for place in (folder / name, cache / "snapshots" / ("0" * 40)):
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "config.json").write_text(json.dumps(row["config"]))
-        (cache / "refs").mkdir(exist_ok=True)
-        (cache / "refs" / "main").write_text("0" * 40)
-        row |= {"folder": str(folder / name), "parameters": ours.architecture.parameters}
+        place, config = folder / str(row["model"]).replace("/", "--"), json.dumps(row["config"])
+        place.mkdir(exist_ok=True)
+        (place / "config.json").write_text(config)
+        put_in_hub_cache(folder, str(row["model"]), config)
+        row |= {"folder": str(place), "parameters": ours.architecture.parameters}
     return rows
 
 
 def errors(answers: Sequence[Mapping[str, Any]], figure: str) -> dict[str, float] | None:
     """The errors of one figure in per cent, over the rows that were answered; None where it is none of a planner's."""
     said = [
-        100 * (answer[figure] / row.measured[MEASURED[figure]] - 1)
+        100 * (answer[figure] / row.measured[t4.FIGURES[figure][0]] - 1)
         for answer, row in zip(answers, t4.t4_rows(), strict=True)
         if figure in answer
     ]
@@ -145,11 +126,7 @@ def ours() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, said in (("ours, trace", t4.by_trace()), ("ours, formula", t4.by_formula())):
         if said is not None:
-            answers = [
-                {figure: one["after loading" if figure == "loaded" else figure] / 2**20 for figure in MEASURED}
-                for one in said
-            ]
-            found[name] = {"answers": answers}
+            found[name] = {"answers": [{figure: one[figure] / MIB for figure in FIGURES} for one in said]}
     found["ours, formula"]["us"] = 1e6 * median(took)
     return found
 
@@ -174,7 +151,7 @@ def command(debug: bool) -> int:
         "planners": {
             name: {
                 "claims": one.get("claims", ""),
-                "errors": {figure: errors(one["answers"], figure) for figure in MEASURED},
+                "errors": {figure: errors(one["answers"], figure) for figure in FIGURES},
                 "us": one.get("us"),
                 "answers": one["answers"],
             }
@@ -191,8 +168,7 @@ def command(debug: bool) -> int:
 def tables(results: Mapping[str, Any]) -> str:
     """What docs/planners.md shows."""
     lines = [f"Asked on {results['date']} ({results['machine']['processor']}). Errors in per cent, mean and worst:", ""]
-    heads = [TITLES.get(figure, figure) for figure in MEASURED]
-    lines += [f"| planner | {' | '.join(heads)} | µs an answer | |", f"| --- |{' ---: |' * (len(heads) + 1)} --- |"]
+    lines += [f"| planner | {' | '.join(FIGURES)} | µs an answer | |", f"| --- |{' ---: |' * (len(FIGURES) + 1)} --- |"]
     for name, one in results["planners"].items():
         cells = [
             "-" if error is None else f"{error['mean']:.1f}, {error['worst']:+.0f}" for error in one["errors"].values()

@@ -1,6 +1,7 @@
 """One planner's answers, in its own environment: `python asked.py NAME < rows.json`. It imports nothing of ours.
 
-Each answer is in MiB by what it claims to say: `allocated`, `reserved`, `process`, `loaded`; or why the row is refused.
+Each answer is in MiB by what it claims to say (`allocated`, `reserved`, `process`, `after loading`), or why it refuses
+the row.
 `us` are microseconds of one answer, the median of a few.
 """
 
@@ -113,7 +114,7 @@ def accelerate(row: dict[str, Any]) -> Answer:
     with init_empty_weights():
         model = AutoModel.from_config(AutoConfig.from_pretrained(row["folder"]))
     total, _ = calculate_maximum_sizes(model)
-    return {"loaded": total / (8 if row["method"] == "qlora" else 2) / 2**20}
+    return {"after loading": total / (8 if row["method"] == "qlora" else 2) / 2**20}
 
 
 PLANNERS: dict[str, Callable[[dict[str, Any]], Answer]] = {

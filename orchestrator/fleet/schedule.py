@@ -171,14 +171,12 @@ def placed_in_order(
     placed, nowhere, least_late, least_price = [], [], 0.0, 0.0
     for run in runs:
         best: tuple[tuple[float, ...], Option, float, float] | None = None
-        alone = math.inf
         for option in ways[run.job]:
             clock = clocks[option.pool]
             start = clock.begin(max(run.release, nodes[option.pool].earliest(option)))
             end = clock.end(start, option.hours)
             if end == math.inf:
                 continue
-            alone = min(alone, clock.end(clock.begin(run.release), option.hours))
             late = 0.0 if run.due is None else max(0.0, end - run.due)
             waits = run.due is None and start > run.release
             merit = (late, float(waits), end if late or waits else option.price, end)
@@ -189,6 +187,8 @@ def placed_in_order(
             continue
         _, option, start, end = best
         placed.append(Placed(run, option, start, end, nodes[option.pool].take(option, end)))
-        least_late += run.priority * (0.0 if run.due is None else max(0.0, alone - run.due))
+        if run.due is not None:
+            alone = min(clocks[one.pool].end(clocks[one.pool].begin(run.release), one.hours) for one in ways[run.job])
+            least_late += run.priority * max(0.0, alone - run.due)
         least_price += min(option.price for option in ways[run.job])
     return Schedule(tuple(placed), tuple(nowhere), "rules", least_late, least_price)

@@ -211,26 +211,25 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
 def model_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     """Parameters, buffers and the quantization constants that bitsandbytes keeps as attributes of a weight."""
     for parameter in model.parameters():
-        yield parameter
-        # ZeRO-3 keeps this rank's part of a parameter beside it
-        if isinstance(part := getattr(parameter, "ds_tensor", None), torch.Tensor):
-            yield part
-        if (state := getattr(parameter, "quant_state", None)) is not None:
-            yield from quantization_constants(state)
+        yield from parameter_tensors(parameter)
     yield from model.buffers()
+
+
+def parameter_tensors(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+    """A parameter and what belongs to it."""
+    yield parameter
+    # ZeRO-3 keeps this rank's part of a parameter beside it
+    if isinstance(part := getattr(parameter, "ds_tensor", None), torch.Tensor):
+        yield part
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        yield from quantization_constants(state)
 
 
 def weight_bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes that this rank holds of frozen weights, their constants and buffers, and of trained weights."""
-    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    trained |= {
-        id(parameter.ds_tensor)
-        for parameter in model.parameters()
-        if parameter.requires_grad and hasattr(parameter, "ds_tensor")
-    }
-    sizes = {True: 0, False: 0}
-    for tensor in {id(tensor): tensor for tensor in model_tensors(model)}.values():
-        sizes[id(tensor) in trained] += tensor.nbytes
+    sizes = {True: 0, False: sum(buffer.nbytes for buffer in model.buffers())}
+    for parameter in model.parameters():
+        sizes[parameter.requires_grad] += sum(tensor.nbytes for tensor in parameter_tensors(parameter))
     return sizes[False], sizes[True]
 
 

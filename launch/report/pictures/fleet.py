@@ -55,7 +55,7 @@ def gantt(answer: Outlook) -> Picture | None:
             row_height = 0.8 / sizes[pool]
             clock = answer.hours.get(pool, NEVER_CLOSES)
             for one, row, rows in bars:
-                worked = list(clock.spans(one.start, one.end)) if pool in answer.hours else [(one.start, one.end)]
+                worked = list(clock.spans(one.start, one.end))
                 name, is_late = answer.jobs.jobs[one.run.job].name, one.late_hours > 1e-9
                 axes.barh(
                     [lane - 0.4 + row_height * (row + rows / 2)] * len(worked),
@@ -68,9 +68,8 @@ def gantt(answer: Outlook) -> Picture | None:
                     **kind(one.run.job),
                 )
                 labelled.add(name)
-            if pool in answer.hours:
-                for start, end in closed(clock, answer.figures.ends):
-                    axes.barh(lane, end - start, left=start, height=0.9, color=INK, alpha=0.12, linewidth=0)
+            for start, end in closed(clock, answer.figures.ends):
+                axes.barh(lane, end - start, left=start, height=0.9, color=INK, alpha=0.12, linewidth=0)
         axes.set_yticks(range(len(shown)), [f"{pool} {node + 1}" for pool, node, _ in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel("hours from the beginning")

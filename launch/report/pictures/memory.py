@@ -30,11 +30,7 @@ def needed(plan: Plan) -> Picture:
     most = max(verdict.process_bytes for verdict in verdicts)
     unit, name = unit_of(most)
     rows = [grouped(one.components, one.process_bytes - one.allocated_bytes) for one in verdicts]
-    layers = {
-        number: (title, [row[number] / unit for row in rows])
-        for number, title in enumerate(GROUPS)
-        if any(row[number] >= unit / 200 for row in rows)
-    }
+    layers = layers_of(rows, unit, least=unit / 200)
     with styled():
         figure = canvas(1.1 + 0.34 * len(verdicts))
         axes = figure.subplots()
@@ -52,6 +48,15 @@ def needed(plan: Plan) -> Picture:
     beyond = " Where no line is seen, it lies beyond the picture." if max(capacities) > shown else ""
     caption = f"Of the fullest GPU, at the moment of the peak; the dashed line is what the GPU can give.{beyond}"
     return Picture(figure, "memory", "Memory by component on each kind of GPU", caption)
+
+
+def layers_of(rows: Sequence[Sequence[int]], unit: int, least: float) -> dict[int, tuple[str, list[float]]]:
+    """The layers of `stacked` bars, from each bar's bytes by group; groups that are nowhere `least` are left out."""
+    return {
+        number: (title, [row[number] / unit for row in rows])
+        for number, title in enumerate(GROUPS)
+        if any(row[number] >= least for row in rows)
+    }
 
 
 def label(verdict: Verdict) -> str:
