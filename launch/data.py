@@ -57,7 +57,7 @@ def by_tokenizer(path: Path, folder: Path, recipe: Recipe) -> Data | None:
         quiet_libraries()
         from qlora_core.training.dataset import encode_file
         from qlora_core.training.layout import lay_out
-        from qlora_core.training.model import load_tokenizer
+        from qlora_core.training.tokenizer import load_tokenizer
     except ImportError:
         return None
     examples, _ = encode_file(path, "auto", load_tokenizer(str(folder)), recipe.seq_len)

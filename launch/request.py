@@ -309,6 +309,10 @@ def estimator_named(name: str) -> Estimator:
         from qlora_core.quiet import quiet_libraries
 
         quiet_libraries()  # before they are imported
+        from qlora_core.quiet import import_bitsandbytes
+
+        import_bitsandbytes()
+
         from qlora_core.memory import trace  # torch, transformers, peft and bitsandbytes: seconds
     except ImportError as error:
         rule = f"it runs the real training code, and {error.name or error} is not installed"

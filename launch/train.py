@@ -73,7 +73,7 @@ def show_data(spec: RunSpec) -> int:
     from launch.report.preview import print_preview
     from orchestrator.base import find_base
     from orchestrator.prepare import read_data
-    from qlora_core.training.model import load_tokenizer
+    from qlora_core.training.tokenizer import load_tokenizer
 
     base = find_base(spec, lambda text: click.echo(text, err=True))
     tokenizer = load_tokenizer(str(base.folder))

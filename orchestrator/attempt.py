@@ -357,14 +357,41 @@ def trainer_of(order: Order) -> Any:
         ),
     }
     if order.rendezvous is not None:
-        return DataParallelTrainer(begin, **common)
+        return without_needless_actors(DataParallelTrainer, alone=True)(begin, **common)
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    return TorchTrainer(begin, torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"), **common)
+    torch_config = TorchConfig(backend="nccl" if on_gpu else "gloo")
+    return without_needless_actors(TorchTrainer, alone=False)(begin, torch_config=torch_config, **common)
+
+
+def without_needless_actors(trainer: type[Any], *, alone: bool) -> type[Any]:
+    """A trainer that leaves out actors which Ray Train starts for every run, each a process that imports for seconds.
+
+    One hands out Ray Data's datasets, of which a run here has none. Another frees the workers' places where the
+    controller dies and Ray lives on, which a Ray of the run's own does not. A Ray whose trainers make their callbacks
+    elsewhere than in 2.60 starts them all.
+
+    Args:
+        alone: Ray is of this run alone, and ends with it.
+    """
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    needless = (DatasetsCallback, PlacementGroupCleanerCallback) if alone else (DatasetsCallback,)
+
+    class Lean(trainer):  # type: ignore[misc]  # Ray is not typed
+        def _create_default_callbacks(self) -> list[Any]:
+            return [each for each in super()._create_default_callbacks() if not isinstance(each, needless)]
+
+    return Lean
 
 
 def begin(config: Mapping[str, Any]) -> None:
     """Ray Train's training function. What it needs is imported where it runs: the attempt's process does without."""
+    from qlora_core.quiet import import_bitsandbytes
+
+    import_bitsandbytes()
+
     from orchestrator.worker import work
 
     work(config["order"])

@@ -27,8 +27,9 @@ from qlora_core.training.dataset import DataOptions, encode_file
 from qlora_core.training.evaluate import Answer, example_losses, sample_answers
 from qlora_core.training.examples import Encoded, Examples, save_examples
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import load_base, load_tokenizer
+from qlora_core.training.model import load_base
 from qlora_core.training.tasks import run_tasks
+from qlora_core.training.tokenizer import load_tokenizer
 
 BASE = "base"
 """What the base without an adapter is called in a comparison."""

@@ -16,8 +16,7 @@ from orchestrator.record import RunRecord, Status, now
 from qlora_core.perplexity import perplexity
 from qlora_core.training.card import CardFacts
 from qlora_core.training.export import export_adapter, export_model
-from qlora_core.training.manifest import folder_name, newest_valid
-from qlora_core.training.restore import load_facts
+from qlora_core.training.manifest import folder_name, load_facts, newest_valid
 
 
 def result_folder(prepared: Prepared, output: Path) -> Path:

@@ -25,13 +25,12 @@ from orchestrator.targets import check_targets
 from orchestrator.trackers import missing
 from qlora_core.data import hub_dataset
 from qlora_core.recipe import Recipe
-from qlora_core.training.adapters import check_continues, read_adapter
 from qlora_core.training.dataset import DataOptions, DataReport, encode_file
 from qlora_core.training.dataset.cache import cache_folder
 from qlora_core.training.dataset.tokens import EncodedExamples
 from qlora_core.training.layout import Layout, lay_out
-from qlora_core.training.model import load_tokenizer
 from qlora_core.training.sampling import split_eval
+from qlora_core.training.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +71,8 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
     check_targets(base.architecture, spec.recipe)
     adapter = None
     if spec.adapter is not None:
+        from qlora_core.training.adapters import check_continues, read_adapter  # peft: seconds that most runs save
+
         adapter = read_adapter(Path(spec.adapter))
         check_continues(adapter, base.folder, spec.recipe)
     examples, data = read_data(spec, base, load_tokenizer(str(base.folder)))

@@ -44,6 +44,8 @@ def ray_session(address: str | None, workers: int) -> Iterator[None]:
         return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # What is about to be taken away is looked for in `attempt`, so Ray Train need not start an actor that does.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Workers have it from the Ray that is started here. Threads that spin while they wait for one which another process
     # holds up make small steps on a busy CPU twenty times slower; sleeping costs a few per cent (docs/performance.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -36,8 +36,7 @@ from orchestrator.supervisor import (
 from orchestrator.tracking import tracked
 from qlora_core.training.examples import save_examples
 from qlora_core.training.layout import histogram
-from qlora_core.training.manifest import folder_name, newest_valid, put_aside
-from qlora_core.training.restore import load_facts
+from qlora_core.training.manifest import folder_name, load_facts, newest_valid, put_aside
 
 
 class Display(Protocol):

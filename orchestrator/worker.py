@@ -32,8 +32,9 @@ from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.loop import TrainingRun, train
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import autocast_dtype, load_base, load_tokenizer, make_trainable
+from qlora_core.training.model import autocast_dtype, load_base, make_trainable
 from qlora_core.training.restore import load_adapter
+from qlora_core.training.tokenizer import load_tokenizer
 
 ALIVE_SECONDS = 1.0
 SHARED_SECONDS = 60.0

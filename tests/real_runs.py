@@ -22,7 +22,7 @@ import yaml
 
 COMMAND = Path(sys.executable).with_name("qlora-train")
 STEPS = 6
-TIMEOUT = 240
+TIMEOUT = 600
 MARK = "QLORA_TEST_MARK"
 Shown = dict[tuple[str, str, str], float]
 """Ray's gauges by name, run and rank."""

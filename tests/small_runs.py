@@ -16,8 +16,9 @@ from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import Examples, Rows, save_examples
 from qlora_core.training.loop import TrainingRun
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import load_base, load_tokenizer, make_trainable
+from qlora_core.training.model import load_base, make_trainable
 from qlora_core.training.restore import load_adapter
+from qlora_core.training.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 

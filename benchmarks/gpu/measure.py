@@ -21,7 +21,8 @@ from qlora_core.memory.estimate import Phase
 from qlora_core.memory.measure import CudaMeter, Meter, meter_for
 from qlora_core.training.engine import Engine
 from qlora_core.training.engines import build_engine
-from qlora_core.training.loss import IGNORED, SummedLoss
+from qlora_core.training.examples import IGNORED
+from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import attach_adapters
 
 

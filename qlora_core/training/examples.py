@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from qlora_core.files import replace_atomically
 from qlora_core.recipe import Recipe
 from qlora_core.training.layout import lay_out
-from qlora_core.training.loss import IGNORED
 from qlora_core.training.sampling import Order, micro_batches
 
+IGNORED = -100
+"""Label of a token that is not learned, as in transformers."""
 Batch = Mapping[str, torch.Tensor | None]
 """A micro-batch: what `SummedLoss` is called with."""
 

@@ -16,9 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qlora_core.strategy import LOSS_CHUNK_TOKENS, Loss
-
-IGNORED = -100
-"""Label of a token that is not learned, as in transformers."""
+from qlora_core.training.examples import IGNORED
 
 
 class SummedLoss(nn.Module):

@@ -196,3 +196,23 @@ def retire(checkpoints: Path, keep: int) -> list[Path]:
             continue
         valid += 1
     return removed
+
+
+def load_facts(folder: Path) -> dict[str, Any]:
+    """The fields of a checkpoint's manifest.
+
+    Raises:
+        RunFailed: it is damaged, or of another format.
+    """
+    try:
+        return read_manifest(folder)
+    except InvalidCheckpoint as error:
+        raise damaged(folder, str(error)) from error
+
+
+def damaged(folder: Path, reason: str) -> RunFailed:
+    """The error of a checkpoint that cannot be read."""
+    return RunFailed(
+        f"The checkpoint {folder} is damaged: {reason}.",
+        "Remove that folder: the same command then goes on from the one before, if there is one.",
+    )

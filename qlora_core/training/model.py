@@ -8,10 +8,9 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from clusters.errors import first_line, request_error
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.targets import for_peft
@@ -26,29 +25,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 def autocast_dtype(recipe: Recipe, compute_dtype: Dtype) -> torch.dtype | None:
     """The dtype of a recipe's torch.autocast; None without it, and in float32, which it would not change."""
     return TORCH_DTYPES[compute_dtype] if recipe.autocast and compute_dtype != "float32" else None
-
-
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model's folder, padded on the right with its own pad or, failing that, its end token.
-
-    Raises:
-        RequestError: there is none, or it has neither of these tokens.
-    """
-    try:
-        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise request_error(
-            "model", model, f"its tokenizer cannot be loaded: {first_line(error)}", "Put tokenizer.json into the folder"
-        ) from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise request_error(
-                "model", model, "its tokenizer has neither a pad nor an end token", "Name them in tokenizer_config.json"
-            )
-        # Padding is masked out of attention and loss, so any token serves.
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def load_base(model: str, recipe: Recipe, strategy: Strategy, compute_dtype: Dtype, device: torch.device) -> nn.Module:

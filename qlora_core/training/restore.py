@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from clusters.errors import RunFailed, StorageFailed
 from qlora_core.training.checkpoint import Progress, reason_of
 from qlora_core.training.engine import Engine
-from qlora_core.training.manifest import InvalidCheckpoint, read_manifest
+from qlora_core.training.manifest import damaged, load_facts
 from qlora_core.training.optimizer_state import OptimizerState, Span
 from qlora_core.training.reshard import laid_out, whole
 
@@ -86,30 +86,10 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["cuda"]), dtype=torch.uint8))
 
 
-def load_facts(folder: Path) -> dict[str, Any]:
-    """The fields of a checkpoint's manifest.
-
-    Raises:
-        RunFailed: it is damaged, or of another format.
-    """
-    try:
-        return read_manifest(folder)
-    except InvalidCheckpoint as error:
-        raise damaged(folder, str(error)) from error
-
-
 def load_progress(folder: Path) -> Progress:
     """What `Snapshot` held as progress."""
     stored = load_facts(folder)
     return Progress(step=stored["step"], scheduler=stored["scheduler"], context=stored["context"])
-
-
-def damaged(folder: Path, reason: str) -> RunFailed:
-    """The error of a checkpoint that cannot be read."""
-    return RunFailed(
-        f"The checkpoint {folder} is damaged: {reason}.",
-        "Remove that folder: the same command then goes on from the one before, if there is one.",
-    )
 
 
 def unreadable(folder: Path, error: OSError) -> StorageFailed:

@@ -14,7 +14,7 @@ from clusters.errors import RequestError
 from qlora_core.data import FormatName
 from qlora_core.training.dataset import DataOptions, DataReport, encode_file
 from qlora_core.training.dataset.formats import FORMATS
-from qlora_core.training.model import load_tokenizer
+from qlora_core.training.tokenizer import load_tokenizer
 
 Read = Callable[..., tuple[list[tuple[str, str]], DataReport]]
 

@@ -15,7 +15,7 @@ from clusters.errors import RequestError
 from qlora_core.data import has_credentials, hub_dataset, without_credentials
 from qlora_core.huggingface.hub import HubId
 from qlora_core.training.dataset import DataOptions, encode_file
-from qlora_core.training.model import load_tokenizer
+from qlora_core.training.tokenizer import load_tokenizer
 
 ROWS = [{"prompt": f"Ada carried {number}", "completion": " a red cup"} for number in range(5)]
 

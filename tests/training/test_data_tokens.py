@@ -25,7 +25,7 @@ from qlora_core.training.dataset import DataOptions, cache, encode_file
 from qlora_core.training.dataset.samples import Conversation
 from qlora_core.training.dataset.tokenize import Encoder, tokens_of
 from qlora_core.training.examples import Examples, save_examples
-from qlora_core.training.model import load_tokenizer
+from qlora_core.training.tokenizer import load_tokenizer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -13,9 +13,8 @@ from clusters.errors import RequestError
 from qlora_core.training.dataset import encode_file
 from qlora_core.training.dataset.readers import read_file
 from qlora_core.training.dataset.sources import file_digest
-from qlora_core.training.examples import Encoded, Examples, iterate_eval_batches, save_examples
-from qlora_core.training.loss import IGNORED
-from qlora_core.training.model import load_tokenizer
+from qlora_core.training.examples import IGNORED, Encoded, Examples, iterate_eval_batches, save_examples
+from qlora_core.training.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

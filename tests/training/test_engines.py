@@ -32,7 +32,8 @@ from qlora_core.training.engines import build_engine
 from qlora_core.training.evaluate import eval_loss
 from qlora_core.training.loop import one_step, rehearse, TrainingRun
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import attach_adapters, load_base, load_tokenizer, trainable
+from qlora_core.training.model import attach_adapters, load_base, trainable
+from qlora_core.training.tokenizer import load_tokenizer
 from safetensors.torch import save_file
 from pathlib import Path
 
@@ -88,7 +89,7 @@ os._exit(0)  # gloo's threads sometimes abort a process that takes its interpret
 def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, conversations: Path) -> Path:
     from qlora_core.training.dataset import encode_file
     from qlora_core.training.examples import save_examples
-    from qlora_core.training.model import load_tokenizer
+    from qlora_core.training.tokenizer import load_tokenizer
 
     path = tmp_path_factory.mktemp("encoded") / "train.safetensors"
     examples, _ = encode_file(conversations, "auto", load_tokenizer(str(tiny_base)), 64)

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora_core.memory.measure import StorageTracker
 from qlora_core.strategy import LOSS_CHUNK_TOKENS
-from qlora_core.training.loss import IGNORED, SummedLoss, chunked_cross_entropy
+from qlora_core.training.examples import IGNORED
+from qlora_core.training.loss import SummedLoss, chunked_cross_entropy
 
 
 @pytest.mark.parametrize("kind", ["full", "chunked"])

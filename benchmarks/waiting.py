@@ -1,0 +1,99 @@
+"""`make waiting`: what threads that spin, or sleep, while they wait for each other cost a small step on a busy machine.
+
+Other processes of the machine take a core now and then; the threads of a step then wait for the one that has none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+
+from benchmarks.place import Place
+from benchmarks.speed import ROOT, machine
+from qlora_core.files import write_json
+
+RESULTS = ROOT / "benchmarks" / "results" / "waiting.json"
+PLACE = Place(ROOT / "docs" / "performance.md", "make waiting")
+WAYS = {
+    "as OpenMP has it": {},
+    "`GOMP_SPINCOUNT=1000`": {"GOMP_SPINCOUNT": "1000"},
+    "`OMP_WAIT_POLICY=passive`": {"OMP_WAIT_POLICY": "passive"},
+}
+STEP = """
+import json, statistics, sys, time
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+torch.set_num_threads(int(sys.argv[1]))
+model = LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+                                     num_attention_heads=4))
+tokens = torch.randint(512, (16, 38))
+def step():
+    began = time.perf_counter()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    return time.perf_counter() - began
+for _ in range(5):
+    step()
+print(json.dumps(statistics.median(step() for _ in range(20))))
+"""
+
+
+def seconds_of_a_step(threads: int, environment: dict[str, str]) -> float:
+    """The median of 20 steps of 16 x 38 tokens through a Llama of two layers, in a process of its own."""
+    unset = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, "-c", STEP, str(threads)]
+    done = subprocess.run(command, env={**unset, **environment}, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+@contextmanager
+def busy() -> Iterator[None]:
+    """One other process that computes all the time."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            yield
+        finally:
+            other.kill()
+
+
+@click.command(name="benchmarks.waiting")
+def main() -> None:
+    """Time a step under each way to wait, alone and beside a busy process."""
+    threads = os.cpu_count() or 1
+    rows: dict[str, list[float]] = {}
+    for way, environment in WAYS.items():
+        alone = seconds_of_a_step(threads, environment)
+        with busy():
+            rows[way] = [alone, seconds_of_a_step(threads, environment)]
+    results: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "threads": threads,
+        "seconds": rows,
+    }
+    write_json(RESULTS, results)
+    usual = rows["as OpenMP has it"][0]
+    lines = [
+        f"A step of 16 x 38 tokens through a Llama of two layers, {threads} threads, medians of 20, as ratios to the "
+        f"step with OpenMP's own way to wait on a quiet machine, {1000 * usual:.1f} ms "
+        f"({results['machine']['processor']}, {results['machine']['cores']} cores, {results['date']}):",
+        "",
+        "| threads wait | alone | beside one busy process |",
+        "| --- | ---: | ---: |",
+        *(f"| {way} | {alone / usual:.2f} | {beside / usual:.2f} |" for way, (alone, beside) in rows.items()),
+    ]
+    text = "\n".join(lines) + "\n"
+    PLACE.write(text)
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main()

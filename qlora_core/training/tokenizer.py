@@ -1,0 +1,32 @@
+"""The tokenizer of a base model."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from clusters.errors import first_line, request_error
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model's folder, padded on the right with its own pad or, failing that, its end token.
+
+    Raises:
+        RequestError: there is none, or it has neither of these tokens.
+    """
+    try:
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise request_error(
+            "model", model, f"its tokenizer cannot be loaded: {first_line(error)}", "Put tokenizer.json into the folder"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise request_error(
+                "model", model, "its tokenizer has neither a pad nor an end token", "Name them in tokenizer_config.json"
+            )
+        # Padding is masked out of attention and loss, so any token serves.
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
