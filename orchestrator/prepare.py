@@ -30,6 +30,7 @@ from qlora_core.training.dataset.cache import cache_folder
 from qlora_core.training.dataset.tokens import EncodedExamples
 from qlora_core.training.layout import Layout, lay_out
 from qlora_core.training.sampling import split_eval
+from qlora_core.training.shown import Shown, samples
 from qlora_core.training.tokenizer import load_tokenizer
 
 
@@ -40,6 +41,7 @@ class Prepared:
     Attributes:
         base: the base model, on this machine.
         train, held_out: the encoded examples.
+        samples: a few of the first, as text.
         layout: the rows in which the training examples lie.
         total_steps: optimizer steps of the whole run.
     """
@@ -51,6 +53,7 @@ class Prepared:
     data: DataReport
     train: EncodedExamples
     held_out: EncodedExamples
+    samples: list[Shown]
     layout: Layout
     total_steps: int
     identity: dict[str, Any]
@@ -75,7 +78,8 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
 
         adapter = read_adapter(Path(spec.adapter))
         check_continues(adapter, base.folder, spec.recipe)
-    examples, data = read_data(spec, base, load_tokenizer(str(base.folder)))
+    tokenizer = load_tokenizer(str(base.folder))
+    examples, data = read_data(spec, base, tokenizer)
     train, held_out = map(examples.select, split_eval(len(examples), spec.data.eval_fraction, spec.seed))
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.
     machine = machine or describe()
@@ -108,6 +112,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
         data=data,
         train=train,
         held_out=held_out,
+        samples=samples(train, tokenizer),
         layout=layout,
         total_steps=spec.recipe.total_steps(len(layout.rows)),
         identity=identity(spec, base.identity, data, target.compute_dtype, None if adapter is None else adapter.digest),

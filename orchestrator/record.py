@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from clusters.errors import request_error
 from qlora_core.files import write_json
 
+SAMPLES_NAME = "data/samples.json"
+"""Of a run's folder: a few of its examples as text. Not in the record, which others may read in a ledger."""
 FILE_NAME = "run.json"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray", "qlora-orchestrator")
 Status = Literal["running", "complete", "interrupted", "failed"]

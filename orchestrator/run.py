@@ -23,7 +23,7 @@ from orchestrator.order import Order
 from orchestrator.outcome import close, finish, predicted, result_folder
 from orchestrator.prepare import Prepared
 from orchestrator.ray_runtime import check_reachable
-from orchestrator.record import Attempt, RunRecord, load_record, new_id, now, save_record, versions
+from orchestrator.record import SAMPLES_NAME, Attempt, RunRecord, load_record, new_id, now, save_record, versions
 from orchestrator.recovery import IN_ORDER, Failure
 from orchestrator.supervisor import (
     POLL_SECONDS,
@@ -34,6 +34,7 @@ from orchestrator.supervisor import (
     run_attempt,
 )
 from orchestrator.tracking import tracked
+from qlora_core.files import write_json
 from qlora_core.training.examples import save_examples
 from qlora_core.training.layout import histogram
 from qlora_core.training.manifest import folder_name, load_facts, newest_valid, put_aside
@@ -270,6 +271,7 @@ def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> R
     try:
         save_examples(prepared.train, output / "data" / "train.safetensors")
         save_examples(prepared.held_out, output / "data" / "eval.safetensors")
+        write_json(output / SAMPLES_NAME, prepared.samples)
     except (OSError, SafetensorError) as error:
         raise unwritable(output, error if isinstance(error, OSError) else OSError(str(error))) from error
     fields: dict[str, Any] = {

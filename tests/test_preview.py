@@ -11,11 +11,15 @@ import yaml
 from click.testing import CliRunner, Result
 
 from clusters.errors import RequestError
-from launch.report.preview import chosen, lines_of, visible
+from launch.report.preview import lines_of
+from launch.report.words import visible
 from launch.train import train
 from orchestrator.prepare import commit_before
 from orchestrator.record import RunRecord, new_id
 from orchestrator.spec import RunSpec, load_spec
+from qlora_core.training.examples import Encoded
+from qlora_core.training.shown import chosen, samples
+from qlora_core.training.tokenizer import load_tokenizer
 
 
 def specification(folder: Path, **data: Any) -> Path:
@@ -67,6 +71,7 @@ def test_long_runs_of_tokens_are_shortened_and_control_characters_written_out() 
     assert answer.plain == "+ 100|101|102|103|104"
     assert visible("a\n\x1b[2Jé") == "a\\n\\x1b[2Jé"
     assert (chosen(1), chosen(2), chosen(100)) == ([0], [0, 1], [0, 49, 99])
+    assert chosen(0) == []
 
 
 def test_addresses_and_datasets_of_the_hub_stay_as_they_are_and_secrets_are_refused_unseen(tmp_path: Path) -> None:
@@ -89,3 +94,14 @@ def test_a_run_goes_on_with_the_commit_of_the_dataset_that_it_started_with(tmp_p
     record = RunRecord(id=new_id(), name="x", identity=identity, total_steps=1, **fields)
     assert commit_before(spec, record) == "ab" * 20
     assert commit_before(load_spec(specification(tmp_path, path="org/other")), record) is None
+
+
+def test_samples_are_the_text_of_the_beginning_the_middle_and_the_end(tiny_base: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_base))
+    examples = []
+    for word in ("cup", "lamp", "cat", "bread"):
+        asked, answered = (tokenizer.encode(text, add_special_tokens=False) for text in ("What?", f" a {word}"))
+        examples.append(Encoded(asked + answered, [False] * len(asked) + [True] * len(answered)))
+    found = samples(examples, tokenizer)
+    assert [(one["number"], one["of"]) for one in found] == [(1, 4), (2, 4), (4, 4)]
+    assert found[1]["parts"] == [{"text": " What?", "learned": False}, {"text": " a lamp", "learned": True}]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launch.report.document import Document, markdown
-from launch.report.run_report import attempts
+from launch.report.run_report import attempts, learned_from
 from orchestrator.record import Attempt, RunRecord
 
 STRATEGY = {"world_size": 2, "micro_batch": 4, "gradient_accumulation": 1, "zero_stage": 2}
@@ -45,3 +45,19 @@ def test_each_attempt_has_its_line_and_what_was_passed_over_too() -> None:
         "| 2 | 2 to 6 | 2 x 1 x 4, ZeRO 2 | complete |  |  |",
         "|  |  |  | passed over | step-00000004: checkpoint.json is missing |  |",
     ]
+
+
+def test_samples_show_what_is_learned_on_one_line_each_and_long_ones_without_their_middle() -> None:
+    parts = [
+        {"text": "a\nquestion <b>", "learned": False},
+        {"text": "y" * 1000, "learned": True},
+        *({"text": "turn", "learned": False} for _ in range(7)),
+    ]
+    [section] = learned_from([{"number": 2, "of": 5000, "tokens": 90, "parts": parts}])  # type: ignore[typeddict-item]
+    assert section.rows[0] == ("2 of 5,000, 90 tokens", "no", "a\\nquestion <b>")
+    name, learned, text = section.rows[1]
+    assert (name, learned) == ("", "yes")
+    assert text == f"{'y' * 200} ... 600 more characters ... {'y' * 200}"
+    assert [row[2] for row in section.rows[2:]] == ["turn"] * 4 + ["... 3 more parts ..."]
+    assert "&lt;b&gt;" in markdown(Document("Run", (section,)))
+    assert not list(learned_from([]))

@@ -12,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.report.terminal import Bar
+from launch.report.words import visible
 from qlora_core.training import layout
 from qlora_core.training.dataset import DataReport
 from qlora_core.training.examples import Encoded
+from qlora_core.training.shown import chosen, with_loss
 
-SAMPLES = 3
 BINS = 10
 SHOWN_TOKENS = 60
 """Of a run of tokens that are all learned, or all not; its middle is left out."""
@@ -38,7 +39,7 @@ def print_preview(
     )
     for index in chosen(len(examples)):
         example = examples[index]
-        flags = [False, *example.learned[1:]]  # nothing stands before the first token to predict it from
+        flags = with_loss(example)
         heading = f"\nExample {index + 1} of {len(examples)}: {len(flags)} tokens, {sum(flags)} learned"
         console.print(heading, highlight=False, markup=False)
         for line in lines_of(example.ids, flags, lambda token: tokenizer.decode([token])):
@@ -77,11 +78,6 @@ def histogram(lengths: Sequence[int]) -> RenderableType:
     return table
 
 
-def chosen(examples: int) -> list[int]:
-    """The indexes of the samples: spread over all examples."""
-    return sorted({index * (examples - 1) // max(1, SAMPLES - 1) for index in range(SAMPLES)})
-
-
 def lines_of(ids: Sequence[int], flags: Sequence[bool], decode: Callable[[int], str]) -> Iterator[Text]:
     """A line for each run of tokens that are learned, or are not."""
     for learned, run in groupby(zip(ids, flags, strict=True), key=lambda pair: pair[1]):
@@ -90,8 +86,3 @@ def lines_of(ids: Sequence[int], flags: Sequence[bool], decode: Callable[[int], 
             half = SHOWN_TOKENS // 2
             tokens = [*tokens[:half], f"... {more} more ...", *tokens[-half:]]
         yield Text(f"{'+' if learned else '-'} {'|'.join(tokens)}", style="green" if learned else "dim")
-
-
-def visible(text: str) -> str:
-    """Text on one line: line breaks and other control characters, which could steer a terminal, are written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

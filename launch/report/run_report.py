@@ -7,18 +7,24 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.report.components import COMPONENT_TITLES, GROUPS
 from launch.report.document import DRAWS, Document, Section, drawn, write
 from launch.report.terminal import memory_rows
-from launch.report.words import gib, time_words
-from orchestrator.record import RunRecord
+from launch.report.words import gib, time_words, visible
+from orchestrator.record import SAMPLES_NAME, RunRecord
 from qlora_core.perplexity import perplexity
+
+if TYPE_CHECKING:  # it imports transformers
+    from qlora_core.training.shown import Shown
 
 FILE_NAME = "report.md"
 PAGE_NAME = "report.html"
 LOSS_ROWS = 20
+SHOWN_PARTS = 6
+SHOWN_CHARACTERS = 400
+"""Of one part of a sample."""
 PARTS = {
     "products": "matrix products",
     "adapters": "adapters",
@@ -36,7 +42,7 @@ PARTS = {
 def write_report(record: RunRecord, folder: Path) -> Path:
     """Write ``report.md`` beside the record and return its path; ``report.html`` too where what draws is installed."""
     path = folder / FILE_NAME
-    document = run_report(record, read_events(folder / "events.jsonl"))
+    document = run_report(record, read_events(folder / "events.jsonl"), read_samples(folder / SAMPLES_NAME))
     write(document, path)
     if all(importlib.util.find_spec(name) is not None for name in DRAWS):
         write(document, folder / PAGE_NAME)
@@ -56,12 +62,20 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def run_report(record: RunRecord, events: Sequence[Mapping[str, Any]]) -> Document:
+def read_samples(path: Path) -> list[Shown]:
+    """A few of a run's examples; none where an earlier version ran it."""
+    found: list[Shown] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return found
+
+
+def run_report(record: RunRecord, events: Sequence[Mapping[str, Any]], samples: Sequence[Shown] = ()) -> Document:
     """The whole report."""
-    return Document(f"Run {record.name}", tuple(sections(record, events)))
+    return Document(f"Run {record.name}", tuple(sections(record, events, samples)))
 
 
-def sections(record: RunRecord, events: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
+def sections(
+    record: RunRecord, events: Sequence[Mapping[str, Any]], samples: Sequence[Shown] = ()
+) -> Iterator[Section]:
     """Its parts, in order; those with nothing to say are left out."""
     yield result(record)
     yield from attempts(record)
@@ -70,6 +84,7 @@ def sections(record: RunRecord, events: Sequence[Mapping[str, Any]]) -> Iterator
     yield training(events)
     yield from evaluation(events)
     yield from data(record.data)
+    yield from learned_from(samples)
     choices = [(item["field"].replace("_", " "), item["value"], item["reason"]) for item in record.plan["choices"]]
     yield Section("Choices", ("what", "is", "because"), choices)
     yield from specification(record)
@@ -244,6 +259,26 @@ def data(found: Mapping[str, Any]) -> Iterator[Section]:
     said += [f"Left out: {bad}" for bad in found.get("bad_records", ())]
     lengths = found.get("row_lengths")  # records of earlier versions do not have them
     yield Section("Data", text=tuple(said), draw=None if lengths is None else drawn("run", "row_lengths", lengths))
+
+
+def learned_from(samples: Sequence[Shown]) -> Iterator[Section]:
+    """Some of the examples, and which of their text is learned."""
+    rows = []
+    for sample in samples:
+        name = f"{sample['number']:,} of {sample['of']:,}, {sample['tokens']:,} tokens"
+        for part in sample["parts"][:SHOWN_PARTS]:
+            rows.append((name, "yes" if part["learned"] else "no", shortened(visible(part["text"]))))
+            name = ""
+        if (more := len(sample["parts"]) - SHOWN_PARTS) > 0:
+            rows.append(("", "", f"... {more} more parts ..."))
+    if rows:
+        yield Section("Samples of the data", ("example", "learned", "text"), rows)
+
+
+def shortened(text: str) -> str:
+    """A long text without its middle."""
+    half, more = SHOWN_CHARACTERS // 2, len(text) - SHOWN_CHARACTERS
+    return text if more <= 0 else f"{text[:half]} ... {more:,} more characters ... {text[-half:]}"
 
 
 def specification(record: RunRecord) -> Iterator[Section]:
