@@ -16,7 +16,7 @@ WHEELS ?= $(wildcard wheels)
 # DeepSpeed compiles its optimizer for the CPU on first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint suite coverage grids chaos fast gpu speed bench profile start scale planners figures site load fleet capacity screens \
+.PHONY: help demo test lint suite coverage grids chaos fast gpu speed bench training growth profile waiting start scale planners figures site load fleet capacity screens \
 	accuracy format clean
 
 help: ## show this help
@@ -72,11 +72,19 @@ endif
 speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a peer (docs/speed.md)
 	$(BIN)/python -m benchmarks.speed
 
-bench: $(INSTALLED) ## training beside TRL's and a bare loop, and its memory (docs/benchmarks.md); on a quiet machine
+bench: speed planners waiting start profile fleet load growth training ## all of these (docs/benchmarks.md); on a quiet machine, an hour
+
+training: $(INSTALLED) ## training beside TRL's and a bare loop, and its memory (docs/benchmarks.md); on a quiet machine
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.training
 
 profile: $(INSTALLED) ## where the time of a training step goes on this CPU (docs/performance.md); on a quiet machine
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.training.profile
+
+growth: $(INSTALLED) ## time and memory against model size, length, workers and checkpoints (docs/benchmarks.md); on a quiet machine
+	PYTHONPATH=examples $(BIN)/python -m benchmarks.growth
+
+waiting: $(INSTALLED) ## what threads that spin or sleep cost a small step on a busy machine (docs/performance.md)
+	$(BIN)/python -m benchmarks.waiting
 
 start: $(INSTALLED) ## from the command to the first step, part by part (docs/performance.md); on a quiet machine
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.start

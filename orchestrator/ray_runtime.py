@@ -47,7 +47,7 @@ def ray_session(address: str | None, workers: int) -> Iterator[None]:
     # What is about to be taken away is looked for in `attempt`, so Ray Train need not start an actor that does.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Workers have it from the Ray that is started here. Threads that spin while they wait for one which another process
-    # holds up make small steps on a busy CPU twenty times slower; sleeping costs a few per cent (docs/performance.md).
+    # holds up make small steps on a busy CPU many times slower; what sleeping costs is in docs/performance.md.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None:

@@ -1,4 +1,4 @@
-"""`make bench`: its memory table, its loops and its page. Nothing here is timed."""
+"""`make training`: its memory table, its loops and its page. Nothing here is timed."""
 
 from __future__ import annotations
 

@@ -51,9 +51,9 @@ class Clock:
         self.saved += 1
 
 
-def measured(work: Path) -> dict[str, Any]:
+def measured(work: Path, case: Case = CASE) -> dict[str, Any]:
     """Seconds that each checkpoint adds to the steps beside it, and its size."""
-    specification = write_spec(CASE, work / "saving", make_model(CASE, work / "saving-model"), steps=STEPS)
+    specification = write_spec(case, work / "saving", make_model(case, work / "saving-model"), steps=STEPS)
     without, beside = [], []
     size = 0
     for _ in range(ROUNDS):

@@ -15,7 +15,7 @@ from benchmarks.training import memory
 RESULTS = ROOT / "benchmarks" / "results" / "training.json"
 TOKENIZATION = ROOT / "benchmarks" / "results" / "tokenization.json"
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
-PLACE = Place(DOCUMENT, "make bench")
+PLACE = Place(DOCUMENT, "make training")
 
 OURS, OURS_BF16 = "ours, float32", "ours, bfloat16"
 PLANNED, PLANNED_BF16 = "ours as planned, float32", "ours as planned, bfloat16"

@@ -1,0 +1,186 @@
+"""`make growth`: time and memory of a run against model size, sequence length, workers and checkpoints, on this CPU.
+
+How a search grows with its candidates is in docs/speed.md, a schedule with its runs in docs/capacity.md.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks import start
+from benchmarks.place import Place
+from benchmarks.reliability import saving
+from benchmarks.speed import ROOT, machine
+from benchmarks.training.case import Case, make_model, write_spec
+from launch.report.pictures.style import COLORS, MARKERS, Picture, canvas, styled, svg_of
+from qlora_core.files import write_json
+
+RESULTS = ROOT / "benchmarks" / "results" / "growth.json"
+PLACE = Place(ROOT / "docs" / "benchmarks.md", "make growth")
+PICTURE = ROOT / "docs" / "benchmarks" / "growth.svg"
+WORK = ROOT / ".cache" / "bench" / "growth"
+CASE = Case(layers=4, hidden=256, vocabulary=4096, seq_len=256)
+LAYERS, LENGTHS, WORKERS, RANKS = (2, 4, 8, 16, 32), (64, 128, 256, 512, 1024), (1, 2, 4), (8, 32, 128)
+STEPS, WARM_UP = 12, 6
+"""Steps of a run, and how many of them are followed by the storage tracker, which takes time: they are not timed."""
+MIB = 1024**2
+
+
+def trained(case: Case, name: str) -> dict[str, float]:
+    """Seconds of a step, and bytes at its peak as measured and as predicted, in a process of its own."""
+    model = make_model(case, WORK / f"model-{case.layers}-{case.hidden}")
+    specification = write_spec(case, WORK / name, model, steps=STEPS)
+    shutil.rmtree(specification.with_name("out"), ignore_errors=True)
+    answer = specification.with_name("answer.json")
+    subprocess.run([sys.executable, "-m", "benchmarks.growth", "--train", specification, answer], cwd=ROOT, check=True)
+    found: dict[str, float] = json.loads(answer.read_text(encoding="utf-8"))
+    return found
+
+
+def train_here(specification: Path) -> dict[str, float]:
+    """What `trained` asks for."""
+    from benchmarks.training.loops import Watch, begun
+    from orchestrator.prepare import prepare
+    from orchestrator.spec import load_spec
+    from qlora_core.quiet import quiet_libraries
+    from qlora_core.training.loop import train
+
+    quiet_libraries()
+    predicted = prepare(load_spec(specification)).plan.estimate.gpu.allocated_bytes
+    run, _ = begun(specification)
+
+    class Steps(Watch):
+        def event(self, kind: str, **facts: Any) -> None:
+            if kind == "step":
+                super().event(kind, **facts)
+
+    watch = Steps()
+    train(run, watch, None)
+    return {
+        "seconds": statistics.median(step["seconds"] for step in watch.steps[WARM_UP:]),
+        "measured": max(watch.steps[-1]["peaks"].values()),
+        "predicted": predicted,
+    }
+
+
+def started(workers: int) -> dict[str, float]:
+    """Seconds until the first step of a run with so many workers is done, and of each step after it."""
+    specification = write_spec(CASE, WORK / f"workers-{workers}", make_model(CASE, WORK / "model-4-256"), steps=STEPS)
+    of_two = specification.read_text(encoding="utf-8")
+    fields = of_two.replace("world_size: 1", f"world_size: {workers}").replace("micro_batch: 2", "micro_batch: 1")
+    step = f"tokens_per_step: {max(WORKERS) * CASE.seq_len}"
+    specification.write_text(fields.replace(f"tokens_per_step: {CASE.tokens}", step), encoding="utf-8")
+    seen = dict(zip(start.PARTS, start.moments(specification), strict=True))
+    record = json.loads((specification.parent / "out" / "run.json").read_text(encoding="utf-8"))
+    return {
+        "first": seen["the first step is done"],
+        "seconds": record["measured"]["step_seconds"],
+        "measured": record["measured"]["allocated_bytes"],
+        "predicted": record["predicted"]["allocated_bytes"],
+    }
+
+
+def saved(rank: int) -> dict[str, float]:
+    """Bytes of a checkpoint, and seconds that it adds to the steps beside it."""
+    found = saving.measured(WORK / f"rank-{rank}", replace(saving.CASE, rank=rank))
+    return {"bytes": found["bytes"], "lost": statistics.median(found["lost_seconds"])}
+
+
+def grown(name: str, rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """A table of steps against what grows."""
+    yield from (
+        f"| {name} | s of a step | MiB measured | MiB predicted | error |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    )
+    for size, row in rows.items():
+        error = row["predicted"] / row["measured"] - 1
+        sizes = f"{row['measured'] / MIB:,.1f} | {row['predicted'] / MIB:,.1f} | {error:+.1%}"
+        yield f"| {int(size):,} | {row['seconds']:.3f} | {sizes} |"
+    yield ""
+
+
+def text_of(results: Mapping[str, Any]) -> str:
+    """What is written into the page."""
+    lines = [
+        f"A Llama of {CASE.layers} layers of width {CASE.hidden}, NF4, rank {CASE.rank}, {CASE.micro_batch} x "
+        f"{CASE.seq_len} tokens a step, checkpointed, where nothing else is said ({results['machine']['processor']}, "
+        f"{results['machine']['cores']} cores, {results['date']}). A step is the median of {STEPS - WARM_UP}; "
+        "memory is the bytes of live tensors at the peak.",
+        "",
+        *grown("layers", results["layers"]),
+        *grown("tokens of a sequence", results["lengths"]),
+        f"Workers share the machine's cores and a step of {max(WORKERS)} sequences; memory is the fullest one's.",
+        "",
+        "| workers | s to the first step | s of a step | MiB measured | MiB predicted |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+        *(
+            f"| {workers} | {row['first']:.1f} | {row['seconds']:.3f} | {row['measured'] / MIB:,.1f} | "
+            f"{row['predicted'] / MIB:,.1f} |"
+            for workers, row in results["workers"].items()
+        ),
+        "",
+        "| rank | MiB of a checkpoint | s that it adds to the steps beside it |",
+        "| ---: | ---: | ---: |",
+        *(f"| {rank} | {row['bytes'] / MIB:,.1f} | {row['lost']:.3f} |" for rank, row in results["ranks"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def picture_of(results: Mapping[str, Any]) -> Picture:
+    """Time and memory against model size and length."""
+    with styled():
+        figure = canvas(4.6)
+        for column, (name, words) in enumerate((("layers", "layers"), ("lengths", "tokens of a sequence"))):
+            sizes = [int(size) for size in results[name]]
+            rows: Sequence[Mapping[str, float]] = list(results[name].values())
+            above, below = figure.add_subplot(2, 2, 1 + column), figure.add_subplot(2, 2, 3 + column)
+            above.plot(sizes, [row["seconds"] for row in rows], color=COLORS[2], marker=MARKERS[2])
+            above.set_ylabel("s of a step")
+            measured, predicted = ([row[kind] / MIB for row in rows] for kind in ("measured", "predicted"))
+            below.plot(sizes, measured, color=COLORS[0], marker=MARKERS[0], linestyle="", label="measured")
+            below.plot(sizes, predicted, color=COLORS[5], label="predicted")
+            below.set_ylabel("MiB at the peak")
+            below.legend(frameon=False)
+            below.set_xlabel(words)
+            for axes in (above, below):
+                axes.set_xticks(sizes)
+                axes.set_ylim(bottom=0)
+    return Picture(figure, "growth", "Time and memory against model size and sequence length", "Lines are predictions.")
+
+
+@click.command(name="benchmarks.growth")
+@click.option("--train", nargs=2, type=click.Path(path_type=Path), help="Used by itself: SPECIFICATION ANSWER.")
+def main(train: tuple[Path, Path] | None) -> None:
+    """Measure all of it; some minutes."""
+    if train is not None:
+        write_json(train[1], train_here(train[0]))
+        return
+    results: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "layers": {size: trained(replace(CASE, layers=size), f"layers-{size}") for size in LAYERS},
+        "lengths": {size: trained(replace(CASE, seq_len=size), f"length-{size}") for size in LENGTHS},
+        "workers": {workers: started(workers) for workers in WORKERS},
+        "ranks": {rank: saved(rank) for rank in RANKS},
+    }
+    write_json(RESULTS, results)
+    PICTURE.parent.mkdir(exist_ok=True)
+    PICTURE.write_text(svg_of(picture_of(results)), encoding="utf-8")
+    text = text_of(results)
+    PLACE.write(text)
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main()
