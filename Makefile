@@ -51,7 +51,7 @@ fast: $(INSTALLED) ## the tests that take no workers and no training
 chaos: $(INSTALLED) ## real faults in real runs: kills, lost nodes, full disks, out of memory (docs/reliability.md; long)
 	rm -rf .cache/chaos && mkdir -p .cache/chaos
 	CHAOS_ROWS=$(CURDIR)/.cache/chaos/rows.jsonl CHAOS_CURVES=$(CURDIR)/.cache/chaos/curves.json \
-		$(BIN)/pytest -m "" -n 2 --dist load tests/chaos tests/test_offsite.py \
+		$(BIN)/pytest -m "" -n 2 --dist load tests/chaos tests/test_offsite.py tests/test_submit.py \
 		tests/test_train_command.py::test_a_sudden_end_leaves_no_process_and_no_half_checkpoint
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.reliability
 

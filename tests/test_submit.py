@@ -120,6 +120,7 @@ time.sleep(600)
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.xdist_group("cluster")
 def test_a_run_waits_for_what_others_use_says_so_and_begins_when_it_is_free(
     tmp_path: Path, tiny_base: Path, conversations: Path, cluster: Cluster

@@ -15,13 +15,11 @@ from strikes import Row, Rows
 
 from qlora_core.training.manifest import newest_valid
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workers")]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.xdist_group("workers")]
 
 STEPS, EVERY = 200, 10
 VICTIMS = ("worker", "raylet", "head", "attempt", "driver")
 """head: Ray's GCS server; attempt: the process that drives Ray; driver: the one that was started."""
-IN_SUITE = (1,)
-"""A raylet."""
 SEEDS = 30
 
 
@@ -110,14 +108,8 @@ def strike(run: Run, seed: int, whole: Whole, rows: Rows) -> None:
     run.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("seed", IN_SUITE)
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_checkpoint(
     seed: int, new_run: Callable[[str], Run], whole: Whole, rows: Rows
 ) -> None:
-    strike(new_run(f"struck-{seed}"), seed, whole, rows)
-
-
-@pytest.mark.chaos
-@pytest.mark.parametrize("seed", [seed for seed in range(SEEDS) if seed not in IN_SUITE])
-def test_more_of_them(seed: int, new_run: Callable[[str], Run], whole: Whole, rows: Rows) -> None:
     strike(new_run(f"struck-{seed}"), seed, whole, rows)

@@ -58,19 +58,20 @@ def same_mathematics(before: dict[str, int], after: dict[str, int]) -> bool:
     return math.prod(before[name] for name in sizes) == math.prod(after[name] for name in sizes)
 
 
-def test_a_stand_in_for_cuda_out_of_memory_on_one_rank_twice_is_planned_around(
-    new_run: Callable[..., Run], whole: dict[int, float], rows: Rows
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.chaos)])
+def test_a_stand_in_for_cuda_out_of_memory_on_one_rank_is_planned_around(
+    times: int, new_run: Callable[..., Run], whole: dict[int, float], rows: Rows
 ) -> None:
-    fault = {"fault": "gpu memory", "rank": 1, "step": 4, "attempts": [1, 2]}
+    fault = {"fault": "gpu memory", "rank": 1, "step": 4, "attempts": list(range(1, 1 + times))}
     run = new_run(fault)
     started = time.time()
     code, output = run.finish()
     assert code == 0, output
     attempts = run.record["attempts"]
-    assert [one["decision"]["action"] for one in attempts[:-1]] == ["replan", "replan"]
+    assert [one["decision"]["action"] for one in attempts[:-1]] == ["replan"] * times
     assert all(one["failure"]["kind"] == "gpu memory" and one["failure"]["rank"] == 1 for one in attempts[:-1])
     assert attempts[0]["failure"]["measured"]["backward"] > 0  # for the ledger: it took at least that
-    assert [one["from_step"] for one in attempts] == [0, 2, 2]
+    assert [one["from_step"] for one in attempts] == [0, *[2] * times]
     needs = [one["process_bytes"] for one in attempts]
     assert all(later <= 0.9 * earlier for earlier, later in itertools.pairwise(needs))
     for earlier, later in itertools.pairwise(attempts):
@@ -78,9 +79,9 @@ def test_a_stand_in_for_cuda_out_of_memory_on_one_rank_twice_is_planned_around(
         assert same_mathematics(earlier["strategy"], later["strategy"])
     assert "It goes on from step 2 with a leaner plan: " in output
     assert losses(run) == pytest.approx(whole, rel=1e-4)
-    rows.add(
-        Row("out of GPU memory on one rank, twice (injected)", True, run.done_twice(), (time.time() - started) / 3)
-    )
+    often = "twice" if times == 2 else "once"
+    seconds = (time.time() - started) / (1 + times)
+    rows.add(Row(f"out of GPU memory on one rank, {often} (injected)", True, run.done_twice(), seconds))
 
     # the next plan of this kind is right at first
     planned = subprocess.run(
@@ -94,7 +95,7 @@ def test_a_stand_in_for_cuda_out_of_memory_on_one_rank_twice_is_planned_around(
     verdict, then = plan["verdicts"][0], run.record["plan"]["verdicts"][0]
     # the stand-in's memory is the host's, of which other processes may have given some back since
     usable = verdict["usable_bytes"] / then["usable_bytes"]
-    assert verdict["process_bytes"] <= 0.9 * needs[1] * usable
+    assert verdict["process_bytes"] <= 0.9 * needs[-2] * usable
     assert any("ran out of memory" in choice["reason"] for choice in plan["choices"])
 
 

@@ -24,6 +24,8 @@ spec = json.loads(sys.argv[1])
 world = spec["world_size"]
 if world > 1:
     dist.init_process_group("gloo")
+from qlora_core.quiet import import_bitsandbytes
+import_bitsandbytes()
 from qlora_core.memory.measure import StorageMeter
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
