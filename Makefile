@@ -16,8 +16,8 @@ WHEELS ?= $(wildcard wheels)
 # DeepSpeed compiles its optimizer for the CPU on first use and looks for ninja on PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test lint suite coverage grids chaos fast gpu speed bench training growth profile waiting start scale planners figures site load fleet capacity screens \
-	accuracy format clean
+.PHONY: help demo test lint suite coverage grids chaos fast gpu speed bench training growth profile \
+	waiting start scale planners figures site load fleet capacity screens accuracy format clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -51,7 +51,8 @@ fast: $(INSTALLED) ## the tests that take no workers and no training
 chaos: $(INSTALLED) ## real faults in real runs: kills, lost nodes, full disks, out of memory (docs/reliability.md; long)
 	rm -rf .cache/chaos && mkdir -p .cache/chaos
 	CHAOS_ROWS=$(CURDIR)/.cache/chaos/rows.jsonl CHAOS_CURVES=$(CURDIR)/.cache/chaos/curves.json \
-		$(BIN)/pytest -m "" -n 2 --dist load tests/chaos tests/test_offsite.py tests/test_submit.py \
+		$(BIN)/pytest -m "" -n 2 --dist load tests/chaos tests/test_offsite.py \
+		tests/test_submit.py::test_a_run_waits_for_what_others_use_says_so_and_begins_when_it_is_free \
 		tests/test_train_command.py::test_a_sudden_end_leaves_no_process_and_no_half_checkpoint
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.reliability
 
@@ -72,7 +73,7 @@ endif
 speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a peer (docs/speed.md)
 	$(BIN)/python -m benchmarks.speed
 
-bench: speed planners waiting start profile fleet load growth training ## all of these (docs/benchmarks.md); on a quiet machine, an hour
+bench: speed planners waiting start profile fleet load growth training ## all of these (docs/benchmarks.md); on a quiet machine, long
 
 training: $(INSTALLED) ## training beside TRL's and a bare loop, and its memory (docs/benchmarks.md); on a quiet machine
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.training

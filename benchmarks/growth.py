@@ -37,10 +37,14 @@ STEPS, WARM_UP = 12, 6
 MIB = 1024**2
 
 
+def written(case: Case, name: str) -> Path:
+    """The specification of a case's run, its model made where it is not there."""
+    return write_spec(case, WORK / name, make_model(case, WORK / f"model-{case.layers}"), steps=STEPS)
+
+
 def trained(case: Case, name: str) -> dict[str, float]:
     """Seconds of a step, and bytes at its peak as measured and as predicted, in a process of its own."""
-    model = make_model(case, WORK / f"model-{case.layers}-{case.hidden}")
-    specification = write_spec(case, WORK / name, model, steps=STEPS)
+    specification = written(case, name)
     shutil.rmtree(specification.with_name("out"), ignore_errors=True)
     answer = specification.with_name("answer.json")
     subprocess.run([sys.executable, "-m", "benchmarks.growth", "--train", specification, answer], cwd=ROOT, check=True)
@@ -51,37 +55,25 @@ def trained(case: Case, name: str) -> dict[str, float]:
 def train_here(specification: Path) -> dict[str, float]:
     """What `trained` asks for."""
     from benchmarks.training.loops import Watch, begun
-    from orchestrator.prepare import prepare
-    from orchestrator.spec import load_spec
     from qlora_core.quiet import quiet_libraries
     from qlora_core.training.loop import train
 
     quiet_libraries()
-    predicted = prepare(load_spec(specification)).plan.estimate.gpu.allocated_bytes
-    run, _ = begun(specification)
-
-    class Steps(Watch):
-        def event(self, kind: str, **facts: Any) -> None:
-            if kind == "step":
-                super().event(kind, **facts)
-
-    watch = Steps()
+    (run, plan), watch = begun(specification), Watch()
     train(run, watch, None)
     return {
         "seconds": statistics.median(step["seconds"] for step in watch.steps[WARM_UP:]),
         "measured": max(watch.steps[-1]["peaks"].values()),
-        "predicted": predicted,
+        "predicted": plan.estimate.gpu.allocated_bytes,
     }
 
 
 def started(workers: int) -> dict[str, float]:
     """Seconds until the first step of a run with so many workers is done, and of each step after it."""
-    specification = write_spec(CASE, WORK / f"workers-{workers}", make_model(CASE, WORK / "model-4-256"), steps=STEPS)
-    of_two = specification.read_text(encoding="utf-8")
-    fields = of_two.replace("world_size: 1", f"world_size: {workers}").replace("micro_batch: 2", "micro_batch: 1")
-    step = f"tokens_per_step: {max(WORKERS) * CASE.seq_len}"
-    specification.write_text(fields.replace(f"tokens_per_step: {CASE.tokens}", step), encoding="utf-8")
-    seen = dict(zip(start.PARTS, start.moments(specification), strict=True))
+    specification = written(CASE, f"workers-{workers}")
+    tokens = f"recipe.tokens_per_step={max(WORKERS) * CASE.seq_len}"
+    moments = start.moments(specification, f"strategy.world_size={workers}", "strategy.micro_batch=1", tokens)
+    seen = dict(zip(start.PARTS, moments, strict=True))
     record = json.loads((specification.parent / "out" / "run.json").read_text(encoding="utf-8"))
     return {
         "first": seen["the first step is done"],

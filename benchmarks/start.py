@@ -40,11 +40,11 @@ PARTS = (
 """Moments, in their order."""
 
 
-def moments(specification: Path) -> list[float]:
-    """Seconds from the start of the command to each moment of one run."""
+def moments(specification: Path, *overrides: str) -> list[float]:
+    """Seconds from the start of the command to each moment of one run, of which `overrides` replace fields."""
     out = specification.with_name("out")
     shutil.rmtree(out, ignore_errors=True)
-    command = [str(Path(sys.executable).with_name("qlora-train")), str(specification)]
+    command = [str(Path(sys.executable).with_name("qlora-train")), str(specification), *overrides]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "QLORA_LEDGER": str(WORK / "ledger.sqlite")}
     began, seen = time.time(), dict.fromkeys(PARTS[:2], 0.0)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as process:

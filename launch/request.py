@@ -306,11 +306,9 @@ def estimator_named(name: str) -> Estimator:
     if name == "formula":
         return formula.estimate
     try:
-        from qlora_core.quiet import quiet_libraries
+        from qlora_core.quiet import import_bitsandbytes, quiet_libraries
 
         quiet_libraries()  # before they are imported
-        from qlora_core.quiet import import_bitsandbytes
-
         import_bitsandbytes()
 
         from qlora_core.memory import trace  # torch, transformers, peft and bitsandbytes: seconds

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from unittest.mock import patch
 
 
 def quiet_libraries() -> None:
@@ -23,12 +22,14 @@ def quiet_libraries() -> None:
 
 
 def import_bitsandbytes() -> None:
-    """Import bitsandbytes before peft or transformers does, in three quarters of the time that they need after it.
+    """Import bitsandbytes before peft or transformers does, without what it brings and nobody here calls.
 
     It hands four functions of its backend for devices without kernels of their own to torch.compile, which imports all
     of inductor (bitsandbytes 0.50, backends/default/ops.py), and keeps them as they are where that fails. Of these a
     CPU calls one, to dequantize a weight with an odd last dimension, and CUDA none.
     """
+    from unittest.mock import patch  # asyncio and more, which the command does without
+
     import torch
 
     with patch.object(torch, "compile", side_effect=RuntimeError("not while bitsandbytes is imported")):

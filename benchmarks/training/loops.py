@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training, se
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from orchestrator.plans import Plan
 from orchestrator.prepare import prepare
 from orchestrator.run import open_record, order_of
 from orchestrator.spec import load_spec
@@ -41,7 +42,7 @@ class Watch:
         if kind == "step":
             self.steps.append(facts)
         elif kind == "rehearsal":
-            self.seen.pop()  # it is no part of what is learned from
+            del self.seen[-1:]  # it is no part of what is learned from
 
     def stop_requested(self) -> bool:
         """See `Observer`."""
@@ -54,19 +55,19 @@ class Watch:
         """See `Observer`."""
 
 
-def begun(specification: Path) -> tuple[TrainingRun, str]:
-    """A run as a worker makes it, without Ray, before its first step; and its compute dtype."""
+def begun(specification: Path) -> tuple[TrainingRun, Plan]:
+    """A run as a worker makes it, without Ray, before its first step; and its plan."""
     spec = load_spec(specification)
     prepared = prepare(spec)
     output = Path(spec.output)
     output.mkdir(exist_ok=True)
     open_record(prepared, None, output)
-    return build(order_of(prepared, output, None), 0, CPU, meter_for(CPU)), prepared.plan.target.compute_dtype
+    return build(order_of(prepared, output, None), 0, CPU, meter_for(CPU)), prepared.plan
 
 
 def ours(specification: Path) -> dict[str, Any]:
     """A run as a worker makes it, without Ray. Leaves its micro-batches and its first adapter for the others."""
-    run, compute_dtype = begun(specification)
+    run, plan = begun(specification)
     first = {name: value.detach().clone() for name, value in run.model.named_parameters() if value.requires_grad}
     save_file(first, specification.with_name(ADAPTER))
     watch = Watch()
@@ -87,7 +88,7 @@ def ours(specification: Path) -> dict[str, Any]:
         "seconds": [step["seconds"] for step in watch.steps],
         "losses": [step["loss"] for step in watch.steps],
         "peaks": watch.steps[-1]["peaks"],
-        "compute_dtype": compute_dtype,
+        "compute_dtype": plan.target.compute_dtype,
     }
 
 

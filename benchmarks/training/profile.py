@@ -55,7 +55,7 @@ def profiled(specification: Path) -> dict[str, Any]:
     from qlora_core.training.loop import train
 
     quiet_libraries()
-    run, compute_dtype = begun(specification)
+    run, plan = begun(specification)
     active = STEPS - FOLLOWED - 1
     with profile(
         activities=[ProfilerActivity.CPU],
@@ -76,7 +76,7 @@ def profiled(specification: Path) -> dict[str, Any]:
             continue
         spent[kind_of(average.key)] += average.self_cpu_time_total / 1e6 / active
         operations += average.flops
-    dtype = getattr(torch, compute_dtype)
+    dtype = getattr(torch, plan.target.compute_dtype)
     return {
         "seconds": dict(spent),
         "operations": operations / active,
