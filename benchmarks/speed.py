@@ -201,8 +201,8 @@ def questions() -> dict[str, Callable[[int], object]]:
     def micro_batch(number: int) -> object:
         return estimate(architecture, Recipe(tokens_per_step=512), Strategy(micro_batch=3 + number), device)
 
-    def process_bytes(number: int) -> object:
-        return prepared(architecture, recipe, strategy, device).process_bytes(3 + number, 512)
+    def reserved_bytes(number: int) -> object:
+        return prepared(architecture, recipe, strategy, device).reserved_bytes(3 + number, 512)
 
     def rank(number: int) -> object:
         return estimate(architecture, Recipe(rank=65 + number, tokens_per_step=512), strategy, device)
@@ -211,7 +211,7 @@ def questions() -> dict[str, Callable[[int], object]]:
         "the same again": same,
         "another sequence length": length,
         "another micro-batch": micro_batch,
-        "another micro-batch, its process bytes alone": process_bytes,
+        "another micro-batch, its process bytes alone": reserved_bytes,
         "another structure (rank)": rank,
     }
 

@@ -19,11 +19,11 @@ from orchestrator.devices import rates, slowest_links
 from orchestrator.needs import bytes_for, host_has_room, needs, paged_out
 from orchestrator.plans import Objective, Target
 from orchestrator.question import Candidate, Place, Question
-from orchestrator.space import at_size, candidates, of_shape, places, shapes, with_optimizer
+from orchestrator.space import at_size, candidates, micro_batches, places, shapes, with_optimizer
 from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.formula import prepared
 from qlora_core.recipe import Recipe
-from qlora_core.step_time import TYPICAL, load, times
+from qlora_core.step_time import TYPICAL, Load, load, times
 from qlora_core.strategy import Strategy
 
 LENGTH_STEP = 64
@@ -126,14 +126,21 @@ class Judge:
 
     def fits(self, candidate: Candidate, sure: bool) -> bool:
         """Whether it fits each GPU and, where it is stated, the hosts' memory."""
-        recipe, strategy = candidate
+        if not self.may_fit(candidate):
+            return False
         for target in self.targets:
-            # most that do not fit are told by their tensors alone, before the allocator is asked
-            sizes = prepared(self.architecture, recipe, strategy, target.device)
-            if sizes.least_bytes(strategy.micro_batch, recipe.seq_len) > target.usable_bytes:
-                return False
             needed = self.needed(candidate)[0] if len(self.targets) == 1 else self._on(candidate, target)
             if bytes_for(needed, target, sure) > target.usable_bytes or not host_has_room(needed, target):
+                return False
+        return True
+
+    def may_fit(self, candidate: Candidate) -> bool:
+        """Whether its weights, and then its tensors, do: most that do not fit are told without the allocator."""
+        recipe, strategy = candidate
+        for target in self.targets:
+            sizes = prepared(self.architecture, recipe, strategy, target.device)
+            room = target.usable_bytes - target.device.context_bytes
+            if sizes.weights_bytes > room or sizes.allocated_bytes(strategy.micro_batch, recipe.seq_len) > room:
                 return False
         return True
 
@@ -142,19 +149,18 @@ class Judge:
 
     def seconds(self, candidate: Candidate, paged_out: int = 0) -> float:
         """Of a step, as expected: the slowest kind of GPU sets the pace."""
-        return max(
-            sum(
-                times(
-                    load(self.architecture, *candidate, target.device),
-                    candidate.strategy,
-                    candidate.recipe.seq_len,
-                    rate,
-                    TYPICAL,
-                    paged_out,
-                )
-            )
-            for target, rate in zip(self.targets, self.rates, strict=True)
-        )
+        size, accumulation = candidate.strategy.micro_batch, candidate.strategy.gradient_accumulation
+        return self.pace(self.loads(candidate), candidate, size, accumulation, paged_out)
+
+    def loads(self, candidate: Candidate) -> list[Load]:
+        """What a step asks of each kind of GPU."""
+        return [load(self.architecture, *candidate, target.device) for target in self.targets]
+
+    def pace(self, loads: list[Load], shape: Candidate, size: int, accumulation: int, paged_out: int = 0) -> float:
+        """The seconds of a step of a shape with another micro-batch and accumulation."""
+        world, length = shape.strategy.world_size, shape.recipe.seq_len
+        each = zip(loads, self.rates, strict=True)
+        return max([sum(times(one, world, size, accumulation, length, rate, TYPICAL, paged_out)) for one, rate in each])
 
     def paged_out(self, candidate: Candidate) -> int:
         """Bytes of paged state that find no room beside the process."""
@@ -177,29 +183,37 @@ def best_of(question: Question, place: Place) -> Found | None:
 
 def fastest(question: Question, place: Place, judge: Judge, sure: bool) -> Candidate | None:
     """The fastest that fits; of those that are as fast, as far as the model can tell, the simplest."""
-    lean = Leanest(question, judge, sure)
-    every = [Shape(shape) for shape in shapes(question, place.gpus)]
+    lean = Leanest(question, judge)
     # the same tokens per step in all candidates of a place
-    queue: list[tuple[float, int, bool, Candidate, Shape]] = []
-    for shape in every:
-        for candidate in of_shape(question, shape.candidate, place.gpus):
-            queue.append((judge.seconds(candidate), len(queue), False, candidate, shape))
+    queue: list[tuple[float, int, bool, int, int, Shape]] = []
+    for shape in map(Shape, shapes(question, place.gpus)):
+        loads: dict[bool, list[Load]] = {}
+        for size, accumulation in micro_batches(question, shape.candidate, place.gpus):
+            copies = size > 1 or shape.candidate.strategy.attention != "eager"
+            if copies not in loads:
+                loads[copies] = judge.loads(at_size(shape.candidate, place.gpus, size, accumulation))
+            seconds = judge.pace(loads[copies], shape.candidate, size, accumulation)
+            queue.append((seconds, len(queue), False, size, accumulation, shape))
     heapq.heapify(queue)
     best: tuple[int, Candidate] | None = None
     limit = math.inf
     while queue and queue[0][0] <= limit:
-        seconds, order, paid, candidate, shape = heapq.heappop(queue)
+        seconds, order, paid, size, accumulation, shape = heapq.heappop(queue)
         if best is not None and order > best[0]:
             continue
-        if shape.lean_fits is None:
-            shape.lean_fits = lean.fits(candidate)
-        if not paid and (candidate.strategy.micro_batch >= shape.too_large or not shape.lean_fits):
+        if not paid and (size >= shape.too_large or shape.lean_may_fit is False):
             continue
+        candidate = at_size(shape.candidate, place.gpus, size, accumulation)
+        if shape.lean_may_fit is None:
+            shape.lean_may_fit = lean.may_fit(candidate)
+            if not shape.lean_may_fit:
+                continue
         if not judge.fits(candidate, sure):
-            shape.too_large = candidate.strategy.micro_batch
+            shape.too_large = size
         elif not paid and (paged_out := judge.paged_out(candidate) if candidate.strategy.paged_optimizer else 0):
             # paging what has no room beside the rest takes time of its own
-            heapq.heappush(queue, (judge.seconds(candidate, paged_out), order, True, candidate, shape))
+            seconds = judge.seconds(candidate, paged_out)
+            heapq.heappush(queue, (seconds, order, True, size, accumulation, shape))
         else:
             best, limit = (order, candidate), min(limit, seconds * ALIKE)
     return best[1] if best else None
@@ -212,26 +226,26 @@ class Shape:
     Attributes:
         candidate: one of them.
         too_large: the smallest micro-batch that was found not to fit.
-        lean_fits: whether they fit in their leanest form; None before that was asked.
+        lean_may_fit: whether they may in their leanest form; None before that was asked.
     """
 
     candidate: Candidate
     too_large: float = math.inf
-    lean_fits: bool | None = None
+    lean_may_fit: bool | None = None
 
 
 class Leanest:
-    """Whether candidates of a sharding and checkpointing fit in their leanest form; asked once for each."""
+    """Whether candidates of a sharding and checkpointing may fit in their leanest form; asked once for each."""
 
-    def __init__(self, question: Question, judge: Judge, sure: bool) -> None:
-        self.question, self.judge, self.sure = question, judge, sure
+    def __init__(self, question: Question, judge: Judge) -> None:
+        self.question, self.judge = question, judge
         self.known: dict[Candidate, bool] = {}
 
-    def fits(self, candidate: Candidate) -> bool:
-        """Whether the leanest of its kind does."""
+    def may_fit(self, candidate: Candidate) -> bool:
+        """Whether the leanest of its kind may."""
         lean = leanest(self.question, candidate)
         if lean not in self.known:
-            self.known[lean] = self.judge.fits(lean, self.sure)
+            self.known[lean] = self.judge.may_fit(lean)
         return self.known[lean]
 
 

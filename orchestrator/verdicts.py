@@ -32,12 +32,13 @@ def verdict(
     """Whether it fits on `target`, with the largest micro-batch and the longest sequence that would."""
     gpu = needed.gpu
     sizes = prepared(architecture, recipe, strategy, target.device)
+    context = target.device.context_bytes
 
     def with_micro_batch(value: int) -> int:
-        return sizes.process_bytes(value, recipe.seq_len)
+        return sizes.reserved_bytes(value, recipe.seq_len) + context
 
     def with_seq_len(value: int) -> int:
-        return sizes.process_bytes(strategy.micro_batch, value)
+        return sizes.reserved_bytes(strategy.micro_batch, value) + context
 
     def limit(size: Callable[[int], int], asked: int, most: int) -> int:
         return largest(size, target.usable_bytes, most, start=(asked, gpu.process_bytes))

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
@@ -217,8 +216,9 @@ def step_time(
 ) -> StepTime:
     """The time of a step of `recipe` as `strategy` runs it; `paged_out` bytes of optimizer state find no room."""
     asked = load(architecture, recipe, strategy, device)
+    counts = strategy.world_size, strategy.micro_batch, strategy.gradient_accumulation
     slow, typical, fast = (
-        times(asked, strategy, recipe.seq_len, rates, pace, paged_out) for pace in (SLOW, TYPICAL, FAST)
+        times(asked, *counts, recipe.seq_len, rates, pace, paged_out) for pace in (SLOW, TYPICAL, FAST)
     )
     return StepTime(
         seconds=sum(typical),
@@ -231,21 +231,16 @@ def step_time(
 
 def load(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Load:
     """What depends neither on the length nor on the micro-batch (but for whether that is one), prepared once."""
-    return _load(architecture, recipe, _of_load(strategy), min(strategy.micro_batch, 2), device)
-
-
-_of_load = attrgetter(
-    "gradient_checkpointing", "attention", "loss", "world_size", "zero_stage", "offload", "paged_optimizer"
-)
-
-
-@lru_cache(maxsize=1024)
-def _load(
-    architecture: ModelArchitecture, recipe: Recipe, strategy: tuple[Any, ...], micro_batch: int, device: Device
-) -> Load:
-    checkpointing, attention, loss, *spread = strategy
-    alike = Strategy(micro_batch=micro_batch, gradient_checkpointing=checkpointing, attention=attention, loss=loss)
-    return Load(work(architecture, recipe, alike, device), _state_load(architecture, recipe, device, *spread))
+    state = _state_load(
+        architecture,
+        recipe,
+        device,
+        strategy.world_size,
+        strategy.zero_stage,
+        strategy.offload,
+        strategy.paged_optimizer,
+    )
+    return Load(work(architecture, recipe, strategy, device), state)
 
 
 @lru_cache(maxsize=1024)
@@ -305,10 +300,18 @@ def _once(size: int, stage: int) -> int:
     return {0: 2 * size, 1: 2 * size, 2: size, 3: 0}[stage]
 
 
-def times(asked: Load, strategy: Strategy, seq_len: int, rates: Rates, pace: int, paged_out: int = 0) -> Times:
-    """Seconds of one optimizer step at one end of what is achieved, or typically."""
-    micro_batches = strategy.gradient_accumulation
-    tokens = strategy.micro_batch * seq_len
+def times(
+    asked: Load,
+    world: int,
+    micro_batch: int,
+    micro_batches: int,
+    seq_len: int,
+    rates: Rates,
+    pace: int,
+    paged_out: int = 0,
+) -> Times:
+    """Seconds of one optimizer step, of so many `micro_batches`, at one end of what is achieved, or typically."""
+    tokens = micro_batch * seq_len
     done, state = asked
     tensor_cores = rates.flops * rates.products[pace]
     wide = rates.wide_flops * WIDE_PRODUCTS[pace]
@@ -328,7 +331,7 @@ def times(asked: Load, strategy: Strategy, seq_len: int, rates: Rates, pace: int
     summing = (micro_batches - 1) * state.summed_bytes / moving
     computing = micro_batches * (running + starting) + summing
 
-    exchange = ring_seconds(strategy.world_size, rates, pace) * (
+    exchange = ring_seconds(world, rates, pace) * (
         micro_batches * (state.reduced_each + state.gathered) + state.reduced
     )
     exchange -= OVERLAP[pace] * min(exchange, computing)

@@ -9,6 +9,7 @@ gradient, so the backward pass of a linear layer is one product and not two.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,11 +18,11 @@ from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, is_masked
 from qlora_core.memory.device import Device
-from qlora_core.memory.formula import ENDLESS, kernel_in_use, step_of
+from qlora_core.memory.formula import ENDLESS, anywhere, kernel_in_use, step_of
 from qlora_core.memory.step import LAST, Step, on_tape, recorded
 from qlora_core.memory.tape import Size, Where, sum_of
 from qlora_core.recipe import DTYPE_BYTES, Dtype, Recipe
-from qlora_core.strategy import Strategy
+from qlora_core.strategy import Attention, Loss, Strategy
 
 CAUSAL = 2
 """Kernels that know that attention is causal skip the scores above the diagonal: half of them."""
@@ -70,13 +71,16 @@ def work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, de
     return _work(
         architecture,
         _of_any_step(recipe, ENDLESS if is_masked(architecture, recipe.seq_len, recipe.packing) else 1),
-        Strategy(
-            micro_batch=min(strategy.micro_batch, 2),
-            gradient_checkpointing=strategy.gradient_checkpointing,
-            attention=strategy.attention,
-            loss=strategy.loss,
-        ),
-        _anywhere(device),
+        _alone(min(strategy.micro_batch, 2), strategy.gradient_checkpointing, strategy.attention, strategy.loss),
+        anywhere(device),
+    )
+
+
+@lru_cache(maxsize=256)
+def _alone(micro_batch: int, gradient_checkpointing: bool, attention: Attention, loss: Loss) -> Strategy:
+    """A strategy with all that the work depends on."""
+    return Strategy(
+        micro_batch=micro_batch, gradient_checkpointing=gradient_checkpointing, attention=attention, loss=loss
     )
 
 
@@ -84,12 +88,6 @@ def work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, de
 def _of_any_step(recipe: Recipe, length: int) -> Recipe:
     """`recipe` without what its work does not depend on; made once, for its fields are checked anew each time."""
     return replace(recipe, seq_len=length, tokens_per_step=length, optimizer="adamw")
-
-
-@lru_cache(maxsize=256)
-def _anywhere(device: Device) -> Device:
-    """`device` without what its work does not depend on."""
-    return replace(device, context_bytes=0, ranks_per_host=1)
 
 
 @lru_cache(maxsize=256)
@@ -256,11 +254,23 @@ class _Made(NamedTuple):
 
 def _made(step: Step) -> _Made:
     """Two layers stand for all, and one chunk of the loss for all chunks."""
-    recording = recorded(on_tape(step))
-    sizes = recording.sizes_at_rank(step.layer.rank)
+    fixed, more = _made_at_any_rank(on_tape(step), step.layers)
+    rank = step.layer.rank
+    return _Made(
+        written=fixed.written.plus(more.written.times(rank)),
+        summed=fixed.summed.plus(more.summed.times(rank)),
+        dequantized=fixed.dequantized + more.dequantized * rank,
+        kernels=fixed.kernels,
+    )
+
+
+@lru_cache(maxsize=128)
+def _made_at_any_rank(tape: Step, layers: int) -> tuple[_Made, _Made]:
+    """What is made in any case, and what each unit of the rank adds; one rank alone fetches nothing ahead."""
+    recording = recorded(tape)
 
     def times(where: Where) -> int:
-        return step.layers - 1 if where[1] == LAST else 1  # the first layer has nothing to give a gradient to
+        return layers - 1 if where[1] == LAST else 1  # the first layer has nothing to give a gradient to
 
     written, summed, dequantized = Counter[int](), Counter[int](), Counter[int]()  # how often there is each size
     for _, place, room, where in recording.changes:
@@ -269,15 +279,15 @@ def _made(step: Step) -> _Made:
     for place, where in recording.summed:
         summed[place] += times(where)
 
-    def total(counts: Counter[int]) -> Size:
-        return _all_chunks(sum_of(sizes[place].times(count) for place, count in counts.items()))
+    kernels = written.total() + summed.total() + dequantized.total()
 
-    return _Made(
-        written=total(written),
-        summed=total(summed),
-        dequantized=total(dequantized).fixed,
-        kernels=written.total() + summed.total() + dequantized.total(),
-    )
+    def made(sizes: Sequence[Size]) -> _Made:
+        def total(counts: Counter[int]) -> Size:
+            return _all_chunks(sum_of(sizes[place].times(count) for place, count in counts.items()))
+
+        return _Made(total(written), total(summed), total(dequantized).fixed, kernels)
+
+    return made([fixed for fixed, _, _ in recording.sizes]), made([more for _, more, _ in recording.sizes])
 
 
 def _all_chunks(size: Size) -> Size:

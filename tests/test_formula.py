@@ -333,7 +333,7 @@ def test_what_a_search_asks_is_the_estimates(
     longer = dataclasses.replace(asked, seq_len=seq_len, tokens_per_step=seq_len)
     said = estimate(architecture, longer, dataclasses.replace(strategy, micro_batch=micro_batch), device).gpu
     sizes = prepared(architecture, asked, strategy, device)
-    assert sizes.process_bytes(micro_batch, seq_len) == said.process_bytes
+    assert sizes.reserved_bytes(micro_batch, seq_len) == said.reserved_bytes
 
 
 @given(st.sampled_from(MIXED), recipes, strategies, devices)
@@ -342,8 +342,8 @@ def test_the_tape_of_any_rank_is_the_tape_of_each(
     architecture: ModelArchitecture, asked: Recipe, strategy: Strategy, device: Device
 ) -> None:
     step = step_of(architecture, asked, strategy, device)
-    at_any = recorded(on_tape(step)).at_rank(asked.rank)
-    assert recorded(step).at_rank(1) == at_any  # what knows its rank does not depend on another
+    at_any = recorded(on_tape(step)).of(step)
+    assert recorded(step).of(step) == at_any  # what knows its rank and buffer does not depend on another
 
 
 def test_learning_has_no_size() -> None:

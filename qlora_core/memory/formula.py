@@ -7,8 +7,8 @@ sequence length (`sizes.py`).
 
 from __future__ import annotations
 
-from dataclasses import fields
-from functools import lru_cache, partial
+from dataclasses import fields, replace
+from functools import cached_property, lru_cache, partial
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -66,8 +66,9 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
     Raises:
         ValueError: nothing is trained.
     """
-    sizes = prepared(architecture, recipe, strategy, device)
-    return sizes.at(strategy.micro_batch, recipe.seq_len).estimate(strategy.micro_batch, recipe.seq_len)
+    shape = strategy.micro_batch, recipe.seq_len
+    sizes = prepared(architecture, recipe, strategy, device).at(*shape)
+    return sizes.estimate(*shape, device.context_bytes, device.ranks_per_host)
 
 
 def course(
@@ -112,13 +113,24 @@ class Prepared:
         self._single_is_special = strategy["attention"] == "eager"
         self._of_kind: dict[tuple[bool, bool], Sizes] = {}
 
-    def process_bytes(self, micro_batch: int, seq_len: int) -> int:
-        """What the whole process needs on the GPU, as `estimate` says it, but nothing else of that."""
-        return self.at(micro_batch, seq_len).process_bytes(micro_batch, seq_len)
+    @cached_property
+    def weights_bytes(self) -> int:
+        """What the base model's weights alone take, at least; it takes no time to tell."""
+        recipe, strategy = self._asked(False, False)[1:3]
+        weights = exact.weights(self._architecture, recipe, self._device.compute_dtype)
+        constants = sum(size * count for size, count in weights.constants)
+        if strategy.offload == "all":
+            return constants
+        divided = sum(size * count for size, count in (*weights.base, *weights.unquantized))
+        return constants + divided // (strategy.world_size if strategy.zero_stage == 3 else 1)
 
-    def least_bytes(self, micro_batch: int, seq_len: int) -> int:
-        """What it needs at least, however well its tensors are placed."""
-        return self.at(micro_batch, seq_len).least_bytes(micro_batch, seq_len)
+    def reserved_bytes(self, micro_batch: int, seq_len: int) -> int:
+        """What is reserved on the GPU, as `estimate` says it, but nothing else of that."""
+        return self.at(micro_batch, seq_len).reserved_bytes(micro_batch, seq_len)
+
+    def allocated_bytes(self, micro_batch: int, seq_len: int) -> int:
+        """What is allocated: the least that has to be reserved, however well tensors are placed."""
+        return self.at(micro_batch, seq_len).allocated_bytes(micro_batch, seq_len)
 
     def at(self, micro_batch: int, seq_len: int) -> Sizes:
         """The sizes that hold for these, among others."""
@@ -152,6 +164,8 @@ class Prepared:
 
 OPEN = frozenset({"seq_len", "tokens_per_step", "micro_batch"})
 """Fields that a `Prepared` leaves open."""
+COUNTED = frozenset({"world_size", "gradient_accumulation"})
+"""Those of a strategy that it takes as few as stand for all."""
 LEARNING = frozenset(
     {
         "alpha",
@@ -171,23 +185,35 @@ LEARNING = frozenset(
 )
 """Fields of a recipe that no size depends on."""
 RECIPE_FIELDS = tuple(field.name for field in fields(Recipe) if field.name not in OPEN | LEARNING)
-STRATEGY_FIELDS = tuple(field.name for field in fields(Strategy) if field.name not in OPEN)
+STRATEGY_FIELDS = tuple(field.name for field in fields(Strategy) if field.name not in OPEN | COUNTED)
 _of_recipe, _of_strategy = attrgetter(*RECIPE_FIELDS), attrgetter(*STRATEGY_FIELDS)
 
 
 def prepared(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Prepared:
-    """What a search over micro-batches and sequence lengths asks; it is the same for all that are alike in the rest."""
-    return _prepared(architecture, _of_recipe(recipe), _of_strategy(strategy), device)
+    """What a search over micro-batches and sequence lengths asks; it is the same for all that are alike in the rest.
+
+    Of micro-batches and, where nothing is divided, of ranks it matters only whether there is more than one. The context
+    and how many ranks share a host come on top.
+    """
+    world = strategy.world_size if strategy.zero_stage else min(strategy.world_size, 2)
+    several = min(strategy.gradient_accumulation, 2)
+    return _prepared(architecture, _of_recipe(recipe), (world, several, *_of_strategy(strategy)), anywhere(device))
 
 
 @lru_cache(maxsize=256)
+def anywhere(device: Device) -> Device:
+    """`device` whatever its context and the ranks beside it."""
+    return replace(device, context_bytes=0, ranks_per_host=1)
+
+
+@lru_cache(maxsize=1024)
 def _prepared(
     architecture: ModelArchitecture, recipe: tuple[Any, ...], strategy: tuple[Any, ...], device: Device
 ) -> Prepared:
     return Prepared(
         architecture,
         dict(zip(RECIPE_FIELDS, recipe, strict=True)),
-        dict(zip(STRATEGY_FIELDS, strategy, strict=True)),
+        dict(zip(("world_size", "gradient_accumulation", *STRATEGY_FIELDS), strategy, strict=True)),
         device,
     )
 
@@ -226,7 +252,7 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
         layer_gradients=layer_gradients,
         bucket=shard.bucket_bytes if stage == 2 or (stage == 1 and not several) else 0,
         layers_to_flush=-(-shard.bucket_bytes // max(layer_gradients, 1)) if flushes else 0,
-        part=shard.kept_gradient_bytes,
+        part=shard.kept_gradient_bytes if flushes else 0,
         reduced_after=max(shard.kept_gradient_bytes - shard.bucket_bytes, 0) if stage == 1 else 0,
         sharded=stage > 0,
         fetched=fetched_ahead(architecture, recipe, device) if stage == 3 else 0,

@@ -37,7 +37,7 @@ class Residents(NamedTuple):
         paged: optimizer state in managed memory.
         segments: reserved memory in which all this lies.
         holes: what loading leaves free in them.
-        host_load, host_steady: bytes of all ranks of a host.
+        host_load, host_steady: on the host.
     """
 
     loaded: dict[str, int]
@@ -97,7 +97,7 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         segments = sum(loaded.values()) + sum(whole.values())
     else:
         loaded["framework"], segments, holes = settled(architecture, recipe, device)
-    load_peak, host_load = sum(loaded.values()), _host_load(architecture, device)
+    load_peak, host_load = sum(loaded.values()), _host_load(architecture)
     if shard.stage == 3:
         base = sum(size * count for sizes in weights for size, count in sizes)
         adapters = sum(size * count for size, count in lora)
@@ -108,7 +108,7 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
             # constants come when all parameters are divided (engine_deepspeed.divide), and then what DeepSpeed makes
             load_peak += max(passing - loaded["quantization_constants"], shard.engine_bytes)
             # each rank loads the whole base there, and gives it adapters, before it divides it
-            host_load = device.ranks_per_host * (base + max(adapters, _on_its_way(architecture, recipe)))
+            host_load = base + max(adapters, _on_its_way(architecture, recipe))
     return Residents(
         loaded,
         load_peak,
@@ -118,7 +118,7 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         segments + packed([(sum(between.values()) + sum(added["backward"].values()), 1)]),
         holes,
         host_load,
-        device.ranks_per_host * (kept_on_host + shard.host_bytes(state.resident + state.paged)),
+        kept_on_host + shard.host_bytes(state.resident + state.paged),
     )
 
 
@@ -236,14 +236,14 @@ def _step_buffers(
     return 2 * itemsize * max(numel for numel, _ in tensors)
 
 
-def _host_load(architecture: ModelArchitecture, device: Device) -> int:
-    """What all ranks of a host hold while loading: each the 16-bit weights that its threads are moving to its device.
+def _host_load(architecture: ModelArchitecture) -> int:
+    """What a rank holds on the host while loading: the 16-bit weights that its threads are moving to its device.
 
     Checkpoints are mapped, not read: their pages are the operating system's to drop. On a CPU the model itself is what
     `GpuEstimate` counts.
     """
     largest = max(architecture.embedding_parameters, *(linear.weight_numel for linear in architecture.linears))
-    return device.ranks_per_host * LOADING_THREADS * 2 * largest
+    return LOADING_THREADS * 2 * largest
 
 
 def _on_its_way(architecture: ModelArchitecture, recipe: Recipe) -> int:

@@ -17,9 +17,10 @@ from qlora_core.strategy import LOSS_CHUNK_TOKENS, Strategy
 
 
 class Sizes:
-    """What a structure needs on one rank and one host, for any micro-batch and sequence length.
+    """What a structure needs, for any micro-batch and sequence length.
 
     Args:
+        device: of any context and any number of ranks on a host.
         stays: what neither of them changes.
         times: the step as polynomials in both.
         strategy: of any micro-batch.
@@ -30,7 +31,7 @@ class Sizes:
     def __init__(
         self, stays: Residents, times: Timeline, device: Device, strategy: Strategy, layers: int, head_trained: bool
     ) -> None:
-        self._stays, self._layers, self._context = stays, layers, device.context_bytes
+        self._stays, self._layers = stays, layers
         self._checkpointing = strategy.gradient_checkpointing
         self._chunks_again = strategy.loss == "chunked" and head_trained
         self._growth: Growth | None = None
@@ -55,16 +56,12 @@ class Sizes:
         for a, b, c, d, e in (candidate.total for candidate in self._candidates[phase]):
             yield self._resident[phase] + a, b, c, d, e
 
-    def process_bytes(self, micro_batch: int, seq_len: int) -> int:
-        """What the whole process needs on the GPU: the one figure of `estimate` that a search compares."""
-        allocated = self._allocated(micro_batch, seq_len)
-        return self._reserved(allocated, micro_batch, seq_len)[1] + self._context
+    def reserved_bytes(self, micro_batch: int, seq_len: int) -> int:
+        """The one figure of `estimate` that a search for the largest compares."""
+        return self._reserved(self.allocated_bytes(micro_batch, seq_len), micro_batch, seq_len)[1]
 
-    def least_bytes(self, micro_batch: int, seq_len: int) -> int:
-        """What the whole process needs at least: its tensors and the context."""
-        return self._allocated(micro_batch, seq_len) + self._context
-
-    def _allocated(self, micro_batch: int, seq_len: int) -> int:
+    def allocated_bytes(self, micro_batch: int, seq_len: int) -> int:
+        """What a rank needs at least, however well its tensors are placed."""
         variables = _variables(micro_batch, seq_len)
         _, positions, tokens, scores, chunk = variables
         most = max([a + b * positions + c * tokens + d * scores + e * chunk for a, b, c, d, e in self._in_passes])
@@ -82,8 +79,8 @@ class Sizes:
         last_chunk = labels % LOSS_CHUNK_TOKENS if self._chunks_again and labels > LOSS_CHUNK_TOKENS else 0
         return self._stays.segments + self._growth.at(_variables(micro_batch, seq_len), last_chunk)
 
-    def estimate(self, micro_batch: int, seq_len: int) -> Estimate:
-        """All that `formula.estimate` says."""
+    def estimate(self, micro_batch: int, seq_len: int, context_bytes: int, ranks: int) -> Estimate:
+        """All that `formula.estimate` says, of so many ranks on a host."""
         stays, variables = self._stays, _variables(micro_batch, seq_len)
         too_large = self._slack(variables)
         totals: dict[Phase, int] = {}
@@ -105,11 +102,11 @@ class Sizes:
                 peak_moment=in_words(peak_phase, peak.where, self._layers),
                 allocated_bytes=allocated,
                 reserved_bytes=reserved,
-                process_bytes=reserved + self._context,
+                process_bytes=reserved + context_bytes,
                 paged_bytes=stays.paged,
                 reserved_interval=(low, high),
             ),
-            HostEstimate(stays.host_load, stays.host_steady),
+            HostEstimate(ranks * stays.host_load, ranks * stays.host_steady),
         )
 
     def between_steps(self) -> Components:

@@ -33,6 +33,8 @@ Handling = Literal["kept", "accumulated", "moved", "taken"]
 there and moved into a bucket with it (DDP); or taken away into a bucket (ZeRO-2 and 3)."""
 ANY_RANK = 1 << 128
 """The adapters' rank while the tape runs: so far above every coefficient that what a size owes to it can be told."""
+ANY_FETCHED = 1 << 256
+"""The buffer of weights fetched ahead while the tape runs: above all that is made of the rank."""
 Logits = Literal["plain", "scaled", "capped"]
 CHUNK_ROW = Size(per_chunk_token=1)
 """One element per token of a chunk of the loss."""
@@ -90,12 +92,12 @@ class Step(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """The tape's log of a step, at any rank.
+    """The tape's log of a step, at any rank and with any buffer of weights fetched ahead.
 
     Attributes:
         changes: as `Change` has them, with a place in `sizes` for the size.
         summed: what is added to in place, with a place in `sizes`, and where.
-        sizes: what is there whatever the rank, and what each unit of it adds.
+        sizes: what is there in any case, what each unit of the rank adds, and whether it is that buffer.
         marks: places in the log after each layer.
         forward_end: the place in the log at which the forward pass has ended.
         copies: numbers of the storages that autocast keeps until then.
@@ -103,24 +105,25 @@ class Recording(NamedTuple):
 
     changes: tuple[tuple[int, int, Room | None, Where | None], ...]
     summed: tuple[tuple[int, Where], ...]
-    sizes: tuple[tuple[Size, Size], ...]
+    sizes: tuple[tuple[Size, Size, int], ...]
     marks: tuple[int, ...]
     forward_end: int
     copies: frozenset[int]
 
-    def at_rank(self, rank: int) -> list[Change]:
-        """The log."""
-        sizes = self.sizes_at_rank(rank)
+    def of(self, step: Step) -> list[Change]:
+        """The log of a step with this tape."""
+        sizes = self.sizes_of(step)
         return [(number, sizes[place], room, where) for number, place, room, where in self.changes]
 
-    def sizes_at_rank(self, rank: int) -> list[Size]:
+    def sizes_of(self, step: Step) -> list[Size]:
         """What the places in `sizes` stand for."""
-        return [fixed.plus(more.times(rank)) for fixed, more in self.sizes]
+        rank, fetched = step.layer.rank, Size(fixed=step.fetched)
+        return [fetched if is_fetched else fixed.plus(more.times(rank)) for fixed, more, is_fetched in self.sizes]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=128)
 def recorded(step: Step) -> Recording:
-    """The tape's log of a step with the rank `ANY_RANK`: all sizes are linear in it.
+    """The tape's log of a step `on_tape`: all sizes are linear in its rank, `ANY_RANK`.
 
     Raises:
         ValueError: nothing is trained.
@@ -140,13 +143,14 @@ def recorded(step: Step) -> Recording:
     places: dict[Size, int] = {}
     changes = tuple((number, places.setdefault(size, len(places)), room, where) for number, size, room, where in log)
     summed = tuple((places.setdefault(size, len(places)), where) for size, where in tape.summed)
-    return Recording(changes, summed, tuple(map(_by_rank, places)), tuple(marks), forward_end, frozenset(copies))
+    return Recording(changes, summed, tuple(map(_parts_of, places)), tuple(marks), forward_end, frozenset(copies))
 
 
-def _by_rank(size: Size) -> tuple[Size, Size]:
-    """What of a size is there whatever the rank, and what each unit of it adds."""
-    parts = [divmod(coefficient, ANY_RANK) for coefficient in size]
-    return Size(*(fixed for _, fixed in parts)), Size(*(more for more, _ in parts))
+def _parts_of(size: Size) -> tuple[Size, Size, int]:
+    """What of a size is there in any case, what each unit of the rank adds, and whether it is `ANY_FETCHED`."""
+    is_fetched, fixed = divmod(size.fixed, ANY_FETCHED)
+    parts = [divmod(coefficient, ANY_RANK) for coefficient in (fixed, *size[1:])]
+    return Size(*(fixed for _, fixed in parts)), Size(*(more for more, _ in parts)), is_fetched
 
 
 def on_tape(step: Step) -> Step:
@@ -167,6 +171,7 @@ def on_tape(step: Step) -> Step:
         part=0,
         reduced_after=0,
         sharded=False,
+        fetched=ANY_FETCHED if step.fetched else 0,
     )
 
 

@@ -99,23 +99,31 @@ class Moments(NamedTuple):
     Attributes:
         parts: the candidate peaks of each part of a step, as two layers make them.
         alive: what was alive at those, after each layer, and at the ends of both passes.
+        rooms: the bytes in each room at some of these places, which many steps ask for.
     """
 
     recording: Recording
     parts: dict[Part, tuple[Peak, ...]]
     alive: dict[int, Alive]
     stretches: Stretches
+    rooms: dict[int, dict[Room, Size]]
+
+    def rooms_at(self, place: int) -> dict[Room, Size]:
+        """The bytes in each room at one of the places."""
+        if place not in self.rooms:
+            self.rooms[place] = by_room(self.alive[place])
+        return self.rooms[place]
 
 
-@lru_cache(maxsize=64)
-def _moments(step: Step, rank: int) -> Moments:
-    """Those of a step `on_tape`."""
-    recording = recorded(step)
-    log = recording.at_rank(rank)
+@lru_cache(maxsize=256)
+def _moments(tape: Step, rank: int, fetched: int) -> Moments:
+    """Those of the steps with this `on_tape`, rank and buffer of weights fetched ahead."""
+    recording = recorded(tape)
+    log = recording.of(tape._replace(layer=tape.layer._replace(rank=rank), fetched=fetched))
     parts = _peaks_by_part(log)
     places = (peak.place for peaks in parts.values() for peak in peaks)
     alive = alive_at(log, [*recording.marks, recording.forward_end, len(log), *places])
-    return Moments(recording, parts, alive, _stretches(parts, alive))
+    return Moments(recording, parts, alive, _stretches(parts, alive), {})
 
 
 class Whole(NamedTuple):
@@ -135,8 +143,8 @@ class Whole(NamedTuple):
 
 def _whole(step: Step) -> Whole:
     """A step with all its layers, from what two of them do."""
-    moments = _moments(on_tape(step), step.layer.rank)
-    recording, parts, alive, _ = moments
+    moments = _moments(on_tape(step), step.layer.rank, step.fetched)
+    recording, parts, alive, *_ = moments
     marks = recording.marks
     middle = max(step.layers - 2, 0)
     in_between = Counter[Kept]()
@@ -156,16 +164,16 @@ def _whole(step: Step) -> Whole:
     return Whole(moments, peaks, made, in_between)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1024)
 def timeline(step: Step) -> Timeline:
     """The candidate peaks of a step; none of those kept is below another for every size.
 
     Raises:
         ValueError: nothing is trained.
     """
-    (recording, _, alive, stretches), peaks, made, in_between = _whole(step)
-    end = len(recording.changes)
-    left = _sum(by_room(alive[end]), made)
+    moments, peaks, made, in_between = _whole(step)
+    end = len(moments.recording.changes)
+    left = _sum(moments.rooms_at(end), made)
     if step.reduced_after:
         added = _sum(made, {GRADIENTS: Size(fixed=step.reduced_after)})
         total = sum_of(left.values()).plus(Size(fixed=step.reduced_after))
@@ -175,10 +183,10 @@ def timeline(step: Step) -> Timeline:
         gone += (GRADIENTS, BUFFERS)
     rest = {room: size for room, size in left.items() if room not in gone}
     return Timeline(
-        forward=_candidates(alive, (peak for peak in peaks if peak.where[0] == "forward")),
-        backward=_candidates(alive, (peak for peak in peaks if peak.where[0] == "backward")),
+        forward=_candidates(moments, (peak for peak in peaks if peak.where[0] == "forward")),
+        backward=_candidates(moments, (peak for peak in peaks if peak.where[0] == "backward")),
         after_backward=Candidate(("backward", FIRST), rest, sum_of(rest.values())),
-        stretches=stretches,
+        stretches=moments.stretches,
         kept=tuple((size, count) for (_, size), count in in_between.items() if _may_be_large(size)),
     )
 
@@ -193,7 +201,7 @@ def course(step: Step) -> list[tuple[Part, tuple[Candidate, ...]]]:
     parts: dict[Part, list[Peak]] = {}
     for peak in peaks:
         parts.setdefault((peak.where[0], peak.where[1]), []).append(peak)
-    return [(part, _candidates(moments.alive, found)) for part, found in parts.items()]
+    return [(part, _candidates(moments, found)) for part, found in parts.items()]
 
 
 def _kept_in_between(step: Step, middle: int, before: Alive, after: Alive) -> Counter[Kept]:
@@ -201,8 +209,9 @@ def _kept_in_between(step: Step, middle: int, before: Alive, after: Alive) -> Co
     unlike = min(step.unlike_layers, middle) if step.unlike is not None else 0
     kept = _kept(before, after, middle - unlike)
     if step.unlike is not None:
-        recording = recorded(on_tape(step._replace(layer=step.unlike)))
-        alive = alive_at(recording.at_rank(step.unlike.rank), recording.marks)
+        unlike_step = step._replace(layer=step.unlike)
+        recording = recorded(on_tape(unlike_step))
+        alive = alive_at(recording.of(unlike_step), recording.marks)
         first, last = (alive[mark] for mark in recording.marks)
         kept.update(_kept(first, last, unlike))
     return kept
@@ -283,10 +292,10 @@ def _with_middle(
     return sorted(peaks, key=lambda peak: peak.place)
 
 
-def _candidates(alive: Mapping[int, Alive], peaks: Iterable[Peak]) -> tuple[Candidate, ...]:
+def _candidates(moments: Moments, peaks: Iterable[Peak]) -> tuple[Candidate, ...]:
     """Those of `peaks` that are the highest for some size."""
     kept = above_others(peaks)
-    return tuple(Candidate(peak.where, _sum(by_room(alive[peak.place]), peak.added), peak.total) for peak in kept)
+    return tuple(Candidate(peak.where, _sum(moments.rooms_at(peak.place), peak.added), peak.total) for peak in kept)
 
 
 def _sum(rooms: dict[Room, Size], more: dict[Room, Size]) -> dict[Room, Size]:
@@ -320,7 +329,8 @@ def _large(alive: Alive) -> dict[int, Size]:
 
 
 def _may_be_large(size: Size) -> bool:
-    return any(size[1:]) or size.fixed > MIB
+    fixed, per_position, per_token, per_score, per_chunk_token = size
+    return fixed > MIB or bool(per_token or per_position or per_score or per_chunk_token)
 
 
 def highest(candidates: Sequence[Moving], variables: Sequence[int]) -> Moving:

@@ -83,7 +83,7 @@ def estimate(
             paged_bytes=recorded.paged,
             reserved_interval=(reserved, reserved),
         ),
-        HostEstimate(stays.host_load, stays.host_steady),
+        HostEstimate(device.ranks_per_host * stays.host_load, device.ranks_per_host * stays.host_steady),
     )
 
 

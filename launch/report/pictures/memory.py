@@ -114,7 +114,8 @@ def what_fits(plan: Plan) -> Picture:
     sizes = prepared(plan.architecture, plan.recipe, plan.strategy, target.device)
     lengths = sorted({*LENGTHS, plan.recipe.seq_len})
     batches = sorted({*MICRO_BATCHES, plan.strategy.micro_batch})
-    table = [[sizes.process_bytes(batch, length) for length in lengths] for batch in batches]
+    context = target.device.context_bytes
+    table = [[sizes.reserved_bytes(batch, length) + context for length in lengths] for batch in batches]
     unit, name = unit_of(max(plan.verdict.process_bytes, GIB // 2))
     with styled():
         figure = canvas(0.9 + 0.36 * len(batches))
