@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,26 +25,38 @@ Batch = Mapping[str, torch.Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example: token ids, and which of them are learned."""
+    """One example: token ids, which of them are learned, and where in the data it stands, in words."""
 
     ids: list[int]
     learned: list[bool]
+    place: str = field(default="", compare=False)
 
 
 def save_examples(examples: Sequence[Encoded], path: Path) -> None:
-    """Write examples as one safetensors file: ids [T] int32, learned [T] uint8, starts [N + 1] int64."""
+    """Write examples as one safetensors file.
+
+    It has ids [T] int32, learned [T] uint8, starts [N + 1] int64, and places [P] uint8, each ended by a line's end.
+    """
     ids, learned, starts = array("i"), bytearray(), [0]  # five bytes a token, where lists of numbers take forty
+    places = bytearray()
     for example in examples:
         ids.extend(example.ids)
         learned += bytes(example.learned)
         starts.append(len(ids))
+        places += as_line(example.place)
     tensors = {
         "ids": torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32),
         "learned": torch.frombuffer(learned, dtype=torch.uint8) if ids else torch.empty(0, dtype=torch.uint8),
         "starts": torch.tensor(starts, dtype=torch.int64),
+        "places": torch.frombuffer(places, dtype=torch.uint8) if places else torch.empty(0, dtype=torch.uint8),
     }
     with replace_atomically(path) as temporary:
         save_file(tensors, temporary)
+
+
+def as_line(place: str) -> bytes:
+    """A place as one line of many."""
+    return " ".join(place.splitlines()).encode(errors="replace") + b"\n"
 
 
 class Examples(Sequence[tuple[torch.Tensor, torch.Tensor]]):
@@ -59,6 +71,7 @@ class Examples(Sequence[tuple[torch.Tensor, torch.Tensor]]):
         with safe_open(path, framework="pt") as file:
             self._ids, self._learned = file.get_tensor("ids"), file.get_tensor("learned").bool()
             self._starts: list[int] = file.get_tensor("starts").tolist()
+            self._places = file.get_tensor("places")
         self.lengths = [end - start for start, end in zip(self._starts, self._starts[1:], strict=False)]
         # the first token of an example is never predicted
         self.learned = [int(self[index][1][1:].sum()) for index in range(len(self))]
@@ -69,6 +82,11 @@ class Examples(Sequence[tuple[torch.Tensor, torch.Tensor]]):
     def __getitem__(self, index: Any) -> Any:
         span = slice(self._starts[index], self._starts[index + 1])
         return self._ids[span].long(), self._learned[span]
+
+    def places(self, indexes: Sequence[int]) -> list[str]:
+        """Where in the data these examples stand, or else their numbers; asked for after a failure."""
+        lines = self._places.numpy().tobytes().split(b"\n")
+        return [lines[index].decode() or f"number {index + 1}" for index in indexes]
 
     def batch(self, indexes: Sequence[int], pad_token: int, device: torch.device) -> Batch:
         """The examples of a micro-batch as [B, S] tensors, padded on the right to its longest."""
@@ -111,6 +129,10 @@ class Rows:
     def example(self, index: int) -> torch.Tensor:
         """The tokens of an example, [S]."""
         return cast(torch.Tensor, self._examples[index][0])
+
+    def places(self, indexes: Sequence[int]) -> list[str]:
+        """Where in the data these examples stand."""
+        return self._examples.places(indexes)
 
     def largest_micro_batch(self, total_steps: int, micro_batch: int) -> list[int]:
         """The rows of the micro-batch, over a whole run, with most positions, and among those with most to learn."""

@@ -279,12 +279,12 @@ def culprits(run: TrainingRun, losses: list[tuple[list[int], torch.Tensor]]) -> 
 
 
 def named(run: TrainingRun, rows: list[int]) -> str:
-    """The examples of rows, as a sentence, and how the first of them begins."""
+    """The examples of rows by where they stand in the data, as a sentence, and how the first of them begins."""
     examples = [index for row in rows for index in run.train_data.members[row]]
-    numbers = ", ".join(str(index + 1) for index in examples[:NAMED_EXAMPLES])
+    places = ", ".join(run.train_data.places(examples[:NAMED_EXAMPLES]))
     more = f" and {len(examples) - NAMED_EXAMPLES} more" if len(examples) > NAMED_EXAMPLES else ""
     begins = decode(run.tokenizer, run.train_data.example(examples[0])[:BEGINNING])
-    return f"It holds the training examples {numbers}{more}, of which the first begins {begins!r}."
+    return f"It holds the examples of {places}{more}, of which the first begins {begins!r}."
 
 
 def evaluate(run: TrainingRun, observer: Observer) -> float | None:

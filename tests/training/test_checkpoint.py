@@ -175,7 +175,10 @@ def test_a_loss_that_is_not_finite_names_the_examples_that_it_came_with(
     tmp_path: Path, tiny_base: Path, data: Path
 ) -> None:
     poisoned = 77
-    examples = [Encoded([10 + place % 5 for place in range(4 + index)], [True] * (4 + index)) for index in range(24)]
+    examples = [
+        Encoded([10 + place % 5 for place in range(4 + index)], [True] * (4 + index), f"a.jsonl, line {2 * index + 1}")
+        for index in range(24)
+    ]
     examples[5].ids[2] = poisoned
     save_examples(examples, tmp_path / "poisoned.safetensors")
     run = build(tiny_base, data, tmp_path, recipe_of())
@@ -183,6 +186,6 @@ def test_a_loss_that_is_not_finite_names_the_examples_that_it_came_with(
     step = next(step for step in range(6) if 5 in rows.order.step(step))
     with torch.no_grad():
         cast(Any, run.model).get_input_embeddings().weight[poisoned] = float("nan")
-    with pytest.raises(RunFailed, match=rf"loss of step {step + 1} is nan.*rank 0.*training examples (\d+, )?6\b"):
+    with pytest.raises(RunFailed, match=rf"loss of step {step + 1} is nan.*rank 0.*examples of .*a\.jsonl, line 11\b"):
         train(dataclasses.replace(run, train_data=rows), Watcher(), None)
     assert manifest.complete(tmp_path).keys() == ({4} if step >= 4 else set())

@@ -11,6 +11,7 @@ import torch
 
 from clusters.errors import RequestError
 from qlora_core.training.dataset import encode_file
+from qlora_core.training.dataset.options import DataOptions
 from qlora_core.training.dataset.readers import read_file
 from qlora_core.training.dataset.sources import file_digest
 from qlora_core.training.examples import IGNORED, Encoded, Examples, iterate_eval_batches, save_examples
@@ -175,6 +176,19 @@ def test_examples_come_back_from_their_file_and_are_padded_on_the_right(tmp_path
         "attention_mask_BS": [[1, 1, 1], [1, 1, 0]],
         "labels_BS": [[IGNORED, 6, 7], [8, 9, IGNORED]],
     }
+
+
+def test_an_example_knows_its_line_of_the_data_wherever_it_is_moved(tmp_path: Path, tokenizer: Any) -> None:
+    data = tmp_path / "talk\nof.jsonl"  # a name may hold a line's end
+    line = json.dumps({"prompt": "cup", "completion": " a red cup"})
+    data.write_text(f"{line}\n\nnot json\n{line}\n{line}\n")
+    options = DataOptions(max_bad=1, cache=tmp_path / "cache")
+    for _ in range(2):  # the second time out of the cache
+        examples, _ = encode_file(data, "auto", tokenizer, 64, options)
+        save_examples(examples.select([2, 1]), tmp_path / "x.safetensors")
+        shown = str(data).replace("\n", " ")
+        assert Examples(tmp_path / "x.safetensors").places([1, 0]) == [f"{shown}, line 4", f"{shown}, line 5"]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -28,8 +28,8 @@ from qlora_core.training.dataset.report import DataReport
 from qlora_core.training.dataset.sources import Source
 from qlora_core.training.dataset.tokens import EncodedExamples
 
-VERSION = 1
-"""Raised when the same data becomes other tokens."""
+VERSION = 2
+"""Raised when the same data becomes other tokens, or is kept otherwise."""
 LIMIT_BYTES = 20 * 2**30
 """Of the whole folder; what was not used for longest goes first."""
 
@@ -86,8 +86,11 @@ def load(folder: Path | None, key: str | None) -> tuple[EncodedExamples, DataRep
             ids, starts = array("i"), array("q")
             ids.frombytes(file.get_tensor("ids").astype(np.int32).tobytes())
             starts.frombytes(file.get_tensor("starts").astype(np.int64).tobytes())
-            examples = EncodedExamples(ids, bytearray(file.get_tensor("learned").tobytes()), starts)
-        if starts[-1] != len(ids) or len(examples.learned) != len(ids) or examples.digest() != report.token_digest:
+            learned, places = (bytearray(file.get_tensor(name).tobytes()) for name in ("learned", "places"))
+            examples = EncodedExamples(ids, learned, starts, places)
+        if starts[-1] != len(ids) or len(learned) != len(ids) or places.count(b"\n") != len(examples):
+            return None
+        if examples.digest() != report.token_digest:
             return None
         os.utime(path)
     except (OSError, SafetensorError, ValueError, TypeError, LookupError):
@@ -103,6 +106,7 @@ def save(folder: Path | None, key: str | None, examples: EncodedExamples, report
         "ids": np.frombuffer(examples.ids, dtype=np.int32),
         "learned": np.frombuffer(examples.learned, dtype=np.uint8),
         "starts": np.frombuffer(examples.starts, dtype=np.int64),
+        "places": np.frombuffer(examples.places, dtype=np.uint8),
     }
     with contextlib.suppress(OSError, SafetensorError), replace_atomically(folder / f"{key}.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"report": json.dumps(dataclasses.asdict(report))})

@@ -85,7 +85,7 @@ def encode_source(
                 unlearnable += 1
                 continue
             truncated += len(ids) > seq_len
-            examples.append(ids[:seq_len], learned[:seq_len])
+            examples.append(ids[:seq_len], learned[:seq_len], place)
     bad.check(next(counted), options.max_bad, source.shown)
     report = DataReport(
         format=name,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from qlora_core.training.examples import Encoded
+from qlora_core.training.examples import Encoded, as_line
 
 
 class EncodedExamples(Sequence[Encoded]):
@@ -17,19 +18,28 @@ class EncodedExamples(Sequence[Encoded]):
 
     Attributes:
         ids, learned, starts: the arrays, shared by all selections of them.
+        places: where each stands in the data, a line each, shared likewise.
     """
 
-    def __init__(self, ids: array[int], learned: bytearray, starts: array[int], order: Sequence[int] | None = None):
-        self.ids, self.learned, self.starts = ids, learned, starts
+    def __init__(
+        self,
+        ids: array[int],
+        learned: bytearray,
+        starts: array[int],
+        places: bytearray,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        self.ids, self.learned, self.starts, self.places = ids, learned, starts, places
         self._order: Sequence[int] = range(len(starts) - 1) if order is None else order
 
     @classmethod
     def empty(cls) -> EncodedExamples:
         """None yet; see `append`."""
-        return cls(array("i"), bytearray(), array("q", [0]))
+        return cls(array("i"), bytearray(), array("q", [0]), bytearray())
 
-    def append(self, ids: Sequence[int], learned: bytes) -> None:
+    def append(self, ids: Sequence[int], learned: bytes, place: str) -> None:
         """One more example."""
+        self.places += as_line(place)
         self.ids.extend(ids)
         self.learned += learned
         self.starts.append(len(self.ids))
@@ -37,7 +47,8 @@ class EncodedExamples(Sequence[Encoded]):
 
     def select(self, indexes: Sequence[int]) -> EncodedExamples:
         """The examples at `indexes`, in that order, without copying a token."""
-        return EncodedExamples(self.ids, self.learned, self.starts, array("q", (self._order[i] for i in indexes)))
+        order = array("q", (self._order[i] for i in indexes))
+        return EncodedExamples(self.ids, self.learned, self.starts, self.places, order)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -46,7 +57,13 @@ class EncodedExamples(Sequence[Encoded]):
         if isinstance(index, slice):
             return self.select(range(*index.indices(len(self))))
         span = self._span(index)
-        return Encoded(self.ids[span].tolist(), [bool(flag) for flag in self.learned[span]])
+        place = self._lines[self._order[index]].decode()
+        return Encoded(self.ids[span].tolist(), [bool(flag) for flag in self.learned[span]], place)
+
+    @cached_property
+    def _lines(self) -> list[bytes]:
+        """The places; asked for when all are there."""
+        return bytes(self.places).split(b"\n")
 
     @property
     def lengths(self) -> list[int]:
