@@ -76,12 +76,12 @@ def on_this_cpu(family: str, strategy: Strategy) -> Strategy:
     ("asked", "strategy", "dtype"),
     [
         (recipe(rank=8, seq_len=128), Strategy(), "float32"),
-        (recipe(rank=8, seq_len=128), Strategy(micro_batch=2), "bfloat16"),
-        (recipe(rank=8, seq_len=128), Strategy(micro_batch=2, gradient_checkpointing=False), "bfloat16"),
+        (recipe(rank=8, seq_len=64), Strategy(micro_batch=2), "bfloat16"),
+        (recipe(rank=8, seq_len=64), Strategy(micro_batch=2, gradient_checkpointing=False), "bfloat16"),
         (recipe(rank=32, seq_len=512), Strategy(), "float32"),
         (recipe(rank=8, seq_len=128, method="lora", quantization="none"), Strategy(micro_batch=2), "float32"),
         (recipe(rank=8, seq_len=256, targets=("q_proj", "v_proj")), Strategy(micro_batch=2), "float32"),
-        (recipe(rank=8, seq_len=256, targets=("q_proj",)), Strategy(gradient_checkpointing=False), "bfloat16"),
+        (recipe(rank=8, seq_len=128, targets=("q_proj",)), Strategy(gradient_checkpointing=False), "bfloat16"),
     ],
 )
 def test_a_real_step_on_this_cpu_needs_what_the_formula_says(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from real_runs import TIMEOUT
 
 from clusters.errors import RequestError
 from orchestrator.trials import trials_of, values_of
@@ -113,9 +114,8 @@ def test_a_sweep_of_nothing_is_refused(specification: Path, overrides: list[str]
 def sweep(specification: Path) -> Callable[..., Told]:
     def run(*arguments: str) -> Told:
         environment = {**os.environ, "QLORA_LEDGER": str(specification.with_name("ledger.sqlite"))}
-        done = subprocess.run(
-            [COMMAND, "sweep", specification, *arguments], env=environment, capture_output=True, text=True, timeout=400
-        )
+        command = [COMMAND, "sweep", specification, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
         return done.returncode, done.stdout, done.stderr
 
     return run
