@@ -114,7 +114,7 @@ def test_a_sweep_of_nothing_is_refused(specification: Path, overrides: list[str]
 def sweep(specification: Path) -> Callable[..., Told]:
     def run(*arguments: str) -> Told:
         environment = {**os.environ, "QLORA_LEDGER": str(specification.with_name("ledger.sqlite"))}
-        command = [COMMAND, "sweep", str(specification), *arguments]
+        command = [str(COMMAND), "sweep", str(specification), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
         return done.returncode, done.stdout, done.stderr
 
