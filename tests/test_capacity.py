@@ -217,6 +217,19 @@ def test_the_example_is_carried_and_its_forms_say_the_same(tmp_path: Path) -> No
     assert found["methods"] == []
 
 
+def test_of_many_ways_the_cheapest_on_each_pool_are_listed(tmp_path: Path) -> None:
+    given = (EXAMPLES / "thousand-nodes.yaml", "--jobs", EXAMPLES / "jobs" / "two-pools.yaml")
+    answer = ask(*given, "--json", "--seconds", "1", "--report", tmp_path / "report.md")
+    ways = [(job["name"], way) for job in json.loads(answer.stdout)["jobs"] for way in job["ways"]]
+    report = (tmp_path / "report.md").read_text()
+    listed = report[report.index("Where each job fits") : report.index("Schedule")]
+    assert f"of {len(ways):,} ways; --json has all" in listed
+    for of in {(name, way["pool"]) for name, way in ways}:
+        least = min(way["cost"] for name, way in ways if (name, way["pool"]) == of)
+        [row] = [line for line in listed.splitlines() if line.startswith(f"| {of[0]} |") and f" x {of[1]} " in line]
+        assert f"| {least:,.2f} EUR |" in row
+
+
 class Page(HTMLParser):
     """What a page holds: rows of tables, pictures, and all that it would fetch."""
 

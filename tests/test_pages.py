@@ -12,10 +12,11 @@ import pytest
 from browsers import chromium, drawn, needs_chromium, opened, printed_whole, read_by_all
 from click.testing import CliRunner
 from playwright.sync_api import Browser, expect
+from pypdfium2 import PdfDocument
 
 from launch.capacity import capacity
 from launch.plan import plan
-from launch.report.document import write
+from launch.report.document import Document, Section, write
 from launch.report.run_report import run_report
 from orchestrator.history import NOTHING_MEASURED
 from orchestrator.outcome import predicted
@@ -129,11 +130,21 @@ def test_a_report_is_whole_on_paper(browser: Browser, reports: dict[str, Path], 
         printed_whole(page)
 
 
-def test_a_table_is_sorted_by_a_click_and_turned_by_another(browser: Browser, reports: dict[str, Path]) -> None:
+def test_a_table_that_goes_on_has_its_head_on_every_page(browser: Browser, tmp_path: Path) -> None:
+    rows = [(f"row {number}", "cell") for number in range(150)]
+    write(Document("Long", (Section("Table", ("name", "second"), rows),)), tmp_path / "long.html")
+    with opened(browser, (tmp_path / "long.html").as_uri()) as page:
+        printed = PdfDocument(page.pdf(format="A4"))
+    texts = ["".join(sheet.get_textpage().get_text_range().split()) for sheet in printed]
+    assert len(texts) > 1
+    assert all("namesecond" in text for text in texts)
+
+
+def test_a_table_is_sorted_by_a_click_and_turned_by_the_keyboard(browser: Browser, reports: dict[str, Path]) -> None:
     with opened(browser, reports["fleet"].as_uri()) as page:
         head = page.get_by_role("button", name="hours", exact=True).first
         for turn, order in ((1, "ascending"), (2, "descending")):
-            head.click()
+            head.click() if turn == 1 else head.press("Enter")
             expect(page.locator(f"th[aria-sort={order}]")).to_have_count(1)
             cells = page.locator("section", has=page.get_by_role("heading", name="Where each job fits"))
             hours = [float(text) for text in cells.locator("tbody td:nth-child(4)").all_inner_texts()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from launch.report.document import Document, Section, drawn
@@ -16,6 +16,8 @@ from orchestrator.fleet.schedule import Placed
 SCHEMA_VERSION = 1
 MOST_ROWS = 40
 """Runs that a table lists; JSON has all."""
+MOST_WAYS = 200
+"""Ways that a table lists."""
 
 
 def document(answer: Outlook) -> Document:
@@ -84,20 +86,34 @@ def cost_words(figures: Figures, answer: Outlook) -> str:
 
 
 def where_they_fit(answer: Outlook) -> Section:
-    """Each job's ways."""
+    """Each job's ways; where these are too many to be read, its cheapest on each pool."""
     rows: list[tuple[str, ...]] = []
+    number = sum(map(len, answer.ways.values()))
+    note = "Hours: as expected, and nine times of ten at most."
+    if number > MOST_WAYS:
+        note += f" The cheapest on each pool, of {number:,} ways; --json has all."
     for index, job in enumerate(answer.jobs.jobs):
-        if not answer.ways[index]:
+        ways = answer.ways[index]
+        if not ways:
             rows.append((job.name, job.model, "fits nowhere", "", "", "", ""))
-        for option in answer.ways[index]:
+        for option in ways if number <= MOST_WAYS else cheapest_of_pools(ways):
             rows.append((job.name, job.model, *way(option, answer)))
     return Section(
         "Where each job fits",
         ("job", "model", "on", " hours", " to", " cost", " GiB a GPU"),
         rows,
-        "Hours: as expected, and nine times of ten at most.",
+        note,
         draw=drawn("fleet", "ways", answer),
     )
+
+
+def cheapest_of_pools(ways: Sequence[Option]) -> list[Option]:
+    """Of each pool the cheapest way, in the order of the pools; of those that cost as much the one on fewest GPUs."""
+    found: dict[str, Option] = {}
+    for one in ways:
+        if one.pool not in found or one.price < found[one.pool].price:
+            found[one.pool] = one
+    return list(found.values())
 
 
 def way(option: Option, answer: Outlook) -> tuple[str, ...]:
