@@ -368,20 +368,31 @@ def without_needless_actors(trainer: type[Any], *, alone: bool) -> type[Any]:
     """A trainer that leaves out actors which Ray Train starts for every run, each a process that imports for seconds.
 
     One hands out Ray Data's datasets, of which a run here has none. Another frees the workers' places where the
-    controller dies and Ray lives on, which a Ray of the run's own does not. A Ray whose trainers make their callbacks
-    elsewhere than in 2.60 starts them all.
+    controller dies and Ray lives on, and a third asks an autoscaler for nodes: a Ray of the run's own neither lives on
+    nor has one. A Ray whose trainers make their callbacks and policies elsewhere than in 2.60 starts them all.
 
     Args:
         alone: Ray is of this run alone, and ends with it.
     """
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
     needless = (DatasetsCallback, PlacementGroupCleanerCallback) if alone else (DatasetsCallback,)
 
     class Lean(trainer):  # type: ignore[misc]  # Ray is not typed
         def _create_default_callbacks(self) -> list[Any]:
             return [each for each in super()._create_default_callbacks() if not isinstance(each, needless)]
+
+        def _initialize_and_run_controller(self, **given: Any) -> Any:
+            if alone:
+                given["scaling_policy"] = AsTheyAre(scaling_config=self.scaling_config)
+            return super()._initialize_and_run_controller(**given)
+
+    class AsTheyAre(FixedScalingPolicy):  # type: ignore[misc]
+        def after_controller_start(self, *_: Any) -> None: ...
+
+        def _maybe_send_resource_request(self) -> None: ...
 
     return Lean
 

@@ -37,13 +37,23 @@ def browser() -> Iterator[Browser]:
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A report of each kind."""
     folder = tmp_path_factory.mktemp("reports")
-    paths = {name: folder / f"{name}.html" for name in ("plan", "fleet", "run")}
+    paths = {name: folder / f"{name}.html" for name in ("plan", "fleet", "nights", "run")}
     ask = ["--model", "33b", "--gpus", "1", "--tokens", "20M", "--report", str(paths["plan"])]
     sweep = ["--sweep", "seq-len=512,2048", "--sweep", "micro-batch=1,8"]
     assert CliRunner().invoke(plan, [*ask, *sweep], standalone_mode=False).return_value == 0
     jobs = EXAMPLES / "jobs" / "two-pools.yaml"
     ask = [str(EXAMPLES / "two-pools.yaml"), "--jobs", str(jobs), "--seconds", "1", "--report", str(paths["fleet"])]
     assert CliRunner().invoke(capacity, ask, standalone_mode=False).return_value == 0
+    closed = folder / "closed.yaml"
+    closed.write_text(
+        "name: nights\npools:\n- {name: night, gpu: a100-80gb, gpus_per_node: 2, hours: 'Mo-Fr 19:00-07:00; Sa,Su'}\n"
+    )
+    (folder / "jobs.yaml").write_text(
+        "jobs:\n- {name: j, model: 7b, tokens: 500M}\n- {name: k, model: 7b, tokens: 1M}\n"
+    )
+    ask = [str(closed), "--jobs", str(folder / "jobs.yaml"), "--seconds", "1", "--report", str(paths["nights"])]
+    assert CliRunner().invoke(capacity, ask, standalone_mode=False).return_value == 0
+    assert "Grey: closed" in paths["nights"].read_text()
     write(run_report(record(), events()), paths["run"])
     return paths
 
@@ -108,7 +118,7 @@ def events() -> list[dict[str, object]]:
     return [*steps, *held_out]
 
 
-PICTURES = {"plan": 5, "fleet": 2, "run": 3}
+PICTURES = {"plan": 5, "fleet": 2, "nights": 2, "run": 3}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
