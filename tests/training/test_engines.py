@@ -8,9 +8,10 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from real_runs import TIMEOUT
 
 pytestmark = pytest.mark.slow
 
@@ -20,8 +21,8 @@ RANK = """
 import json, os, sys
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
-spec = json.loads(sys.argv[1])
-world = spec["world_size"]
+specs = json.loads(sys.argv[1])
+world = int(os.environ["WORLD_SIZE"])
 if world > 1:
     dist.init_process_group("gloo")
 from qlora_core.quiet import import_bitsandbytes
@@ -47,40 +48,45 @@ class Silent:
     def stop_requested(self):
         return False
 
-recipe = Recipe(**spec["recipe"])
-strategy = Strategy(world_size=world, micro_batch=spec["micro_batch"], zero_stage=spec["stage"], paged_optimizer=False,
-                    gradient_accumulation=recipe.sequences_per_step // world // spec["micro_batch"])
-cpu = torch.device("cpu")
-model = attach_adapters(load_base(spec["base"], recipe, strategy, "float32", cpu), recipe, 0)
-model.train()
-data = Examples(Path(spec["data"]))
-rank = int(os.environ.get("RANK", 0))
-run = TrainingRun(recipe=recipe, strategy=strategy, seed=0, total_steps=9, save_every=9, model=model,
-                  engine=build_engine(SummedLoss(model, "chunked"), recipe, strategy),
-                  tokenizer=load_tokenizer(spec["base"]), train_data=Rows(data, recipe, 0), eval_data=data,
-                  meter=StorageMeter(), device=cpu, rank=rank, checkpoints=Path("none"), facts={})
-steps, gradients, optimize = [], {}, run.engine.step
-def optimize_noting():
-    if not gradients:
-        gradients.update({name: weight.grad.clone() for name, weight in trainable(model).items()
-                          if weight.grad is not None})
-    return optimize()
-run.engine.step = optimize_noting
-for step in range(spec["steps"]):
-    if step == 1 and world > 1:
-        rehearse(run, Silent())
-    steps.append(one_step(run, step, Silent())[:2])
-after = eval_loss(run.engine.module, data, pad_token=0, micro_batch=3, rank=rank, world_size=world, device=cpu)
-weights = run.engine.trained_weights()
-spans = [list(vars(s).values()) if hasattr(s, "__dict__") else [s.parameter, s.parameter_start, s.numel, s.slot,
-         s.slot_start] for s in run.engine.optimizer_state().spans]
-packed = [p for p in model.parameters() if type(p).__name__ == "Params4bit"]
-result = {"share": sum(getattr(p, "ds_tensor", p).numel() for p in packed) /
-          sum(getattr(p, "ds_numel", p.numel()) for p in packed),
-          "steps": steps, "after": after, "spans": spans, "numel": {n: w.numel() for n, w in weights.items()},
-          "sum": float(sum(w.double().sum() for w in weights.values()))}
-Path(spec["out"], f"{rank}.json").write_text(json.dumps(result))
-save_file(gradients, Path(spec["out"], f"{rank}.safetensors"))
+def learn(spec):
+    recipe = Recipe(**spec["recipe"])
+    strategy = Strategy(world_size=world, micro_batch=spec["micro_batch"], zero_stage=spec["stage"],
+                        gradient_accumulation=recipe.sequences_per_step // world // spec["micro_batch"],
+                        paged_optimizer=False)
+    cpu = torch.device("cpu")
+    model = attach_adapters(load_base(spec["base"], recipe, strategy, "float32", cpu), recipe, 0)
+    model.train()
+    data = Examples(Path(spec["data"]))
+    rank = int(os.environ.get("RANK", 0))
+    run = TrainingRun(recipe=recipe, strategy=strategy, seed=0, total_steps=9, save_every=9, model=model,
+                      engine=build_engine(SummedLoss(model, "chunked"), recipe, strategy),
+                      tokenizer=load_tokenizer(spec["base"]), train_data=Rows(data, recipe, 0), eval_data=data,
+                      meter=StorageMeter(), device=cpu, rank=rank, checkpoints=Path("none"), facts={})
+    steps, gradients, optimize = [], {}, run.engine.step
+    def optimize_noting():
+        if not gradients:
+            gradients.update({name: weight.grad.clone() for name, weight in trainable(model).items()
+                              if weight.grad is not None})
+        return optimize()
+    run.engine.step = optimize_noting
+    for step in range(spec["steps"]):
+        if step == 1 and world > 1:
+            rehearse(run, Silent())
+        steps.append(one_step(run, step, Silent())[:2])
+    after = eval_loss(run.engine.module, data, pad_token=0, micro_batch=3, rank=rank, world_size=world, device=cpu)
+    weights = run.engine.trained_weights()
+    spans = [list(vars(s).values()) if hasattr(s, "__dict__") else [s.parameter, s.parameter_start, s.numel, s.slot,
+             s.slot_start] for s in run.engine.optimizer_state().spans]
+    packed = [p for p in model.parameters() if type(p).__name__ == "Params4bit"]
+    result = {"share": sum(getattr(p, "ds_tensor", p).numel() for p in packed) /
+              sum(getattr(p, "ds_numel", p.numel()) for p in packed),
+              "steps": steps, "after": after, "spans": spans, "numel": {n: w.numel() for n, w in weights.items()},
+              "sum": float(sum(w.double().sum() for w in weights.values()))}
+    Path(spec["out"], f"{rank}.json").write_text(json.dumps(result))
+    save_file(gradients, Path(spec["out"], f"{rank}.safetensors"))
+
+for spec in specs:
+    learn(spec)
 if world > 1:
     dist.barrier()
 os._exit(0)  # gloo's threads sometimes abort a process that takes its interpreter down while they live
@@ -99,41 +105,58 @@ def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, conversat
     return path
 
 
-def learn(
-    folder: Path,
-    base: Path,
-    data: Path,
-    stage: int,
-    world_size: int,
-    optimizer: str = "adamw",
-    *,
-    micro_batch: int = 2,
-    sequences: int = 8,
-) -> list[dict[str, Any]]:
-    """What each rank saw and learned in a few steps of so many sequences, and the first step's gradient in a file."""
-    recipe = {
-        "rank": 4,
-        "seq_len": 64,
-        "tokens_per_step": 64 * sequences,
-        "learning_rate": 1e-3,
-        "optimizer": optimizer,
-    }
-    spec = {
-        "base": str(base),
-        "data": str(data),
-        "out": str(folder),
-        "stage": stage,
-        "world_size": world_size,
-        "micro_batch": micro_batch,
-        "steps": STEPS,
-        "recipe": recipe,
-    }
+class Learning(NamedTuple):
+    """One way to make a few steps of so many sequences."""
+
+    stage: int = 0
+    optimizer: str = "adamw"
+    micro_batch: int = 2
+    sequences: int = 8
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        length = 64
+        return {
+            "rank": 4,
+            "seq_len": length,
+            "tokens_per_step": length * self.sequences,
+            "learning_rate": 1e-3,
+            "optimizer": self.optimizer,
+        }
+
+
+class Learned(NamedTuple):
+    """What each rank saw and learned, and its gradient of the first step."""
+
+    ranks: list[dict[str, Any]]
+    gradients: list[dict[str, Any]]
+
+
+def learn(folder: Path, base: Path, data: Path, world_size: int, ways: list[Learning]) -> dict[Learning, Learned]:
+    """All ways one after the other, on so many ranks, which take longer to start than to learn."""
+    from safetensors.torch import load_file
+
+    outs = [folder / str(number) for number, _ in enumerate(ways)]
+    specs = [
+        {
+            "base": str(base),
+            "data": str(data),
+            "out": str(out),
+            "stage": way.stage,
+            "micro_batch": way.micro_batch,
+            "steps": STEPS,
+            "recipe": way.recipe,
+        }
+        for out, way in zip(outs, ways, strict=True)
+    ]
+    for out in outs:
+        out.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, json.dumps(spec)],
+            [sys.executable, "-c", RANK, json.dumps(specs)],
             env={
                 **os.environ,
                 "MASTER_ADDR": "127.0.0.1",
@@ -148,42 +171,54 @@ def learn(
         )
         for rank in range(world_size)
     ]
-    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=TIMEOUT)[0] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), outputs[0]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
+    return {
+        way: Learned(
+            [json.loads((out / f"{rank}.json").read_text()) for rank in range(world_size)],
+            [load_file(out / f"{rank}.safetensors") for rank in range(world_size)],
+        )
+        for out, way in zip(outs, ways, strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, encoded: Path) -> dict[str, Any]:
-    return learn(tmp_path_factory.mktemp("alone"), tiny_base, encoded, 0, 1)[0]
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, encoded: Path) -> dict[Learning, Learned]:
+    """What one process learns."""
+    ways = [Learning(), *(Learning(micro_batch=size, sequences=32) for size in (32, 8))]
+    return learn(tmp_path_factory.mktemp("alone"), tiny_base, encoded, 1, ways)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, encoded: Path) -> dict[Learning, Learned]:
+    """What two ranks learn. ZeRO-3 comes last: it replaces torch's linear function for the rest of its process."""
+    ways = [Learning(micro_batch=4, sequences=32), Learning(0)]
+    ways += [Learning(stage, optimizer) for stage in (1, 2, 3) for optimizer in ("adamw", "adamw_8bit")]
+    return learn(tmp_path_factory.mktemp("together"), tiny_base, encoded, 2, ways)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_learn_what_one_process_learns(
-    stage: int, alone: dict[str, Any], tmp_path: Path, tiny_base: Path, encoded: Path
+    stage: int, alone: dict[Learning, Learned], together: dict[Learning, Learned]
 ) -> None:
     """The same losses, gradient norms and evaluation: the mean is over the step's tokens, however it is split."""
-    ranks = learn(tmp_path, tiny_base, encoded, stage, 2)
+    [one], ranks = alone[Learning()].ranks, together[Learning(stage)].ranks
     for rank in ranks:
-        for (loss, norm), (loss_alone, norm_alone) in zip(rank["steps"], alone["steps"], strict=True):
+        for (loss, norm), (loss_alone, norm_alone) in zip(rank["steps"], one["steps"], strict=True):
             assert loss == pytest.approx(loss_alone, rel=1e-5)
             assert norm == pytest.approx(norm_alone, rel=1e-4)
-        assert rank["after"] == pytest.approx(alone["after"], rel=1e-5)
+        assert rank["after"] == pytest.approx(one["after"], rel=1e-5)
         assert rank["share"] == (0.5 if stage == 3 else 1)  # of the packed base
-    assert ranks[0]["sum"] == ranks[1]["sum"] == pytest.approx(alone["sum"], rel=1e-4)
+    assert ranks[0]["sum"] == ranks[1]["sum"] == pytest.approx(one["sum"], rel=1e-4)
 
 
 def test_a_batch_of_32_has_the_gradient_of_8_by_4_and_of_2_ranks_by_4_by_4(
-    tmp_path: Path, tiny_base: Path, encoded: Path
+    alone: dict[Learning, Learned], together: dict[Learning, Learned]
 ) -> None:
-    from safetensors.torch import load_file
-
-    gradients = []
-    for name, world_size, micro_batch in (("one", 1, 32), ("accumulated", 1, 8), ("ranks", 2, 4)):
-        (folder := tmp_path / name).mkdir()
-        learn(folder, tiny_base, encoded, 0, world_size, micro_batch=micro_batch, sequences=32)
-        gradients += [load_file(folder / f"{rank}.safetensors") for rank in range(world_size)]
-    whole, *others = gradients
+    [whole] = alone[Learning(micro_batch=32, sequences=32)].gradients
+    others = alone[Learning(micro_batch=8, sequences=32)].gradients
+    others = [*others, *together[Learning(micro_batch=4, sequences=32)].gradients]
+    assert len(others) == 3
     assert len(whole) == 2 * 2 * 7  # layers x (A, B) x linears
     largest = max(float(gradient.abs().max()) for gradient in whole.values())
     for other in others:
@@ -217,10 +252,8 @@ def test_what_zero_3_leaves_whole_goes_to_the_rank_s_device(tiny_base: Path) -> 
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_ranks_together_hold_each_element_of_the_state_once(
-    stage: int, tmp_path: Path, tiny_base: Path, encoded: Path
-) -> None:
-    ranks = learn(tmp_path, tiny_base, encoded, stage, 2, "adamw_8bit")
+def test_the_ranks_together_hold_each_element_of_the_state_once(stage: int, together: dict[Learning, Learned]) -> None:
+    ranks = together[Learning(stage, "adamw_8bit")].ranks
     held: dict[str, list[int]] = {}
     for rank in ranks:
         for name, start, numel, _, _ in rank["spans"]:

@@ -111,7 +111,8 @@ TOGETHER = [
         *([Case(stage, accumulation=2, changes=FULL)] if stage < 2 else []),
     )
 ]
-SAMPLE, REST = TOGETHER[::2], TOGETHER[1::2]
+SAMPLE = TOGETHER[::3]
+REST = [case for case in TOGETHER if case not in SAMPLE]
 
 
 BEYOND = {2: 80.3e6, 3: 93.3e6}
