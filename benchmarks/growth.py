@@ -31,7 +31,7 @@ PLACE = Place(ROOT / "docs" / "benchmarks.md", "make growth")
 PICTURE = ROOT / "docs" / "benchmarks" / "growth.svg"
 WORK = ROOT / ".cache" / "bench" / "growth"
 CASE = Case(layers=4, hidden=256, vocabulary=4096, seq_len=256)
-LAYERS, LENGTHS, WORKERS, RANKS = (2, 4, 8, 16, 32), (64, 128, 256, 512, 1024), (1, 2, 4), (8, 32, 128)
+LAYERS, LENGTHS, WORKERS, RANKS = (2, 4, 8, 16), (64, 128, 256, 512), (1, 2, 4), (8, 32, 128)
 STEPS, WARM_UP = 12, 6
 """Steps of a run, and how many of them are followed by the storage tracker, which takes time: they are not timed."""
 MIB = 1024**2

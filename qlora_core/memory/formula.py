@@ -165,7 +165,7 @@ class Prepared:
 OPEN = frozenset({"seq_len", "tokens_per_step", "micro_batch"})
 """Fields that a `Prepared` leaves open."""
 COUNTED = frozenset({"world_size", "gradient_accumulation"})
-"""Those of a strategy that it takes as few as stand for all."""
+"""Fields of a strategy of which `prepared` takes the smallest numbers that stand for all."""
 LEARNING = frozenset(
     {
         "alpha",
