@@ -217,6 +217,15 @@ def test_the_example_is_carried_and_its_forms_say_the_same(tmp_path: Path) -> No
     assert found["methods"] == []
 
 
+@pytest.mark.parametrize(("weekly", "hatched"), [(20, True), (400, False)])
+def test_bars_have_hatches_unless_they_are_too_many_to_be_printed(tmp_path: Path, weekly: int, hatched: bool) -> None:
+    jobs = [f"- {{name: {name}, model: 7b, tokens: 1M, per_week: {weekly}}}" for name in ("one", "two")]
+    (tmp_path / "jobs.yaml").write_text("\n".join(["jobs:", *jobs]))
+    given = (EXAMPLES / "two-pools.yaml", "--jobs", tmp_path / "jobs.yaml")
+    ask(*given, "--seconds", "0.5", "--figures", tmp_path)
+    assert ("<pattern" in (tmp_path / "schedule.svg").read_text()) is hatched
+
+
 def test_of_many_ways_the_cheapest_on_each_pool_are_listed(tmp_path: Path) -> None:
     given = (EXAMPLES / "thousand-nodes.yaml", "--jobs", EXAMPLES / "jobs" / "two-pools.yaml")
     answer = ask(*given, "--json", "--seconds", "1", "--report", tmp_path / "report.md")

@@ -16,6 +16,9 @@ MOST_LANES = 60
 """Nodes that a picture of a schedule shows."""
 MOST_BARS = 3000
 """Runs on nodes that it shows, so that a page stays small."""
+MOST_HATCHED = 300
+"""Of so many bars each is hatched: more are too small for that to be seen. Chromium prints a pattern for each, which
+made hundreds of megabytes of a page."""
 
 
 class Bar(NamedTuple):
@@ -51,6 +54,7 @@ def gantt(answer: Outlook) -> Picture | None:
         figure = canvas(0.8 + 0.42 * len(shown))
         axes = figure.subplots()
         labelled: set[str] = set()
+        hatched = sum(len(bars) for _, _, bars in shown) <= MOST_HATCHED
         for lane, (pool, _, bars) in enumerate(shown):
             row_height = 0.8 / sizes[pool]
             clock = answer.hours.get(pool, NEVER_CLOSES)
@@ -65,7 +69,7 @@ def gantt(answer: Outlook) -> Picture | None:
                     edgecolor=LATE if is_late else INK,
                     linewidth=1.6 if is_late else 0.5,
                     label=name if name not in labelled else None,
-                    **kind(one.run.job),
+                    **kind(one.run.job, hatched),
                 )
                 labelled.add(name)
             for start, end in closed(clock, answer.figures.ends):

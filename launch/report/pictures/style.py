@@ -48,9 +48,10 @@ def canvas(height: float) -> Any:
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def kind(number: int) -> dict[str, Any]:
-    """Colour and hatch of the kind of that number."""
-    return {"facecolor": COLORS[number % len(COLORS)], "hatch": HATCHES[number % len(HATCHES)]}
+def kind(number: int, hatched: bool = True) -> dict[str, Any]:
+    """Colour and, unless told otherwise, hatch of the kind of that number."""
+    hatch = {"hatch": HATCHES[number % len(HATCHES)]} if hatched else {}
+    return {"facecolor": COLORS[number % len(COLORS)], **hatch}
 
 
 def stacked(
