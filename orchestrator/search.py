@@ -189,6 +189,7 @@ def fastest(question: Question, place: Place, judge: Judge, sure: bool) -> Candi
     for shape in map(Shape, shapes(question, place.gpus)):
         loads: dict[bool, list[Load]] = {}
         for size, accumulation in micro_batches(question, shape.candidate, place.gpus):
+            # a micro-batch of 1 is another load in eager attention alone (`load`)
             copies = size > 1 or shape.candidate.strategy.attention != "eager"
             if copies not in loads:
                 loads[copies] = judge.loads(at_size(shape.candidate, place.gpus, size, accumulation))

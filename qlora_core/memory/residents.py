@@ -9,7 +9,7 @@ from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.allocator import ROUNDING
 from qlora_core.memory.device import Device
-from qlora_core.memory.estimate import Phase
+from qlora_core.memory.estimate import HostEstimate, Phase
 from qlora_core.memory.reserve import packed
 from qlora_core.memory.settled import settled
 from qlora_core.memory.sharding import Gathered, Shard, gathered_elements, stays_whole
@@ -37,7 +37,7 @@ class Residents(NamedTuple):
         paged: optimizer state in managed memory.
         segments: reserved memory in which all this lies.
         holes: what loading leaves free in them.
-        host_load, host_steady: on the host.
+        host_load, host_steady: on the host, of which `host` tells what all its ranks take.
     """
 
     loaded: dict[str, int]
@@ -49,6 +49,10 @@ class Residents(NamedTuple):
     holes: tuple[int, ...]
     host_load: int
     host_steady: int
+
+    def host(self, ranks: int) -> HostEstimate:
+        """A host with so many ranks."""
+        return HostEstimate(ranks * self.host_load, ranks * self.host_steady)
 
 
 def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Residents:

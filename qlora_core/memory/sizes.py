@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from qlora_core.memory.device import Device
-from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, HostEstimate, Phase, Phases
+from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, Phase, Phases
 from qlora_core.memory.reserve import CHECKPOINTED, KEPT, Growth, slack
 from qlora_core.memory.residents import Residents
 from qlora_core.memory.step import FIRST, LAST
@@ -106,7 +106,7 @@ class Sizes:
                 paged_bytes=stays.paged,
                 reserved_interval=(low, high),
             ),
-            HostEstimate(ranks * stays.host_load, ranks * stays.host_steady),
+            stays.host(ranks),
         )
 
     def between_steps(self) -> Components:

@@ -34,7 +34,7 @@ from qlora_core.memory.allocator import AllocatorSettings
 from qlora_core.memory.attention import AttentionKernel, kernel_of
 from qlora_core.memory.autocast import followed
 from qlora_core.memory.device import Device
-from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, HostEstimate, Phase, Phases
+from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, Phase, Phases
 from qlora_core.memory.loading import load
 from qlora_core.memory.recorder import Recorder, cuda_operators, know_bitsandbytes
 from qlora_core.memory.replay import LOADED, Event, loaded_by_threads, replay
@@ -83,7 +83,7 @@ def estimate(
             paged_bytes=recorded.paged,
             reserved_interval=(reserved, reserved),
         ),
-        HostEstimate(device.ranks_per_host * stays.host_load, device.ranks_per_host * stays.host_steady),
+        stays.host(device.ranks_per_host),
     )
 
 

@@ -45,13 +45,18 @@ def save_examples(examples: Sequence[Encoded], path: Path) -> None:
         starts.append(len(ids))
         places += as_line(example.place)
     tensors = {
-        "ids": torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32),
-        "learned": torch.frombuffer(learned, dtype=torch.uint8) if ids else torch.empty(0, dtype=torch.uint8),
+        "ids": _flat(ids, torch.int32),
+        "learned": _flat(learned, torch.uint8),
         "starts": torch.tensor(starts, dtype=torch.int64),
-        "places": torch.frombuffer(places, dtype=torch.uint8) if places else torch.empty(0, dtype=torch.uint8),
+        "places": _flat(places, torch.uint8),
     }
     with replace_atomically(path) as temporary:
         save_file(tensors, temporary)
+
+
+def _flat(values: array[int] | bytearray, dtype: torch.dtype) -> torch.Tensor:
+    """Values as a tensor over the same memory; torch makes none of an empty buffer."""
+    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
 
 def as_line(place: str) -> bytes:
