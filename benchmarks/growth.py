@@ -108,7 +108,8 @@ def text_of(results: Mapping[str, Any]) -> str:
         f"A Llama of {CASE.layers} layers of width {CASE.hidden}, NF4, rank {CASE.rank}, {CASE.micro_batch} x "
         f"{CASE.seq_len} tokens a step, checkpointed, where nothing else is said ({results['machine']['processor']}, "
         f"{results['machine']['cores']} cores, {results['date']}). A step is the median of {STEPS - WARM_UP}; "
-        "memory is the bytes of live tensors at the peak.",
+        "memory is the bytes of live tensors at the peak. "
+        f"{CASE.layers} layers and {CASE.seq_len} tokens are the same run, twice: so far do two measurements differ.",
         "",
         *grown("layers", results["layers"]),
         *grown("tokens of a sequence", results["lengths"]),
@@ -121,6 +122,9 @@ def text_of(results: Mapping[str, Any]) -> str:
             f"{row['predicted'] / MIB:,.1f} |"
             for workers, row in results["workers"].items()
         ),
+        "",
+        f"The checkpoints of a Llama of {saving.CASE.layers} layers of width {saving.CASE.hidden}, one every "
+        f"{saving.EVERY} steps, written while the next steps compute on the same cores:",
         "",
         "| rank | MiB of a checkpoint | s that it adds to the steps beside it |",
         "| ---: | ---: | ---: |",
