@@ -2,18 +2,21 @@
 
 Candidates differ in the GPUs they take and in the open fields of recipe and strategy. Those of one place are tried in
 the order of their time per token, which takes microseconds to tell; memory, which takes longer, is asked only until one
-fits. Nothing is lost by that: the first that fits is the fastest. What fits nowhere even in its leanest form (chunked
-loss, paged state, micro-batch 1) is passed over at once. `tests/test_search.py` holds it against trying everything.
+fits. Nothing is lost by that: what was not asked is slower, or no simpler and as fast. What fits nowhere even in its
+leanest form (chunked loss, paged state, micro-batch 1) is passed over at once. `tests/test_search.py` holds it against
+trying everything.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import dropwhile
+from operator import attrgetter
+from typing import NamedTuple
 
 from orchestrator.devices import rates, slowest_links
 from orchestrator.needs import bytes_for, host_has_room, needs, paged_out
@@ -21,7 +24,7 @@ from orchestrator.plans import Objective, Target
 from orchestrator.question import Candidate, Place, Question
 from orchestrator.space import at_size, candidates, micro_batches, places, shapes, with_optimizer
 from qlora_core.memory.estimate import Estimate
-from qlora_core.memory.formula import prepared
+from qlora_core.memory.formula import least_bytes, prepared
 from qlora_core.recipe import Recipe
 from qlora_core.step_time import TYPICAL, Load, load, times
 from qlora_core.strategy import Strategy
@@ -144,6 +147,15 @@ class Judge:
                 return False
         return True
 
+    def might_fit(self, shape: Candidate, size: int) -> bool:
+        """Whether a micro-batch of this size might on more GPUs: what could not is told without asking about these."""
+        recipe, strategy = shape
+        for target in self.targets:
+            room = target.usable_bytes - target.device.context_bytes
+            if least_bytes(self.architecture, recipe, strategy, target.device, size) > room:
+                return False
+        return True
+
     def _on(self, candidate: Candidate, target: Target) -> Estimate:
         return needs(self.architecture, *candidate, target)
 
@@ -182,57 +194,108 @@ def best_of(question: Question, place: Place) -> Found | None:
 
 
 def fastest(question: Question, place: Place, judge: Judge, sure: bool) -> Candidate | None:
-    """The fastest that fits; of those that are as fast, as far as the model can tell, the simplest."""
+    """The fastest that fits; of those that are as fast, as far as the model can tell, the simplest.
+
+    Of what may be as fast as the fastest of all, the simplest is asked first: where it fits, no other need be.
+    """
     lean = Leanest(question, judge)
-    # the same tokens per step in all candidates of a place
-    queue: list[tuple[float, int, bool, int, int, Shape]] = []
-    for shape in map(Shape, shapes(question, place.gpus)):
-        loads: dict[bool, list[Load]] = {}
-        for size, accumulation in micro_batches(question, shape.candidate, place.gpus):
-            # a micro-batch of 1 is another load in eager attention alone (`load`)
-            copies = size > 1 or shape.candidate.strategy.attention != "eager"
-            if copies not in loads:
-                loads[copies] = judge.loads(at_size(shape.candidate, place.gpus, size, accumulation))
-            seconds = judge.pace(loads[copies], shape.candidate, size, accumulation)
-            queue.append((seconds, len(queue), False, size, accumulation, shape))
-    heapq.heapify(queue)
-    best: tuple[int, Candidate] | None = None
-    limit = math.inf
-    while queue and queue[0][0] <= limit:
-        seconds, order, paid, size, accumulation, shape = heapq.heappop(queue)
-        if best is not None and order > best[0]:
-            continue
-        if not paid and (size >= shape.too_large or shape.lean_may_fit is False):
-            continue
-        candidate = at_size(shape.candidate, place.gpus, size, accumulation)
-        if shape.lean_may_fit is None:
-            shape.lean_may_fit = lean.may_fit(candidate)
-            if not shape.lean_may_fit:
-                continue
-        if not judge.fits(candidate, sure):
-            shape.too_large = size
-        elif not paid and (paged_out := judge.paged_out(candidate) if candidate.strategy.paged_optimizer else 0):
+    waiting = entries(question, place, judge)
+    limit: float | None = None  # of what is as fast as the fastest that fits, once that is known
+    while waiting:
+        soonest = min(waiting, key=_seconds)
+        alike = limit or soonest.seconds * ALIKE
+        asked = simplest = min((each for each in waiting if each.seconds <= alike), key=_order)
+        if limit is None and any(
+            each.order < simplest.order and each.seconds <= simplest.seconds * ALIKE for each in waiting
+        ):
+            asked = soonest  # a simpler one may be as fast as the fastest that fits, if that is not the soonest
+        waiting.remove(asked)
+        shape, candidate = asked.shape, at_size(asked.shape.candidate, place.gpus, asked.size, asked.accumulation)
+        if not judge.might_fit(shape.candidate, asked.size):
+            waiting += shape.next_that_might_fit(judge)
+        elif not shape.may_fit and not lean.may_fit(candidate):
+            pass  # nor do those with smaller micro-batches
+        elif not judge.fits(candidate, sure):
+            shape.may_fit = True
+            waiting += shape.next_that_might_fit(judge)
+        elif not asked.paid and (paged_out := judge.paged_out(candidate) if candidate.strategy.paged_optimizer else 0):
             # paging what has no room beside the rest takes time of its own
-            seconds = judge.seconds(candidate, paged_out)
-            heapq.heappush(queue, (seconds, order, True, size, accumulation, shape))
+            waiting.append(asked._replace(paid=True, seconds=judge.seconds(candidate, paged_out)))
+            waiting += shape.next(judge)
+        elif asked is simplest:
+            return candidate
         else:
-            best, limit = (order, candidate), min(limit, seconds * ALIKE)
-    return best[1] if best else None
+            limit = asked.seconds * ALIKE
+            waiting.append(asked)
+    return None
+
+
+def entries(question: Question, place: Place, judge: Judge) -> list[Entry]:
+    """The candidates of a place, of each shape the one with the largest micro-batch."""
+    found: list[Entry] = []
+    order = 0
+    for candidate in shapes(question, place.gpus):
+        sizes = [(order + at, *each) for at, each in enumerate(micro_batches(question, candidate, place.gpus))]
+        order += len(sizes)
+        alike = [sizes]
+        if candidate.strategy.attention == "eager":
+            # a micro-batch of 1 is another load there
+            alike = [[each for each in sizes if each[1] > 1], [each for each in sizes if each[1] == 1]]
+        for together in filter(None, alike):
+            one = candidate._replace(strategy=replace(candidate.strategy, micro_batch=together[0][1]))
+            found += Shape(candidate, iter(together), judge.loads(one)).next(judge)
+    return found
 
 
 @dataclass(slots=True, eq=False)
 class Shape:
-    """What is known of candidates that differ in the micro-batch alone.
+    """Candidates that differ in the micro-batch alone.
 
     Attributes:
         candidate: one of them.
-        too_large: the smallest micro-batch that was found not to fit.
-        lean_may_fit: whether they may in their leanest form; None before that was asked.
+        untried: their places in the order of all, micro-batches and gradient accumulations, the largest first.
+        loads: what a step of theirs asks of each kind of GPU.
+        may_fit: in their leanest form they do; not known before that was asked.
     """
 
     candidate: Candidate
-    too_large: float = math.inf
-    lean_may_fit: bool | None = None
+    untried: Iterator[tuple[int, int, int]]
+    loads: list[Load]
+    may_fit: bool = False
+
+    def next(self, judge: Judge) -> list[Entry]:
+        """The one with the next smaller micro-batch, if there is one: it is no faster than those before it."""
+        for order, size, accumulation in self.untried:
+            seconds = judge.pace(self.loads, self.candidate, size, accumulation)
+            return [Entry(seconds, order, size, accumulation, self)]
+        return []
+
+    def next_that_might_fit(self, judge: Judge) -> list[Entry]:
+        """The same, past those that could not."""
+        self.untried = dropwhile(lambda each: not judge.might_fit(self.candidate, each[1]), self.untried)
+        return self.next(judge)
+
+
+class Entry(NamedTuple):
+    """A candidate that waits to be asked for.
+
+    Attributes:
+        seconds: of its step.
+        order: its place in the order of all, the simplest first.
+        size, accumulation: its micro-batch and gradient accumulation.
+        shape: all else.
+        paid: its seconds include paging.
+    """
+
+    seconds: float
+    order: int
+    size: int
+    accumulation: int
+    shape: Shape
+    paid: bool = False
+
+
+_seconds, _order = attrgetter("seconds"), attrgetter("order")
 
 
 class Leanest:

@@ -78,9 +78,13 @@ def work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, de
 
 @lru_cache(maxsize=256)
 def _alone(micro_batch: int, gradient_checkpointing: bool, attention: Attention, loss: Loss) -> Strategy:
-    """A strategy with all that the work depends on."""
+    """A strategy with all that the work depends on, and one more micro-batch, whose tape is most often known."""
     return Strategy(
-        micro_batch=micro_batch, gradient_checkpointing=gradient_checkpointing, attention=attention, loss=loss
+        micro_batch=micro_batch,
+        gradient_accumulation=2,
+        gradient_checkpointing=gradient_checkpointing,
+        attention=attention,
+        loss=loss,
     )
 
 

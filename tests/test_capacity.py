@@ -26,11 +26,12 @@ from launch.report import document
 from launch.report.document import Document, Section, escaped
 from orchestrator.devices import any_nodes
 from orchestrator.fleet import outlook as fleet_outlook
-from orchestrator.fleet.jobs import Run, load_jobs
-from orchestrator.fleet.options import JOBS_OF_A_PROCESS, Option, options, options_of_all
+from orchestrator.fleet.jobs import JobForm, Run, load_jobs
+from orchestrator.fleet.options import JOBS_OF_A_PROCESS, Option, options, options_of_all, shares
 from orchestrator.fleet.schedule import Schedule, by_rules
 from orchestrator.fleet.solver import by_solver
 from orchestrator.history import NOTHING_MEASURED
+from qlora_core.recipe import Method
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "clusters" / "examples"
@@ -369,6 +370,17 @@ def test_many_jobs_are_shared_out_among_processors_and_come_back_in_order(
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert options_of_all([(job, None) for job in jobs], fleet, NOTHING_MEASURED) == expected
     assert len({found[0].hours for found in expected}) == len(jobs)  # no two of them are alike
+
+
+def test_the_jobs_of_a_process_are_of_one_model_and_those_that_take_long_come_first(tmp_path: Path) -> None:
+    models = ["7b", "mixtral-8x7b", "7b", "13b", "7b", "mixtral-8x7b", "7b"]
+    lines = [f"- {{name: j{number}, model: {model}, tokens: 1M}}" for number, model in enumerate(models)]
+    (tmp_path / "jobs.yaml").write_text("\n".join(["jobs:", *lines]))
+    jobs = load_jobs(tmp_path / "jobs.yaml").jobs
+    asked: list[tuple[JobForm, Method | None]] = [(job, None) for job in jobs]
+    assert shares(asked, 3) == [[1, 5], [0, 2, 4], [6], [3]]
+    asked[2] = (jobs[2], "lora")
+    assert shares(asked, 3) == [[1, 5], [0, 4, 6], [2], [3]]
 
 
 # --- hours ------------------------------------------------------------------------------------------------------------

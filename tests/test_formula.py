@@ -19,12 +19,12 @@ from qlora_core.huggingface.config import architecture_from_config
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Phases
-from qlora_core.memory.formula import LEARNING, course, estimate, prepared, step_of
+from qlora_core.memory.formula import LEARNING, course, estimate, least_bytes, prepared, step_of
 from qlora_core.memory.measure import StorageMeter
 from qlora_core.memory.settled import settled
 from qlora_core.memory.step import on_tape, recorded
 from qlora_core.recipe import Recipe
-from qlora_core.strategy import Strategy, ZeroStage
+from qlora_core.strategy import Offload, Strategy, ZeroStage
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import attach_adapters, load_base, trainable
 from qlora_core.training.optimizer import build_optimizer
@@ -334,6 +334,28 @@ def test_what_a_search_asks_is_the_estimates(
     said = estimate(architecture, longer, dataclasses.replace(strategy, micro_batch=micro_batch), device).gpu
     sizes = prepared(architecture, asked, strategy, device)
     assert sizes.reserved_bytes(micro_batch, seq_len) == said.reserved_bytes
+
+
+@given(st.sampled_from(MIXED), recipes, strategies, devices, st.sampled_from(["none", "optimizer", "all"]))
+@settings(max_examples=150, deadline=None)
+def test_no_number_of_ranks_needs_less_than_the_least(
+    architecture: ModelArchitecture, asked: Recipe, strategy: Strategy, device: Device, offload: Offload
+) -> None:
+    if strategy.zero_stage > (2 if offload == "all" else 0):
+        strategy = dataclasses.replace(strategy, offload=offload, paged_optimizer=False)
+    least = least_bytes(architecture, asked, strategy, device, strategy.micro_batch)
+    assert least <= estimate(architecture, asked, strategy, device).gpu.allocated_bytes
+    checkpointed_again = strategy.zero_stage == 3 and strategy.gradient_checkpointing
+    assert (least > 0) == (strategy.zero_stage > 0 and not checkpointed_again)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_least_tells_what_activations_alone_rule_out(stage: ZeroStage) -> None:
+    """16 unchecked sequences of 2,048 tokens: nearly all of it is activations, which no number of ranks divides."""
+    asked = recipe(seq_len=2048)
+    strategy = Strategy(world_size=4, zero_stage=stage, micro_batch=16, gradient_checkpointing=False)
+    needed = estimate(model("llama-7b"), asked, strategy, A100).gpu.allocated_bytes
+    assert least_bytes(model("llama-7b"), asked, strategy, A100, 16) > 0.9 * needed
 
 
 @given(st.sampled_from(MIXED), recipes, strategies, devices)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 from clusters.cluster import Cluster, Pool
 from orchestrator.alternatives import Alternatives
@@ -101,22 +103,34 @@ def options_of_all(
 ) -> list[list[Option]]:
     """`options` of several jobs, each with another method or None for its own, in their order.
 
-    Many are shared out among this machine's processors: those of one model together, as they have much in common.
+    Many are shared out among this machine's processors.
     """
     processes = min(os.cpu_count() or 1, len(jobs) // JOBS_OF_A_PROCESS)
     if processes < 2:
         return [options(job, fleet, history, method) for job, method in jobs]
-    order = sorted(range(len(jobs)), key=lambda index: (jobs[index][0].model, str(jobs[index][1])))
+    parts = shares(jobs, -(-len(jobs) // (2 * processes)))
     ask = partial(_options_of, fleet=fleet, history=history)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        shares = max(1, len(jobs) // (2 * processes))
-        found = dict(zip(order, pool.map(ask, (jobs[index] for index in order), chunksize=shares), strict=True))
+    # planning makes no cycles, and looking for some takes a sixth of its time
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), gc.disable) as pool:
+        answers = list(pool.map(ask, [[jobs[index] for index in part] for part in parts]))
+    found = dict(zip(chain.from_iterable(parts), chain.from_iterable(answers), strict=True))
     return [found[index] for index in range(len(jobs))]
 
 
-def _options_of(asked: tuple[JobForm, Method | None], fleet: Cluster, history: History) -> list[Option]:
-    job, method = asked
-    return options(job, fleet, history, method)
+def shares(jobs: Sequence[tuple[JobForm, Method | None]], most: int) -> list[list[int]]:
+    """Numbers of jobs to be planned by one process, up to so `most` together: of one model, which have much in common.
+
+    Those that take the longest come first, so that no processor works on alone at the end.
+    """
+    alike: dict[tuple[str, Method | None], list[int]] = {}
+    for index, (job, method) in enumerate(jobs):
+        alike.setdefault((job.model, method), []).append(index)
+    parts = [together[at : at + most] for together in alike.values() for at in range(0, len(together), most)]
+    return sorted(parts, key=lambda part: (find_model(jobs[part[0]][0].model).experts == 0, -len(part)))
+
+
+def _options_of(asked: Sequence[tuple[JobForm, Method | None]], fleet: Cluster, history: History) -> list[list[Option]]:
+    return [options(job, fleet, history, method) for job, method in asked]
 
 
 def in_pool(question: Question, target: Target, pool: Pool, others: Alternatives) -> list[Option]:

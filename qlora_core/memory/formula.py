@@ -19,17 +19,17 @@ from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, Phase
 from qlora_core.memory.experts import Experts, Scores
 from qlora_core.memory.layer import Activation, Layer, Projection
-from qlora_core.memory.residents import fetched_ahead, residents, shard_of
+from qlora_core.memory.residents import Residents, fetched_ahead, residents, shard_of
 from qlora_core.memory.sharding import bucket_elements
-from qlora_core.memory.sizes import Sizes
-from qlora_core.memory.step import Handling, Logits, Step
+from qlora_core.memory.sizes import Least, Sizes
+from qlora_core.memory.step import Handling, Logits, Step, undivided
 from qlora_core.memory.timeline import course as parts_of
 from qlora_core.memory.timeline import timeline
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 
 ENDLESS = 2**40
-"""A length beyond every sliding window."""
+"""A length beyond every sliding window, and a number of ranks beyond every other."""
 COMPOSED_ACTIVATIONS = frozenset({"gelu_new", "gelu_fast", "gelu_accurate"})
 """GELUs that transformers writes out in Python (activations.py)."""
 RESIDUAL_DROPOUT = {
@@ -69,6 +69,31 @@ def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
     shape = strategy.micro_batch, recipe.seq_len
     sizes = prepared(architecture, recipe, strategy, device).at(*shape)
     return sizes.estimate(*shape, device.context_bytes, device.ranks_per_host)
+
+
+def least_bytes(
+    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device, micro_batch: int
+) -> int:
+    """What is allocated at least, on however many ranks: what fits nowhere is told without a timeline for each number.
+
+    0 where nothing is divided, or where dividing changes how layers run again: there it is not known so quickly.
+    """
+    if not strategy.zero_stage:
+        return 0
+    return prepared(architecture, recipe, _least(strategy), device).least_bytes(micro_batch, recipe.seq_len)
+
+
+@lru_cache(maxsize=256)
+def _least(strategy: Strategy) -> Strategy:
+    """One that needs no more, but for optimizer state: on so many ranks that nothing is left of what they divide."""
+    return replace(
+        strategy,
+        world_size=ENDLESS,
+        gradient_accumulation=1,
+        paged_optimizer=False,
+        zero_stage=max(strategy.zero_stage, 2),
+        offload="all" if strategy.offload == "all" else "none",
+    )
 
 
 def course(
@@ -111,6 +136,8 @@ class Prepared:
     ) -> None:
         self._architecture, self._recipe, self._strategy, self._device = architecture, recipe, strategy, device
         self._single_is_special = strategy["attention"] == "eager"
+        self._steps: dict[tuple[bool, bool], tuple[Step, Residents]] = {}
+        self._least: dict[tuple[bool, bool], Least | None] = {}
         self._of_kind: dict[tuple[bool, bool], Sizes] = {}
 
     @cached_property
@@ -132,21 +159,35 @@ class Prepared:
         """What is allocated: the least that has to be reserved, however well tensors are placed."""
         return self.at(micro_batch, seq_len).allocated_bytes(micro_batch, seq_len)
 
+    def least_bytes(self, micro_batch: int, seq_len: int) -> int:
+        """What is allocated at least, but for optimizer state; see the function of this name."""
+        kind = self._kind(micro_batch, seq_len)
+        if kind not in self._least:
+            step, stays = self._parts(kind)
+            known = step.sharded and not step.reentrant
+            self._least[kind] = Least(stays, timeline(undivided(step))) if known else None
+        least = self._least[kind]
+        return 0 if least is None else least.bytes(micro_batch, seq_len)
+
     def at(self, micro_batch: int, seq_len: int) -> Sizes:
         """The sizes that hold for these, among others."""
         kind = self._kind(micro_batch, seq_len)
         if kind not in self._of_kind:
-            asked = self._asked(*kind)
-            step, strategy = step_of(*asked), asked[2]
-            layers = self._architecture.num_layers
-            self._of_kind[kind] = Sizes(
-                residents(*asked), timeline(step), self._device, strategy, layers, step.layer.trained
-            )
+            step, stays = self._parts(kind)
+            strategy, layers = self._asked(*kind)[2], self._architecture.num_layers
+            self._of_kind[kind] = Sizes(stays, timeline(step), self._device, strategy, layers, step.layer.trained)
         return self._of_kind[kind]
 
     def step(self, micro_batch: int, seq_len: int) -> Step:
         """The step of these, among others."""
-        return step_of(*self._asked(*self._kind(micro_batch, seq_len)))
+        return self._parts(self._kind(micro_batch, seq_len))[0]
+
+    def _parts(self, kind: tuple[bool, bool]) -> tuple[Step, Residents]:
+        """The step, and what stays between steps."""
+        if kind not in self._steps:
+            asked = self._asked(*kind)
+            self._steps[kind] = step_of(*asked), residents(*asked)
+        return self._steps[kind]
 
     def _kind(self, micro_batch: int, seq_len: int) -> tuple[bool, bool]:
         return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from qlora_core.memory.device import Device
@@ -11,7 +11,7 @@ from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, Phase,
 from qlora_core.memory.reserve import CHECKPOINTED, KEPT, Growth, slack
 from qlora_core.memory.residents import Residents
 from qlora_core.memory.step import FIRST, LAST
-from qlora_core.memory.tape import Total, Where, value
+from qlora_core.memory.tape import Size, Total, Where, value
 from qlora_core.memory.timeline import Candidate, Timeline, above_others, highest
 from qlora_core.strategy import LOSS_CHUNK_TOKENS, Strategy
 
@@ -47,14 +47,8 @@ class Sizes:
         self._parts = {phase: _sum(stays.loaded, stays.between, stays.added[phase]) for phase in self._candidates}
         """By phase, what neither of them changes."""
         self._resident = {phase: sum(parts.values()) for phase, parts in self._parts.items()}
-        (self._optimizer,) = self._totals("optimizer")
-        in_passes = (*self._totals("forward"), *self._totals("backward"))
-        self._in_passes = [total for (total,) in above_others((total,) for total in in_passes)]
-
-    def _totals(self, phase: Phase) -> Iterator[Total]:
-        """Of its candidates, with what stays."""
-        for a, b, c, d, e in (candidate.total for candidate in self._candidates[phase]):
-            yield self._resident[phase] + a, b, c, d, e
+        self._optimizer = times.after_backward.total.plus(Size(fixed=self._resident["optimizer"]))
+        self._in_passes = _in_passes(times, self._resident)
 
     def reserved_bytes(self, micro_batch: int, seq_len: int) -> int:
         """The one figure of `estimate` that a search for the largest compares."""
@@ -63,10 +57,8 @@ class Sizes:
     def allocated_bytes(self, micro_batch: int, seq_len: int) -> int:
         """What a rank needs at least, however well its tensors are placed."""
         variables = _variables(micro_batch, seq_len)
-        _, positions, tokens, scores, chunk = variables
-        most = max([a + b * positions + c * tokens + d * scores + e * chunk for a, b, c, d, e in self._in_passes])
-        a, b, c, d, e = self._optimizer
-        return max(most + self._slack(variables), a + b * positions + c * tokens + d * scores + e * chunk)
+        most = _most(self._in_passes, variables)
+        return max(most + self._slack(variables), value(self._optimizer, variables))
 
     def segments(self, micro_batch: int, seq_len: int) -> int:
         """Bytes of all segments, before fragmentation; 0 on a CPU.
@@ -152,6 +144,40 @@ class Sizes:
             segments + scale * typical // 1000,
             segments + scale * high // 1000,
         )
+
+
+class Least:
+    """What is allocated at least where `times` is a step that needs no more than the one in question.
+
+    Optimizer state is left out: of parts that are too small to be paged there would be more.
+    """
+
+    def __init__(self, stays: Residents, times: Timeline) -> None:
+        between = {component: size for component, size in stays.between.items() if component != "optimizer_state"}
+        resident = {phase: sum(_sum(stays.loaded, between, added).values()) for phase, added in stays.added.items()}
+        self._in_passes = _in_passes(times, resident)
+
+    def bytes(self, micro_batch: int, seq_len: int) -> int:
+        """In either pass."""
+        return _most(self._in_passes, _variables(micro_batch, seq_len))
+
+
+def _in_passes(times: Timeline, resident: Mapping[Phase, int]) -> list[Total]:
+    """The candidates of both passes, with what stays meanwhile, that are the highest for some size."""
+    totals: list[tuple[Total]] = []
+    passing: tuple[tuple[Phase, tuple[Candidate, ...]], ...] = (
+        ("forward", times.forward),
+        ("backward", times.backward),
+    )
+    for phase, candidates in passing:
+        totals += [((resident[phase] + each.total.fixed, *each.total[1:]),) for each in candidates]
+    return [total for (total,) in above_others(totals)]
+
+
+def _most(totals: Iterable[Total], variables: Sequence[int]) -> int:
+    """The highest of them where the polynomials' variables have these values."""
+    _, positions, tokens, scores, chunk = variables
+    return max([a + b * positions + c * tokens + d * scores + e * chunk for a, b, c, d, e in totals])
 
 
 def _sum(*of: dict[str, int]) -> dict[str, int]:

@@ -175,6 +175,20 @@ def on_tape(step: Step) -> Step:
     )
 
 
+def undivided(step: Step) -> Step:
+    """A step with the same tensors but for gradients and the buffers that dividing takes: it needs no more."""
+    return step._replace(
+        gradients="taken",
+        layer_gradients=0,
+        bucket=0,
+        layers_to_flush=0,
+        part=0,
+        reduced_after=0,
+        sharded=False,
+        fetched=0,
+    )
+
+
 def forward(tape: Tape, step: Step, marks: list[int]) -> tuple[Tensor, ...]:
     """The forward pass; the loss first, then what a caller of transformers holds on to beside it."""
     with tape.at("forward", "embedding"):
