@@ -10,6 +10,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from types import MappingProxyType
 
 from clusters.cluster import Cluster, Pool
@@ -162,24 +163,39 @@ def by_rules(
     return min(found, key=lambda one: (one.late, one.price))
 
 
+def quickest_of_each_pool(options: Iterable[Option]) -> list[Option]:
+    """The one that takes the fewest hours, of each pool."""
+    found: dict[str, Option] = {}
+    for option in options:
+        if option.pool not in found or option.hours < found[option.pool].hours:
+            found[option.pool] = option
+    return list(found.values())
+
+
 def placed_in_order(
     runs: Iterable[Run], ways: Mapping[int, Sequence[Option]], fleet: Cluster, hours: Mapping[str, OpenHours]
 ) -> Schedule:
     """Place one run after the other."""
     nodes = {pool.name: Nodes(pool) for pool in fleet.pools}
     clocks = {pool.name: hours.get(pool.name, NEVER_CLOSES) for pool in fleet.pools}
+    cheapest_first = {
+        job: sorted(((each.price, each, nodes[each.pool], clocks[each.pool]) for each in options), key=itemgetter(0))
+        for job, options in ways.items()
+    }
+    quickest = {job: quickest_of_each_pool(options) for job, options in ways.items()}
     placed, nowhere, least_late, least_price = [], [], 0.0, 0.0
     for run in runs:
         best: tuple[tuple[float, ...], Option, float, float] | None = None
-        for option in ways[run.job]:
-            clock = clocks[option.pool]
-            start = clock.begin(max(run.release, nodes[option.pool].earliest(option)))
+        for price, option, where, clock in cheapest_first[run.job]:
+            if best is not None and best[0] < (0.0, 0.0, price):
+                break  # it is neither late nor waits, and all that follow cost more
+            start = clock.begin(max(run.release, where.earliest(option)))
             end = clock.end(start, option.hours)
             if end == math.inf:
                 continue
             late = 0.0 if run.due is None else max(0.0, end - run.due)
             waits = run.due is None and start > run.release
-            merit = (late, float(waits), end if late or waits else option.price, end)
+            merit = (late, float(waits), end if late or waits else price, end)
             if best is None or merit < best[0]:
                 best = merit, option, start, end
         if best is None:
@@ -188,7 +204,9 @@ def placed_in_order(
         _, option, start, end = best
         placed.append(Placed(run, option, start, end, nodes[option.pool].take(option, end)))
         if run.due is not None:
-            alone = min(clocks[one.pool].end(clocks[one.pool].begin(run.release), one.hours) for one in ways[run.job])
+            alone = min(
+                clocks[one.pool].end(clocks[one.pool].begin(run.release), one.hours) for one in quickest[run.job]
+            )
             least_late += run.priority * max(0.0, alone - run.due)
-        least_price += min(option.price for option in ways[run.job])
+        least_price += cheapest_first[run.job][0][0]
     return Schedule(tuple(placed), tuple(nowhere), "rules", least_late, least_price)
