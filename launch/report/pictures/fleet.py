@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from clusters.hours import NEVER_CLOSES, OpenHours
-from launch.report.pictures.style import COLORS, INK, MARKERS, Picture, canvas, kind, styled
+from launch.report.pictures.style import COLORS, DASHES, INK, MARKERS, Picture, canvas, kind, styled
 from orchestrator.fleet.outlook import Outlook
 from orchestrator.fleet.schedule import Placed
 
@@ -130,18 +130,21 @@ def ways(answer: Outlook) -> Picture | None:
                     [option.price for option in those],
                     marker=MARKERS[pools.index(pool) % len(MARKERS)],
                     color=COLORS[number],
-                    linewidth=0.8,
+                    linestyle=DASHES[number],
+                    linewidth=0.9,
                 )
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("hours of a run")
         axes.set_ylabel(f"cost of a run, {answer.fleet.currency}" if priced else "GPU hours of a run")
-        handles = [axes.plot([], [], color=COLORS[n], label=answer.jobs.jobs[n].name)[0] for n in shown]
+        handles = [
+            axes.plot([], [], color=COLORS[n], linestyle=DASHES[n], label=answer.jobs.jobs[n].name)[0] for n in shown
+        ]
         handles += [
             axes.plot([], [], color="#777777", linestyle="", marker=MARKERS[n % len(MARKERS)], label=f"on {name}")[0]
             for n, name in enumerate(pools)
         ]
-        figure.legend(handles=handles, loc="outside right upper", frameon=False)
+        figure.legend(handles=handles, loc="outside right upper", frameon=False, handlelength=3)
         left = "" if len(every) == len(shown) else f" The first {len(COLORS)} jobs."
-        caption = f"More GPUs are further left; the marker says on which pool.{left}"
+        caption = f"More GPUs are further left; the line says which job, the marker on which pool.{left}"
         return Picture(figure, "ways", "Cost against time", caption)

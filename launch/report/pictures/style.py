@@ -24,6 +24,17 @@ HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 """Those of Okabe and Ito, which people who see fewer colours can tell apart."""
 MARKERS = "osD^vPX*"
+DASHES: tuple[Any, ...] = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (1, 1)),
+    (0, (5, 1, 1, 1)),
+    (0, (9, 2)),
+    (0, (3, 3)),
+    (0, (5, 1, 1, 1, 1, 1)),
+    (0, (1, 4)),
+)
+"""Of lines, so that what is printed without colours can be told apart, too."""
 INK = "#000000"
 """Drawn with this, a thing has the ink of the page, light or dark."""
 WIDTH = 10.0
