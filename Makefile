@@ -93,7 +93,7 @@ start: $(INSTALLED) ## from the command to the first step, part by part (docs/pe
 scale: $(INSTALLED) ## 200 runs submitted by 20 clients at once to three nodes on this machine (docs/scale.md); two hours
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.scale
 
-fleet: $(INSTALLED) ## how long qlora-capacity takes for 50 unlike jobs and for 10,000 runs (docs/capacity.md); on a quiet machine
+fleet: $(INSTALLED) ## how long qlora-capacity takes for 50 jobs and for 10,000 runs (docs/capacity.md); on a quiet machine
 	$(BIN)/python -m benchmarks.fleet
 
 planners: $(INSTALLED) ## other planners on the steps that were measured on a T4, beside ours (docs/planners.md)

@@ -1,4 +1,4 @@
-"""`make fleet`: how long `qlora-capacity` takes for 50 unlike jobs on eight pools, and for ten thousand runs.
+"""`make fleet`: how long `qlora-capacity` takes for 50 jobs on eight pools, and for ten thousand runs.
 
 Each question is asked by the command itself, in a process of its own, as somebody would ask it.
 """
@@ -43,20 +43,20 @@ SECONDS = 1.0
 """For the solver, which takes all that it may where it does not prove that nothing is better."""
 
 
-def unlike_jobs(count: int) -> dict[str, Any]:
-    """A list of jobs of which no two have model, rank and length alike."""
+def jobs_of(count: int, *, unlike: bool) -> dict[str, Any]:
+    """A list of jobs of ten models: no two with model, rank and length alike, or all with one recipe and other data."""
     jobs = []
     for number in range(count):
-        length = 256 * (1 + number % 12)
-        recipe = {"rank": 8 * (1 + number // len(MODELS)), "seq_len": length, "tokens_per_step": 64 * length}
-        model = MODELS[number % len(MODELS)]
-        jobs.append({"name": f"job-{number}", "model": model, "tokens": "10M", "deadline_hours": 48, "recipe": recipe})
+        length, rank = (256 * (1 + number % 12), 8 * (1 + number // len(MODELS))) if unlike else (2048, 16)
+        recipe = {"rank": rank, "seq_len": length, "tokens_per_step": 64 * length}
+        model, tokens = MODELS[number % len(MODELS)], f"{10 + number}M"
+        jobs.append({"name": f"job-{number}", "model": model, "tokens": tokens, "deadline_hours": 48, "recipe": recipe})
     return {"jobs": jobs}
 
 
-def asked(jobs: Path) -> tuple[float, float]:
+def asked(fleet: Path, jobs: Path) -> tuple[float, float]:
     """Seconds on the clock, and of processors, for one question."""
-    command = [str(Path(sys.executable).with_name("qlora-capacity")), str(FLEET), "--jobs", str(jobs)]
+    command = [str(Path(sys.executable).with_name("qlora-capacity")), str(fleet), "--jobs", str(jobs)]
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     environment = {**os.environ, "QLORA_LEDGER": str(ROOT / ".cache" / "no-ledger")}
     done = subprocess.run(
@@ -73,10 +73,20 @@ def main() -> None:
     """Ask, and write what it took."""
     here = machine()
     with tempfile.TemporaryDirectory() as folder:
-        fifty = Path(folder) / "fifty.yaml"
-        fifty.write_text(yaml.safe_dump(unlike_jobs(50)))
-        questions = {"50 unlike jobs": fifty, "10,000 runs of 7 jobs": EXAMPLES / "jobs" / "thousand-nodes.yaml"}
-        found = {name: asked(path) for name, path in questions.items()}
+        alike, unlike = Path(folder) / "alike.yaml", Path(folder) / "unlike.yaml"
+        alike.write_text(yaml.safe_dump(jobs_of(50, unlike=False)))
+        unlike.write_text(yaml.safe_dump(jobs_of(50, unlike=True)))
+        always_open = Path(folder) / "fleet.yaml"
+        description = yaml.safe_load(FLEET.read_text(encoding="utf-8"))
+        for pool in description["pools"]:
+            pool.pop("hours", None)  # a fleet with hours is scheduled by rules alone
+        always_open.write_text(yaml.safe_dump(description))
+        questions = {
+            "50 jobs of 10 models with one recipe, each with other data": (always_open, alike),
+            "50 jobs of which no two have model, rank and length alike": (always_open, unlike),
+            "10,000 runs of 7 jobs, by rules": (FLEET, EXAMPLES / "jobs" / "thousand-nodes.yaml"),
+        }
+        found = {name: asked(*each) for name, each in questions.items()}
     took = {name: {"seconds": round(clock, 1), "cpu_seconds": round(cpu, 1)} for name, (clock, cpu) in found.items()}
     write_json(RESULTS, {"date": datetime.now(UTC).date().isoformat(), "machine": here, "took": took})
     rows = [f"| {name} | {each['seconds']} | {each['cpu_seconds']} |" for name, each in took.items()]

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 
 from clusters.cluster import Cluster, Pool
@@ -133,13 +133,17 @@ def _options_of(asked: Sequence[tuple[JobForm, Method | None]], fleet: Cluster, 
     return [options(job, fleet, history, method) for job, method in asked]
 
 
+best_known = lru_cache(maxsize=4096)(best_of)
+"""`best_of`, which is the same for jobs that differ in their data alone."""
+
+
 def in_pool(question: Question, target: Target, pool: Pool, others: Alternatives) -> list[Option]:
     """A pool's options, the fewest GPUs first; more GPUs that make it no faster are left out."""
     found: list[Option] = []
     for place in places(question, [target]):
         if place.nodes > 1 and place.gpus % pool.gpus_per_node:
             continue
-        one = best_of(question, place)
+        one = best_known(question, place)
         if one is None:
             continue
         way = others.of("", place, one.target, Candidate(one.recipe, one.strategy), one.needed, ())
