@@ -27,7 +27,7 @@ demo: $(INSTALLED) ## plan a 65B fine-tune for one GPU, then fine-tune a tiny mo
 	$(BIN)/python examples/make_demo_base.py --out .cache/demo-base
 	$(BIN)/qlora-train examples/demo.yaml $(if $(FRESH),--fresh)
 
-SUITE := -m "not grid and not chaos" -rs -n 3 --dist loadgroup --no-loadscope-reorder
+SUITE := -m "not grid and not chaos" -rs -n 2 --dist loadgroup --no-loadscope-reorder
 
 test: lint suite ## what CI runs: lint, then all tests
 

@@ -22,17 +22,17 @@ os.environ["QLORA_CACHE"] = os.path.join(LEDGER.name, "tokens")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes: a file in one of them, since its tests share what was made for them.
+    """Where tests run in two processes: a file in one of them, since its tests share what was made for them.
 
-    Those that start Ray's workers are in two, "workers" and "runs", which take about as long, so that no more than two
-    do at a time; those that submit them are in a third. These and the files that take longest come first.
+    All that start Ray's workers are in one, so that no two do at a time, and those that submit them in another. These
+    and the files that take longest come first.
     """
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
     first = [
         pytest.mark.xdist_group(name).mark
-        for name in ("workers", "runs", "cluster", "test_engines.py", "test_measured_ranks.py")
+        for name in ("workers", "cluster", "test_engines.py", "test_measured_ranks.py")
     ]
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") not in first)
 

@@ -252,7 +252,7 @@ def ask(text: str, environment: dict[str, str]) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("runs")
+@pytest.mark.xdist_group("workers")
 def test_a_real_ray_is_read_by_address_and_by_auto_and_wants_its_token_with_resources_that_stand_for_gpus(
     tmp_path: Path,
 ) -> None:

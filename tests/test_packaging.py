@@ -165,14 +165,14 @@ def test_the_planning_half_imports_no_posix_only_module() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("runs")
+@pytest.mark.xdist_group("workers")
 def test_planning_needs_the_base_dependencies_only(planner_only: Path, tmp_path: Path) -> None:
     done = run(planner_only / "qlora-plan", "--model", "65b", "--gpus", "1", folder=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("runs")
+@pytest.mark.xdist_group("workers")
 def test_training_without_its_extra_says_how_to_install_it(planner_only: Path, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("{name: x, model: base, data: {path: train.jsonl}, output: runs/x}")
     done = run(planner_only / "qlora-train", "x.yaml", folder=tmp_path)

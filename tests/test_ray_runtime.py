@@ -12,7 +12,7 @@ import pytest
 from clusters.errors import RequestError
 from orchestrator.ray_runtime import ray_session
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workers")]
 
 SESSION = """
     import json, os, psutil, ray

@@ -122,7 +122,7 @@ def sweep(specification: Path) -> Callable[..., Told]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("runs")
+@pytest.mark.xdist_group("workers")
 def test_what_does_not_fit_is_planned_and_not_started(sweep: Callable[..., Told], specification: Path) -> None:
     huge = "strategy.micro_batch=1,100000000"
     code, told, _ = sweep(huge, "recipe.tokens_per_step=6400000000", "--dry-run", "--json")
@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_planned_and_not_started(sweep: Callable[..., Told]
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("runs")
+@pytest.mark.xdist_group("workers")
 def test_trials_are_runs_of_their_own_and_the_best_has_the_lowest_loss(
     sweep: Callable[..., Told], specification: Path
 ) -> None:

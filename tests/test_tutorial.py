@@ -29,7 +29,7 @@ def steps() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("runs")
+@pytest.mark.xdist_group("workers")
 def test_who_follows_the_tutorial_has_an_adapter_that_answers(tmp_path: Path) -> None:
     environment = {**os.environ, "QLORA_LEDGER": str(tmp_path / "ledger.sqlite")}
     printed = {}

@@ -16,7 +16,7 @@ import pytest
 from real_runs import COMMAND, Run, make_run
 from strikes import Row, Rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workers")]
 
 INJECT = Path(__file__).with_name("inject")
 SMOOTH = {"optimizer": "adamw", "dropout": 0.0, "compute_dtype": "float32"}
