@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import click
 import yaml
 
 from benchmarks.place import Place
-from benchmarks.speed import ROOT, machine
+from benchmarks.speed import ROOT, bare_imports, environment, interleaved, machine
 from qlora_core.files import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "fleet.json"
@@ -58,14 +59,18 @@ def asked(fleet: Path, jobs: Path) -> tuple[float, float]:
     """Seconds on the clock, and of processors, for one question."""
     command = [str(Path(sys.executable).with_name("qlora-capacity")), str(fleet), "--jobs", str(jobs)]
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    environment = {**os.environ, "QLORA_LEDGER": str(ROOT / ".cache" / "no-ledger")}
-    done = subprocess.run(
-        [*command, "--seconds", str(SECONDS), "--json"], capture_output=True, text=True, env=environment
-    )
+    users = {**os.environ, "QLORA_LEDGER": str(ROOT / ".cache" / "no-ledger")}
+    done = subprocess.run([*command, "--seconds", str(SECONDS), "--json"], capture_output=True, text=True, env=users)
     took, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode not in (0, 1):
         raise SystemExit(done.stderr)
     return took, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def bare_milliseconds() -> float:
+    """What the bare imports of `make speed` take on this machine now."""
+    bare = bare_imports()
+    return 1e3 * statistics.median(interleaved([bare], 7, environment())[bare.name])
 
 
 @click.command(name="benchmarks.fleet")
@@ -86,14 +91,17 @@ def main() -> None:
             "50 jobs of which no two have model, rank and length alike": (always_open, unlike),
             "10,000 runs of 7 jobs, by rules": (FLEET, EXAMPLES / "jobs" / "thousand-nodes.yaml"),
         }
+        before = bare_milliseconds()
         found = {name: asked(*each) for name, each in questions.items()}
+    bare = round((before + bare_milliseconds()) / 2)
     took = {name: {"seconds": round(clock, 1), "cpu_seconds": round(cpu, 1)} for name, (clock, cpu) in found.items()}
-    write_json(RESULTS, {"date": datetime.now(UTC).date().isoformat(), "machine": here, "took": took})
+    write_json(RESULTS, {"date": datetime.now(UTC).date().isoformat(), "machine": here, "bare_ms": bare, "took": took})
     rows = [f"| {name} | {each['seconds']} | {each['cpu_seconds']} |" for name, each in took.items()]
     said = "\n".join(
         [
             f"On the eight pools of a thousand nodes ({here['processor']}, {here['cores']} cores, {SECONDS:.0f} s for "
-            f"the solver, {datetime.now(UTC).date()}; `make fleet` asks again):",
+            f"the solver, {datetime.now(UTC).date()}; `make fleet` asks again). How fast the machine was then tell the "
+            f"imports that [speed.md](speed.md) holds everything against: they took {bare} ms.",
             "",
             "| | seconds | seconds of processors |",
             "| --- | ---: | ---: |",

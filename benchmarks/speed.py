@@ -125,12 +125,17 @@ def command(rounds: int, debug: bool) -> int:
 # --- cold starts ------------------------------------------------------------------------------------------------------
 
 
+def bare_imports() -> Command:
+    """What everything is held against, and by how long it takes, how fast a machine is."""
+    return Command(BARE, (sys.executable, "-c", "import pydantic, click, rich.table"))
+
+
 def commands(peer: Path) -> list[Command]:
     """What is started: the imports that everything is held against, our command, and the peer's."""
     scripts = Path(sys.executable).parent
     plan = (str(scripts / "qlora-plan"), "--model", "65b", "--gpus", "1")
     return [
-        Command(BARE, (sys.executable, "-c", "import pydantic, click, rich.table")),
+        bare_imports(),
         Command(PLAN, plan),
         Command(f"{PLAN} --json", (*plan, "--json")),
         Command(f"{PLAN} --gpu rtx-a6000", (*plan, "--gpu", "rtx-a6000")),
