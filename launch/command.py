@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib.util
 import io
 import os
@@ -54,6 +56,8 @@ class WithSubcommands(click.Command):
 
 def main(command: click.Command) -> NoReturn:
     """Run a command and exit with its code: 0 done, 1 failed or does not fit, 2 wrong request, 130 interrupted."""
+    # as it ends, the interpreter looks for cycles among all that was imported, which takes a second after torch
+    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a name that the terminal cannot show is no reason to fail

@@ -147,7 +147,7 @@ class Judge:
                 return False
         return True
 
-    def might_fit(self, shape: Candidate, size: int) -> bool:
+    def may_fit_on_more(self, shape: Candidate, size: int) -> bool:
         """Whether a micro-batch of this size might on more GPUs: what could not is told without asking about these."""
         recipe, strategy = shape
         for target in self.targets:
@@ -211,13 +211,13 @@ def fastest(question: Question, place: Place, judge: Judge, sure: bool) -> Candi
             asked = soonest  # a simpler one may be as fast as the fastest that fits, if that is not the soonest
         waiting.remove(asked)
         shape, candidate = asked.shape, at_size(asked.shape.candidate, place.gpus, asked.size, asked.accumulation)
-        if not judge.might_fit(shape.candidate, asked.size):
-            waiting += shape.next_that_might_fit(judge)
+        if not judge.may_fit_on_more(shape.candidate, asked.size):
+            waiting += shape.next_that_may_fit(judge)
         elif not shape.may_fit and not lean.may_fit(candidate):
             pass  # nor do those with smaller micro-batches
         elif not judge.fits(candidate, sure):
             shape.may_fit = True
-            waiting += shape.next_that_might_fit(judge)
+            waiting += shape.next_that_may_fit(judge)
         elif not asked.paid and (paged_out := judge.paged_out(candidate) if candidate.strategy.paged_optimizer else 0):
             # paging what has no room beside the rest takes time of its own
             waiting.append(asked._replace(paid=True, seconds=judge.seconds(candidate, paged_out)))
@@ -270,9 +270,9 @@ class Shape:
             return [Entry(seconds, order, size, accumulation, self)]
         return []
 
-    def next_that_might_fit(self, judge: Judge) -> list[Entry]:
+    def next_that_may_fit(self, judge: Judge) -> list[Entry]:
         """The same, past those that could not."""
-        self.untried = dropwhile(lambda each: not judge.might_fit(self.candidate, each[1]), self.untried)
+        self.untried = dropwhile(lambda each: not judge.may_fit_on_more(self.candidate, each[1]), self.untried)
         return self.next(judge)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import click
 from click.testing import CliRunner
 
@@ -46,3 +49,17 @@ def test_a_mistake_in_a_subcommands_options_is_told_with_its_name() -> None:
     shown = said("sweep", "--no-such-option")
     assert "tool sweep" in shown
     assert "--no-such-option" in shown
+
+
+ENDING = """
+import atexit, gc
+atexit.register(lambda: print(gc.get_freeze_count() > 1000))  # the first to be registered is the last to be called
+import click
+from launch.command import main
+main(click.Command("tool", callback=lambda: print("done")))
+"""
+
+
+def test_a_command_that_ends_does_not_look_for_cycles_among_all_that_it_imported() -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.split()) == (0, ["done", "True"]), ended.stderr

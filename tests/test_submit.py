@@ -25,7 +25,7 @@ from launch.jobs import id_stem, pack
 from orchestrator.machine import Machine
 from orchestrator.spec import load_spec
 
-STEPS = 500
+STEPS = 300
 CPUS = Machine(kind="cpu", name="CPUs of 2 nodes", devices=2, memory_bytes=2**33)
 
 
