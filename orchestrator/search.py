@@ -14,7 +14,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import dropwhile
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -210,18 +209,15 @@ def fastest(question: Question, place: Place, judge: Judge, sure: bool) -> Candi
         ):
             asked = soonest  # a simpler one may be as fast as the fastest that fits, if that is not the soonest
         waiting.remove(asked)
-        shape, candidate = asked.shape, at_size(asked.shape.candidate, place.gpus, asked.size, asked.accumulation)
-        if not judge.may_fit_on_more(shape.candidate, asked.size):
-            waiting += shape.next_that_may_fit(judge)
-        elif not shape.may_fit and not lean.may_fit(candidate):
-            pass  # nor do those with smaller micro-batches
-        elif not judge.fits(candidate, sure):
-            shape.may_fit = True
-            waiting += shape.next_that_may_fit(judge)
+        candidate = at_size(asked.shape.candidate, place.gpus, asked.size, asked.accumulation)
+        if not lean.may_fit(candidate):
+            continue  # nor do those with smaller micro-batches
+        if not judge.fits(candidate, sure):
+            waiting += asked.shape.next(judge)
         elif not asked.paid and (paged_out := judge.paged_out(candidate) if candidate.strategy.paged_optimizer else 0):
             # paging what has no room beside the rest takes time of its own
             waiting.append(asked._replace(paid=True, seconds=judge.seconds(candidate, paged_out)))
-            waiting += shape.next(judge)
+            waiting += asked.shape.next(judge)
         elif asked is simplest:
             return candidate
         else:
@@ -231,7 +227,7 @@ def fastest(question: Question, place: Place, judge: Judge, sure: bool) -> Candi
 
 
 def entries(question: Question, place: Place, judge: Judge) -> list[Entry]:
-    """The candidates of a place, of each shape the one with the largest micro-batch."""
+    """The candidates of a place, of each shape the one with the largest micro-batch that may fit."""
     found: list[Entry] = []
     order = 0
     for candidate in shapes(question, place.gpus):
@@ -255,25 +251,19 @@ class Shape:
         candidate: one of them.
         untried: their places in the order of all, micro-batches and gradient accumulations, the largest first.
         loads: what a step of theirs asks of each kind of GPU.
-        may_fit: in their leanest form they do; not known before that was asked.
     """
 
     candidate: Candidate
     untried: Iterator[tuple[int, int, int]]
     loads: list[Load]
-    may_fit: bool = False
 
     def next(self, judge: Judge) -> list[Entry]:
-        """The one with the next smaller micro-batch, if there is one: it is no faster than those before it."""
+        """The one with the next smaller micro-batch that may fit, if any: it is no faster than those before it."""
         for order, size, accumulation in self.untried:
-            seconds = judge.pace(self.loads, self.candidate, size, accumulation)
-            return [Entry(seconds, order, size, accumulation, self)]
+            if judge.may_fit_on_more(self.candidate, size):
+                seconds = judge.pace(self.loads, self.candidate, size, accumulation)
+                return [Entry(seconds, order, size, accumulation, self)]
         return []
-
-    def next_that_may_fit(self, judge: Judge) -> list[Entry]:
-        """The same, past those that could not."""
-        self.untried = dropwhile(lambda each: not judge.may_fit_on_more(self.candidate, each[1]), self.untried)
-        return self.next(judge)
 
 
 class Entry(NamedTuple):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 from launch.report.document import Document, Section, drawn
 from launch.report.words import gib
-from orchestrator.fleet.options import Option
+from orchestrator.fleet.options import Option, least_of_each_pool
 from orchestrator.fleet.outlook import Change, Figures, Outlook
 from orchestrator.fleet.schedule import Placed
 
@@ -96,7 +97,7 @@ def where_they_fit(answer: Outlook) -> Section:
         ways = answer.ways[index]
         if not ways:
             rows.append((job.name, job.model, "fits nowhere", "", "", "", ""))
-        for option in ways if number <= MOST_WAYS else cheapest_of_pools(ways):
+        for option in ways if number <= MOST_WAYS else least_of_each_pool(ways, attrgetter("price")):
             rows.append((job.name, job.model, *way(option, answer)))
     return Section(
         "Where each job fits",
@@ -105,15 +106,6 @@ def where_they_fit(answer: Outlook) -> Section:
         note,
         draw=drawn("fleet", "ways", answer),
     )
-
-
-def cheapest_of_pools(ways: Sequence[Option]) -> list[Option]:
-    """Of each pool the cheapest way, in the order of the pools; of those that cost as much the one on fewest GPUs."""
-    found: dict[str, Option] = {}
-    for one in ways:
-        if one.pool not in found or one.price < found[one.pool].price:
-            found[one.pool] = one
-    return list(found.values())
 
 
 def way(option: Option, answer: Outlook) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -64,6 +64,15 @@ class Option:
     def price(self) -> float:
         """What it is compared by: its cost, or where no pool has a price its GPU hours."""
         return self.gpus * self.hours if self.cost is None else self.cost
+
+
+def least_of_each_pool(found: Iterable[Option], figure: Callable[[Option], float]) -> list[Option]:
+    """Of each pool the option with the least of a figure, in the order of the pools; of those alike the first."""
+    least: dict[str, Option] = {}
+    for one in found:
+        if one.pool not in least or figure(one) < figure(least[one.pool]):
+            least[one.pool] = one
+    return list(least.values())
 
 
 def options(job: JobForm, fleet: Cluster, history: History, method: Method | None = None) -> list[Option]:

@@ -10,13 +10,13 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from types import MappingProxyType
 
 from clusters.cluster import Cluster, Pool
 from clusters.hours import NEVER_CLOSES, OpenHours
 from orchestrator.fleet.jobs import Run
-from orchestrator.fleet.options import Option
+from orchestrator.fleet.options import Option, least_of_each_pool
 
 ALWAYS_OPEN: Mapping[str, OpenHours] = MappingProxyType({})
 """The hours of pools of which none closes."""
@@ -163,15 +163,6 @@ def by_rules(
     return min(found, key=lambda one: (one.late, one.price))
 
 
-def quickest_of_each_pool(options: Iterable[Option]) -> list[Option]:
-    """The one that takes the fewest hours, of each pool."""
-    found: dict[str, Option] = {}
-    for option in options:
-        if option.pool not in found or option.hours < found[option.pool].hours:
-            found[option.pool] = option
-    return list(found.values())
-
-
 def placed_in_order(
     runs: Iterable[Run], ways: Mapping[int, Sequence[Option]], fleet: Cluster, hours: Mapping[str, OpenHours]
 ) -> Schedule:
@@ -182,7 +173,7 @@ def placed_in_order(
         job: sorted(((each.price, each, nodes[each.pool], clocks[each.pool]) for each in options), key=itemgetter(0))
         for job, options in ways.items()
     }
-    quickest = {job: quickest_of_each_pool(options) for job, options in ways.items()}
+    quickest = {job: least_of_each_pool(options, attrgetter("hours")) for job, options in ways.items()}
     placed, nowhere, least_late, least_price = [], [], 0.0, 0.0
     for run in runs:
         best: tuple[tuple[float, ...], Option, float, float] | None = None
