@@ -52,7 +52,7 @@ def job(folder: Path, debug: bool) -> int:
     # Ray may fetch the folder that travelled anew while the run goes on; a process whose folder is gone starts no other
     Path(spec.output).mkdir(parents=True, exist_ok=True)
     os.chdir(spec.output)
-    return carry_out(spec, dry_run=False, as_json=False, force=False, fresh=False, machine=machine)
+    return carry_out(spec, force=False, machine=machine)
 
 
 def shared(travelled: Path, target: Path) -> Path:

@@ -59,7 +59,12 @@ def train(
     require_train_extra("qlora-train")
     if preview:
         return show_data(spec)
-    return carry_out(spec, dry_run=dry_run, as_json=as_json, force=force, fresh=fresh)
+    if fresh:
+        spec = spec.model_copy(update={"output": str(free_output(Path(spec.output)))})
+        click.echo(f"Output: {spec.output}", err=as_json)
+    if dry_run:
+        return show_plan(spec, as_json=as_json)
+    return carry_out(spec, force=force)
 
 
 def show_data(spec: RunSpec) -> int:
@@ -75,43 +80,66 @@ def show_data(spec: RunSpec) -> int:
     from orchestrator.prepare import read_data
     from qlora_core.training.tokenizer import load_tokenizer
 
-    base = find_base(spec, lambda text: click.echo(text, err=True))
+    base = find_base(spec, to_stderr)
     tokenizer = load_tokenizer(str(base.folder))
     examples, report = read_data(spec, base, tokenizer)
     print_preview(Console(), report, examples, examples.lengths, spec.recipe.seq_len, tokenizer)
     return 0
 
 
-def carry_out(
-    spec: RunSpec, *, dry_run: bool, as_json: bool, force: bool, fresh: bool, machine: Machine | None = None
-) -> int:
+def free_output(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... where no run lies."""
+    number, candidate = 1, folder
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def show_plan(spec: RunSpec, *, as_json: bool) -> int:
+    """Print the plan of the run, and start nothing; returns the exit code."""
+    from qlora_core.quiet import quiet_libraries, uncollected
+
+    with uncollected():
+        quiet_libraries()
+
+        from launch.report.terminal import print_plan
+        from orchestrator.prepare import prepare
+
+    plan = prepare(spec, tell=to_stderr).plan
+    if as_json:
+        click.echo(json.dumps(plan.to_json(), indent=2))
+    else:
+        print_plan(plan)
+    return 0 if plan.fits else 1
+
+
+def carry_out(spec: RunSpec, *, force: bool, machine: Machine | None = None) -> int:
     """Prepare and run; returns the exit code. `machine` is what is planned for, this one by default."""
+    from orchestrator.attempt import ready
+
+    with ready():  # what drives Ray has as much to import as what follows here
+        return prepare_and_run(spec, force=force, machine=machine)
+
+
+def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None) -> int:
+    """See `carry_out`."""
     # Only now, since torch and transformers take seconds to import: a wrong specification is told at once.
-    from qlora_core.quiet import quiet_libraries
+    from qlora_core.quiet import quiet_libraries, uncollected
 
-    quiet_libraries()  # before the libraries are imported, some of which chat while they are
+    with uncollected():
+        quiet_libraries()  # before the libraries are imported, some of which chat while they are
 
-    from rich.console import Console
+        from rich.console import Console
 
-    from launch.progress import TerminalDisplay, print_summary
-    from launch.report.run_report import FILE_NAME, write_report
-    from launch.report.terminal import print_plan
-    from orchestrator.prepare import prepare
-    from orchestrator.run import execute, free_output
-    from orchestrator.supervisor import Interrupted
+        from launch.progress import TerminalDisplay, print_summary
+        from launch.report.run_report import FILE_NAME, write_report
+        from orchestrator.prepare import prepare
+        from orchestrator.run import execute
+        from orchestrator.supervisor import Interrupted
 
-    console = Console()
-    if fresh:
-        spec = spec.model_copy(update={"output": str(free_output(Path(spec.output)))})
-        console.print(f"Output: {spec.output}", highlight=False, markup=False)
-    prepared = prepare(spec, tell=lambda text: click.echo(text, err=True), machine=machine)  # --json owns stdout
-    if dry_run:
-        if as_json:
-            click.echo(json.dumps(prepared.plan.to_json(), indent=2))
-        else:
-            print_plan(prepared.plan)
-        return 0 if prepared.plan.fits else 1
-    output = Path(spec.output)
+    console, output = Console(), Path(spec.output)
+    prepared = prepare(spec, tell=to_stderr, machine=machine)
     try:
         with TerminalDisplay(console) as display:
             record, already = execute(prepared, display, force=force)
@@ -130,6 +158,11 @@ def carry_out(
         console.print(f"\nInterrupted after step {step} of {record.total_steps}. The same command resumes there.")
         return command.INTERRUPTED
     return 0
+
+
+def to_stderr(text: str) -> None:
+    """Tell of what takes long; --json has stdout for itself."""
+    click.echo(text, err=True)
 
 
 def main() -> None:

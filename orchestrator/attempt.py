@@ -8,11 +8,13 @@ the attempt in a thread.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
@@ -69,24 +71,45 @@ def start(order: Order, address: str | None) -> Attempt:
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return InThread(order, address)
-    return InProcess(order, address)
+    process = READY.get() or InProcess()
+    READY.set(None)
+    process.begin(order, address)
+    return process
+
+
+@contextmanager
+def ready() -> Iterator[None]:
+    """Let the process of the first attempt that starts in this block import what it needs while the run is planned."""
+    READY.set(InProcess())
+    try:
+        yield
+    finally:
+        if (unused := READY.get()) is not None:
+            READY.set(None)
+            unused.kill()
 
 
 class InProcess:
-    """An attempt in a process of its own."""
+    """An attempt in a process of its own, which imports what it needs before it is told to begin."""
 
     can_be_killed = True
 
-    def __init__(self, order: Order, address: str | None) -> None:
+    def __init__(self) -> None:
         spawn = get_context("spawn")  # a forked one would have our threads' locks
-        self._messages, theirs = spawn.Pipe(duplex=False)
-        self._process = spawn.Process(target=run_alone, args=(theirs, order, address), name="attempt", daemon=True)
-        self._process.start()
+        self._messages, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=run_alone, args=(theirs,), name="attempt", daemon=True)
+        with terminal_held_off():
+            self._process.start()
         theirs.close()
         self._family: dict[int, psutil.Process] = {}
         self._looked = 0.0
-        self._over = self._said_all = False
+        self._over = self._said_all = self._shared = False
+
+    def begin(self, order: Order, address: str | None) -> None:
+        """Carry out `order` on a running Ray, or, without its address, on one of its own."""
         self._shared = address is not None
+        with suppress(OSError):  # it is gone, as its silence will tell
+            self._messages.send((order, address))
 
     def message(self, seconds: float) -> Message | None:
         """See `Attempt`."""
@@ -159,14 +182,47 @@ class InThread(threading.Thread):
         """See `Attempt`. Its workers end with the trial that it is part of."""
 
 
-def run_alone(messages: Connection, order: Order, address: str | None) -> None:
+READY: ContextVar[InProcess | None] = ContextVar("READY", default=None)
+"""The process of the next attempt, where one was started before there was an order for it."""
+
+
+@contextmanager
+def terminal_held_off() -> Iterator[None]:
+    """Keep the terminal's Ctrl-C from a process that is started here, until that lets it in."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def run_alone(messages: Connection) -> None:
     """What the process of an attempt does."""
     os.setsid()  # the terminal's Ctrl-C is for the process that supervises
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # one that came before is forgotten
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, handler)
     threading.Thread(target=end_with_parent, daemon=True).start()
+    import_ray()
+    try:
+        order, address = messages.recv()
+    except EOFError:  # there is to be none
+        return
     carry_out(order, address, messages.send)
     messages.close()
     sys.stdout.flush()
     os._exit(0)  # all is said and Ray is shut down; threads of libraries must not hold this up
+
+
+def import_ray() -> None:
+    """Import what `carry_out` needs: it takes seconds."""
+    from qlora_core.quiet import uncollected
+
+    with uncollected():
+        from orchestrator import failures, ray_runtime  # noqa: F401
+
+        ray_runtime.set_defaults()
+        import ray.train.v2.api.data_parallel_trainer  # noqa: F401
 
 
 def end_with_parent() -> None:
@@ -399,10 +455,11 @@ def without_needless_actors(trainer: type[Any], *, alone: bool) -> type[Any]:
 
 def begin(config: Mapping[str, Any]) -> None:
     """Ray Train's training function. What it needs is imported where it runs: the attempt's process does without."""
-    from qlora_core.quiet import import_bitsandbytes
+    from qlora_core.quiet import import_bitsandbytes, uncollected
 
-    import_bitsandbytes()
+    with uncollected():
+        import_bitsandbytes()
 
-    from orchestrator.worker import work
+        from orchestrator.worker import work
 
     work(config["order"])

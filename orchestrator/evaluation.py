@@ -24,8 +24,9 @@ from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.adapters import load_adapters
 from qlora_core.training.dataset import DataOptions, encode_file
+from qlora_core.training.dataset.tokens import Encoded, save_examples
 from qlora_core.training.evaluate import Answer, example_losses, sample_answers
-from qlora_core.training.examples import Encoded, Examples, save_examples
+from qlora_core.training.examples import Examples
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import load_base
 from qlora_core.training.tasks import run_tasks

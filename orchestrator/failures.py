@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from clusters.errors import (
@@ -80,7 +79,8 @@ def failure_of(error: BaseException, rank: int | None = None, measured: Mapping[
 def kind_of(error: BaseException) -> Kind:
     """What kind of failure an exception is."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or GPU_MEMORY.search(text):
+    torch: Any = sys.modules.get("torch")  # where it is not imported, which takes seconds, the error is none of its
+    if (torch and isinstance(error, torch.OutOfMemoryError)) or GPU_MEMORY.search(text):
         return "gpu memory"
     if isinstance(error, MemoryError) or HOST_MEMORY.search(text):
         return "host memory"
@@ -96,7 +96,9 @@ def kind_of(error: BaseException) -> Kind:
         return "error"
     if isinstance(error, SafetensorError):
         return "data"  # a checkpoint's are told as such
-    if isinstance(error, dist.DistError | ConnectionError | TimeoutError) or PEER.search(text):
+    if torch and isinstance(error, torch.distributed.DistError):
+        return "worker lost"
+    if isinstance(error, ConnectionError | TimeoutError) or PEER.search(text):
         return "worker lost"
     return "error"
 

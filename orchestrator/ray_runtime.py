@@ -26,6 +26,19 @@ SHUTDOWN_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 
 
+def set_defaults() -> None:
+    """Set what Ray, Ray Train and the workers read from the environment, where the user has not."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # What is about to be taken away is looked for in `attempt`, so Ray Train need not start an actor that does.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Ray starts a process for each core ahead, and none of them is taken: Ray Train's have an environment of their own.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    # Workers have it from the Ray that is started here. Threads that spin while they wait for one which another process
+    # holds up make small steps on a busy CPU many times slower; what sleeping costs is in docs/performance.md.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 @contextmanager
 def ray_session(address: str | None, workers: int) -> Iterator[None]:
     """Ray for the length of the block; no process of a Ray started here outlives it.
@@ -42,13 +55,7 @@ def ray_session(address: str | None, workers: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    # What is about to be taken away is looked for in `attempt`, so Ray Train need not start an actor that does.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # Workers have it from the Ray that is started here. Threads that spin while they wait for one which another process
-    # holds up make small steps on a busy CPU many times slower; what sleeping costs is in docs/performance.md.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    set_defaults()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None:
         connect(address, options)

@@ -22,7 +22,6 @@ from orchestrator.offsite import Offsite, offsite
 from orchestrator.order import Order
 from orchestrator.outcome import close, finish, predicted, result_folder
 from orchestrator.prepare import Prepared
-from orchestrator.ray_runtime import check_reachable
 from orchestrator.record import SAMPLES_NAME, Attempt, RunRecord, load_record, new_id, now, save_record, versions
 from orchestrator.recovery import IN_ORDER, Failure
 from orchestrator.supervisor import (
@@ -35,7 +34,7 @@ from orchestrator.supervisor import (
 )
 from orchestrator.tracking import tracked
 from qlora_core.files import write_json
-from qlora_core.training.examples import save_examples
+from qlora_core.training.dataset.tokens import save_examples
 from qlora_core.training.layout import histogram
 from qlora_core.training.manifest import folder_name, load_facts, newest_valid, put_aside
 
@@ -54,15 +53,6 @@ class Display(Protocol):
 
     def note(self, text: str) -> None:
         """A remark beside the run."""
-
-
-def free_output(folder: Path) -> Path:
-    """`folder`, or the first of folder-2, folder-3, ... where no run lies."""
-    number, candidate = 1, folder
-    while candidate.exists():
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
 
 
 def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tuple[RunRecord, bool]:
@@ -91,6 +81,8 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
     if resume is not None:
         check_same(load_facts(resume)["identity"], prepared.identity, resume)
     if prepared.spec.cluster != "auto":
+        from orchestrator.ray_runtime import check_reachable  # here: it loads Ray
+
         check_reachable(prepared.spec.cluster.address)
     with only_writer(output), offsite(prepared.spec, display.note) as storage:
         if storage is not None and (fetched := storage.fetch(output / "checkpoints", prepared.identity)):

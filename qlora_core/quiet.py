@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 
 def quiet_libraries() -> None:
@@ -19,6 +22,34 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect no cycles while libraries are imported: none is to be freed, and to look takes a quarter of the time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def import_configurations() -> None:
+    """Import what the configurations of transformers' models are made of, without what its models are made of.
+
+    Beside a tokenizer it reads the model's configuration, whose checks know the names of activations, and the module
+    that has these brings accelerate, torch.distributed and torch._dynamo (transformers 5.23, utils/type_validators.py).
+    They know none where torch is not there, and then let any name pass.
+    """
+    from unittest.mock import patch
+
+    from transformers import video_utils  # noqa: F401  # imported by it, and not to be told the same
+    from transformers.utils import import_utils
+
+    with patch.object(import_utils, "is_torch_available", return_value=False), suppress(ImportError):
+        import transformers.utils.type_validators  # noqa: F401
 
 
 def import_bitsandbytes() -> None:

@@ -12,8 +12,9 @@ from qlora_core.memory.measure import StorageMeter
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.dataset import encode_file
+from qlora_core.training.dataset.tokens import save_examples
 from qlora_core.training.engines import build_engine
-from qlora_core.training.examples import Examples, Rows, save_examples
+from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.loop import TrainingRun
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import load_base, make_trainable

@@ -177,3 +177,29 @@ except SystemExit as end:
     assert end.code == 2
 """
     assert not modules_after(statement) & HEAVY
+
+
+def test_what_drives_ray_imports_it_without_torch() -> None:
+    assert modules_after("from orchestrator.attempt import import_ray; import_ray()") & HEAVY <= {
+        "ray",
+        "numpy",
+        "safetensors",
+    }
+
+
+def test_a_tokenizer_is_loaded_without_what_models_need_and_models_can_be_afterwards(tiny_base: Path) -> None:
+    load = f"""
+from qlora_core.training.tokenizer import load_tokenizer
+tokenizer = load_tokenizer({os.fspath(tiny_base)!r})
+"""
+    assert not modules_after(load) & {"accelerate", "peft", "bitsandbytes", "deepspeed"}
+    run = f"""
+import sys
+assert "torch._dynamo" not in sys.modules
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({os.fspath(tiny_base)!r})
+words = tokenizer("cat", return_tensors="pt")
+assert model(**words).logits.isfinite().all()
+assert type(tokenizer) is type(AutoTokenizer.from_pretrained({os.fspath(tiny_base)!r}))
+"""
+    assert "accelerate" in modules_after(load + run)

@@ -17,7 +17,7 @@ from launch.train import train
 from orchestrator.prepare import commit_before
 from orchestrator.record import RunRecord, new_id
 from orchestrator.spec import RunSpec, load_spec
-from qlora_core.training.examples import Encoded
+from qlora_core.training.dataset.tokens import Encoded
 from qlora_core.training.shown import chosen, samples
 from qlora_core.training.tokenizer import load_tokenizer
 

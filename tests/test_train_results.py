@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from clusters.errors import RequestError, RunFailed
 from launch.train import train
 from qlora_core.training.check import check_merged
-from qlora_core.training.examples import Encoded, Examples, save_examples
+from qlora_core.training.dataset.tokens import Encoded, save_examples
+from qlora_core.training.examples import Examples
 from qlora_core.training.vllm import outside_vllm, vllm_rank
 
 

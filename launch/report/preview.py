@@ -15,7 +15,7 @@ from launch.report.terminal import Bar
 from launch.report.words import visible
 from qlora_core.training import layout
 from qlora_core.training.dataset import DataReport
-from qlora_core.training.examples import Encoded
+from qlora_core.training.dataset.tokens import Encoded
 from qlora_core.training.shown import chosen, with_loss
 
 BINS = 10

@@ -1,18 +1,14 @@
-"""Examples as tokens: one safetensors file that every worker maps, its rows, and the batches made from them."""
+"""Examples as a worker has them: a file of tokens that it maps, its rows, and the batches made from them."""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from qlora_core.files import replace_atomically
 from qlora_core.recipe import Recipe
 from qlora_core.training.layout import lay_out
 from qlora_core.training.sampling import Order, micro_batches
@@ -21,47 +17,6 @@ IGNORED = -100
 """Label of a token that is not learned, as in transformers."""
 Batch = Mapping[str, torch.Tensor | None]
 """A micro-batch: what `SummedLoss` is called with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One example: token ids, which of them are learned, and where in the data it stands, in words."""
-
-    ids: list[int]
-    learned: list[bool]
-    place: str = field(default="", compare=False)
-
-
-def save_examples(examples: Sequence[Encoded], path: Path) -> None:
-    """Write examples as one safetensors file.
-
-    It has ids [T] int32, learned [T] uint8, starts [N + 1] int64, and places [P] uint8, each ended by a line's end.
-    """
-    ids, learned, starts = array("i"), bytearray(), [0]  # five bytes a token, where lists of numbers take forty
-    places = bytearray()
-    for example in examples:
-        ids.extend(example.ids)
-        learned += bytes(example.learned)
-        starts.append(len(ids))
-        places += as_line(example.place)
-    tensors = {
-        "ids": _flat(ids, torch.int32),
-        "learned": _flat(learned, torch.uint8),
-        "starts": torch.tensor(starts, dtype=torch.int64),
-        "places": _flat(places, torch.uint8),
-    }
-    with replace_atomically(path) as temporary:
-        save_file(tensors, temporary)
-
-
-def _flat(values: array[int] | bytearray, dtype: torch.dtype) -> torch.Tensor:
-    """Values as a tensor over the same memory; torch makes none of an empty buffer."""
-    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
-
-
-def as_line(place: str) -> bytes:
-    """A place as one line of many."""
-    return " ".join(place.splitlines()).encode(errors="replace") + b"\n"
 
 
 class Examples(Sequence[tuple[torch.Tensor, torch.Tensor]]):

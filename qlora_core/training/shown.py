@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora_core.training.examples import Encoded
+from qlora_core.training.dataset.tokens import Encoded
 
 SAMPLES = 3
 

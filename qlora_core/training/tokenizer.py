@@ -7,6 +7,7 @@ from typing import cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from clusters.errors import first_line, request_error
+from qlora_core.quiet import import_configurations
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -15,6 +16,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     Raises:
         RequestError: there is none, or it has neither of these tokens.
     """
+    import_configurations()
     try:
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model, trust_remote_code=False))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

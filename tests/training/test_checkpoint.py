@@ -18,7 +18,8 @@ from small_runs import Watcher, build, encode, recipe_of, tensors
 
 from clusters.errors import RunFailed
 from qlora_core.training import loop, manifest
-from qlora_core.training.examples import Encoded, Examples, Rows, save_examples
+from qlora_core.training.dataset.tokens import Encoded, save_examples
+from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.loop import train
 
 CPU = torch.device("cpu")

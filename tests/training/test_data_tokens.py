@@ -24,7 +24,8 @@ from orchestrator.spec import load_spec
 from qlora_core.training.dataset import DataOptions, cache, encode_file
 from qlora_core.training.dataset.samples import Conversation
 from qlora_core.training.dataset.tokenize import Encoder, tokens_of
-from qlora_core.training.examples import Examples, save_examples
+from qlora_core.training.dataset.tokens import save_examples
+from qlora_core.training.examples import Examples
 from qlora_core.training.tokenizer import load_tokenizer
 
 CHATML = (

@@ -14,7 +14,8 @@ from qlora_core.training.dataset import encode_file
 from qlora_core.training.dataset.options import DataOptions
 from qlora_core.training.dataset.readers import read_file
 from qlora_core.training.dataset.sources import file_digest
-from qlora_core.training.examples import IGNORED, Encoded, Examples, iterate_eval_batches, save_examples
+from qlora_core.training.dataset.tokens import Encoded, save_examples
+from qlora_core.training.examples import IGNORED, Examples, iterate_eval_batches
 from qlora_core.training.tokenizer import load_tokenizer
 
 

@@ -96,7 +96,7 @@ os._exit(0)  # gloo's threads sometimes abort a process that takes its interpret
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, conversations: Path) -> Path:
     from qlora_core.training.dataset import encode_file
-    from qlora_core.training.examples import save_examples
+    from qlora_core.training.dataset.tokens import save_examples
     from qlora_core.training.tokenizer import load_tokenizer
 
     path = tmp_path_factory.mktemp("encoded") / "train.safetensors"

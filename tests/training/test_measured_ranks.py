@@ -27,8 +27,9 @@ from qlora_core.memory.formula import estimate
 from qlora_core.memory.measure import PHASES, StorageMeter
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
+from qlora_core.training.dataset.tokens import Encoded, save_examples
 from qlora_core.training.engines import build_engine
-from qlora_core.training.examples import Encoded, Examples, Rows, save_examples
+from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.loop import TrainingRun, one_step
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import autocast_dtype, load_base, make_trainable

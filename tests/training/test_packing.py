@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_core.architecture import MIXES_PACKED
 from qlora_core.recipe import Recipe
-from qlora_core.training.examples import Encoded, Examples, Rows, save_examples
+from qlora_core.training.dataset.tokens import Encoded, save_examples
+from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.layout import lay_out, pack
 from qlora_core.training.loss import SummedLoss
 

@@ -14,19 +14,16 @@ from array import array
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
-from qlora_core.files import replace_atomically
 from qlora_core.training.dataset.options import DataOptions
 from qlora_core.training.dataset.readers import kind_of
 from qlora_core.training.dataset.report import DataReport
 from qlora_core.training.dataset.sources import Source
-from qlora_core.training.dataset.tokens import EncodedExamples
+from qlora_core.training.dataset.tokens import EncodedExamples, save_examples
 
 VERSION = 2
 """Raised when the same data becomes other tokens, or is kept otherwise."""
@@ -102,14 +99,8 @@ def save(folder: Path | None, key: str | None, examples: EncodedExamples, report
     """Keep data under that name, whole or not at all, and the folder within its limit."""
     if folder is None or key is None:
         return
-    tensors: dict[str, np.ndarray[Any, Any]] = {
-        "ids": np.frombuffer(examples.ids, dtype=np.int32),
-        "learned": np.frombuffer(examples.learned, dtype=np.uint8),
-        "starts": np.frombuffer(examples.starts, dtype=np.int64),
-        "places": np.frombuffer(examples.places, dtype=np.uint8),
-    }
-    with contextlib.suppress(OSError, SafetensorError), replace_atomically(folder / f"{key}.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"report": json.dumps(dataclasses.asdict(report))})
+    with contextlib.suppress(OSError, SafetensorError):
+        save_examples(examples, folder / f"{key}.safetensors", report=json.dumps(dataclasses.asdict(report)))
     with contextlib.suppress(OSError):
         shrink(folder, LIMIT_BYTES)
 

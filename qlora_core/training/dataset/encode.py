@@ -71,7 +71,7 @@ def encode_source(
     name, found = find_format(format_, first, source.shown)
     learn = learned_part(name, options)
     encoder = Encoder(tokenizer, learn)
-    examples = EncodedExamples.empty()
+    examples = EncodedExamples.of()
     truncated = unlearnable = empty = 0
     for place, outcome in encoded(encoder, samples_of(name, itertools.chain(held, records))):
         if isinstance(outcome, EmptyAnswer):

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
-from qlora_core.training.examples import Encoded, as_line
+from qlora_core.files import replace_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example: token ids, which of them are learned, and where in the data it stands, in words."""
+
+    ids: list[int]
+    learned: list[bool]
+    place: str = field(default="", compare=False)
 
 
 class EncodedExamples(Sequence[Encoded]):
@@ -33,13 +45,16 @@ class EncodedExamples(Sequence[Encoded]):
         self._order: Sequence[int] = range(len(starts) - 1) if order is None else order
 
     @classmethod
-    def empty(cls) -> EncodedExamples:
-        """None yet; see `append`."""
-        return cls(array("i"), bytearray(), array("q", [0]), bytearray())
+    def of(cls, examples: Iterable[Encoded] = ()) -> EncodedExamples:
+        """These, to which `append` adds."""
+        flat = cls(array("i"), bytearray(), array("q", [0]), bytearray())
+        for example in examples:
+            flat.append(example.ids, bytes(example.learned), example.place)
+        return flat
 
     def append(self, ids: Sequence[int], learned: bytes, place: str) -> None:
         """One more example."""
-        self.places += as_line(place)
+        self.places += " ".join(place.splitlines()).encode(errors="replace") + b"\n"
         self.ids.extend(ids)
         self.learned += learned
         self.starts.append(len(self.ids))
@@ -70,6 +85,10 @@ class EncodedExamples(Sequence[Encoded]):
         """Tokens of each example."""
         return [self.starts[at + 1] - self.starts[at] for at in self._order]
 
+    def is_whole(self) -> bool:
+        """Whether it is all that was appended, in that order."""
+        return self._order == range(len(self.starts) - 1)
+
     def learned_count(self) -> int:
         """Tokens with a loss: all learned but the first of an example, which nothing predicts."""
         flags = np.frombuffer(self.learned, dtype=np.uint8)
@@ -91,3 +110,21 @@ class EncodedExamples(Sequence[Encoded]):
     def _span(self, index: int) -> slice:
         at = self._order[index]
         return slice(self.starts[at], self.starts[at + 1])
+
+
+def save_examples(examples: Sequence[Encoded], path: Path, **facts: str) -> None:
+    """Write examples as one safetensors file, with `facts` as its metadata.
+
+    It has ids [T] int32, learned [T] uint8, starts [N + 1] int64, and places [P] uint8, each ended by a line's end.
+    """
+    flat = examples if isinstance(examples, EncodedExamples) else EncodedExamples.of(examples)
+    if not flat.is_whole():
+        flat = EncodedExamples.of(flat)
+    tensors: dict[str, np.ndarray[Any, Any]] = {
+        "ids": np.frombuffer(flat.ids, dtype=np.int32),
+        "learned": np.frombuffer(flat.learned, dtype=np.uint8),
+        "starts": np.frombuffer(flat.starts, dtype=np.int64),
+        "places": np.frombuffer(flat.places, dtype=np.uint8),
+    }
+    with replace_atomically(path) as temporary:
+        save_file(tensors, temporary, metadata=facts or None)
