@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
+from typing import Literal
 
 from clusters.cluster import Cluster, Pool
 from orchestrator.alternatives import Alternatives
@@ -120,10 +123,15 @@ def options_of_all(
     parts = shares(jobs, -(-len(jobs) // (2 * processes)))
     ask = partial(_options_of, fleet=fleet, history=history)
     # planning makes no cycles, and looking for some takes a sixth of its time
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), gc.disable) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context(how_to_start()), gc.disable) as pool:
         answers = list(pool.map(ask, [[jobs[index] for index in part] for part in parts]))
     found = dict(zip(chain.from_iterable(parts), chain.from_iterable(answers), strict=True))
     return [found[index] for index in range(len(jobs))]
+
+
+def how_to_start() -> Literal["fork", "spawn"]:
+    """How processes are started: forked ones need not import anew, but would have the locks of other threads."""
+    return "fork" if sys.platform == "linux" and threading.active_count() == 1 else "spawn"
 
 
 def shares(jobs: Sequence[tuple[JobForm, Method | None]], most: int) -> list[list[int]]:
