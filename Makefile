@@ -53,7 +53,7 @@ chaos: $(INSTALLED) ## real faults in real runs: kills, lost nodes, full disks, 
 	CHAOS_ROWS=$(CURDIR)/.cache/chaos/rows.jsonl CHAOS_CURVES=$(CURDIR)/.cache/chaos/curves.json \
 		$(BIN)/pytest -m "" -n 2 --dist load tests/chaos tests/test_offsite.py \
 		tests/test_submit.py::test_a_run_waits_for_what_others_use_says_so_and_begins_when_it_is_free \
-		tests/test_train_command.py::test_a_sudden_end_leaves_no_process_and_no_half_checkpoint
+		tests/test_train_command.py::test_nor_does_a_second_interrupt
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.reliability
 
 gpu: $(if $(DRY),$(INSTALLED)) ## peaks of real steps on this machine's GPU beside the predictions (DRY=1: small, on the CPU)
@@ -79,7 +79,7 @@ training: $(INSTALLED) ## training beside TRL's and a bare loop, and its memory 
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.training
 
 profile: $(INSTALLED) ## where the time of a training step goes on this CPU (docs/performance.md); on a quiet machine
-	PYTHONPATH=examples $(BIN)/python -m benchmarks.training.profile
+	PYTHONPATH=examples $(BIN)/python -m benchmarks.training.profiling
 
 growth: $(INSTALLED) ## time and memory against model size, length, workers and checkpoints (docs/benchmarks.md); on a quiet machine
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.growth

@@ -203,7 +203,8 @@ def run_alone(messages: Connection) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, handler)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    import_ray()
+    with suppress(Exception):  # what is wrong is told when it is wanted
+        import_ray()
     try:
         order, address = messages.recv()
     except EOFError:  # there is to be none

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import psutil
-import torch
 
 from clusters.cluster import Pool
 from clusters.errors import RequestError
@@ -54,6 +53,8 @@ def machine_of_pool(pool: Pool, accelerator_type: str | None = None) -> Machine:
 
 def describe() -> Machine:
     """The machine that this process runs on."""
+    import torch  # here: who asks a cluster instead does without
+
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         free = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))

@@ -179,12 +179,11 @@ except SystemExit as end:
     assert not modules_after(statement) & HEAVY
 
 
-def test_what_drives_ray_imports_it_without_torch() -> None:
-    assert modules_after("from orchestrator.attempt import import_ray; import_ray()") & HEAVY <= {
-        "ray",
-        "numpy",
-        "safetensors",
-    }
+@pytest.mark.parametrize(
+    "statement", ["from orchestrator.attempt import import_ray; import_ray()", "import launch.jobs"]
+)
+def test_what_asks_ray_for_something_does_without_torch(statement: str) -> None:
+    assert modules_after(statement) & HEAVY <= {"ray", "numpy", "safetensors"}
 
 
 def test_a_tokenizer_is_loaded_without_what_models_need_and_models_can_be_afterwards(tiny_base: Path) -> None:

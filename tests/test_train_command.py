@@ -291,30 +291,11 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_bit_for_bit_as_without(
     run.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("blow", [pytest.param("two interrupts", marks=pytest.mark.chaos), "kill"])
-def test_a_sudden_end_leaves_no_process_and_no_half_checkpoint(new_run: Callable[[str], Run], blow: str) -> None:
-    run = new_run("sudden")
-    process = run.start()
-    run.wait_for_step(1, process)
-    if blow == "kill":
-        process.kill()
-    else:
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.01)  # two signals that arrive together are one
-        process.send_signal(signal.SIGINT)
-    process.communicate(timeout=15)
-    assert process.returncode in (-signal.SIGKILL, 128 + signal.SIGINT)
-    run.assert_nothing_is_left()
-    for folder in complete(run.folder / "checkpoints").values():
-        check(folder)
-
-
 @pytest.fixture(scope="module")
-def terminated(new_run: Callable[[str], Run]) -> tuple[Run, Shown]:
-    """A long run, stopped by SIGTERM once both its ranks were seen at the node's metrics endpoint; what was there."""
-    run = new_run("resized")
-    run.environment["RAY_metrics_report_interval_ms"] = "500"
+def killed(new_run: Callable[[str], Run]) -> tuple[Run, Shown]:
+    """A long run whose command was killed once both its ranks were seen at the node's metrics endpoint, and these."""
+    run = new_run("sudden")
+    run.environment |= {"RAY_metrics_report_interval_ms": "500", "PYTHONUNBUFFERED": "1"}
     process = run.start("recipe.steps=5000")
     run.wait_for_step(1, process)
     deadline = time.monotonic() + 60
@@ -325,16 +306,44 @@ def terminated(new_run: Callable[[str], Run]) -> tuple[Run, Shown]:
         time.sleep(0.5)
         shown = run.ray_metrics()
     shown = run.ray_metrics()  # what was told together may be shown one after the other
-    process.send_signal(signal.SIGTERM)  # as a scheduler does before it takes a node
-    output, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 130, output
+    time.sleep(1)  # until it stands in metrics.jsonl, too
+    process.kill()
+    output, _ = process.communicate(timeout=15)
+    assert process.returncode == -signal.SIGKILL
     assert "Metrics for Prometheus: http://127.0.0.1:" in output
     return run, shown
 
 
-def test_the_metrics_of_the_node_carry_the_figures_of_the_run(terminated: tuple[Run, Shown]) -> None:
-    run, shown = terminated
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+def test_a_sudden_end_leaves_no_process_and_no_half_checkpoint(killed: tuple[Run, Shown]) -> None:
+    assert_nothing_is_half(killed[0])
+
+
+def assert_nothing_is_half(run: Run) -> None:
+    run.assert_nothing_is_left()
+    kept = complete(run.folder / "checkpoints")
+    assert kept
+    for folder in kept.values():
+        check(folder)
+
+
+@pytest.mark.chaos
+def test_nor_does_a_second_interrupt(new_run: Callable[[str], Run]) -> None:
+    run = new_run("impatient")
+    process = run.start("recipe.steps=5000")
+    run.wait_for_step(3, process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.01)  # two signals that arrive together are one
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=15)
+    assert process.returncode == 128 + signal.SIGINT
+    assert_nothing_is_half(run)
+
+
+def test_the_metrics_of_the_node_carry_the_figures_of_the_run(killed: tuple[Run, Shown]) -> None:
+    run, shown = killed
+    written = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines = [json.loads(line) for line in written if line.endswith("\n")]
     names = {name for line in lines for name in line} - {"step", "time"}
     assert {"train/loss", "train/learning_rate", "train/tokens_per_second", "train/step_seconds"} <= names
     of_first = {name for name, _, rank in shown if rank == "0"}

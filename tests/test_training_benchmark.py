@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,29 @@ def test_a_gpu_s_rates_are_those_of_the_newest_file_that_has_any(
     for name, rows in files.items():
         record = {"device": {"name": "B"}, "date": name[-10:], "versions": versions, "rows": rows}
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
-    monkeypatch.setattr(page, "RESULTS", tmp_path / "training.json")
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
     text = page.tables(results())
     assert "| at least 1.15 | 1.2 | reached |" in text
     assert "| ours: 2 at a time, all activations kept, adapters bfloat16 | 120 | 1.20 | 8.0 |" in text
+
+
+def test_each_kind_of_cpu_has_its_results_the_newest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "FOLDER", tmp_path)
+    assert page.current() == "Not measured yet.\n"
+    for auto, date in (("bfloat16", "2026-01-02"), ("float32", "2026-01-03")):
+        page.results_file(auto).write_text(json.dumps({**results(), "auto": auto, "date": date}))
+    newest, other = page.current().split("### On the other kind of CPU")
+    assert "Measured on 2026-01-03" in newest
+    assert f"tokens/s: {page.PLANNED}, which `auto` is here" in newest
+    assert "memory above the weights" in newest
+    assert "Measured on 2026-01-02" in other
+    assert f"tokens/s: {page.PLANNED_BF16}, which `auto` is here" in other
+    assert "memory above the weights" not in other
+
+
+def test_nothing_beside_the_script_that_runs_trl_is_named_like_a_standard_module() -> None:
+    stems = {path.stem for path in Path(page.__file__).parent.glob("*.py")}  # a script finds what lies beside it first
+    assert not stems & sys.stdlib_module_names
 
 
 def test_the_document_shows_the_results_that_are_written_down() -> None:

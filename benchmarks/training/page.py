@@ -1,10 +1,14 @@
-"""docs/benchmarks.md: the goals and tables of benchmarks/results/training.json, between two marks."""
+"""docs/benchmarks.md: the goals and tables of benchmarks/results/training-*.json, between two marks.
+
+There is one file for each compute dtype that `auto` may be on a CPU: with it all changes that is compared.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.place import Place
@@ -12,8 +16,8 @@ from benchmarks.speed import ROOT, spread
 from benchmarks.tokenization import BATCHED
 from benchmarks.training import memory
 
-RESULTS = ROOT / "benchmarks" / "results" / "training.json"
-TOKENIZATION = ROOT / "benchmarks" / "results" / "tokenization.json"
+FOLDER = ROOT / "benchmarks" / "results"
+TOKENIZATION = FOLDER / "tokenization.json"
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 PLACE = Place(DOCUMENT, "make training")
 
@@ -55,8 +59,13 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     return spread([one / other for one, other in zip(ours, theirs, strict=True)])
 
 
-def goals(results: Mapping[str, Any]) -> Iterator[Goal]:
-    """What the training is to keep to."""
+def results_file(auto: str) -> Path:
+    """Where the results of machines are kept on which the compute dtype is this one unless another is asked for."""
+    return FOLDER / f"training-{auto}.json"
+
+
+def goals_of_speed(results: Mapping[str, Any]) -> Iterator[Goal]:
+    """How fast it is to be."""
     speed, ray = results["speed"], results["ray"]
     narrow = results["auto"] == "bfloat16"
     for alone, as_float32 in ((PLANNED_BF16 if narrow else PLANNED, PLANNED), (OURS_BF16 if narrow else OURS, OURS)):
@@ -64,10 +73,14 @@ def goals(results: Mapping[str, Any]) -> Iterator[Goal]:
         yield Goal(text, "least", 2.0, ratios(speed[alone], speed[TRL])["median"])
         text = f"tokens/s: {as_float32}, of {TRL_F32}"
         yield Goal(text, "least", 1.5, ratios(speed[as_float32], speed[TRL_F32])["median"])
+    text = "step time launched by Ray, of the loop's without"
+    yield Goal(text, "most", 1.03, ratios(ray["with"], ray["without"])["median"])
+
+
+def goals(results: Mapping[str, Any]) -> Iterator[Goal]:
+    """What the training is to keep to."""
+    yield from goals_of_speed(results)
     yield Goal("largest difference of the loss from TRL's", "most", 1e-3, difference(results["curve"], "trl"))
-    yield Goal(
-        "step time launched by Ray, of the loop's without", "most", 1.03, ratios(ray["with"], ray["without"])["median"]
-    )
     for model in memory.MODELS:
         for stack in (memory.PLAIN, memory.PLAIN_PAGED):
             text = f"memory above the weights of {model}, less than {stack.name}, %"
@@ -90,9 +103,7 @@ def tokenization() -> float | None:
 
 def on_gpu() -> tuple[str, list[dict[str, Any]]]:
     """The rows of `make gpu` whose rate was measured, those of the newest file that has any, and what it was run on."""
-    for path in sorted(
-        RESULTS.parent.glob("gpu-*.json"), key=lambda path: path.stem[-len("2026-11-27") :], reverse=True
-    ):
+    for path in sorted(FOLDER.glob("gpu-*.json"), key=lambda path: path.stem[-len("2026-11-27") :], reverse=True):
         record = json.loads(path.read_text(encoding="utf-8"))
         if rows := [row for row in record["rows"] if row["steps"] > 2 and row["status"] == "measured"]:
             device, versions = record["device"], record["versions"]
@@ -133,28 +144,18 @@ def difference(curve: Mapping[str, Any], other: str) -> float:
 
 def tables(results: Mapping[str, Any]) -> str:
     """The results as they stand in the document."""
-    on, case, curve = results["machine"], results["case"], results["curve"]
-    installed = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    speed = results["speed"]
+    case, curve = results["case"], results["curve"]
     lines = [
-        f"Measured on {results['date']}: {on['processor']}, {on['cores']} cores, {on['system']}, load {on['load']};",
-        f"{installed}.",
+        *where(results),
         f"The model: {case['layers']} layers of width {case['hidden']}, {case['vocabulary']} words, NF4 with double",
         f"quantization, rank {case['rank']}; {case['micro_batch']} x {case['seq_len']} tokens a step. As planned",
         "it keeps all activations, the others are checkpointed.",
-        f"{results['rounds']} rounds; a figure is the median of {results['steps']} steps after the warm-up.",
         "",
         "| goal | | measured | |",
         "| --- | --- | ---: | --- |",
         *(goal.row for goal in goals(results)),
         "",
-        f"| loop | tokens/s | of {TRL} | of {TRL_F32} | quartiles of these | peak, MiB |",
-        "| --- | ---: | ---: | ---: | --- | ---: |",
-        *(speed_row(name, speed, results["peaks"]) for name in speed),
-        "",
-        f"Ray: {1000 * spread(results['ray']['with'])['median']:.0f} ms a step launched by Ray, "
-        f"{1000 * spread(results['ray']['without'])['median']:.0f} ms without.",
-        "",
+        *speed_table(results),
         f"Loss of the same {len(curve['ours'])} steps of {case['micro_batch']} x {curve['seq_len']}, all in float32:",
         "",
         "| step | ours | TRL | bare loop |",
@@ -174,6 +175,47 @@ def tables(results: Mapping[str, Any]) -> str:
         *gpu_table(),
     ]
     return "\n".join(lines)
+
+
+def where(results: Mapping[str, Any]) -> list[str]:
+    """What was measured on, and how often."""
+    on = results["machine"]
+    installed = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return [
+        f"Measured on {results['date']}: {on['processor']}, {on['cores']} cores, {on['system']}, load {on['load']}, on",
+        f"which `auto` is {results['auto']};",
+        f"{installed}.",
+        f"{results['rounds']} rounds; a figure is the median of {results['steps']} steps after the warm-up.",
+    ]
+
+
+def speed_table(results: Mapping[str, Any]) -> list[str]:
+    """Tokens a second of all loops, and the steps with and without Ray."""
+    speed = results["speed"]
+    return [
+        f"| loop | tokens/s | of {TRL} | of {TRL_F32} | quartiles of these | peak, MiB |",
+        "| --- | ---: | ---: | ---: | --- | ---: |",
+        *(speed_row(name, speed, results["peaks"]) for name in speed),
+        "",
+        f"Ray: {1000 * spread(results['ray']['with'])['median']:.0f} ms a step launched by Ray, "
+        f"{1000 * spread(results['ray']['without'])['median']:.0f} ms without.",
+        "",
+    ]
+
+
+def elsewhere(results: Mapping[str, Any]) -> list[str]:
+    """What of the results is another on another kind of CPU."""
+    return [
+        "### On the other kind of CPU",
+        "",
+        *where(results),
+        "",
+        "| goal | | measured | |",
+        "| --- | --- | ---: | --- |",
+        *(goal.row for goal in goals_of_speed(results)),
+        "",
+        *speed_table(results),
+    ]
 
 
 def speed_row(name: str, speed: Mapping[str, Sequence[float]], peaks: Mapping[str, int]) -> str:
@@ -197,9 +239,11 @@ def memory_row(row: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
 
 def current() -> str:
     """What the document is to show: the tables of the results that are written down, where there are any."""
-    if not RESULTS.exists():
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("training-*.json")]
+    if not found:
         return f"{NOT_MEASURED.capitalize()}.\n"
-    return tables(json.loads(RESULTS.read_text(encoding="utf-8")))
+    newest, *others = sorted(found, key=lambda results: str(results["date"]), reverse=True)
+    return "\n".join([tables(newest), *(line for other in others for line in elsewhere(other))])
 
 
 def write() -> None:

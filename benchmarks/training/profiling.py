@@ -97,7 +97,7 @@ def rate(dtype: Any, side: int = 1536) -> float:
     return best
 
 
-@click.command(name="benchmarks.training.profile")
+@click.command(name="benchmarks.training.profiling")
 @click.argument("specification", required=False, type=click.Path(path_type=Path))
 def main(specification: Path | None) -> None:
     """Profile our loop in each dtype, in a process of its own, and write what came out."""
@@ -110,7 +110,7 @@ def main(specification: Path | None) -> None:
     for dtype in DTYPES:
         path = write_spec(case, WORK / dtype, model, steps=STEPS, compute_dtype=dtype, planned=True)
         shutil.rmtree(path.with_name("out"), ignore_errors=True)
-        command = [sys.executable, "-m", "benchmarks.training.profile", str(path)]
+        command = [sys.executable, "-m", "benchmarks.training.profiling", str(path)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
