@@ -17,6 +17,7 @@ import click
 from benchmarks.place import Place
 from benchmarks.speed import ROOT, machine
 from benchmarks.training.case import Case, make_model, write_spec
+from orchestrator.machine import describe, target_of
 from qlora_core.files import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "profile.json"
@@ -24,7 +25,6 @@ PLACE = Place(ROOT / "docs" / "performance.md", "make profile")
 WORK = ROOT / ".cache" / "bench" / "profile"
 STEPS, FOLLOWED = 12, 6
 """Steps of a run, and how many of them come before the first that is looked at: the storage tracker follows those."""
-DTYPES = ("float32", "bfloat16")
 KINDS = (
     ("attention", ("scaled_dot_product", "flash_attention")),
     ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "mkldnn")),
@@ -100,14 +100,15 @@ def rate(dtype: Any, side: int = 1536) -> float:
 @click.command(name="benchmarks.training.profiling")
 @click.argument("specification", required=False, type=click.Path(path_type=Path))
 def main(specification: Path | None) -> None:
-    """Profile our loop in each dtype, in a process of its own, and write what came out."""
+    """Profile our loop in each dtype that this CPU multiplies, in a process of its own, and write what came out."""
     if specification is not None:
         click.echo(json.dumps(profiled(specification)))
         return
     case = Case()
     model = make_model(case, WORK / "model")
     found = {}
-    for dtype in DTYPES:
+    auto = target_of(describe(), "auto", 1).compute_dtype
+    for dtype in dict.fromkeys(("float32", auto)):  # another takes minutes a step
         path = write_spec(case, WORK / dtype, model, steps=STEPS, compute_dtype=dtype, planned=True)
         shutil.rmtree(path.with_name("out"), ignore_errors=True)
         command = [sys.executable, "-m", "benchmarks.training.profiling", str(path)]
@@ -125,34 +126,35 @@ def main(specification: Path | None) -> None:
 def table(results: dict[str, Any]) -> str:
     """What docs/performance.md shows."""
     steps = results["steps"]
+    dtypes = list(steps)
     kinds = sorted(
         {kind for one in steps.values() for kind in one["seconds"]},
-        key=lambda kind: -steps[DTYPES[0]]["seconds"].get(kind, 0),
+        key=lambda kind: -steps[dtypes[0]]["seconds"].get(kind, 0),
     )
     case, here = Case(), results["machine"]
     lines = [
         f"{case.layers} layers of width {case.hidden}, NF4, {case.micro_batch} x {case.seq_len} tokens, as planned "
         f"({here['processor']}, {here['cores']} cores, {results['date']}):",
         "",
-        "| ms of a step | " + " | ".join(DTYPES) + " |",
-        "| --- |" + " ---: |" * len(DTYPES),
+        "| ms of a step | " + " | ".join(dtypes) + " |",
+        "| --- |" + " ---: |" * len(dtypes),
     ]
     for kind in kinds:
         cells = []
-        for dtype in DTYPES:
+        for dtype in dtypes:
             seconds = steps[dtype]["seconds"]
             spent = seconds.get(kind, 0.0)
             cells.append(f"{1000 * spent:.0f} ({spent / sum(seconds.values()):.0%})")
         lines.append(f"| {kind} | {' | '.join(cells)} |")
-    floors = {dtype: 1000 * steps[dtype]["operations"] / steps[dtype]["rate"] for dtype in DTYPES}
-    rates = " | ".join(f"{steps[dtype]['rate'] / 1e9:,.0f}" for dtype in DTYPES)
-    counted = " | ".join(f"{steps[dtype]['operations'] / 1e9:,.0f}" for dtype in DTYPES)
-    wholes = " | ".join(f"{1000 * sum(steps[dtype]['seconds'].values()):.0f}" for dtype in DTYPES)
+    floors = {dtype: 1000 * steps[dtype]["operations"] / steps[dtype]["rate"] for dtype in dtypes}
+    rates = " | ".join(f"{steps[dtype]['rate'] / 1e9:,.0f}" for dtype in dtypes)
+    counted = " | ".join(f"{steps[dtype]['operations'] / 1e9:,.0f}" for dtype in dtypes)
+    wholes = " | ".join(f"{1000 * sum(steps[dtype]['seconds'].values()):.0f}" for dtype in dtypes)
     lines += [
         f"| **the step** | {wholes} |",
         f"| operations of its products, 10⁹ | {counted} |",
         f"| rate of a large product here, 10⁹ a second | {rates} |",
-        f"| floor: these at that rate | {' | '.join(f'{floors[dtype]:.0f}' for dtype in DTYPES)} |",
+        f"| floor: these at that rate | {' | '.join(f'{floors[dtype]:.0f}' for dtype in dtypes)} |",
     ]
     return "\n".join(lines) + "\n"
 
