@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from unittest.mock import patch
 
 
 def quiet_libraries() -> None:
@@ -26,7 +27,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Collect no cycles while libraries are imported: none is to be freed, and to look takes a quarter of the time."""
+    """Collect no cycles while libraries are imported: none is to be freed, and to look takes long."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -43,8 +44,6 @@ def import_configurations() -> None:
     that has these brings accelerate, torch.distributed and torch._dynamo (transformers 5.23, utils/type_validators.py).
     They know none where torch is not there, and then let any name pass.
     """
-    from unittest.mock import patch
-
     from transformers import video_utils  # noqa: F401  # imported by it, and not to be told the same
     from transformers.utils import import_utils
 
@@ -59,8 +58,6 @@ def import_bitsandbytes() -> None:
     of inductor (bitsandbytes 0.50, backends/default/ops.py), and keeps them as they are where that fails. Of these a
     CPU calls one, to dequantize a weight with an odd last dimension, and CUDA none.
     """
-    from unittest.mock import patch  # asyncio and more, which the command does without
-
     import torch
 
     with patch.object(torch, "compile", side_effect=RuntimeError("not while bitsandbytes is imported")):

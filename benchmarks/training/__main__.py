@@ -19,10 +19,9 @@ import click
 
 from benchmarks.speed import ROOT, machine
 from benchmarks.training import memory, page
-from benchmarks.training.case import Case, make_model, write_spec
+from benchmarks.training.case import Case, chosen_dtype, make_model, write_spec
 from clusters.errors import RunFailed
 from launch.command import main as run_command
-from orchestrator.machine import describe, target_of
 from qlora_core.files import write_json
 from qlora_core.recipe import Recipe
 from qlora_core.training.layout import lay_out
@@ -56,7 +55,7 @@ def command(rounds: int, steps: int, tiny: bool, debug: bool) -> int:
     work = WORK / ("tiny" if tiny else "full")
     model = make_model(case, work / "model")
     install_trl()
-    auto = target_of(describe(), "auto", 1).compute_dtype
+    auto = chosen_dtype()
     rates, peaks = speed(case, work, model, rounds, steps, auto)
     results = {
         "schema_version": 1,

@@ -10,9 +10,16 @@ from typing import Any
 
 import yaml
 
+from orchestrator.machine import describe, target_of
+
 SEED = 0
 LIKE_TRL = {"gradient_checkpointing": True, "attention": "sdpa", "loss": "chunked", "paged_optimizer": False}
 """The strategy that TRL's recipe has, too."""
+
+
+def chosen_dtype() -> str:
+    """What `compute_dtype: auto` is on this machine."""
+    return target_of(describe(), "auto", 1).compute_dtype
 
 
 @dataclass(frozen=True, slots=True)

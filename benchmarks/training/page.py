@@ -6,7 +6,7 @@ There is one file for each compute dtype that `auto` may be on a CPU: with it al
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,10 +151,7 @@ def tables(results: Mapping[str, Any]) -> str:
         f"quantization, rank {case['rank']}; {case['micro_batch']} x {case['seq_len']} tokens a step. As planned",
         "it keeps all activations, the others are checkpointed.",
         "",
-        "| goal | | measured | |",
-        "| --- | --- | ---: | --- |",
-        *(goal.row for goal in goals(results)),
-        "",
+        *goal_table(goals(results)),
         *speed_table(results),
         f"Loss of the same {len(curve['ours'])} steps of {case['micro_batch']} x {curve['seq_len']}, all in float32:",
         "",
@@ -189,6 +186,11 @@ def where(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def goal_table(found: Iterable[Goal]) -> list[str]:
+    """What was promised and what became of it, a line each."""
+    return ["| goal | | measured | |", "| --- | --- | ---: | --- |", *(goal.row for goal in found), ""]
+
+
 def speed_table(results: Mapping[str, Any]) -> list[str]:
     """Tokens a second of all loops, and the steps with and without Ray."""
     speed = results["speed"]
@@ -210,10 +212,7 @@ def elsewhere(results: Mapping[str, Any]) -> list[str]:
         "",
         *where(results),
         "",
-        "| goal | | measured | |",
-        "| --- | --- | ---: | --- |",
-        *(goal.row for goal in goals_of_speed(results)),
-        "",
+        *goal_table(goals_of_speed(results)),
         *speed_table(results),
     ]
 

@@ -16,8 +16,7 @@ import click
 
 from benchmarks.place import Place
 from benchmarks.speed import ROOT, machine
-from benchmarks.training.case import Case, make_model, write_spec
-from orchestrator.machine import describe, target_of
+from benchmarks.training.case import Case, chosen_dtype, make_model, write_spec
 from qlora_core.files import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "profile.json"
@@ -107,8 +106,7 @@ def main(specification: Path | None) -> None:
     case = Case()
     model = make_model(case, WORK / "model")
     found = {}
-    auto = target_of(describe(), "auto", 1).compute_dtype
-    for dtype in dict.fromkeys(("float32", auto)):  # another takes minutes a step
+    for dtype in dict.fromkeys(("float32", chosen_dtype())):  # another takes minutes a step
         path = write_spec(case, WORK / dtype, model, steps=STEPS, compute_dtype=dtype, planned=True)
         shutil.rmtree(path.with_name("out"), ignore_errors=True)
         command = [sys.executable, "-m", "benchmarks.training.profiling", str(path)]
