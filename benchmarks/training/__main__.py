@@ -31,6 +31,8 @@ TRL = ROOT / ".cache" / "bench-trl"
 TRL_VERSION = "1.16.0"
 WARM_UP = 4
 """First steps of each run, which are left out: ours are followed by the storage tracker."""
+PEER_SECONDS = 150
+"""After so many TRL's steps end, where a rate is measured: where the CPU multiplies no bfloat16, one takes a minute."""
 CURVE_STEPS = 50
 CURVE_LENGTH = 128
 RAY_STEPS = 20
@@ -111,8 +113,12 @@ def loop(role: str, specification: Path) -> dict[str, Any]:
     return found
 
 
-def trl_loop(case: Case, specification: Path, model: Path, dtype: str, *, exact: bool = False) -> dict[str, Any]:
-    """What TRL measured, over the micro-batches that our last run of the specification left."""
+def trl_loop(case: Case, specification: Path, model: Path, dtype: str, **further: Any) -> dict[str, Any]:
+    """What TRL measured, over the micro-batches that our last run of the specification left.
+
+    Args:
+        further: `exact` and `seconds`, as in an order of `benchmarks.training.trl_loop`.
+    """
     folder = specification.parent
     order = {
         "model": str(model),
@@ -124,7 +130,8 @@ def trl_loop(case: Case, specification: Path, model: Path, dtype: str, *, exact:
         "beta2": 0.999,
         "max_grad_norm": 0.3,
         "dtype": dtype,
-        "exact": exact,
+        "exact": False,
+        **further,
     }
     write_json(folder / "order.json", order)
     script = ROOT / "benchmarks" / "training" / "trl_loop.py"
@@ -151,14 +158,15 @@ def speed(
             peaks[name] = max(measured["peaks"].values())
         specification = work / page.OURS.replace(", ", "-") / "run.yaml"
         add(found, page.BARE, case, loop("bare", specification))
-        add(found, page.TRL, case, trl_loop(case, specification, model, "bfloat16"))
-        add(found, page.TRL_F32, case, trl_loop(case, specification, model, "float32"))
+        add(found, page.TRL, case, trl_loop(case, specification, model, "bfloat16", seconds=PEER_SECONDS))
+        add(found, page.TRL_F32, case, trl_loop(case, specification, model, "float32", seconds=PEER_SECONDS))
     return found, peaks
 
 
 def add(found: dict[str, list[float]], name: str, case: Case, measured: dict[str, Any]) -> None:
-    """One round's figure of a loop."""
-    found.setdefault(name, []).append(case.tokens / statistics.median(measured["seconds"][WARM_UP:]))
+    """One round's figure of a loop; of one that ended within the warm-up, all but its first step count."""
+    seconds = measured["seconds"]
+    found.setdefault(name, []).append(case.tokens / statistics.median(seconds[WARM_UP:] or seconds[1:]))
 
 
 def curve(case: Case, work: Path, model: Path, steps: int) -> dict[str, Any]:

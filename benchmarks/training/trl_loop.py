@@ -7,6 +7,7 @@ and SFTConfig's own defaults for precision (bf16), gradient checkpointing and lo
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -23,19 +24,22 @@ from trl import SFTConfig, SFTTrainer
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
-    """Seconds of each optimizer step."""
+    """Seconds of each optimizer step; ends the training after `at_most` seconds of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_most: float) -> None:
         self.seconds: list[float] = []
+        self._at_most = at_most
         self._begin = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """See `TrainerCallback`."""
         self._begin = time.perf_counter()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See `TrainerCallback`."""
         self.seconds.append(time.perf_counter() - self._begin)
+        # two steps at least: the first is a warm-up
+        control.should_training_stop |= sum(self.seconds) > self._at_most and len(self.seconds) > 1
 
 
 class Recording(SFTTrainer):  # type: ignore[misc]  # trl is not typed here
@@ -79,7 +83,8 @@ def train(
 
     Args:
         ids, labels: shape [steps, sequences, tokens].
-        order: as for `main`; without `adapter` the one that peft initialises.
+        order: as for `main`; without `adapter` the one that peft initialises; `seconds`, if given, are the most that
+            its steps may take, however many there were by then.
         device: "cpu" or "cuda".
     """
     data = Dataset.from_dict({"input_ids": ids.flatten(0, 1).tolist(), "labels": labels.flatten(0, 1).tolist()})
@@ -109,7 +114,7 @@ def train(
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        clock = Clock()
+        clock = Clock(order.get("seconds", math.inf))
         trainer = Recording(
             model=model,
             args=config,
