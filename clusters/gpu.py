@@ -52,6 +52,8 @@ class Gpu:
         pcie_bytes_per_s: one direction.
         context_bytes: a CUDA context, as nvidia-smi shows it before the first tensor.
         context_measured: on a GPU of this architecture; else it is the stated default.
+        achieved: what it was measured to achieve of its rates, by the names of `qlora_core.step_time.Achieved`: at the
+            slow end, typically and at the fast end. Empty where nobody measured.
         source: the document the numbers are from.
     """
 
@@ -72,6 +74,7 @@ class Gpu:
     pcie_bytes_per_s: int
     context_bytes: int
     context_measured: bool
+    achieved: tuple[tuple[str, tuple[float, ...]], ...]
     source: str
 
     @property
@@ -141,6 +144,7 @@ def _gpu(row: Mapping[str, Any], contexts: Mapping[str, float]) -> Gpu:
         pcie_bytes_per_s=round(_PCIE_LANE_BYTES_PER_S[generation] * lanes),
         context_bytes=round(contexts.get(row["architecture"], contexts["default"]) * MIB),
         context_measured=row["architecture"] in contexts,
+        achieved=tuple((name, tuple(ends)) for name, ends in row.get("achieved", {}).items()),
         source=row["source"],
     )
 

@@ -10,7 +10,7 @@ from clusters.gpu import Gpu, list_gpus
 from orchestrator.plans import Choice, Target
 from qlora_core.memory.device import Device
 from qlora_core.recipe import Dtype
-from qlora_core.step_time import ATTENTION, NVLINK, PCIE_RING, PRODUCTS, TYPICAL, Range, Rates, by_capability
+from qlora_core.step_time import NVLINK, PCIE_RING, TYPICAL, Achieved, Range, Rates, achieved_by
 
 NODE_GPUS = 8
 """GPUs of a node where only their kind is known: boards and cloud instances have up to 8."""
@@ -96,13 +96,13 @@ def rates(target: Target) -> Rates:
 
         cores = max(1, (os.cpu_count() or 1) // target.device.ranks_per_host)
         flops, moved = CORE_FLOPS * cores, CORE_BYTES_PER_S * cores
-        return Rates(flops, ON_A_CORE, ON_A_CORE, flops, moved, moved, moved, ON_A_CORE, None, NODE_GPUS)
+        achieved = Achieved(ON_A_CORE, ON_A_CORE)
+        return Rates(achieved, flops, flops, moved, moved, moved, ON_A_CORE, None, NODE_GPUS)
     pool = target.pool or like(target.device)
     gpu = pool.gpu
     known = {"float16": gpu.fp16_flops, "bfloat16": gpu.bf16_flops, "float32": gpu.fp32_flops}
     return Rates(
-        products=by_capability(PRODUCTS, gpu.compute_capability),
-        attention=by_capability(ATTENTION, gpu.compute_capability),
+        achieved=achieved_by(gpu.compute_capability)._replace(**{name: Range(*share) for name, share in gpu.achieved}),
         flops=known[target.compute_dtype] or gpu.fp32_flops,  # bfloat16 without hardware for it is computed in float32
         wide_flops=gpu.fp32_flops,
         memory_bytes=gpu.bandwidth_bytes_per_s,

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -30,6 +29,7 @@ from qlora_core.memory.measure import Meter, meter_for, weight_bytes
 from qlora_core.quiet import quiet_libraries
 from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import Examples, Rows
+from qlora_core.training.group import join_group
 from qlora_core.training.loop import TrainingRun, train
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import autocast_dtype, load_base, make_trainable
@@ -40,7 +40,6 @@ ALIVE_SECONDS = 1.0
 SHARED_SECONDS = 60.0
 """What one node writes may take so long to be seen by another: NFS clients keep what they know of a folder for 30 to
 60 s (nfs(5), acdirmin and acdirmax)."""
-LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
 
 class RunObserver:
@@ -96,7 +95,8 @@ def work(order: Order) -> None:
         torch.set_num_threads(max(1, usable_cores() // context.get_local_world_size()))
         quiet_libraries()
         if order.rendezvous is not None:
-            join(order, order.rendezvous, rank)
+            local_rank = context.get_local_rank()
+            join_group(order.device, order.rendezvous, rank, local_rank, order.strategy.world_size)
         check_shared(order, rank)
         device = get_device() if order.device == "cuda" else torch.device("cpu")
         meter = meter_for(device)
@@ -141,21 +141,6 @@ def carry_out(order: Order, rank: int, device: torch.device, meter: Meter) -> No
         context=outcome.context,
         ranks=gather_measurements(run, order.strategy.world_size),
         allocated_is=run.meter.allocated_is,
-    )
-
-
-def join(order: Order, rendezvous: Path, rank: int) -> None:
-    """Make this worker one of the process group, over loopback alone."""
-    world_size = order.strategy.world_size
-    local_rank = ray_train.get_context().get_local_rank()
-    # DeepSpeed asks the environment who it is.
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(local_rank)})
-    os.environ.update({"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE})
-    dist.init_process_group(
-        "nccl" if order.device == "cuda" else "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=rank,
-        world_size=world_size,
     )
 
 

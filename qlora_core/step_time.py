@@ -89,13 +89,33 @@ READ_PER_DEQUANTIZED = 1.28
 """For each byte of a dequantized 16-bit weight: half a byte of the packed one and 0.06 of its constants for two."""
 
 
+class Achieved(NamedTuple):
+    """What one GPU achieves of its rates; `achieved_by` has what is assumed where nothing was measured.
+
+    Attributes:
+        products, attention: of the dense rate in the compute dtype.
+        wide_products: of the float32 rate.
+        memory, dequantization: of its memory's bandwidth.
+        pcie: of one direction of its link to the host.
+        starting: kernels that its host starts, a second.
+    """
+
+    products: Range
+    attention: Range
+    wide_products: Range = WIDE_PRODUCTS
+    memory: Range = MEMORY
+    dequantization: Range = DEQUANTIZING
+    pcie: Range = PCIE
+    starting: Range = STARTED_PER_SECOND
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
     """What one GPU and its connections could do at best, a second.
 
     Attributes:
+        achieved: what of that is achieved.
         flops: dense, in the compute dtype.
-        products, attention: what of that is achieved.
         wide_flops: in float32, without TF32.
         memory_bytes: of its own memory.
         pcie_bytes: to and from the host, one direction.
@@ -104,9 +124,8 @@ class Rates:
         gpus_per_node: how many share a node.
     """
 
+    achieved: Achieved
     flops: float
-    products: Range
-    attention: Range
     wide_flops: float
     memory_bytes: float
     pcie_bytes: float
@@ -313,9 +332,10 @@ def times(
     """Seconds of one optimizer step, of so many `micro_batches`, at one end of what is achieved, or typically."""
     tokens = micro_batch * seq_len
     done, state = asked
-    tensor_cores = rates.flops * rates.products[pace]
-    wide = rates.wide_flops * WIDE_PRODUCTS[pace]
-    moving = rates.memory_bytes * MEMORY[pace]
+    achieved = rates.achieved
+    tensor_cores = rates.flops * achieved.products[pace]
+    wide = rates.wide_flops * achieved.wide_products[pace]
+    moving = rates.memory_bytes * achieved.memory[pace]
     variables = (1, seq_len, tokens, tokens * seq_len, 0)
     products = max((done.products * tokens + done.fixed) / tensor_cores, value(done.product_bytes, variables) / moving)
     adapters = (done.wide_products * tokens + done.wide_fixed) / wide
@@ -323,11 +343,11 @@ def times(
     if done.wide_attention:
         attention /= wide
     else:
-        attention /= rates.flops * rates.attention[pace] if done.fused else tensor_cores
+        attention /= rates.flops * achieved.attention[pace] if done.fused else tensor_cores
     memory = value(done.moved, variables) / moving
-    dequantizing = READ_PER_DEQUANTIZED * done.dequantized / (rates.memory_bytes * DEQUANTIZING[pace])
+    dequantizing = READ_PER_DEQUANTIZED * done.dequantized / (rates.memory_bytes * achieved.dequantization[pace])
     running = products + adapters + attention + memory + dequantizing
-    starting = max(done.kernels / STARTED_PER_SECOND[pace] - running, 0.0)
+    starting = max(done.kernels / achieved.starting[pace] - running, 0.0)
     summing = (micro_batches - 1) * state.summed_bytes / moving
     computing = micro_batches * (running + starting) + summing
 
@@ -336,12 +356,12 @@ def times(
     )
     exchange -= OVERLAP[pace] * min(exchange, computing)
 
-    pcie = rates.pcie_bytes * PCIE[pace]
+    pcie = rates.pcie_bytes * achieved.pcie[pace]
     fetched = micro_batches * state.fetched / pcie
     fetched -= OVERLAP[pace] * min(fetched, computing)
     host = fetched + state.to_host / pcie + state.on_host / HOST_ADAM[pace]
     host += 2 * paged_out / (rates.pcie_bytes * MANAGED[pace])
-    optimizer = max(state.optimizer_bytes / moving, state.optimizer_kernels / STARTED_PER_SECOND[pace])
+    optimizer = max(state.optimizer_bytes / moving, state.optimizer_kernels / achieved.starting[pace])
     return Times(
         micro_batches * products,
         micro_batches * adapters,
@@ -353,6 +373,11 @@ def times(
         host,
         optimizer,
     )
+
+
+def achieved_by(capability: tuple[int, int]) -> Achieved:
+    """What a GPU of that compute capability is taken to achieve where it was not measured."""
+    return Achieved(by_capability(PRODUCTS, capability), by_capability(ATTENTION, capability))
 
 
 def by_capability(known: Mapping[tuple[int, int], Range], capability: tuple[int, int]) -> Range:

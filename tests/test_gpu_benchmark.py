@@ -7,7 +7,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,24 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.accuracy import step_time_page
 from benchmarks.gpu import __main__ as entry
-from benchmarks.gpu import device, measure, predict, runner, tracer
+from benchmarks.gpu import device, measure, predict, rates, runner, tracer
+from benchmarks.gpu.achieved import NOMINAL, achieved
 from benchmarks.gpu.base import random_base
 from benchmarks.gpu.job import Job, Start
 from benchmarks.gpu.matrix import DRY, MATRIX, Case, chosen, small
 from clusters.errors import RequestError
+from clusters.gpu import find_gpu, list_gpus
+from orchestrator import devices
 from qlora_core.catalogue import find_model
 from qlora_core.memory.measure import model_tensors
 from qlora_core.recipe import Dtype, Recipe
+from qlora_core.step_time import Achieved
 from qlora_core.strategy import Strategy
 from qlora_core.training.model import load_base
 
@@ -38,7 +46,7 @@ A100 = {
     "name": "NVIDIA A100-SXM4-80GB",
     "compute_capability": [8, 0],
     "free_bytes": 79 * GIB,
-    "uuid": None,
+    "uuids": [None],
 }
 BY_NAME = {case.name: case for case in MATRIX}
 
@@ -50,7 +58,6 @@ def test_every_row_is_of_the_catalogue_and_runs_as_the_planner_would_run_it(case
     assert find_model(case.model).name == case.model
     architecture = case.architecture()
     assert case.strategy.attention == "eager" or architecture.has_sdpa
-    assert case.strategy.world_size == 1
     assert case.recipe.sequences_per_step == case.strategy.sequences_per_step
     assert small(case).architecture().model_type == architecture.model_type
     assert small(case).architecture().parameters < 10e6
@@ -153,7 +160,7 @@ def run_with(child: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, min
     runner.run([BY_NAME["defaults-1b"]], {**A100, **machine}, record, runner.Clock(minutes), told.append)
     assert told == record.rows
     written = json.loads((tmp_path / "out.json").read_text())
-    assert written == {"schema_version": 1, "dry": False, "rows": record.rows}
+    assert written == {"schema_version": 1, "dry": False, "rates": None, "rows": record.rows}
     [row] = record.rows
     return row
 
@@ -205,9 +212,51 @@ def test_a_child_that_does_not_end_is_stopped(tmp_path: Path) -> None:
     children = runner.waiting((sys.executable, "-c", "import time; time.sleep(600)"), tmp_path, most=2)
     job = Job(BY_NAME["tiny"], "float32", "cpu", None, tmp_path / "answer.json")
     child = next(children)
-    assert runner.answer(child, job, limit=1) == {"failed": "stopped: it had not ended after 1 s"}
+    assert runner.answer([child], [job], limit=1) == {"failed": "stopped: it had not ended after 1 s"}
     assert child.process.returncode == -9
     children.close()  # and the one that waits is stopped, too
+
+
+def test_where_one_rank_fails_the_one_that_waits_for_it_is_stopped(tmp_path: Path) -> None:
+    programs = "import time; time.sleep(600)", "raise SystemExit('no network')"
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+    waiting = [
+        runner.waiting((sys.executable, "-c", program), folder, most=1)
+        for program, folder in zip(programs, folders, strict=True)
+    ]
+    children = [next(each) for each in waiting]
+    jobs = list(runner.jobs_of(BY_NAME["two-gpus"], "float32", {**A100, "uuids": [None, None]}, tmp_path, None))
+    said = runner.answer(children, jobs, limit=60)
+    assert said == {"failed": "rank 1: its process ended with exit code 1 and no answer", "log": ["no network"]}
+    assert [child.process.returncode for child in children] == [-9, 1]
+
+
+@pytest.mark.usefixtures("no_traces")
+def test_a_case_for_more_gpus_than_there_are_is_skipped(tmp_path: Path) -> None:
+    record = runner.Record(tmp_path / "out.json", {"dry": False})
+    runner.run([BY_NAME["two-gpus-zero-3"]], A100, record, runner.Clock(9), lambda row: None)
+    [row] = record.rows
+    assert (row["status"], row["reason"]) == ("skipped", "it needs 2 GPUs, and there is 1")
+    assert row["predicted"]["formula"]["allocated_bytes"] > GIB
+
+
+@pytest.mark.usefixtures("no_traces")
+def test_a_limited_row_s_process_is_told_where_the_plan_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Job] = []
+
+    def answer(children: Any, jobs: list[Job], limit: float) -> dict[str, Any]:
+        asked.extend(jobs)
+        return {"failed": "it is not run here"}
+
+    monkeypatch.setattr(runner, "answer", answer)
+    record = runner.Record(tmp_path / "out.json", {"dry": False})
+    cases = [BY_NAME["limited-paged"], BY_NAME["defaults-1b"]]
+    runner.run(cases, A100, record, runner.Clock(9), lambda row: None)
+    interval = record.rows[0]["predicted"]["formula"]["reserved_interval"]
+    assert [job.limit for job in asked] == [interval[1], None]
+    assert record.rows[0]["limited"] is True
 
 
 def test_paged_state_counts_where_managed_memory_could_exceed_the_gpu() -> None:
@@ -251,9 +300,10 @@ def test_a_run_goes_on_with_the_file_of_the_same_device_and_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "gpu.json"
-    first, second = BY_NAME["defaults-1b"], BY_NAME["fp4"]
+    first, second, known = BY_NAME["defaults-1b"], BY_NAME["fp4"], {"measured": {"pcie": {"to the host": 5e10}}}
     facts = {"dry": False, "device": {"name": "A100", "driver": "580"}, "versions": {"torch": "2.13.0"}}
     before = runner.Record(out, facts)
+    before.put_rates(known)
     before.put({**first.as_json(), "status": "measured", "measured": {"allocated_bytes": 7}})
     before.put({**second.as_json(), "status": "skipped", "reason": "no time was left"})
     monkeypatch.setattr(runner, "CHILD", (sys.executable, "-c", "raise SystemExit('again')"))
@@ -261,9 +311,76 @@ def test_a_run_goes_on_with_the_file_of_the_same_device_and_versions(
     after = runner.Record(out, {**facts, "date": "later"})
     runner.run([first, second], A100, after, runner.Clock(9), told.append)
     assert [row["name"] for row in told] == ["fp4"]
+    assert after.rates == json.loads(out.read_text())["rates"] == known
     assert [(row["name"], row["status"]) for row in after.rows] == [("defaults-1b", "measured"), ("fp4", "failed")]
     for change in ({"versions": {"torch": "2.14.0"}}, {"device": {"name": "H100", "driver": "580"}}, {"dry": True}):
         assert runner.Record(out, {**facts, **change}).rows == []
+
+
+# --- what a device achieves ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
+    """All that is measured, as if each call took a second."""
+
+    def once(call: Callable[[], Any], at_least: float) -> float:
+        call()
+        return 1.0
+
+    monkeypatch.setattr(rates, "seconds", once)
+    return rates.measured(CPU, torch.float32, rates.SMALL)
+
+
+def test_what_is_done_is_counted_as_the_step_time_model_counts_it(counted: dict[str, dict[str, float]]) -> None:
+    assert set(counted) == set(Achieved._fields) == set(NOMINAL)
+    assert counted["products"]["64 x 256 x 704"] == 2 * 64 * 256 * 704
+    assert counted["wide_products"]["128 x 256 x 8"] == 2 * 128 * 256 * 8
+    # of 16-bit weights, or as here 32-bit ones: half a byte and 0.06 of constants for two that are written
+    assert counted["dequantization"]["704 x 256"] == pytest.approx(704 * 256 * 4 * (2 + 0.5 + 0.06) / 2)
+    assert counted["pcie"] == {"to the GPU": 2**20, "to the host": 2**20}
+    assert counted["starting"] == {"500 products and their gradients": 1000}
+    query = torch.ones(1, 8, 64, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()  # type: ignore[no-untyped-call]
+    # torch's plain attention has six products; the fused one makes the scores again, and nothing above the diagonal
+    assert counted["attention"]["64 tokens, 8 heads of 32"] == counter.get_total_flops() * 7 / 6 / 2
+
+
+def test_what_is_achieved_is_a_part_of_the_catalogues_rates() -> None:
+    nominal = devices.rates(devices.gpu_target(find_gpu("a100-80gb"), "bfloat16"))
+    found = {"measured": {what: {"a": 1e9, "b": 2e9, "c": 4e9} for what in Achieved._fields}}
+    said = achieved({"rates": found}, nominal)
+    assert said["products"] == (round(1 / 312e3, 8), round(2 / 312e3, 8), round(4 / 312e3, 7))
+    assert said["memory"] == (0.00049, 0.000981, 0.00196)  # of 2,039 GB/s
+    assert said["starting"] == (1e9, 2e9, 4e9)
+
+
+def test_what_is_achieved_is_shown_beside_what_was_taken() -> None:
+    rates = {"compute_dtype": "bfloat16", "measured": {what: {"a": 1e14, "b": 3e14} for what in Achieved._fields}}
+    shown = step_time_page.achieved_rows({"rates": rates}, find_gpu("a100-80gb"))
+    [products] = [row for row in shown if row[0] == "products"]
+    assert products == ["products", "0.32", "0.64", "0.96", "0.55", "0.80", "0.87"]  # of 312e12, the median of two
+
+
+def test_the_catalogue_has_what_was_measured_and_nothing_else() -> None:
+    measured = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if "measured" in (record.get("rates") or {}):
+            gpu = find_gpu(record["device"]["name"])
+            nominal = devices.rates(devices.gpu_target(gpu, record["rates"]["compute_dtype"]))
+            measured[gpu.name] = {what: tuple(each) for what, each in achieved(record, nominal).items()}
+    assert {gpu.name: dict(gpu.achieved) for gpu in list_gpus() if gpu.achieved} == measured
+
+
+def test_what_was_measured_stands_in_the_place_of_what_was_taken() -> None:
+    gpu = replace(find_gpu("h200"), achieved=(("memory", (0.7, 0.71, 0.72)), ("products", (0.3, 0.4, 0.5))))
+    before, after = (devices.rates(devices.gpu_target(each, "bfloat16")) for each in (find_gpu("h200"), gpu))
+    assert after.achieved.memory == (0.7, 0.71, 0.72)
+    assert after.achieved.products == (0.3, 0.4, 0.5)
+    assert after.achieved.dequantization == before.achieved.dequantization
+    assert replace(after, achieved=before.achieved) == before
 
 
 # --- the process, as nvidia-smi shows it ------------------------------------------------------------------------------
@@ -361,7 +478,7 @@ def test_make_gpu_takes_the_machines_python_and_puts_wheels_beside_it() -> None:
     [
         pytest.param(case, id=case.name, marks=pytest.mark.grid if index % 4 else pytest.mark.slow)
         for index, case in enumerate(MATRIX)
-        if case.loop == "ours"
+        if case.loop == "ours" and case.strategy.world_size == 1
     ],
 )
 def test_every_row_trains_when_it_is_small_and_needs_what_is_predicted(case: Case) -> None:
@@ -392,4 +509,8 @@ def test_a_dry_run_predicts_and_measures_every_branch_on_this_cpu(tmp_path: Path
         assert abs(row["errors_percent"]["formula"]["after_load"]) < 0.1
         assert abs(row["errors_percent"]["formula"]["allocated"]) < 5
         assert row["name"] in done.stdout
+    together = {row["name"]: row["measured"].get("allocated_bytes_by_rank", []) for row in written["rows"]}
+    assert {name: len(each) for name, each in together.items() if each} == {"two-gpus-zero-3": 2}
+    assert set(written["rates"]["measured"]) == set(Achieved._fields)
     assert f"{len(DRY)} of {len(DRY)} rows measured." in done.stdout
+    assert "Operations, bytes or kernels a second, medians: products " in done.stdout

@@ -19,6 +19,7 @@ from qlora_core.step_time import (
     SLOW,
     TYPICAL,
     UNSTATED_NETWORK,
+    Achieved,
     Load,
     Range,
     Rates,
@@ -35,9 +36,8 @@ from qlora_core.strategy import Strategy
 
 ALL = Range(1, 1, 1)
 RATES = Rates(
+    achieved=Achieved(products=Range(0.5, 0.8, 0.9), attention=Range(0.3, 0.5, 0.6)),
     flops=312e12,
-    products=Range(0.5, 0.8, 0.9),
-    attention=Range(0.3, 0.5, 0.6),
     wide_flops=19.5e12,
     memory_bytes=2e12,
     pcie_bytes=32e9,

@@ -359,5 +359,6 @@ def _gpu_cells(row: Mapping[str, Any]) -> list[str]:
     cells = []
     for figure in FIGURES:
         cells.append(f"{row['measured'][f'{figure}_bytes'] / 2**30:.2f}")
-        cells += [f"{row['errors_percent'][estimator][figure]:+.1f}" for estimator in ("formula", "trace")]
+        errors = [row["errors_percent"].get(estimator, {}).get(figure) for estimator in ("formula", "trace")]
+        cells += ["-" if error is None else f"{error:+.1f}" for error in errors]
     return cells

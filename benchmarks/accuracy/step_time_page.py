@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, median
 from typing import Any
 
@@ -12,13 +13,13 @@ from benchmarks.accuracy import throughput
 from benchmarks.accuracy.document import RESULTS, ROOT, table
 from benchmarks.accuracy.stacks import STACKS
 from benchmarks.accuracy.throughput import Timed
-from clusters.gpu import find_gpu
+from benchmarks.gpu.achieved import achieved
+from clusters.gpu import Gpu, find_gpu
 from orchestrator.devices import any_nodes, pool_target, rates
-from orchestrator.plans import Target
 from qlora_core import step_time
 from qlora_core.catalogue import find_model
 from qlora_core.recipe import Recipe
-from qlora_core.step_time import Range, StepTime
+from qlora_core.step_time import Range, StepTime, achieved_by
 from qlora_core.strategy import Strategy
 
 DOCUMENT = ROOT / "docs" / "step-time.md"
@@ -223,12 +224,12 @@ def _on_gpu() -> str:
     parts = []
     for path in sorted(RESULTS.glob("gpu-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        target = pool_target(any_nodes(find_gpu(record["device"]["name"]), 1), "auto", 1)
+        gpu = replace(find_gpu(record["device"]["name"]), achieved=())  # what was measured here is no prediction
         rows = []
         for row in record["rows"]:
             if row["status"] != "measured" or row["steps"] <= 2:
                 continue
-            said = expected(row, target)
+            said = expected(row, gpu)
             seconds = row["measured"]["step_seconds"]
             rows.append(
                 [
@@ -243,7 +244,7 @@ def _on_gpu() -> str:
         head = ["row", "measured, s", "expected, s", "interval, s", "inside", "error"]
         if rows:
             where = f"{record['device']['name']}, {record['date'][:10]} (`{path.name}`):"
-            parts.append(f"{where}\n\n{table(head, rows, '1 2 3 5')}")
+            parts.append(f"{where}\n\n{table(head, rows, '1 2 3 5')}\n{_rates(record, gpu)}")
     return f"""## Measured by ourselves
 
 No range above was changed after these rows. Rows of `make gpu` that make two steps only are left out: the second is not
@@ -252,10 +253,26 @@ warm yet.
 {"".join(parts) or "Not measured yet."}"""
 
 
-def expected(row: Mapping[str, Any], target: Target) -> StepTime:
+def achieved_rows(record: Mapping[str, Any], gpu: Gpu) -> list[list[str]]:
+    """What a GPU was measured to achieve of each rate, beside what is taken where nothing was measured."""
+    nominal = rates(pool_target(any_nodes(gpu, 1), record["rates"]["compute_dtype"], 1))
+    taken = achieved_by(gpu.compute_capability)
+    return [[what, *_cells(each), *_cells(getattr(taken, what))] for what, each in achieved(record, nominal).items()]
+
+
+def _rates(record: Mapping[str, Any], gpu: Gpu) -> str:
+    if "measured" not in (record.get("rates") or {}):
+        return "What it achieves of each rate: not measured yet.\n"
+    rows = achieved_rows(record, gpu)
+    head = ["what", *(f"{end}, {whose}" for whose in ("measured", "taken before") for end in Range._fields)]
+    return f"What it achieves of each rate:\n\n{table(head, rows, '1 2 3 4 5 6')}"
+
+
+def expected(row: Mapping[str, Any], gpu: Gpu) -> StepTime:
     """The step time of a row of `make gpu`."""
     strategy = Strategy(**row["strategy"])
     recipe = Recipe(**row["recipe"])
+    target = pool_target(any_nodes(gpu, strategy.world_size), "auto", strategy.world_size)
     return step_time.step_time(find_model(row["model"]), recipe, strategy, target.device, rates(target))
 
 

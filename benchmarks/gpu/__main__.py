@@ -50,8 +50,11 @@ def command(minutes: float, dry: bool, only: str, out: Path | None, debug: bool)
     out = out or (DRY_OUT if dry else default_out(machine["name"]))
     console = Console()
     record = runner.Record(out, {"dry": dry, "date": now(), "minutes": minutes, **split(machine)})
+    if record.rates is None or "failed" in record.rates:
+        record.put_rates(runner.ask_rates(machine, clock))
     runner.run(cases, machine, record, clock, lambda row: console.print(table.one_line(row), highlight=False))
     table.show(record.rows, console)
+    console.print(table.rates_line(record.rates or {}), highlight=False)
     console.print(f"Written to {out}", highlight=False, soft_wrap=True)
     return 0 if any(row["status"] == "measured" for row in record.rows) else 1
 
@@ -72,7 +75,7 @@ def probe() -> dict[str, Any]:
 
 def split(machine: dict[str, Any]) -> dict[str, Any]:
     """What the record says of the machine: the device, and the versions."""
-    device = {name: value for name, value in machine.items() if name not in ("versions", "uuid")}
+    device = {name: value for name, value in machine.items() if name not in ("versions", "uuids")}
     return {"device": device, "versions": machine["versions"]}
 
 

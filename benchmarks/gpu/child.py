@@ -23,6 +23,7 @@ def open_context(job: Job) -> Start:
     if job.kind != "cuda" or job.uuid is None:
         return Start(None, None)
     before = used_bytes(job.uuid)
+    torch.cuda.set_device(job.place)
     torch.cuda.mem_get_info()  # opens the context, and allocates nothing
     after = used_bytes(job.uuid)
     return Start(before, None if before is None or after is None else after - before)

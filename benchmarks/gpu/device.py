@@ -18,7 +18,10 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safe
 
 
 def describe() -> dict[str, Any]:
-    """The GPU that torch would take, or the CPU where there is none, and the versions of all that allocates."""
+    """The GPU that torch would take, or the CPU where there is none, and the versions of all that allocates.
+
+    `uuids`: of all GPUs, which are taken to be alike; of a CPU None for each core, on which a rank could run.
+    """
     if not torch.cuda.is_available():
         return {
             "kind": "cpu",
@@ -27,11 +30,14 @@ def describe() -> dict[str, Any]:
             "total_bytes": psutil.virtual_memory().total,
             "free_bytes": psutil.virtual_memory().available,
             "driver": None,
-            "uuid": None,
+            "uuids": [None] * (os.cpu_count() or 1),
             "versions": versions(),
         }
     properties = torch.cuda.get_device_properties(0)
-    uuid = f"GPU-{str(properties.uuid).removeprefix('GPU-')}"
+    uuids = [
+        f"GPU-{str(torch.cuda.get_device_properties(each).uuid).removeprefix('GPU-')}"
+        for each in range(torch.cuda.device_count())
+    ]
     free, total = torch.cuda.mem_get_info(0)
     return {
         "kind": "cuda",
@@ -39,8 +45,8 @@ def describe() -> dict[str, Any]:
         "compute_capability": [properties.major, properties.minor],
         "total_bytes": total,
         "free_bytes": free,
-        "driver": next(iter(smi(uuid, "gpu", "driver_version")), None),
-        "uuid": uuid,
+        "driver": next(iter(smi(uuids[0], "gpu", "driver_version")), None),
+        "uuids": uuids,
         "versions": versions(),
     }
 

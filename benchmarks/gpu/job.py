@@ -12,12 +12,15 @@ from qlora_core.recipe import Dtype
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One case to measure.
+    """One case to measure, or one rank of it.
 
     Attributes:
         kind: where.
         uuid: of the GPU, as nvidia-smi names it.
         result: the file that the answer goes to.
+        limit: the most that torch's allocator may hold, in bytes; None: what there is.
+        rank: of the case's strategy.
+        rendezvous: the file through which its ranks find each other, where there are several.
     """
 
     case: Case
@@ -25,6 +28,14 @@ class Job:
     kind: Literal["cuda", "cpu"]
     uuid: str | None
     result: Path
+    limit: int | None = None
+    rank: int = 0
+    rendezvous: Path | None = None
+
+    @property
+    def place(self) -> str:
+        """The device, as torch calls it."""
+        return f"cuda:{self.rank}" if self.kind == "cuda" else "cpu"
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ class Case:
         recipe, strategy: what is run, one optimizer step at a time.
         output_held: the model's output lives until the step ends, as in a plain loop over transformers.
         small: the model is shrunk until a CPU runs it in a second; its kind and the path through the code stay.
+        limited: torch's allocator may hold no more than the formula's interval ends with, so that a plan that says too
+            little is a row that fails.
         steps: how many are made; what is measured is the last one, and of more than two the median time.
         loop: whose steps they are: ours, or those of TRL's SFTTrainer as its documents show it.
     """
@@ -38,6 +40,7 @@ class Case:
     recipe: Recipe
     strategy: Strategy
     output_held: bool = False
+    limited: bool = False
     small: bool = False
     steps: int = 2
     loop: Literal["ours", "trl"] = "ours"
@@ -53,7 +56,7 @@ class Case:
 
     def as_json(self) -> dict[str, Any]:
         """What the row says about what was asked for."""
-        return {
+        said = {
             "name": self.name,
             "model": self.model,
             "loop": self.loop,
@@ -62,11 +65,12 @@ class Case:
             "recipe": dataclasses.asdict(self.recipe),
             "strategy": dataclasses.asdict(self.strategy),
         }
+        return {**said, "limited": True} if self.limited else said
 
 
 def case(name: str, model: str, **changes: Any) -> Case:
     """The defaults of `qlora-plan` for `model` with these fields of recipe, strategy or row changed."""
-    row = {field: changes.pop(field) for field in ("output_held", "steps", "loop") if field in changes}
+    row = {field: changes.pop(field) for field in ("output_held", "limited", "steps", "loop") if field in changes}
     strategy = Strategy(**{field: value for field, value in changes.items() if field in _STRATEGY_FIELDS})
     recipe = {field: value for field, value in changes.items() if field not in _STRATEGY_FIELDS}
     recipe.setdefault("seq_len", 512)
@@ -83,6 +87,9 @@ TIMED: dict[str, Any] = {**UNPAGED, "rank": 16, "micro_batch": 4, "seq_len": 204
 UNCHECKED: dict[str, Any] = {**TIMED, "micro_batch": 2, "gradient_checkpointing": False}
 TRL: dict[str, Any] = {**TIMED, "loop": "trl", "lora_dtype": "bfloat16", "autocast": True}
 """TRL makes the adapters bfloat16, runs under autocast, checkpoints, and has a chunked loss of its own."""
+LARGE: dict[str, Any] = {"micro_batch": 1, "steps": 4}
+"""What is timed of models whose step takes seconds."""
+TOGETHER: dict[str, Any] = {**TIMED, "world_size": 2, "micro_batch": 2}
 
 MATRIX: tuple[Case, ...] = (
     # a first look at every part, then the model that the whole thing is about
@@ -107,6 +114,18 @@ MATRIX: tuple[Case, ...] = (
     case("timed-8b-unchecked", "llama-3.1-8b", **UNCHECKED),
     case("timed-8b-unchecked-bfloat16-adapters", "llama-3.1-8b", **UNCHECKED, lora_dtype="bfloat16"),
     case("timed-8b-autocast", "llama-3.1-8b", **TIMED, autocast=True),
+    case("timed-33b", "llama-33b", **{**TIMED, **LARGE}),
+    case("timed-33b-trl", "llama-33b", **{**TRL, **LARGE}),
+    case("timed-65b", "llama-65b", **{**TIMED, **LARGE}),
+    case("timed-65b-trl", "llama-65b", **{**TRL, **LARGE}),
+    # paged state where torch may not take more than what was planned
+    case("limited-paged", "llama-3.2-3b", seq_len=1024, limited=True),
+    case("limited-adamw-8bit-paged", "llama-3.2-3b", optimizer="adamw_8bit", limited=True),
+    # several GPUs, over NCCL
+    case("two-gpus", "llama-3.1-8b", **TOGETHER),
+    case("two-gpus-zero-2", "llama-3.1-8b", **TOGETHER, zero_stage=2),
+    case("two-gpus-zero-3", "llama-3.1-8b", **TOGETHER, zero_stage=3),
+    case("two-gpus-zero-3-70b", "llama-3.1-70b", **{**TOGETHER, **LARGE}, zero_stage=3),
     # one thing changed at a time
     case("adamw-unpaged", "llama-3.2-1b", seq_len=1024, **UNPAGED),
     case("adamw-8bit", "qwen2.5-7b", micro_batch=2, seq_len=1024, optimizer="adamw_8bit", **UNPAGED),
@@ -125,6 +144,7 @@ MATRIX: tuple[Case, ...] = (
     case("accumulation", "qwen2.5-0.5b", micro_batch=2, gradient_accumulation=2, **UNPAGED),
     # sizes between and beyond
     case("defaults-33b", "llama-33b"),
+    case("70b-2048", "llama-3.1-70b", seq_len=2048),
     case("defaults-13b", "llama-13b"),
     case("tiny", "smollm2-135m"),
     case("tiny-micro-batch-16", "smollm2-135m", micro_batch=16, **UNPAGED),
@@ -137,8 +157,8 @@ MATRIX: tuple[Case, ...] = (
     case("65b-bfloat16-adapters", "llama-65b", lora_dtype="bfloat16", **UNPAGED),
 )
 
-DRY = ("defaults-1b", "gemma-eager", "stock-1b", "sixteen-bit")
-"""The rows that a CPU runs, small: sdpa and eager, both losses, 4 and 16 bits, and another stack."""
+DRY = ("defaults-1b", "gemma-eager", "stock-1b", "sixteen-bit", "two-gpus-zero-3")
+"""The rows that a CPU runs, small: sdpa and eager, both losses, 4 and 16 bits, another stack, and two processes."""
 
 
 def chosen(*, dry: bool, only: tuple[str, ...] = ()) -> Iterator[Case]:

@@ -22,6 +22,7 @@ from qlora_core.memory.measure import CudaMeter, Meter, meter_for
 from qlora_core.training.engine import Engine
 from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import IGNORED
+from qlora_core.training.group import join_group
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import attach_adapters
 
@@ -75,7 +76,11 @@ class Gauge:
 
 def measure(job: Job, start: Start) -> dict[str, Any]:
     """The peaks of the last step; the first is a warm-up that makes the optimizer's state."""
-    case, device = job.case, torch.device("cuda:0" if job.kind == "cuda" else "cpu")
+    case, device = job.case, torch.device(job.place)
+    if job.rendezvous is not None:
+        join_group(job.kind, job.rendezvous, job.rank, job.rank, case.strategy.world_size)
+    if job.limit is not None and job.kind == "cuda":
+        torch.cuda.set_per_process_memory_fraction(job.limit / torch.cuda.mem_get_info(device)[1], device)
     torch.manual_seed(0)
     started = time.perf_counter()
     base = random_base(case.config_fields(), case.recipe, case.strategy, job.compute_dtype, device)
@@ -112,6 +117,7 @@ def measure(job: Job, start: Start) -> dict[str, Any]:
         "reserved_phases": {"after_load": reserved_after_load, **gauge.reserved},
         "allocated_bytes": max(size for phase, size in phases.items() if phase != "after_load"),
         "allocated_is": meter.allocated_is,
+        **({} if job.limit is None else {"limit_bytes": job.limit}),
         "reserved_bytes": max(gauge.reserved.values(), default=0),
         **process(job, start),
         "losses": losses,
@@ -141,7 +147,7 @@ def step(engine: Engine, case: Case, gauge: Gauge, make_batch: Callable[[], dict
             del loss
     with gauge.phase("optimizer"):
         engine.step()
-    return total / learned
+    return total * case.strategy.world_size / learned  # this rank's, which is alike on all
 
 
 def batch(case: Case, base: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:

@@ -44,20 +44,27 @@ def device_of(machine: Mapping[str, Any]) -> Device:
     return Device(kind="cuda", compute_dtype=dtype, context_bytes=context, compute_capability=capability)
 
 
+def device_for(case: Case, device: Device) -> Device:
+    """`device` with what a case says of how it is used: all its ranks are on one host."""
+    return replace(device, output_held=case.output_held, ranks_per_host=case.strategy.world_size)
+
+
 def by_formula(case: Case, device: Device) -> dict[str, Any]:
     """The closed form's answer."""
-    return _as_json(
-        formula(case.architecture(), case.recipe, case.strategy, replace(device, output_held=case.output_held))
-    )
+    return _as_json(formula(case.architecture(), case.recipe, case.strategy, device_for(case, device)))
 
 
 def by_trace(case: Case, device: Device) -> dict[str, Any]:
     """The trace's answer; it imports torch, and takes seconds."""
     from qlora_core.memory.trace import estimate as trace
 
-    return _as_json(
-        trace(case.architecture(), case.recipe, case.strategy, replace(device, output_held=case.output_held))
-    )
+    return _as_json(trace(case.architecture(), case.recipe, case.strategy, device_for(case, device)))
+
+
+def too_few(case: Case, machine: Mapping[str, Any]) -> str | None:
+    """Why a case cannot be run with the GPUs there are, or None."""
+    wanted, there = case.strategy.world_size, len(machine["uuids"])
+    return f"it needs {wanted} GPUs, and there {'is 1' if there == 1 else f'are {there}'}" if wanted > there else None
 
 
 def does_not_fit(predicted: Mapping[str, Any], free_bytes: int) -> str | None:

@@ -9,22 +9,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from benchmarks.gpu import predict
 from benchmarks.gpu.job import Job
 from benchmarks.gpu.matrix import Case
 from benchmarks.gpu.tracer import Tracers
 from qlora_core.files import write_json
+from qlora_core.recipe import Dtype
 
 ROOT = Path(__file__).parents[2]
 SCHEMA_VERSION = 1
 CHILD = (sys.executable, "-m", "benchmarks.gpu.child")
+RATES = (sys.executable, "-m", "benchmarks.gpu.rates")
 GRACE = 3.0
 """A case is stopped after this many times the time that it should take."""
+RATES_SECONDS = 90.0
+"""The same of what the device achieves."""
 TRACE_SECONDS = 60.0
 """A trace that is not there by then is recorded as missing, and the row measured without it."""
 
@@ -42,8 +46,19 @@ class Record:
 
     def __init__(self, out: Path, facts: Mapping[str, Any]) -> None:
         self._out = out
-        self._facts = facts
-        self.rows = measured_before(out, facts)
+        earlier = measured_before(out, facts)
+        self._facts = {**facts, "rates": earlier.get("rates")}
+        self.rows: list[Row] = [row for row in earlier.get("rows", []) if row["status"] == "measured"]
+
+    @property
+    def rates(self) -> dict[str, Any] | None:
+        """What `benchmarks.gpu.rates` said; None before it was asked, `failed` with the reason where it did not end."""
+        return cast(dict[str, Any] | None, self._facts["rates"])
+
+    def put_rates(self, said: Mapping[str, Any]) -> None:
+        """Add what the device achieves."""
+        self._facts["rates"] = said
+        self._write()
 
     def has(self, case: Case) -> bool:
         """Whether this very case was measured."""
@@ -53,17 +68,18 @@ class Record:
     def put(self, row: Row) -> None:
         """Add a row, in place of one of the same name."""
         self.rows = [other for other in self.rows if other["name"] != row["name"]] + [row]
+        self._write()
+
+    def _write(self) -> None:
         write_json(self._out, {"schema_version": SCHEMA_VERSION, **self._facts, "rows": self.rows})
 
 
-def measured_before(out: Path, facts: Mapping[str, Any]) -> list[Row]:
-    """The rows that a file of an earlier run measured, if that was of the same device and versions."""
+def measured_before(out: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The file of an earlier run, if that was of the same device and versions; else nothing."""
     if not out.exists():
-        return []
-    before = json.loads(out.read_text(encoding="utf-8"))
-    if identity(before) != identity({"schema_version": SCHEMA_VERSION, **facts}):
-        return []
-    return [row for row in before["rows"] if row["status"] == "measured"]
+        return {}
+    before: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return before if identity(before) == identity({"schema_version": SCHEMA_VERSION, **facts}) else {}
 
 
 def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -90,6 +106,19 @@ class Clock:
         return max(self.start + 60 * self.minutes - time.monotonic(), 0.0)
 
 
+def ask_rates(machine: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
+    """What the device achieves of each rate, said by a process of its own; else `failed` with the reason."""
+    command = [*RATES, machine["kind"], predict.device_of(machine).compute_dtype]
+    limit = min(RATES_SECONDS, clock.left)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"stopped: it had not ended after {limit:.0f} s"}
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["it said nothing"])[-1]}
+    return cast(dict[str, Any], json.loads(done.stdout.splitlines()[-1]))
+
+
 def run(
     cases: Sequence[Case], machine: Mapping[str, Any], record: Record, clock: Clock, tell: Callable[[Row], None]
 ) -> None:
@@ -105,12 +134,17 @@ def run(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         tracers = stack.enter_context(Tracers(cases, device, folder))
-        children = stack.enter_context(contextlib.closing(waiting(CHILD, folder, len(cases))))
+        most = sum(case.strategy.world_size for case in cases)
+        children = stack.enter_context(contextlib.closing(waiting(CHILD, folder, most)))
         for case in cases:
             formula = predict.by_formula(case, device)
             row: Row = {**case.as_json(), "compute_dtype": device.compute_dtype, "predicted": {"formula": formula}}
             should_take = pace * predict.seconds(case, machine)
-            reason = predict.does_not_fit(formula, machine["free_bytes"]) or too_late(should_take, clock)
+            reason = (
+                predict.too_few(case, machine)
+                or predict.does_not_fit(formula, machine["free_bytes"])
+                or too_late(should_take, clock)
+            )
             if reason is not None:
                 row.update(status="skipped", reason=reason)
             else:
@@ -118,8 +152,10 @@ def run(
                 row["status"] = "predicted"
                 record.put(row)
                 began = time.monotonic()
-                job = Job(case, device.compute_dtype, machine["kind"], machine["uuid"], folder / f"{case.name}.json")
-                row = concluded(row, answer(next(children), job, min(GRACE * should_take + 30, clock.left)))
+                limit = formula["reserved_interval"][1] if case.limited else None
+                jobs = list(jobs_of(case, device.compute_dtype, machine, folder, limit))
+                said = answer([next(children) for _ in jobs], jobs, min(GRACE * should_take + 30, clock.left))
+                row = concluded(row, said)
                 row["seconds"] = round(time.monotonic() - began, 1)
                 if row["status"] == "measured":
                     # half of the new, half of the old: one odd row must not decide for all
@@ -162,16 +198,52 @@ def waiting(command: Sequence[str], folder: Path, most: int) -> Generator[Child]
         spare.process.communicate()
 
 
-def answer(child: Child, job: Job, limit: float) -> dict[str, Any]:
-    """What a child says about a job: `measured`, or `failed` with the reason, whatever became of the child."""
-    process = child.process
+def jobs_of(
+    case: Case, compute_dtype: Dtype, machine: Mapping[str, Any], folder: Path, limit: int | None
+) -> Iterator[Job]:
+    """The job of each rank of a case."""
+    ranks = case.strategy.world_size
+    rendezvous = folder / f"{case.name}.rendezvous" if ranks > 1 else None
+    for rank in range(ranks):
+        result = folder / f"{case.name}-{rank}.json"
+        yield Job(case, compute_dtype, machine["kind"], machine["uuids"][rank], result, limit, rank, rendezvous)
+
+
+def answer(children: Sequence[Child], jobs: Sequence[Job], limit: float) -> dict[str, Any]:
+    """What the ranks' children say: `measured`, or `failed` with the reason, whatever became of them.
+
+    Of several ranks it is what the one says that allocated most, with what each allocated. Where one fails, the others,
+    who would wait for it, are stopped.
+    """
+    until = time.monotonic() + limit
+    processes = [child.process for child in children]
     try:
-        process.communicate(pickle.dumps(job), timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"stopped: it had not ended after {limit:.0f} s"}
+        for process, job in zip(processes, jobs, strict=True):
+            with contextlib.suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as pipe:
+                pipe.write(pickle.dumps(job))  # one that has ended takes nothing, and why is read below
+        while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            if time.monotonic() > until:
+                return {"failed": f"stopped: it had not ended after {limit:.0f} s"}
+            time.sleep(0.02)
+        ended = [rank for rank, code in enumerate(codes) if code is not None]
     finally:
-        process.kill()
-        process.wait()
+        for process in processes:
+            process.kill()
+            process.wait()
+    every = [said_by(children[rank], jobs[rank]) for rank in ended]
+    for rank, said in zip(ended, every, strict=True):
+        if "failed" in said:
+            return {**said, "failed": f"rank {rank}: {said['failed']}"} if len(jobs) > 1 else said
+    largest = max(every, key=lambda said: said["measured"].get("allocated_bytes", 0))
+    if len(jobs) > 1:
+        allocated = [said["measured"]["allocated_bytes"] for said in every]
+        largest["measured"]["allocated_bytes_by_rank"] = allocated
+    return largest
+
+
+def said_by(child: Child, job: Job) -> dict[str, Any]:
+    """What an ended child says about its job."""
+    process = child.process
     if job.result.exists():
         said = cast(dict[str, Any], json.loads(job.result.read_text(encoding="utf-8")))
     elif process.returncode < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,14 @@ def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         if row["status"] != "measured":
             console.print(one_line(row), highlight=False, soft_wrap=True)
     console.print(f"{len(measured)} of {len(rows)} rows measured.", highlight=False)
+
+
+def rates_line(said: Mapping[str, Any]) -> str:
+    """The median of what the device achieves of each rate."""
+    if "measured" not in said:
+        return f"Rates: not measured: {said.get('failed', 'not asked')}"
+    medians = (f"{what} {statistics.median(found.values()):.3g}" for what, found in said["measured"].items())
+    return f"Operations, bytes or kernels a second, medians: {', '.join(medians)}."
 
 
 def _errors(row: Mapping[str, Any], figure: str) -> str:

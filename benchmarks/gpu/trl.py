@@ -17,7 +17,7 @@ from benchmarks.training.trl_loop import train
 def measure(job: Job, start: Start) -> dict[str, Any]:
     """What `benchmarks.gpu.measure.measure` says of a step of ours; the peaks are of all steps, not by phase."""
     case, cuda = job.case, job.kind == "cuda"
-    device = torch.device("cuda:0" if cuda else "cpu")
+    device = torch.device(job.place)
     torch.manual_seed(0)
     started = time.perf_counter()
     base = random_base(case.config_fields(), case.recipe, case.strategy, job.compute_dtype, device)

@@ -6,6 +6,7 @@ There is one file for each compute dtype that `auto` may be on a CPU: with it al
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,11 @@ from benchmarks.place import Place
 from benchmarks.speed import ROOT, spread
 from benchmarks.tokenization import BATCHED
 from benchmarks.training import memory
+from qlora_core.catalogue import find_model
+from qlora_core.memory.device import Device
+from qlora_core.recipe import Recipe
+from qlora_core.step_time import load
+from qlora_core.strategy import Strategy
 
 FOLDER = ROOT / "benchmarks" / "results"
 TOKENIZATION = FOLDER / "tokenization.json"
@@ -102,16 +108,37 @@ def tokenization() -> float | None:
 
 
 def on_gpu() -> tuple[str, list[dict[str, Any]]]:
-    """The rows of `make gpu` whose rate was measured, those of the newest file that has any, and what it was run on."""
+    """The rows of `make gpu` whose rate was measured, those of the newest file that has any, and what it was run on.
+
+    `products`, in each of them, is the part of the step that its products would take at the rate that this card was
+    measured to multiply at; None where that was not measured.
+    """
     for path in sorted(FOLDER.glob("gpu-*.json"), key=lambda path: path.stem[-len("2026-11-27") :], reverse=True):
         record = json.loads(path.read_text(encoding="utf-8"))
         if rows := [row for row in record["rows"] if row["steps"] > 2 and row["status"] == "measured"]:
             device, versions = record["device"], record["versions"]
+            rows = [{**row, "products": products_share(row, record)} for row in rows]
             installed = ", ".join(
                 f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes")
             )
             return f"{device['name']}, {record['date'][:10]}, {installed} (`{path.name}`)", rows
     return "", []
+
+
+def products_share(row: Mapping[str, Any], record: Mapping[str, Any]) -> float | None:
+    """The part of a measured step that its 16-bit products and attention would take at the card's measured rate."""
+    rates = record.get("rates") or {}
+    if "measured" not in rates:
+        return None
+    device = Device("cuda", row["compute_dtype"], compute_capability=tuple(record["device"]["compute_capability"]))
+    recipe, strategy = Recipe(**row["recipe"]), Strategy(**row["strategy"])
+    done = load(find_model(row["model"]), recipe, strategy, device).work
+    tokens = strategy.micro_batch * recipe.seq_len
+    of_a_micro_batch = done.products * tokens + done.fixed + done.attention * tokens * recipe.seq_len
+    seconds = (
+        strategy.gradient_accumulation * of_a_micro_batch / statistics.median(rates["measured"]["products"].values())
+    )
+    return float(seconds / row["measured"]["step_seconds"])
 
 
 def gpu_table() -> list[str]:
@@ -120,20 +147,26 @@ def gpu_table() -> list[str]:
     if not rows:
         return ["On a GPU: not measured yet.", ""]
     lines = [
-        f"On a GPU, {where}; one run of {rows[0]['steps']} steps each, the median without the first:",
+        f"On a GPU, {where}; one run of each, rank 16, sequences of 2,048, the median step without the first.",
+        "Products: the part of a step that they would take at the rate at which the card was measured to multiply.",
         "",
-        "| steps of an 8B shape, rank 16, sequences of 2,048 | tokens/s | of TRL's | peak allocated, GiB |",
-        "| --- | ---: | ---: | ---: |",
+        "| model | run | tokens/s | of TRL's | products | peak allocated, GiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    trl = next((row["measured"]["tokens_per_second"] for row in rows if row["name"] == TRL_ON_GPU), None)
+    trl = {row["model"]: row["measured"]["tokens_per_second"] for row in rows if row["loop"] == "trl"}
     for row in rows:
-        strategy, measured = row["strategy"], row["measured"]
+        strategy, measured, model = row["strategy"], row["measured"], row["model"]
         kept = "checkpointed" if strategy["gradient_checkpointing"] else "all activations kept"
         whose = "TRL as documented" if row["loop"] == "trl" else "ours"
         name = f"{whose}: {strategy['micro_batch']} at a time, {kept}, adapters {row['recipe']['lora_dtype']}"
+        several = strategy["world_size"] > 1
+        if several:
+            name += f", on {strategy['world_size']} GPUs, ZeRO {strategy['zero_stage']}"
         rate = measured["tokens_per_second"]
-        of_trl = f"{rate / trl:.2f}" if trl else "-"
-        lines.append(f"| {name} | {rate:,.0f} | {of_trl} | {measured['allocated_bytes'] / 2**30:.1f} |")
+        of_trl = f"{rate / trl[model]:.2f}" if model in trl and not several else "-"
+        products = NOT_MEASURED if row["products"] is None else f"{row['products']:.2f}"
+        peak = f"{measured['allocated_bytes'] / 2**30:.1f}"
+        lines.append(f"| {model} | {name} | {rate:,.0f} | {of_trl} | {products} | {peak} |")
     return [*lines, ""]
 
 
@@ -182,8 +215,8 @@ def where(results: Mapping[str, Any]) -> list[str]:
         f"Measured on {results['date']}: {on['processor']}, {on['cores']} cores, {on['system']}, load {on['load']}, on",
         f"which `auto` is {results['auto']};",
         f"{installed}.",
-        f"{results['rounds']} rounds; a figure is the median of {results['steps']} steps after the warm-up. TRL's end",
-        "after two and a half minutes: one that is so slow is measured by all its steps but the first.",
+        f"{results['rounds']} rounds; a figure is the median of {results['steps']} steps after the warm-up. A run of",
+        "TRL's ends after two and a half minutes; where that is within the warm-up, all its steps but the first count.",
     ]
 
 
