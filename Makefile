@@ -42,18 +42,21 @@ suite: $(INSTALLED) ## all tests, the slow ones too
 coverage: $(INSTALLED) ## the same with coverage, which makes tests that compute take nearly twice as long
 	$(BIN)/pytest $(SUITE) --cov
 
-grids: $(INSTALLED) ## the long grids of which the tests run a sample
+grids: $(INSTALLED) ## the long grids of which `make test` runs a sample
 	$(BIN)/pytest -m grid
 
 fast: $(INSTALLED) ## the tests that take no workers and no training
 	$(BIN)/pytest
 
-chaos: $(INSTALLED) ## real faults in real runs: kills, lost nodes, full disks, out of memory (docs/reliability.md; long)
+chaos: $(INSTALLED) ## long real runs: kills, lost nodes, full disks, out of memory (docs/reliability.md)
 	rm -rf .cache/chaos && mkdir -p .cache/chaos
 	CHAOS_ROWS=$(CURDIR)/.cache/chaos/rows.jsonl CHAOS_CURVES=$(CURDIR)/.cache/chaos/curves.json \
 		$(BIN)/pytest -m "" -n 2 --dist load tests/chaos tests/test_offsite.py \
+		tests/test_submit.py::test_a_stopped_run_goes_on_when_it_is_submitted_again \
 		tests/test_submit.py::test_a_run_waits_for_what_others_use_says_so_and_begins_when_it_is_free \
-		tests/test_train_command.py::test_nor_does_a_second_interrupt
+		tests/test_train_command.py::test_nor_does_a_second_interrupt \
+		tests/test_hub.py::test_a_run_from_a_stand_in_hub_resumes_at_its_commit_and_its_adapter_names_it \
+		tests/test_render.py::test_what_a_ray_job_says_is_carried_out_by_a_ray_that_was_started_as_it_says
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.reliability
 
 gpu: $(if $(DRY),$(INSTALLED)) ## peaks of real steps on this machine's GPU beside the predictions (DRY=1: small, on the CPU)

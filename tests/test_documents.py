@@ -118,7 +118,7 @@ def test_the_memory_of_dora_is_what_the_formula_says(dora: Dora) -> None:
         assert shown == f"{said / GIB:.2f}"
 
 
-@pytest.mark.slow  # it follows a model of 8 billion through all of its layers
+@pytest.mark.grid  # it follows a model of 8 billion through all of its layers
 def test_the_memory_of_dora_is_what_the_trace_says(dora: Dora) -> None:
     said, traced = (
         of(dora.model, dora.recipe, dora.strategy, A100).gpu.allocated_bytes for of in (estimate, trace.estimate)

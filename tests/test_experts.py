@@ -76,12 +76,17 @@ def on_this_cpu(family: str, strategy: Strategy) -> Strategy:
     ("asked", "strategy", "dtype"),
     [
         (recipe(rank=8, seq_len=128), Strategy(), "float32"),
-        (recipe(rank=8, seq_len=64), Strategy(micro_batch=2), "bfloat16"),
+        pytest.param(recipe(rank=8, seq_len=64), Strategy(micro_batch=2), "bfloat16", marks=pytest.mark.grid),
         (recipe(rank=8, seq_len=64), Strategy(micro_batch=2, gradient_checkpointing=False), "bfloat16"),
-        (recipe(rank=32, seq_len=512), Strategy(), "float32"),
+        pytest.param(recipe(rank=32, seq_len=512), Strategy(), "float32", marks=pytest.mark.grid),
         (recipe(rank=8, seq_len=128, method="lora", quantization="none"), Strategy(micro_batch=2), "float32"),
         (recipe(rank=8, seq_len=256, targets=("q_proj", "v_proj")), Strategy(micro_batch=2), "float32"),
-        (recipe(rank=8, seq_len=128, targets=("q_proj",)), Strategy(gradient_checkpointing=False), "bfloat16"),
+        pytest.param(
+            recipe(rank=8, seq_len=128, targets=("q_proj",)),
+            Strategy(gradient_checkpointing=False),
+            "bfloat16",
+            marks=pytest.mark.grid,
+        ),
     ],
 )
 def test_a_real_step_on_this_cpu_needs_what_the_formula_says(
@@ -119,7 +124,9 @@ def test_a_real_step_on_this_cpu_needs_what_the_trace_says(folders: Path, family
     ("asked", "strategy", "device"),
     [
         (recipe(), Strategy(), A100),
-        (recipe(targets=("q_proj", "v_proj"), seq_len=1024), Strategy(micro_batch=2), A100),
+        pytest.param(
+            recipe(targets=("q_proj", "v_proj"), seq_len=1024), Strategy(micro_batch=2), A100, marks=pytest.mark.grid
+        ),
         (recipe(rank=8), Strategy(gradient_checkpointing=False, loss="full"), A100),
         # older GPUs have no grouped products: transformers' own make the experts' gradients whether needed or not
         (recipe(rank=16), Strategy(micro_batch=2), T4),

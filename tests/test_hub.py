@@ -355,7 +355,7 @@ def test_a_planned_model_without_weights_in_the_cache_says_so_offline(
     assert "its files are not all in the Hub's cache" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.xdist_group("workers")
 def test_a_run_from_a_stand_in_hub_resumes_at_its_commit_and_its_adapter_names_it(
     user: User, stand_in_hub: StandInHub, tiny_base: Path, conversations: Path

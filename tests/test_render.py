@@ -221,7 +221,7 @@ def test_names_are_dns_labels_and_stay_apart(first: str, second: str) -> None:
         assert name != resource_name(f"{second}-{'x' * LONGEST_NAME}")
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.xdist_group("cluster")
 def test_what_a_ray_job_says_is_carried_out_by_a_ray_that_was_started_as_it_says(
     render: Render, run: Run, tmp_path: Path

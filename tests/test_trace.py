@@ -93,8 +93,16 @@ def test_it_said_what_a_t4_measured() -> None:
     assert max(errors("after loading", quantization="none")) < 0.001
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("index", [13, 20, TOO_EARLY, 26, 28, 33])
+STILL = 13, TOO_EARLY, 28
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        pytest.param(index, marks=pytest.mark.slow if index in STILL else pytest.mark.grid)
+        for index in (13, 20, TOO_EARLY, 26, 28, 33)
+    ],
+)
 def test_it_says_so_still(index: int) -> None:
     row = t4_rows()[index]
     gpu = trace.estimate(row.architecture, row.recipe, row.strategy, row.device).gpu

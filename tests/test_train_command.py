@@ -301,7 +301,7 @@ def killed(new_run: Callable[[str], Run]) -> tuple[Run, Shown]:
     deadline = time.monotonic() + 60
     shown: Shown = {}
     last = {("ray_qlora_train_loss", "0"), ("ray_qlora_memory_optimizer_measured_bytes", "0")}
-    last |= {("ray_qlora_memory_optimizer_measured_bytes", "1")}
+    last |= {("ray_qlora_memory_optimizer_measured_bytes", "1"), ("ray_qlora_eval_loss", "0")}
     while not last <= {(name, rank) for name, _, rank in shown} and time.monotonic() < deadline:
         time.sleep(0.5)
         shown = run.ray_metrics()
@@ -364,40 +364,30 @@ def running_ray() -> Iterator[tuple[str, dict[str, str]]]:
         yield head
 
 
-def test_a_run_goes_on_with_an_adapter_that_another_made(
-    new_run: Callable[[str], Run], finished: tuple[Run, str]
+def test_on_a_ray_that_is_running_and_left_so_a_run_goes_on_with_an_adapter_that_another_made(
+    new_run: Callable[[str], Run], finished: tuple[Run, str], running_ray: tuple[str, dict[str, str]]
 ) -> None:
-    before = finished[0]
-    run = new_run("continued")
+    address, token = running_ray
+    before, run = finished[0], new_run("continued")
     # what the adapter says of itself need not be said again, and must not be said otherwise
     fields = yaml.safe_load(run.specification.read_text())
     del fields["recipe"]["rank"], fields["recipe"]["dropout"]
-    run.specification.write_text(yaml.safe_dump({**fields, "adapter": str(before.folder / "adapter")}))
+    fields |= {"adapter": str(before.folder / "adapter"), "cluster": {"address": address}}
+    run.specification.write_text(yaml.safe_dump(fields))
+    code, output = run.finish()
+    assert code == 2, output  # no token
+    assert "cluster.address: no Ray could be joined there" in output
+    assert "InvalidAuthToken" in output
+    run.environment.update(token)
     code, output = run.finish()
     assert code == 0, output
     assert run.record["plan"]["recipe"]["rank"] == 4
     results = run.record["results"]
     assert results["eval_before"] == pytest.approx(before.record["results"]["eval_after"], rel=1e-3)
     assert results["eval_after"] < results["eval_before"]
-    code, output = run.finish("recipe.rank=8")
-    assert code == 2
-    assert "recipe.rank" in output
-
-
-def test_a_ray_that_is_running_is_used_and_left_running(
-    new_run: Callable[[str], Run], finished: tuple[Run, str], running_ray: tuple[str, dict[str, str]]
-) -> None:
-    address, token = running_ray
-    run = new_run("joined")
-    cluster = f"cluster={{address: '{address}'}}"
-    code, output = run.finish(cluster)
-    assert code == 2, output  # no token
-    assert "cluster.address: no Ray could be joined there" in output
-    assert "InvalidAuthToken" in output
-    run.environment.update(token)
-    code, output = run.finish(cluster)
-    assert code == 0, output
-    assert run.adapter_digest == finished[0].adapter_digest
     assert Path(token["RAY_AUTH_TOKEN_PATH"]).read_text() not in output
     host, port = address.split(":")
     socket.create_connection((host, int(port)), timeout=5).close()
+    code, output = run.finish("recipe.rank=8")
+    assert code == 2
+    assert "recipe.rank" in output
