@@ -97,8 +97,11 @@ def test_a_stopped_run_goes_on_when_it_is_submitted_again(
     assert "Run tiny: complete" in output
     assert [event["step"] for event in run.events() if event["event"] == "step"] == list(range(1, STEPS + 1))
     code, output = cluster.ask(run, "list")
-    here = [line.split()[:2] for line in output.splitlines()[1:] if line.startswith(job[:-1])]
-    assert here == [[f"{job[:-1]}2", "succeeded"], [job, "failed"]]
+    listed = [line.split()[:2] for line in output.splitlines()[1:]]
+    assert [words for words in listed if words[0].startswith(job[:-1])] == [
+        [f"{job[:-1]}2", "succeeded"],
+        [job, "failed"],
+    ]
 
 
 @pytest.mark.slow
