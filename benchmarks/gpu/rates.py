@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Sizes:
         tokens: of micro-batches.
         hidden, inner, narrow: widths of a layer, of its feed-forward and of its keys and values.
         heads: of attention; each 128 wide, or as wide as fits.
-        rank: of adapters.
+        ranks: of adapters.
         copied: bytes to and from the host.
         seconds: that each is repeated for, at least.
     """
@@ -37,19 +38,19 @@ class Sizes:
     inner: int = 14336
     narrow: int = 1024
     heads: int = 32
-    rank: int = 16
+    ranks: tuple[int, ...] = (16, 64)
     copied: int = 2**28
     seconds: float = 0.2
 
 
-SMALL = Sizes(tokens=(64, 128), hidden=256, inner=704, narrow=128, heads=8, rank=8, copied=2**20, seconds=0.01)
+SMALL = Sizes(tokens=(64, 128), hidden=256, inner=704, narrow=128, heads=8, ranks=(8,), copied=2**20, seconds=0.01)
 """For a dry run on a CPU."""
 
 
 def measured(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> dict[str, dict[str, float]]:
     """Operations, bytes or kernels a second, by what it is and by shape."""
     found: dict[str, dict[str, float]] = {}
-    for what, shape, done, call in chain(device, dtype, sizes):
+    for what, shape, done, call in everything(device, dtype, sizes):
         found.setdefault(what, {})[shape] = done / seconds(call, sizes.seconds)
     return found
 
@@ -63,7 +64,7 @@ Measured = tuple[str, str, float, Callable[[], Any]]
 """What it is, its shape, how much of it is done by a call, and the call."""
 
 
-def chain(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Measured]:
+def everything(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Measured]:
     """All that is measured, one after the other."""
     torch.backends.cuda.matmul.allow_tf32 = False
     for tokens in sizes.tokens:
@@ -93,7 +94,8 @@ def products(x: torch.Tensor, sizes: Sizes) -> Iterator[Measured]:
 def wide_products(x: torch.Tensor, sizes: Sizes) -> Iterator[Measured]:
     """Of an adapter in float32, down to its rank and up again."""
     tokens = len(x)
-    for width, outputs in ((sizes.hidden, sizes.rank), (sizes.rank, sizes.hidden)):
+    shapes = ((sizes.hidden, rank) for rank in sizes.ranks), ((rank, sizes.hidden) for rank in sizes.ranks)
+    for width, outputs in chain.from_iterable(shapes):
         inputs, weight = x[:, :width].float(), x.new_empty(outputs, width, dtype=torch.float32).normal_()
         yield (
             "wide_products",
@@ -124,8 +126,8 @@ def memory(x: torch.Tensor) -> Iterator[Measured]:
     """Kernels that read and write and hardly compute."""
     size = x.numel() * x.element_size()
     shape = f"{len(x)} x {x.shape[1]}"
-    out = torch.empty_like(x)
-    yield "memory", f"add, {shape}", 3.0 * size, partial(torch.add, x, x, out=out)
+    other, out = torch.randn_like(x), torch.empty_like(x)
+    yield "memory", f"add, {shape}", 3.0 * size, partial(torch.add, x, other, out=out)
     yield "memory", f"silu, {shape}", 2.0 * size, partial(torch.nn.functional.silu, x)
 
 
