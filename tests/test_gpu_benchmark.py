@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.accuracy import step_time_page
 from benchmarks.gpu import __main__ as entry
 from benchmarks.gpu import device, measure, predict, rates, runner, tracer
-from benchmarks.gpu.achieved import NOMINAL, achieved
+from benchmarks.gpu.achieved import NOMINAL, achieved, measured_rates
 from benchmarks.gpu.base import random_base
 from benchmarks.gpu.job import Job, Start
 from benchmarks.gpu.matrix import DRY, MATRIX, Case, chosen, small
@@ -367,7 +367,7 @@ def test_the_catalogue_has_what_was_measured_and_nothing_else() -> None:
     measured = {}
     for path in sorted((ROOT / "benchmarks" / "results").glob("gpu-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if "measured" in (record.get("rates") or {}):
+        if measured_rates(record) is not None:
             gpu = find_gpu(record["device"]["name"])
             nominal = devices.rates(devices.gpu_target(gpu, record["rates"]["compute_dtype"]))
             measured[gpu.name] = {what: tuple(each) for what, each in achieved(record, nominal).items()}

@@ -13,7 +13,7 @@ from benchmarks.accuracy import throughput
 from benchmarks.accuracy.document import RESULTS, ROOT, table
 from benchmarks.accuracy.stacks import STACKS
 from benchmarks.accuracy.throughput import Timed
-from benchmarks.gpu.achieved import achieved
+from benchmarks.gpu.achieved import achieved, measured_rates
 from clusters.gpu import Gpu, find_gpu
 from orchestrator.devices import any_nodes, pool_target, rates
 from qlora_core import step_time
@@ -261,7 +261,7 @@ def achieved_rows(record: Mapping[str, Any], gpu: Gpu) -> list[list[str]]:
 
 
 def _rates(record: Mapping[str, Any], gpu: Gpu) -> str:
-    if "measured" not in (record.get("rates") or {}):
+    if measured_rates(record) is None:
         return "What it achieves of each rate: not measured yet.\n"
     rows = achieved_rows(record, gpu)
     head = ["what", *(f"{end}, {whose}" for whose in ("measured", "taken before") for end in Range._fields)]

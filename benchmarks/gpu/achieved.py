@@ -20,6 +20,11 @@ NOMINAL = {
 """What each is a part of: fields of `qlora_core.step_time.Achieved`, and of its `Rates`; None: it is a rate itself."""
 
 
+def measured_rates(record: Mapping[str, Any]) -> Mapping[str, Mapping[str, float]] | None:
+    """Operations, bytes or kernels a second of a record of `make gpu`, by rate and shape; None where it has none."""
+    return (record.get("rates") or {}).get("measured")
+
+
 def achieved(record: Mapping[str, Any], nominal: Rates) -> dict[str, Range]:
     """The least, the median and the most over all shapes, each as a part of what the catalogue says of the GPU.
 

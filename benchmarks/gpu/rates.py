@@ -79,30 +79,24 @@ def everything(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterat
 
 
 def products(x: torch.Tensor, sizes: Sizes) -> Iterator[Measured]:
-    """Of a base weight, as its forward pass makes them: 2 operations a token and weight."""
-    tokens = len(x)
+    """Of a base weight, as its forward pass makes them."""
     for width, outputs in ((sizes.hidden, sizes.hidden), (sizes.hidden, sizes.inner), (sizes.inner, sizes.hidden)):
-        weight, inputs = x.new_empty(outputs, width).normal_(), x[:, :width].contiguous()
-        yield (
-            "products",
-            f"{tokens} x {width} x {outputs}",
-            2.0 * tokens * width * outputs,
-            partial(torch.matmul, inputs, weight.T),
-        )
+        yield product("products", x[:, :width].contiguous(), outputs)
 
 
 def wide_products(x: torch.Tensor, sizes: Sizes) -> Iterator[Measured]:
     """Of an adapter in float32, down to its rank and up again."""
-    tokens = len(x)
     shapes = ((sizes.hidden, rank) for rank in sizes.ranks), ((rank, sizes.hidden) for rank in sizes.ranks)
     for width, outputs in chain.from_iterable(shapes):
-        inputs, weight = x[:, :width].float(), x.new_empty(outputs, width, dtype=torch.float32).normal_()
-        yield (
-            "wide_products",
-            f"{tokens} x {width} x {outputs}",
-            2.0 * tokens * width * outputs,
-            partial(torch.matmul, inputs, weight.T),
-        )
+        yield product("wide_products", x[:, :width].float(), outputs)
+
+
+def product(what: str, inputs: torch.Tensor, outputs: int) -> Measured:
+    """Of a weight in the dtype of its inputs: 2 operations a token and weight."""
+    tokens, width = inputs.shape
+    weight = inputs.new_empty(outputs, width).normal_()
+    shape = f"{tokens} x {width} x {outputs}"
+    return what, shape, 2.0 * tokens * width * outputs, partial(torch.matmul, inputs, weight.T)
 
 
 def attention(x: torch.Tensor, sizes: Sizes) -> Iterator[Measured]:

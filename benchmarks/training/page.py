@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.achieved import measured_rates
 from benchmarks.place import Place
 from benchmarks.speed import ROOT, spread
 from benchmarks.tokenization import BATCHED
@@ -127,17 +128,15 @@ def on_gpu() -> tuple[str, list[dict[str, Any]]]:
 
 def products_share(row: Mapping[str, Any], record: Mapping[str, Any]) -> float | None:
     """The part of a measured step that its 16-bit products and attention would take at the card's measured rate."""
-    rates = record.get("rates") or {}
-    if "measured" not in rates:
+    rates = measured_rates(record)
+    if rates is None:
         return None
     device = Device("cuda", row["compute_dtype"], compute_capability=tuple(record["device"]["compute_capability"]))
     recipe, strategy = Recipe(**row["recipe"]), Strategy(**row["strategy"])
     done = load(find_model(row["model"]), recipe, strategy, device).work
     tokens = strategy.micro_batch * recipe.seq_len
     of_a_micro_batch = done.products * tokens + done.fixed + done.attention * tokens * recipe.seq_len
-    seconds = (
-        strategy.gradient_accumulation * of_a_micro_batch / statistics.median(rates["measured"]["products"].values())
-    )
+    seconds = strategy.gradient_accumulation * of_a_micro_batch / statistics.median(rates["products"].values())
     return float(seconds / row["measured"]["step_seconds"])
 
 
