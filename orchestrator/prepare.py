@@ -255,7 +255,7 @@ def refuse_unbuilt(spec: RunSpec) -> None:
 def undivided(recipe: Recipe, request: StrategySpec) -> Iterator[Problem]:
     """What a strategy names that needs a ZeRO stage which the recipe is not trained with: see `trained_stages`."""
     stages = trained_stages(recipe)
-    what = "autocast" if recipe.autocast and recipe.method != "full" else f"method {recipe.method}"
+    what = f"method {recipe.method}"
     rule = "it can be planned, but not trained with yet: its memory is not known well enough"
     if request.offload == "all" and 3 not in stages:
         rule_of_all = f"with {what} and ZeRO 3, which it needs, {rule}"

@@ -27,11 +27,9 @@ def trained_stages(recipe: Recipe) -> tuple[ZeroStage, ...]:
     """The ZeRO stages that a run may have; a plan may have all.
 
     They are those in which the formula is held to real steps of two ranks (tests/training/test_measured_ranks.py): for
-    all weights 0 and 1, in 2 and 3 they take more than it says; under autocast all but 3, where it says 3 % too much.
+    all weights 0 and 1, in 2 and 3 they take more than it says.
     """
-    if recipe.method == "full":
-        return (0, 1)
-    return (0, 1, 2) if recipe.autocast else ALL_STAGES
+    return (0, 1) if recipe.method == "full" else ALL_STAGES
 
 
 def stage_for(offload: Offload, stages: Collection[ZeroStage] = ALL_STAGES) -> ZeroStage:

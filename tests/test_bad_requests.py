@@ -173,12 +173,6 @@ def test_all_weights_are_not_trained_with_zero_2_or_3_and_the_remedy_goes_with_t
     assert {problem.where: problem.remedy for problem in result.exception.problems} == remedies
 
 
-def test_autocast_is_not_trained_with_zero_3(ask: Request) -> None:
-    result = ask(strategy={"zero_stage": 3}, recipe={"autocast": True})
-    assert "strategy.zero_stage: with autocast it can be planned, but not trained with yet" in refusal(result)
-    assert "Set it to 0 or 1 or 2" in refusal(result)
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_an_output_on_a_read_only_folder_is_refused(ask: Request, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)

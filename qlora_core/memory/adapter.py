@@ -35,8 +35,7 @@ def dropped(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
 def adapter_linear(tape: Tape, layer: Layer, x: Tensor, rows: Size, into: int, out: int) -> Tensor:
     """One of an adapter's two linears; under autocast its input and weight are cast to the compute dtype."""
     weight = tape.leaf(Tensor(None, Size(into * out), layer.lora), "gradients")
-    x, weight = op.narrowed(tape, x, layer.narrow), op.narrowed(tape, weight, layer.narrow)
-    return op.matmul_weight(tape, x, weight, rows, into, out)
+    return op.linear(tape, x, weight, rows, into, out, layer.narrow, layer.divided)
 
 
 def with_magnitude(tape: Tape, layer: Layer, x: Tensor, result: Tensor, projection: Projection, rows: Size) -> Tensor:

@@ -190,5 +190,4 @@ def base_linear(tape: Tape, layer: Layer, x: Tensor, projection: Projection, row
     if projection.storage == "8bit":
         return op.matmul_8bit(tape, x, rows, into, out)
     weight = parameter(tape, layer, into * out, layer.stream)
-    x, weight = op.narrowed(tape, x, layer.narrow), op.narrowed(tape, weight, layer.narrow)
-    return op.matmul_weight(tape, x, weight, rows, into, out)
+    return op.linear(tape, x, weight, rows, into, out, layer.narrow, layer.divided)

@@ -348,6 +348,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         autocast=_casts(recipe, device),
         dora=recipe.use_dora,
         trained=recipe.method == "full",
+        divided=strategy.zero_stage == 3,
         kernel=kernel_in_use(architecture, recipe, strategy, device),
     )
 

@@ -63,6 +63,7 @@ class Layer(NamedTuple):
         dropped_residual: what is added to the residual stream passes a dropout of the base model's own.
         dora: adapters have magnitudes (DoRA).
         trained: all weights are trained (method full).
+        divided: ZeRO-3 divides the weights, and has linears of its own.
     """
 
     hidden: int
@@ -88,6 +89,7 @@ class Layer(NamedTuple):
     autocast: bool
     dora: bool
     trained: bool
+    divided: bool
     kernel: AttentionKernel
 
     @property

@@ -182,6 +182,61 @@ def matmul_weight(tape: Tape, x: Tensor, weight: Tensor, rows: Size, in_features
     return tape.apply((x, weight), rows.times(out_features), x.dtype, backward, saves)
 
 
+def linear(
+    tape: Tape, x: Tensor, weight: Tensor, rows: Size, into: int, out: int, narrow: DType | None, divided: bool
+) -> Tensor:
+    """torch.nn.functional.linear of the rows of `x` with a weight [out, into].
+
+    Args:
+        narrow: the dtype of products under autocast; None without.
+        divided: ZeRO-3 has put DeepSpeed's in its place.
+    """
+    if divided:
+        return divided_linear(tape, x, weight, rows, into, out, narrow)
+    x, weight = narrowed(tape, x, narrow), narrowed(tape, weight, narrow)
+    return matmul_weight(tape, x, weight, rows, into, out)
+
+
+def divided_linear(
+    tape: Tape, x: Tensor, weight: Tensor, rows: Size, into: int, out: int, narrow: DType | None
+) -> Tensor:
+    """DeepSpeed's linear under ZeRO-3, LinearFunctionForZeroStage3 (0.19.8, runtime/zero/linear.py).
+
+    It keeps `x` as it came, whether or not the weight is trained, and autocast casts inside: the transposed weight is a
+    view, of which no copy is cached. On the way back each input is cast again, the weight's copy until it is done.
+    """
+    needs_input, trained = x.node is not None, weight.node is not None
+    wide_x, wide_weight = x.dtype, weight.dtype
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor if narrow is None or tensor.dtype == narrow else tape.new(tensor.numel, narrow)
+
+    def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
+        kept_x, kept_weight = saved
+        of_x = of_weight = None
+        if needs_input:
+            copy = copied(kept_weight)
+            of_x = tape.new(rows.times(into), gradient.dtype)
+            if of_x.storage is not None:
+                of_x.storage.holders += 1  # as in `matmul_weight`
+        if trained:
+            again = copied(kept_x)
+            of_weight = tape.new(Size(into * out), gradient.dtype)
+            del again
+        if needs_input:
+            del copy
+        if of_x is not None and of_x.dtype != wide_x:
+            of_x = tape.new(of_x.numel, wide_x)
+        if of_weight is not None and of_weight.dtype != wide_weight:
+            of_weight = tape.new(of_weight.numel, wide_weight)
+        return of_x, of_weight
+
+    copies = copied(x), copied(weight)
+    output = tape.apply((x, weight), rows.times(out), copies[0].dtype, backward, (x, weight))
+    del copies
+    return output
+
+
 def multiply_weight(tape: Tape, x: Tensor, weight: Tensor) -> Tensor:
     """Weight * x, the weight [H] broadcast over rows; `x` is kept only where the weight is trained."""
     trained, dtype, per_weight = weight.node is not None, x.dtype, weight.numel

@@ -254,8 +254,7 @@ def head(tape: Tape, step: Step, hidden: Tensor, rows: Size) -> Tensor:
     """The output head: [rows, H] -> [rows, V]."""
     layer = step.layer
     weight = parameter(tape, layer, step.vocab * layer.hidden, layer.stream)
-    hidden, weight = op.narrowed(tape, hidden, layer.narrow), op.narrowed(tape, weight, layer.narrow)
-    return op.matmul_weight(tape, hidden, weight, rows, layer.hidden, step.vocab)
+    return op.linear(tape, hidden, weight, rows, layer.hidden, step.vocab, layer.narrow, layer.divided)
 
 
 def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:

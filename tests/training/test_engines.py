@@ -35,7 +35,7 @@ from qlora_core.training.engines import build_engine
 from qlora_core.training.evaluate import eval_loss
 from qlora_core.training.loop import one_step, rehearse, TrainingRun
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import attach_adapters, load_base, trainable
+from qlora_core.training.model import attach_adapters, autocast_dtype, load_base, trainable
 from qlora_core.training.tokenizer import load_tokenizer
 from safetensors.torch import save_file
 from pathlib import Path
@@ -54,12 +54,13 @@ def learn(spec):
                         gradient_accumulation=recipe.sequences_per_step // world // spec["micro_batch"],
                         paged_optimizer=False)
     cpu = torch.device("cpu")
-    model = attach_adapters(load_base(spec["base"], recipe, strategy, "float32", cpu), recipe, 0)
+    model = attach_adapters(load_base(spec["base"], recipe, strategy, spec["dtype"], cpu), recipe, 0)
     model.train()
     data = Examples(Path(spec["data"]))
     rank = int(os.environ.get("RANK", 0))
     run = TrainingRun(recipe=recipe, strategy=strategy, seed=0, total_steps=9, save_every=9, model=model,
-                      engine=build_engine(SummedLoss(model, "chunked"), recipe, strategy),
+                      engine=build_engine(SummedLoss(model, "chunked", autocast_dtype(recipe, spec["dtype"])), recipe,
+                                          strategy),
                       tokenizer=load_tokenizer(spec["base"]), train_data=Rows(data, recipe, 0), eval_data=data,
                       meter=StorageMeter(), device=cpu, rank=rank, checkpoints=Path("none"), facts={})
     steps, gradients, optimize = [], {}, run.engine.step
@@ -112,6 +113,7 @@ class Learning(NamedTuple):
     optimizer: str = "adamw"
     micro_batch: int = 2
     sequences: int = 8
+    dtype: str = "float32"
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -122,6 +124,7 @@ class Learning(NamedTuple):
             "tokens_per_step": length * self.sequences,
             "learning_rate": 1e-3,
             "optimizer": self.optimizer,
+            "autocast": True,  # it does nothing in float32
         }
 
 
@@ -145,6 +148,7 @@ def learn(folder: Path, base: Path, data: Path, world_size: int, ways: list[Lear
             "stage": way.stage,
             "micro_batch": way.micro_batch,
             "steps": STEPS,
+            "dtype": way.dtype,
             "recipe": way.recipe,
         }
         for out, way in zip(outs, ways, strict=True)
@@ -185,7 +189,7 @@ def learn(folder: Path, base: Path, data: Path, world_size: int, ways: list[Lear
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, encoded: Path) -> dict[Learning, Learned]:
     """What one process learns."""
-    ways = [Learning(), *(Learning(micro_batch=size, sequences=32) for size in (32, 8))]
+    ways = [Learning(), Learning(dtype="bfloat16"), *(Learning(micro_batch=size, sequences=32) for size in (32, 8))]
     return learn(tmp_path_factory.mktemp("alone"), tiny_base, encoded, 1, ways)
 
 
@@ -193,7 +197,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, encoded: Pa
 def together(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, encoded: Path) -> dict[Learning, Learned]:
     """What two ranks learn. ZeRO-3 comes last: it replaces torch's linear function for the rest of its process."""
     ways = [Learning(micro_batch=4, sequences=32), Learning(0)]
+    ways += [Learning(stage, dtype="bfloat16") for stage in (0, 1, 2)]
     ways += [Learning(stage, optimizer) for stage in (1, 2, 3) for optimizer in ("adamw", "adamw_8bit")]
+    ways += [Learning(3, dtype="bfloat16")]
     return learn(tmp_path_factory.mktemp("together"), tiny_base, encoded, 2, ways)
 
 
@@ -210,6 +216,20 @@ def test_two_ranks_learn_what_one_process_learns(
         assert rank["after"] == pytest.approx(one["after"], rel=1e-5)
         assert rank["share"] == (0.5 if stage == 3 else 1)  # of the packed base
     assert ranks[0]["sum"] == ranks[1]["sum"] == pytest.approx(one["sum"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_learn_what_one_process_learns_under_autocast(
+    stage: int, alone: dict[Learning, Learned], together: dict[Learning, Learned]
+) -> None:
+    """As near as bfloat16's 8 bits let sums of other orders be."""
+    [one], ranks = alone[Learning(dtype="bfloat16")].ranks, together[Learning(stage, dtype="bfloat16")].ranks
+    for rank in ranks:
+        for (loss, norm), (loss_alone, norm_alone) in zip(rank["steps"], one["steps"], strict=True):
+            assert loss == pytest.approx(loss_alone, rel=2**-8)
+            assert norm == pytest.approx(norm_alone, rel=2**-6)
+        assert rank["after"] == pytest.approx(one["after"], rel=2**-8)
+    assert ranks[0]["sum"] == ranks[1]["sum"]
 
 
 def test_a_batch_of_32_has_the_gradient_of_8_by_4_and_of_2_ranks_by_4_by_4(

@@ -81,6 +81,7 @@ class Case(NamedTuple):
 
 AUTOCAST = (("autocast", True),)
 FULL = (("method", "full"), ("quantization", "none"))
+SIXTEEN_BIT = (("method", "lora"), ("quantization", "none"))
 ALONE = [
     Case(),
     Case(accumulation=2, optimizer="adamw_8bit"),
@@ -96,7 +97,7 @@ ALONE = [
     Case(checkpointing=False, dtype="bfloat16", changes=AUTOCAST),
     Case(loss="full", dtype="bfloat16", changes=AUTOCAST),
     Case(dtype="bfloat16", changes=(("quantization", "int8"), ("double_quantization", False), *AUTOCAST)),
-    Case(dtype="bfloat16", changes=(("method", "lora"), ("quantization", "none"), *AUTOCAST)),
+    Case(dtype="bfloat16", changes=(*SIXTEEN_BIT, *AUTOCAST)),
     Case(dtype="bfloat16", changes=(*FULL, *AUTOCAST)),
 ]
 # ZeRO-3 comes last: it replaces torch's linear function for the rest of its process
@@ -107,8 +108,9 @@ TOGETHER = [
         Case(stage, accumulation=2, optimizer="adamw_8bit"),
         Case(stage, checkpointing=False, loss="full"),
         Case(stage, dtype="bfloat16", micro_batch=4),
-        *([Case(stage, dtype="bfloat16", checkpointing=False, changes=AUTOCAST)] if stage < 3 else []),
-        *([Case(stage, accumulation=2, dtype="bfloat16", changes=AUTOCAST)] if stage < 3 else []),
+        Case(stage, dtype="bfloat16", checkpointing=False, changes=AUTOCAST),
+        Case(stage, accumulation=2, dtype="bfloat16", changes=AUTOCAST),
+        Case(stage, dtype="bfloat16", checkpointing=False, changes=SIXTEEN_BIT),
         *([Case(stage, accumulation=2, changes=FULL)] if stage < 2 else []),
     )
 ]
