@@ -26,8 +26,8 @@ BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 MODELS = ("7b", "13b", "33b", "65b")
 WAYS = (
     ("all weights, 16 bit", Recipe(method="full", quantization="none", double_quantization=False), False),
-    ("LoRA, 16-bit base", Recipe(method="lora", quantization="none", double_quantization=False), False),
-    ("QLoRA, paged", Recipe(), True),
+    ("LoRA, 16-bit base", Recipe(method="lora", quantization="none", double_quantization=False, autocast=False), False),
+    ("QLoRA, paged", Recipe(autocast=False), True),
 )
 """Methods, and whether their optimizer is paged: as in the paper's first figure."""
 WIDEST = 150
@@ -123,7 +123,7 @@ def paging() -> Picture:
             strategy = Strategy(paged_optimizer=paged)
             sizes = [
                 formula.estimate(
-                    model, Recipe(seq_len=length, tokens_per_step=length), strategy, device
+                    model, Recipe(seq_len=length, tokens_per_step=length, autocast=False), strategy, device
                 ).gpu.process_bytes
                 / GIB
                 for length in LENGTHS

@@ -68,7 +68,8 @@ def plan(
         given = replace(given, world_size=gpus)
     if recipe is not None and strategy is None:
         given = replace(given, gradient_accumulation=max(1, recipe.sequences_per_step // given.world_size))
-    step = recipe or Recipe(tokens_per_step=512 * given.sequences_per_step)
+    # as `qlora-plan` has it, which runs without autocast unless it is asked for
+    step = recipe or Recipe(tokens_per_step=512 * given.sequences_per_step, autocast=False)
     check_targets(architecture, step)
     check_packing(architecture, step)
     check_attention(architecture, given.attention, "strategy.{}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,6 @@ from orchestrator.rules import (
     check_packing,
     check_strategy,
     stage_for,
-    trained_stages,
     warnings,
 )
 from orchestrator.verdicts import doubt, verdict
@@ -196,7 +195,7 @@ def plan_request(
     )
     wanted = (index for index, answer in enumerate(verdicts) if (answer.gpu == asked if asked else answer.fits))
     shown = next(wanted, len(targets) - 1)
-    decided = [targets[shown].dtype_choice, *choices]
+    decided = [targets[shown].dtype_choice, *autocast_choice(recipe, targets[shown]), *choices]
     if strategy.paged_optimizer and targets[shown].device.kind == "cpu":
         strategy = replace(strategy, paged_optimizer=False)
         decided.append(Choice("paged_optimizer", "false", ON_CPU))
@@ -212,6 +211,17 @@ def plan_request(
         warnings=(*warnings(architecture, recipe, strategy, targets), *([unsure] if unsure else [])),
         host_usable_bytes=host_usable_bytes,
     )
+
+
+def autocast_choice(recipe: Recipe, target: Target) -> Iterator[Choice]:
+    """What `autocast: auto` came to, where it makes a difference."""
+    if recipe.autocast != "auto" or recipe.lora_dtype != "float32" or target.compute_dtype == "float32":
+        return
+    if recipe.use_dora:
+        yield Choice("autocast", "false", "what it makes of DoRA's products is not modelled")
+    elif recipe.under_autocast:
+        reason = f"the float32 adapters' products in {target.compute_dtype}: faster, and without float32 copies"
+        yield Choice("autocast", "true", reason)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -271,7 +281,6 @@ def question_of(
     request: StrategySpec, architecture: ModelArchitecture, recipe: Recipe, world_size: int, target: Target
 ) -> Question:
     """A specification's strategy as a question: what is auto is open, as far as it can be trained with."""
-    stages = trained_stages(recipe)
     defaults = fitting_defaults(architecture, Strategy(world_size=world_size))
     given: dict[str, Any] = {
         field: getattr(defaults, field) if getattr(request, field) == "auto" else getattr(request, field)
@@ -284,8 +293,8 @@ def question_of(
     if request.offload == "auto":
         open_fields -= {"offload"}  # a run offloads only where it was asked to: the host's memory is not known
     elif request.zero_stage == "auto":
-        given["zero_stage"] = stage_for(request.offload, stages)
-    return Question(architecture, recipe, Strategy(**given), frozenset(open_fields), whole_step=True, stages=stages)
+        given["zero_stage"] = stage_for(request.offload)
+    return Question(architecture, recipe, Strategy(**given), frozenset(open_fields), whole_step=True)
 
 
 def planned_for(recipe: Recipe, longest: int | None) -> tuple[Recipe, list[Choice]]:

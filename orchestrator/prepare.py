@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
@@ -19,12 +19,10 @@ from orchestrator.machine import Machine, describe, target_of
 from orchestrator.planner import divisors, plan_run
 from orchestrator.plans import Plan, Target
 from orchestrator.record import RunRecord, load_record
-from orchestrator.rules import trained_stages
 from orchestrator.spec import RunSpec, StrategySpec
 from orchestrator.targets import check_targets
 from orchestrator.trackers import missing
 from qlora_core.data import hub_dataset
-from qlora_core.recipe import Recipe
 from qlora_core.training.dataset import DataOptions, DataReport, encode_file
 from qlora_core.training.dataset.cache import cache_folder
 from qlora_core.training.dataset.tokens import EncodedExamples
@@ -246,23 +244,6 @@ def refuse_unbuilt(spec: RunSpec) -> None:
         )
         if getattr(recipe, field) not in allowed
     ]
-    problems += undivided(recipe, spec.strategy_request)
     problems += missing(spec.tracking)
     if problems:
         raise RequestError(problems)
-
-
-def undivided(recipe: Recipe, request: StrategySpec) -> Iterator[Problem]:
-    """What a strategy names that needs a ZeRO stage which the recipe is not trained with: see `trained_stages`."""
-    stages = trained_stages(recipe)
-    what = f"method {recipe.method}"
-    rule = "it can be planned, but not trained with yet: its memory is not known well enough"
-    if request.offload == "all" and 3 not in stages:
-        rule_of_all = f"with {what} and ZeRO 3, which it needs, {rule}"
-        remedy = "Set it to none" if request.zero_stage == 0 else "Set it to optimizer or none"
-        yield Problem("strategy.offload", "all", rule_of_all, remedy)
-    if request.zero_stage != "auto" and request.zero_stage not in stages:
-        # nothing is offloaded in stage 0
-        left = [str(stage) for stage in stages if stage or request.offload in ("auto", "none")]
-        remedy = f"Set it to {' or '.join(left)}"
-        yield Problem("strategy.zero_stage", str(request.zero_stage), f"with {what} {rule}", remedy)

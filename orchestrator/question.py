@@ -7,10 +7,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from orchestrator.plans import Objective, Target
-from orchestrator.rules import ALL_STAGES
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.recipe import Recipe
-from qlora_core.strategy import Strategy, ZeroStage
+from qlora_core.strategy import Strategy
 
 STRATEGY_FIELDS = (
     "world_size",
@@ -36,7 +35,6 @@ class Question:
         open: the fields that may be chosen, of OPEN_FIELDS.
         whole_step: tokens_per_step is fixed; else a step is as large as it comes, about DEFAULT_STEP_TOKENS.
         objective: what is best.
-        stages: the ZeRO stages that may be chosen, where that is open.
     """
 
     architecture: ModelArchitecture
@@ -45,7 +43,6 @@ class Question:
     open: frozenset[str]
     whole_step: bool
     objective: Objective = "fastest"
-    stages: tuple[ZeroStage, ...] = ALL_STAGES
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,6 @@ from qlora_core.architecture import ModelArchitecture
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Offload, Strategy, ZeroStage
 
-ALL_STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
-
 
 def can_be_divided(recipe: Recipe) -> bool:
     """Whether ZeRO-3 can divide the base.
@@ -23,18 +21,9 @@ def can_be_divided(recipe: Recipe) -> bool:
     return recipe.quantization != "int8" and not recipe.use_dora
 
 
-def trained_stages(recipe: Recipe) -> tuple[ZeroStage, ...]:
-    """The ZeRO stages that a run may have; a plan may have all.
-
-    They are those in which the formula is held to real steps of two ranks (tests/training/test_measured_ranks.py): for
-    all weights 0 and 1, in 2 and 3 they take more than it says.
-    """
-    return (0, 1) if recipe.method == "full" else ALL_STAGES
-
-
-def stage_for(offload: Offload, stages: Collection[ZeroStage] = ALL_STAGES) -> ZeroStage:
-    """The lowest ZeRO stage that a search takes for an offload; `stages` are those that it may take."""
-    lowest: dict[Offload, ZeroStage] = {"none": 0, "optimizer": 2 if 2 in stages else 1, "all": 3}
+def stage_for(offload: Offload) -> ZeroStage:
+    """The lowest ZeRO stage that a search takes for an offload."""
+    lowest: dict[Offload, ZeroStage] = {"none": 0, "optimizer": 2, "all": 3}
     return lowest[offload]
 
 

@@ -131,10 +131,10 @@ def shardings(question: Question, world: int) -> list[tuple[ZeroStage, Offload]]
     return [
         (stage, offload)
         for stage, offload in SHARDINGS
-        if (stage in question.stages if "zero_stage" in question.open else stage == given.zero_stage)
+        if ("zero_stage" in question.open or stage == given.zero_stage)
         and (stage < 3 or can_be_divided(question.recipe))
         and (offload == given.offload or "offload" in question.open)
-        and (stage != 1 or offload == "none" or "zero_stage" not in question.open or 2 not in question.stages)
+        and (stage != 1 or offload == "none" or "zero_stage" not in question.open)
         and (world > 1 or stage in (0, given.zero_stage) or offload != "none")
     ]
 

@@ -58,8 +58,9 @@ class RecipeError(Conflicting):
 class Recipe:
     """What the mathematics of a fine-tune fixes. Two runs with the same recipe, data and seed learn the same thing.
 
-    The defaults are those of ``qlora-plan`` (DESIGN.md) and, where the planner has no say, of Dettmers et al. 2023,
-    "QLoRA", appendix B.2 (learning rate 2e-4, constant schedule, Adam beta2 0.999, gradient norm clipped to 0.3).
+    The defaults are those of ``qlora-plan`` (DESIGN.md), but for `autocast`, and, where the planner has no say, of
+    Dettmers et al. 2023, "QLoRA", appendix B.2 (learning rate 2e-4, constant schedule, Adam beta2 0.999, gradient norm
+    clipped to 0.3).
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}  # in a specification
@@ -98,9 +99,9 @@ class Recipe:
     """Dtype of activations and of dequantized weights; auto chooses by the device and says why."""
     upcast: Upcast = "none"
     """peft: what peft.prepare_model_for_kbit_training does, every unquantized 16-bit weight becomes float32."""
-    autocast: bool = False
+    autocast: Literal["auto"] | bool = "auto"
     """Run the forward pass under torch.autocast: float32 adapters are computed in the compute dtype, which is faster
-    and keeps less; in float32 it does nothing."""
+    and keeps less; in float32 it does nothing. auto: true where there are adapters, but for DoRA."""
     optimizer: Optimizer = "adamw"
     """adamw keeps two float32 moments, adamw_8bit two block-wise 8-bit ones (bitsandbytes). Paging is a strategy."""
     seq_len: Count = 512
@@ -184,7 +185,7 @@ class Recipe:
         if self.use_dora and self.quantization == "int8":
             rule = "what DoRA makes of int8 layers, whose weights bitsandbytes unpacks in another way, is not modelled"
             yield Mistake(("use_dora", "quantization"), True, rule, "Quantize to nf4 or fp4, or leave it out")
-        if self.use_dora and self.autocast:
+        if self.use_dora and self.autocast is True:
             rule = "what autocast makes of DoRA's products is not modelled"
             yield Mistake(("use_dora", "autocast"), True, rule, "Leave autocast out: the compute dtype does without")
 
@@ -198,9 +199,14 @@ class Recipe:
         return []
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields as JSON has them: a list where there is a tuple."""
-        fields = {name: getattr(self, name) for name, *_ in _checks()}
+        """Its fields as JSON has them: a list where there is a tuple, and `autocast` as it is chosen."""
+        fields = {name: getattr(self, name) for name, *_ in _checks()} | {"autocast": self.under_autocast}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @property
+    def under_autocast(self) -> bool:
+        """Whether `autocast` is on."""
+        return self.method != "full" and not self.use_dora if self.autocast == "auto" else self.autocast
 
     @property
     def sequences_per_step(self) -> int:

@@ -115,7 +115,7 @@ def _work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, d
         fixed=fixed - wide_fixed,
         wide_fixed=wide_fixed,
         attention=scores * (1 + again + backward) / (CAUSAL if kernel in SKIPPING else 1),
-        wide_attention=kernel == "math" or (stream == "float32" and not recipe.autocast),
+        wide_attention=kernel == "math" or (stream == "float32" and not recipe.under_autocast),
         fused=kernel in FUSED,
         moved=made.written.plus(outputs.times(-1)).times(READ_PER_WRITTEN).plus(made.summed.times(MOVED_PER_SUM)),
         dequantized=made.dequantized,
@@ -201,7 +201,7 @@ def _norms(architecture: ModelArchitecture, recipe: Recipe, passes: _Passes) -> 
 
 def _are_wide(recipe: Recipe, device: Device) -> bool:
     """Whether the adapters' products are in float32."""
-    return device.compute_dtype == "float32" or (recipe.lora_dtype == "float32" and not recipe.autocast)
+    return device.compute_dtype == "float32" or (recipe.lora_dtype == "float32" and not recipe.under_autocast)
 
 
 def _expert_weights_of_a_token(architecture: ModelArchitecture) -> int:
@@ -214,7 +214,7 @@ def _expert_weights_of_a_token(architecture: ModelArchitecture) -> int:
 def _product_dtypes(recipe: Recipe, device: Device) -> tuple[Dtype, Dtype]:
     """In which the linear layers of the base multiply, and in which the output head does."""
     compute = device.compute_dtype
-    unquantized = compute if recipe.autocast else exact.stored_dtype(recipe, compute)
+    unquantized = compute if recipe.under_autocast else exact.stored_dtype(recipe, compute)
     return (unquantized if recipe.quantization == "none" else compute), unquantized
 
 

@@ -273,7 +273,7 @@ def test_70b_on_one_24_gb_gpu_does_not_fit_and_what_would_be_needed_is_said() ->
 def test_the_longest_sequence_of_7b_on_a_small_card(gib: int) -> None:
     # a card of 6 or 8 GB like the RTX 3060, which has 12: about 0.975 of it are usable (clusters/gpus.yaml)
     model, card = LLAMA_7B, of_nodes("rtx-3060", 1, usable=0.975 * gib * GIB)
-    answer = plan("7b", recipe=Recipe(tokens_per_step=512), strategy=Strategy(), cluster=card)
+    answer = plan("7b", recipe=Recipe(tokens_per_step=512, autocast=False), strategy=Strategy(), cluster=card)
     assert answer.fits
     longest = answer.verdict.longest_seq_len
 
@@ -287,9 +287,11 @@ def test_the_longest_sequence_of_7b_on_a_small_card(gib: int) -> None:
     # the hand knows no fragments: it finds room where the plan does, and still some further on, but not much
     assert room(longest) > 0
     assert room(longest * 5 // 4 + 256) < 0
-    found = plan("7b", recipe=Recipe(seq_len=longest, tokens_per_step=longest), strategy=Strategy(), cluster=card)
+    found = plan(
+        "7b", recipe=Recipe(seq_len=longest, tokens_per_step=longest, autocast=False), strategy=Strategy(), cluster=card
+    )
     assert found.fits
-    beyond = Recipe(seq_len=longest + 1, tokens_per_step=longest + 1)
+    beyond = Recipe(seq_len=longest + 1, tokens_per_step=longest + 1, autocast=False)
     assert not plan("7b", recipe=beyond, strategy=Strategy(), cluster=card).fits
 
 
@@ -300,7 +302,7 @@ def test_the_longest_sequence_of_7b_on_a_small_card(gib: int) -> None:
 def test_33b_fits_24_gb(gpu: str) -> None:
     # QLoRA, arXiv 2305.14314: 21 GB, with adapters in bfloat16, so that a 24 GB GPU is enough
     model, strategy = LLAMA_33B, Strategy(gradient_accumulation=16)
-    answer = plan("33b", recipe=Recipe(), strategy=strategy, gpu=gpu)
+    answer = plan("33b", recipe=Recipe(autocast=False), strategy=strategy, gpu=gpu)
     stays = model.packed + model.constants + 2 * model.ends + 8 * model.adapters() + CUBLAS
     comes = model.checkpoints(512, 2) + model.layer(512) + model.dequantized(2)
     assert answer.verdict.allocated_bytes == pytest.approx(stays + comes, rel=0.01)  # 22.3 GB

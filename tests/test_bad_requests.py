@@ -73,7 +73,6 @@ def test_a_secret_in_an_address_is_refused_and_not_shown(ask: Request) -> None:
         ({"strategy": {"world_size": 3}}, "strategy.world_size: it must divide the 8 sequences"),
         ({"strategy": {"micro_batch": 5}}, "strategy.micro_batch: it must divide"),
         ({"strategy": {"attention": "flash_attention_2"}}, "needs a CUDA GPU"),
-        ({"recipe": {"method": "full", "quantization": "none"}}, "strategy.zero_stage: with method full"),
         ({"data": {"path": "none.jsonl", "format": "alpacca"}}, "data.format: "),
         ({"recipe": {"packing": True, "group_by_length": True}}, "recipe.group_by_length: packed sequences"),
         ({"name": "../up"}, "name: "),
@@ -151,26 +150,6 @@ def test_an_unreachable_ray_is_refused_before_anything_is_written(ask: Request, 
 def test_what_cannot_be_trained_with_yet_is_refused_though_it_can_be_planned(ask: Request, field: str) -> None:
     value = {"block_size": 128, "upcast": "peft"}[field]
     assert f"recipe.{field}: it can be planned, but not trained with yet" in refusal(ask(recipe={field: value}))
-
-
-@pytest.mark.parametrize(
-    ("strategy", "remedies"),
-    [
-        ({"zero_stage": 2}, {"strategy.zero_stage": "Set it to 0 or 1"}),
-        ({"zero_stage": 3, "offload": "optimizer"}, {"strategy.zero_stage": "Set it to 1"}),
-        ({"offload": "all"}, {"strategy.offload": "Set it to optimizer or none"}),
-        (
-            {"zero_stage": 3, "offload": "all"},
-            {"strategy.offload": "Set it to optimizer or none", "strategy.zero_stage": "Set it to 1"},
-        ),
-    ],
-)
-def test_all_weights_are_not_trained_with_zero_2_or_3_and_the_remedy_goes_with_the_offload(
-    ask: Request, strategy: dict[str, Any], remedies: dict[str, str]
-) -> None:
-    result = ask(strategy=strategy, recipe={"method": "full", "quantization": "none"})
-    assert isinstance(result.exception, RequestError)
-    assert {problem.where: problem.remedy for problem in result.exception.problems} == remedies
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

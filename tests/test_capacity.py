@@ -28,7 +28,7 @@ from orchestrator.devices import any_nodes
 from orchestrator.fleet import outlook as fleet_outlook
 from orchestrator.fleet.jobs import JobForm, Run, load_jobs
 from orchestrator.fleet.options import JOBS_OF_A_PROCESS, Option, options, options_of_all, shares
-from orchestrator.fleet.schedule import Schedule, by_rules
+from orchestrator.fleet.schedule import Placed, Schedule, by_rules, moved_forward
 from orchestrator.fleet.solver import by_solver
 from orchestrator.history import NOTHING_MEASURED
 from qlora_core.recipe import Method
@@ -112,9 +112,41 @@ def test_schedules_by_the_solver_could_be_carried_out_and_are_no_worse(
     found = by_solver(*problem, begun, 0.5)
     assert found is not None
     check(found, *problem)
-    assert (found.late, found.price) <= (begun.late, begun.price)
+    assert found.merit <= begun.merit
     assert found.least_late <= found.late + 1e-6
     assert found.least_price <= found.price + 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems())
+def test_no_run_could_begin_earlier_where_it_is(
+    problem: tuple[list[Run], dict[int, list[Option]], Cluster],
+) -> None:
+    _, _, fleet = problem
+    sizes = {pool.name: pool.gpus_per_node for pool in fleet.pools}
+    by_start = [replace(one, start=one.start + 100, end=one.end + 100) for one in by_rules(*problem).placed]
+    placed = moved_forward(by_start, sizes)
+    assert all(after.start <= before.start for after, before in zip(placed, sorted(by_start, key=key), strict=True))
+    for one in placed:
+        others = [each for each in placed if each is not one and each.option.pool == one.option.pool]
+        for start in {one.run.release, *(each.end for each in others)}:
+            if not one.run.release <= start < one.start - 1e-6:
+                continue
+            end = start + one.option.hours
+            within = [each for each in others if each.start < end - 1e-6 and each.end > start + 1e-6]
+            moments = {start, *(each.start for each in within if each.start > start)}
+            assert any(
+                sum(each.option.gpus_of_a_node for each in within if node in each.nodes and each.start <= at < each.end)
+                + one.option.gpus_of_a_node
+                > sizes[one.option.pool]
+                for node in one.nodes
+                for at in moments
+            )
+
+
+def key(one: Placed) -> tuple[float, float]:
+    """The order in which runs are moved."""
+    return one.start, one.run.release
 
 
 @settings(max_examples=20, deadline=None)

@@ -38,7 +38,7 @@ def model(name: str) -> ModelArchitecture:
 
 
 def recipe(**changes: Any) -> Recipe:
-    fields: dict[str, Any] = {"seq_len": 512, "tokens_per_step": 512 * 64, **changes}
+    fields: dict[str, Any] = {"seq_len": 512, "tokens_per_step": 512 * 64, "autocast": False, **changes}
     fields["tokens_per_step"] = fields["seq_len"] * 64
     return Recipe(**fields)
 
@@ -84,7 +84,7 @@ def measured_second_step(folder: Path, asked: Recipe, strategy: Strategy, dtype:
             for tensor in state.values()
             if isinstance(tensor, torch.Tensor)
         )
-        with meter.phase("forward"), torch.autocast("cpu", torch.bfloat16, enabled=asked.autocast):
+        with meter.phase("forward"), torch.autocast("cpu", torch.bfloat16, enabled=asked.under_autocast):
             if asked.packing:
                 loss = loss_of(tokens, None, tokens, torch.arange(asked.seq_len).expand_as(tokens) % 40)
             else:

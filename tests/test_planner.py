@@ -342,15 +342,15 @@ def test_offloading_brings_the_zero_stage_that_it_needs(offload: str, stage: int
     assert choices(plan)["zero_stage"][0] == str(stage)
 
 
-def test_a_run_of_all_weights_takes_no_zero_stage_that_it_is_refused_with() -> None:
+def test_a_run_of_all_weights_is_divided_as_far_as_it_has_to_be() -> None:
     full: dict[str, Any] = {"recipe": {"method": "full", "quantization": "none"}}
-    for gib in (10, 30, 50, 70):
-        assert run(gpu(workers=8, usable=gib * GIB), 8, **full).strategy.zero_stage <= 1
-    # weights, gradients, masters and moments are 16 bytes and more of each of 7 billion: undivided they do not fit
+    # weights are 13.5 GB: beside those 15 GB have no room for gradients and masters, divided by 8 as they may be
+    assert run(gpu(workers=8, usable=14 * GIB), 8, **full).strategy.zero_stage == 3
+    # where they stay whole, their gradients do not fit beside them undivided
     wanted = Recipe(method="full", quantization="none")
-    assert plan("7b", recipe=wanted, gpu="rtx-4090", gpus=8, open_fields={"zero_stage"}).strategy.zero_stage == 3
+    assert plan("7b", recipe=wanted, gpu="rtx-4090", gpus=8, open_fields={"zero_stage"}).strategy.zero_stage == 2
     offloaded = run(gpu(workers=4), 4, strategy={"offload": "optimizer"}, **full).strategy
-    assert (offloaded.zero_stage, offloaded.offload) == (1, "optimizer")
+    assert (offloaded.zero_stage, offloaded.offload) == (2, "optimizer")
 
 
 def test_offloading_without_zero_is_refused() -> None:

@@ -43,7 +43,7 @@ def mistakes(**fields: Any) -> dict[str, str]:
         ("epochs", float("inf"), "it should be a finite number"),
         ("epochs", 10**400, "it should be a finite number"),
         ("quantization", "nf5", "it should be 'nf4', or 'fp4', or 'int8', or 'none'"),
-        ("autocast", 1, "it should be true or false"),
+        ("autocast", 1, "it should be 'auto', or true or false"),
         ("targets", ["q_proj"], "it should be 'all-linear', or a tuple of texts"),
         ("targets", "q_proj", "it should be 'all-linear', or a tuple of texts"),
         ("steps", 0, "it should be greater than or equal to 1, or None"),
@@ -79,9 +79,28 @@ def test_an_integer_is_a_float_where_a_float_is_wanted() -> None:
 
 
 def test_its_json_is_read_back_as_the_same_recipe() -> None:
-    recipe = Recipe(rank=8, targets=("q_proj", "v_proj"), steps=10)
+    recipe = Recipe(rank=8, targets=("q_proj", "v_proj"), steps=10, autocast=False)
     assert PYDANTIC.validate_json(json.dumps(recipe.to_json())) == recipe
     assert recipe.to_json() == json.loads(json.dumps(recipe.to_json()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "on"),
+    [
+        ({}, True),
+        ({"method": "lora", "quantization": "none"}, True),
+        ({"use_dora": True}, False),
+        ({"method": "full", "quantization": "none"}, False),
+        ({"autocast": False}, False),
+        ({"autocast": True, "method": "full", "quantization": "none"}, True),
+    ],
+)
+def test_autocast_is_on_for_adapters_unless_it_is_told_otherwise_and_its_json_says_which(
+    fields: dict[str, Any], on: bool
+) -> None:
+    recipe = Recipe(**fields)
+    assert recipe.under_autocast is on
+    assert recipe.to_json()["autocast"] is on
 
 
 def test_it_is_frozen_has_a_hash_and_survives_a_pickle() -> None:

@@ -214,7 +214,7 @@ def test_all_weights_are_trained_on_packed_rows_and_the_result_is_a_model_for_tr
         "learning_rate": "1e-3",
     }
     fields = [f"recipe.{name}={value}" for name, value in recipe.items()]
-    code, output = run.finish(*fields, "strategy.world_size=1", "strategy.zero_stage=0")
+    code, output = run.finish(*fields, "strategy.world_size=2", "strategy.zero_stage=3")
     assert code == 0, output
     record = run.record
     assert record["weights"] == str(run.folder / "model")

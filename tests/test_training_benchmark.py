@@ -97,14 +97,15 @@ def test_a_gpu_s_rates_are_those_of_the_newest_file_that_has_any(
             "steps": steps,
             "status": "measured",
             "strategy": {"micro_batch": 2, "gradient_checkpointing": loop == "trl", "world_size": 1},
-            "recipe": {"lora_dtype": "bfloat16"},
+            "recipe": {"lora_dtype": "float32", "autocast": loop == "ours"},
             "measured": {"tokens_per_second": rate, "allocated_bytes": 2**33},
         }
 
     versions = dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1.0")
+    planned = page.PLANNED_ON_GPU["a run has autocast"]
     files: dict[str, list[dict[str, Any]]] = {
-        "gpu-b-2026-01-02": [row(page.PLANNED_ON_GPU, "ours", 120), row(page.TRL_ON_GPU, "trl", 100)],
-        "gpu-a-2026-01-01": [row(page.PLANNED_ON_GPU, "ours", 9), row(page.TRL_ON_GPU, "trl", 1)],
+        "gpu-b-2026-01-02": [row(planned, "ours", 120), row(page.TRL_ON_GPU, "trl", 100)],
+        "gpu-a-2026-01-01": [row(planned, "ours", 9), row(page.TRL_ON_GPU, "trl", 1)],
         "gpu-c-2026-01-03": [row("defaults-1b", "ours", 5, steps=2)],  # two steps are no rate
     }
     for name, rows in files.items():
@@ -113,7 +114,7 @@ def test_a_gpu_s_rates_are_those_of_the_newest_file_that_has_any(
     monkeypatch.setattr(page, "FOLDER", tmp_path)
     text = page.tables(results())
     assert "| at least 1.15 | 1.2 | reached |" in text
-    name = "ours: 2 at a time, all activations kept, adapters bfloat16"
+    name = "ours: 2 at a time, all activations kept, adapters float32 under autocast"
     assert f"| llama-3.1-8b | {name} | 120 | 1.20 | not measured yet | 8.0 |" in text
 
 

@@ -33,7 +33,7 @@ def counted(model: str = "llama-2-7b", device: Device = A100, **changes: Any) ->
     of_strategy = {name: value for name, value in changes.items() if name in names}
     of_recipe = {name: value for name, value in changes.items() if name not in names}
     strategy = Strategy(**{"gradient_checkpointing": False, "loss": "full", **of_strategy})
-    fields = {"method": "lora", "quantization": "none", "seq_len": 512, **of_recipe}
+    fields = {"method": "lora", "quantization": "none", "seq_len": 512, "autocast": False, **of_recipe}
     fields["tokens_per_step"] = fields["seq_len"]
     return work(find_model(model), Recipe(**fields), strategy, device)
 

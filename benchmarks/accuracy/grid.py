@@ -102,6 +102,7 @@ def _drawn(chance: random.Random, model: str) -> Combination:
         dropout=pick((0.0, 0.0, 0.05)),
         lora_dtype=pick(("float32", "float32", "bfloat16")),
         upcast=pick(("none", "none", "peft")),
+        autocast=False,
         optimizer=pick(("adamw", "adamw_8bit")),
         seq_len=seq_len,
         tokens_per_step=seq_len * micro_batch,

@@ -62,7 +62,8 @@ def paper_numbers() -> tuple[PaperNumber, ...]:
 def recipe(bits: Literal[4, 16], **changes: Any) -> Recipe:
     """The paper's recipe (appendix B.2): NF4 and double quantization, rank 64 on all linear layers, length 512."""
     base: dict[str, Any] = {} if bits == 4 else {"method": "lora", "quantization": "none"}
-    return Recipe(**{"rank": 64, "seq_len": 512, "tokens_per_step": 512, **base, **changes})
+    fixed = {"rank": 64, "seq_len": 512, "tokens_per_step": 512, "autocast": False}
+    return Recipe(**{**fixed, **base, **changes})
 
 
 def _number(name: str, bits: Literal[4, 16], gigabytes: float) -> PaperNumber:

@@ -137,6 +137,7 @@ def _row(row: Mapping[str, Any]) -> T4Row:
             lora_dtype=row["lora_dtype"],
             dropout=row["lora_dropout"],
             upcast=row["upcast"],
+            autocast=False,
             seq_len=row["seq_len"],
             tokens_per_step=row["micro_batch"] * row["seq_len"],
         ),

@@ -73,7 +73,7 @@ def case(name: str, model: str, **changes: Any) -> Case:
     row = {field: changes.pop(field) for field in ("output_held", "limited", "steps", "loop") if field in changes}
     strategy = Strategy(**{field: value for field, value in changes.items() if field in _STRATEGY_FIELDS})
     recipe = {field: value for field, value in changes.items() if field not in _STRATEGY_FIELDS}
-    recipe.setdefault("seq_len", 512)
+    recipe = {"seq_len": 512, "autocast": False, **recipe}
     tokens = recipe["seq_len"] * strategy.sequences_per_step
     return Case(name, model, Recipe(**recipe, tokens_per_step=tokens), strategy, **row)
 
@@ -114,6 +114,7 @@ MATRIX: tuple[Case, ...] = (
     case("timed-8b-unchecked", "llama-3.1-8b", **UNCHECKED),
     case("timed-8b-unchecked-bfloat16-adapters", "llama-3.1-8b", **UNCHECKED, lora_dtype="bfloat16"),
     case("timed-8b-autocast", "llama-3.1-8b", **TIMED, autocast=True),
+    case("timed-8b-unchecked-autocast", "llama-3.1-8b", **UNCHECKED, autocast=True),
     case("timed-33b", "llama-33b", **{**TIMED, **LARGE}),
     case("timed-33b-trl", "llama-33b", **{**TRL, **LARGE}),
     case("timed-65b", "llama-65b", **{**TIMED, **LARGE}),

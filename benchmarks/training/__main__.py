@@ -41,7 +41,7 @@ OURS: dict[str, dict[str, Any]] = {
     page.OURS_BF16: {"compute_dtype": "bfloat16"},
     page.PLANNED: {"compute_dtype": "float32", "planned": True},
     page.PLANNED_BF16: {"compute_dtype": "bfloat16", "planned": True},
-    page.PLANNED_AUTOCAST: {"compute_dtype": "bfloat16", "planned": True, "autocast": True},
+    page.PLANNED_WIDE: {"compute_dtype": "bfloat16", "planned": True, "autocast": False},
 }
 """Our loops, as changes of `write_spec`."""
 

@@ -6,7 +6,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -81,7 +81,7 @@ def write_spec(
     *,
     steps: int,
     compute_dtype: str = "auto",
-    autocast: bool = False,
+    autocast: Literal["auto"] | bool = "auto",
     planned: bool = False,
 ) -> Path:
     """A run specification and its data in `folder`: texts of random words, longer than a sequence.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from clusters.gpu import find_gpu
 from orchestrator.devices import gpu_target
@@ -28,15 +28,17 @@ class Stack:
         upcast: "peft" where peft.prepare_model_for_kbit_training is called.
         loss: "full" is transformers' own.
         paged: whether the optimizer's state is in managed memory.
+        autocast: as a recipe has it.
     """
 
     name: str
     upcast: Any
     loss: Any
     paged: bool
+    autocast: Literal["auto"] | bool = False
 
 
-OURS = Stack("ours", "none", "chunked", paged=True)
+OURS = Stack("ours", "none", "chunked", paged=True, autocast="auto")
 PLAIN = Stack("plain peft, as documented", "peft", "full", paged=False)
 PLAIN_PAGED = Stack("plain peft with our paged optimizer", "peft", "full", paged=True)
 STACKS = (OURS, PLAIN, PLAIN_PAGED)
@@ -45,7 +47,7 @@ MEASURED = "small, measured"
 
 def estimate(model: str, stack: Stack, *, traced: bool) -> Estimate:
     """What a step of 1 x SEQ_LEN needs: NF4 with double quantization, rank 64 on all linear layers, checkpointing."""
-    recipe = Recipe(seq_len=SEQ_LEN, tokens_per_step=SEQ_LEN, upcast=stack.upcast)
+    recipe = Recipe(seq_len=SEQ_LEN, tokens_per_step=SEQ_LEN, upcast=stack.upcast, autocast=stack.autocast)
     strategy = Strategy(loss=stack.loss, paged_optimizer=stack.paged)
     device = gpu_target(find_gpu(GPU), "auto").device
     if not traced:

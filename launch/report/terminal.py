@@ -196,7 +196,7 @@ def strategy_words(plan: Plan) -> str:
         "gradient checkpointing" if strategy.gradient_checkpointing else "no gradient checkpointing",
         f"{strategy.attention} attention",
         f"{strategy.loss} loss",
-        "autocast" if plan.recipe.autocast else "",
+        "autocast" if plan.recipe.under_autocast else "",
     )
     return ", ".join(filter(None, words))
 

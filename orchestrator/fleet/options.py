@@ -21,7 +21,6 @@ from orchestrator.history import History
 from orchestrator.planner import fitting_defaults, targets_of
 from orchestrator.plans import Alternative, Target
 from orchestrator.question import STRATEGY_FIELDS, Candidate, Question
-from orchestrator.rules import trained_stages
 from orchestrator.search import best_of
 from orchestrator.space import places
 from qlora_core.catalogue import find_model
@@ -96,7 +95,6 @@ def options(job: JobForm, fleet: Cluster, history: History, method: Method | Non
         OPEN,
         whole_step=True,
         objective="cheapest",  # no groups of unlike pools
-        stages=trained_stages(recipe),
     )
     others = Alternatives(architecture, job.tokens, fleet.currency, history)
     found: list[Option] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter, itemgetter
@@ -75,6 +76,43 @@ class Schedule:
     def price(self) -> float:
         """The sum of the options' prices."""
         return sum(one.option.price for one in self.placed)
+
+    @property
+    def merit(self) -> tuple[float, float, float]:
+        """Less is better: hours too late, then price, then hours waited."""
+        return self.late, self.price, sum(one.waited_hours for one in self.placed)
+
+
+def moved_forward(placed: Iterable[Placed], gpus_of_a_node: Mapping[str, int]) -> tuple[Placed, ...]:
+    """Each run as early as its nodes can have it, in the order of their starts; none begins later than before.
+
+    It is for pools that never close.
+    """
+    on_node: dict[tuple[str, int], list[tuple[float, float, int]]] = defaultdict(list)
+    moved = []
+    for one in sorted(placed, key=lambda each: (each.start, each.run.release)):
+        pool, wanted = one.option.pool, one.option.gpus_of_a_node
+        taken = [on_node[pool, node] for node in one.nodes]
+        ends = (end for node in taken for _, end, _ in node)
+        for start in sorted({one.run.release, *(end for end in ends if one.run.release < end < one.start)}):
+            if all(
+                most_taken(node, start, start + one.option.hours) + wanted <= gpus_of_a_node[pool] for node in taken
+            ):
+                break
+        else:
+            start = one.start
+        end = start + one.option.hours
+        for node in taken:
+            node.append((start, end, wanted))
+        moved.append(replace(one, start=start, end=end))
+    return tuple(moved)
+
+
+def most_taken(node: Iterable[tuple[float, float, int]], start: float, end: float) -> int:
+    """The most GPUs of a node that are taken at a time between two, by those that have it from when to when."""
+    within = [one for one in node if one[0] < end and one[1] > start]
+    begins = {start, *(begin for begin, _, _ in within if begin > start)}
+    return max(sum(gpus for begin, until, gpus in within if begin <= moment < until) for moment in begins)
 
 
 # --- by rules ---------------------------------------------------------------------------------------------------------
@@ -160,7 +198,7 @@ def by_rules(
         for number, key in enumerate(ORDERS)
         if order in (None, number)
     ]
-    return min(found, key=lambda one: (one.late, one.price))
+    return min(found, key=attrgetter("merit"))
 
 
 def placed_in_order(

@@ -6,12 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from clusters.cluster import Cluster
 from orchestrator.fleet.jobs import Run
 from orchestrator.fleet.options import Option
-from orchestrator.fleet.schedule import Placed, Schedule
+from orchestrator.fleet.schedule import Placed, Schedule, moved_forward
 
 UNITS_PER_HOUR = 20
 """Times are whole numbers of three minutes; a run's are rounded up."""
@@ -28,7 +29,7 @@ def by_solver(
 ) -> Schedule | None:
     """A schedule that is no worse than `begun`, and what none can go below; None where it is too large.
 
-    First as few weighted hours too late as can be, then as low a price.
+    First as few weighted hours too late as can be, then as low a price; then no run waits for nothing.
 
     Args:
         seconds: that it may take.
@@ -100,8 +101,9 @@ def by_solver(
                 placed.append(Placed(run, option, begin, begin + option.hours, on))
     bound = max(0, math.floor(solver.best_objective_bound))
     proven = max(begun.least_late, bound // most / UNITS_PER_HOUR)
-    found = Schedule(tuple(placed), begun.nowhere, "solver", proven, begun.least_price)
-    best = found if (found.late, found.price) <= (begun.late, begun.price) else begun
+    # when a run begins is the same to it where no deadline depends on it
+    found = Schedule(moved_forward(placed, per_node), begun.nowhere, "solver", proven, begun.least_price)
+    best = min(found, begun, key=attrgetter("merit"))
     # runs last a little less than the solver's steps: what it proves holds to a step a run
     return replace(best, by="solver", least_late=min(proven, best.late))
 

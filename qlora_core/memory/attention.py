@@ -35,7 +35,7 @@ def kernel_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         return "eager"
     if device.kind == "cpu":
         return "flash_cpu"
-    wide = device.compute_dtype == "float32" or (recipe.upcast == "peft" and not recipe.autocast)
+    wide = device.compute_dtype == "float32" or (recipe.upcast == "peft" and not recipe.under_autocast)
     if device.flash_attention and not wide:
         return "flash"
     grouped = architecture.num_heads != architecture.num_kv_heads and architecture.head_dim <= LARGEST_GROUPED_HEAD

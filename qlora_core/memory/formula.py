@@ -19,7 +19,15 @@ from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, Phase
 from qlora_core.memory.experts import Experts, Scores
 from qlora_core.memory.layer import Activation, Layer, Projection
-from qlora_core.memory.residents import Residents, fetched_ahead, residents, shard_of
+from qlora_core.memory.residents import (
+    Residents,
+    fetched_ahead,
+    reduced_after,
+    reduced_within,
+    residents,
+    shard_of,
+    trained_outside,
+)
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.sizes import Least, Sizes
 from qlora_core.memory.step import Handling, Logits, Step, undivided
@@ -268,12 +276,9 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
         unlike = layer._replace(kernel=kernel_of(architecture, recipe, strategy, device))
     shard = shard_of(architecture, recipe, strategy, device)
     stage, several = strategy.zero_stage, strategy.gradient_accumulation > 1
-    in_layers = shard.trainable
-    if recipe.method == "full":
-        outside = architecture.embedding_parameters + architecture.head_parameters + architecture.other_parameters
-        in_layers -= outside * shard.trainable // shard.numel
-    layer_gradients = in_layers // architecture.num_layers
-    flushes = stage == 2 and bucket_elements(shard.numel) < shard.numel
+    in_layers = shard.numel - trained_outside(architecture, recipe)
+    layer_gradients = in_layers * shard.gradient_itemsize // architecture.num_layers
+    in_bucket = bucket_elements(shard.numel) * shard.gradient_itemsize
     return Step(
         layer=layer,
         layers=architecture.num_layers,
@@ -292,9 +297,9 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
         gradients=_handling(strategy),
         layer_gradients=layer_gradients,
         bucket=shard.bucket_bytes if stage == 2 or (stage == 1 and not several) else 0,
-        layers_to_flush=-(-shard.bucket_bytes // max(layer_gradients, 1)) if flushes else 0,
-        part=shard.kept_gradient_bytes if flushes else 0,
-        reduced_after=max(shard.kept_gradient_bytes - shard.bucket_bytes, 0) if stage == 1 else 0,
+        layers_to_flush=-(-in_bucket // max(layer_gradients, 1)) if stage >= 2 and shard.fills_buckets else 0,
+        part=reduced_within(architecture, recipe, strategy, device),
+        reduced_after=reduced_after(architecture, recipe, strategy, device),
         sharded=stage > 0,
         fetched=fetched_ahead(architecture, recipe, device) if stage == 3 else 0,
     )
@@ -361,7 +366,7 @@ def _masks(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy) 
 
 def _casts(recipe: Recipe, device: Device) -> bool:
     """Whether autocast does anything: it knows 16-bit dtypes only (torch/amp/autocast_mode.py)."""
-    return recipe.autocast and device.compute_dtype != "float32"
+    return recipe.under_autocast and device.compute_dtype != "float32"
 
 
 def _activation(architecture: ModelArchitecture) -> Activation:

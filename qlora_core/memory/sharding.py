@@ -7,7 +7,7 @@ engine is used without a bf16 or fp16 section, so that trainable weights, gradie
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from qlora_core.strategy import Strategy
 
@@ -29,6 +29,7 @@ class Shard:
     Attributes:
         trainable: bytes of the trainable weights in all.
         numel: their elements.
+        largest: elements of the largest of them.
         world: ranks.
         stage: ZeRO stage.
         offload_optimizer: optimizer state and master weights live on the host.
@@ -36,14 +37,34 @@ class Shard:
 
     trainable: int
     numel: int
+    largest: int
     world: int
     stage: int
     offload_optimizer: bool
 
     @classmethod
-    def of(cls, strategy: Strategy, trainable: int, numel: int) -> Shard:
+    def of(cls, strategy: Strategy, trainable: int, numel: int, largest: int) -> Shard:
         """The division that `strategy` asks for."""
-        return cls(trainable, numel, strategy.world_size, strategy.zero_stage, strategy.offload != "none")
+        return cls(trainable, numel, largest, strategy.world_size, strategy.zero_stage, strategy.offload != "none")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the trainable weights."""
+        return self.trainable // self.numel
+
+    @property
+    def widens(self) -> bool:
+        """Whether ZeRO 1 or 2 sums up 16-bit gradients in float32, which the engine's configuration leaves to it.
+
+        ZeRO-1 keeps a float32 copy of each (stage_1_and_2.py, grad_accum), ZeRO-2 one of its part alone
+        (_build_compact_grad_partition_buffer), which the optimizer takes as it is.
+        """
+        return self.stage in (1, 2) and self.itemsize < 4
+
+    @property
+    def gradient_itemsize(self) -> int:
+        """Bytes of an element of gradients as they are summed up."""
+        return 4 if self.widens else self.itemsize
 
     @property
     def part_numel(self) -> int:
@@ -66,7 +87,31 @@ class Shard:
         ZeRO 1 and 2 make it with the first gradient of a backward pass and drop it when all are reduced; with several
         micro-batches ZeRO-1 reduces with the last one, and keeps it meanwhile. ZeRO-3 has it always.
         """
-        return 4 * bucket_elements(self.numel) if self.stage else 0
+        if not self.stage:
+            return 0
+        return (self.itemsize if self.stage == 2 else 4) * bucket_elements(self.numel)
+
+    @property
+    def fills_buckets(self) -> bool:
+        """Whether gradients are reduced while the backward pass goes on; else all fit into one bucket."""
+        return bucket_elements(self.numel) < self.numel
+
+    @property
+    def beyond_bucket_bytes(self) -> int:
+        """The float32 gradient of a weight that is larger than the bucket, and passes by it."""
+        return 4 * self.largest if self.largest > bucket_elements(self.numel) else 0
+
+    def reduction_bytes(self, kind: Literal["cuda", "cpu"]) -> int:
+        """What reducing a bucket takes beside it: ZeRO 2 and 3 lay its gradients side by side in a copy.
+
+        ZeRO-2 reduces 16-bit ones in float32, those of a weight that is larger than the bucket, too. gloo's
+        reduce_scatter, which ZeRO-3 calls on a CPU, reduces all of another copy.
+        """
+        if self.stage < 2:
+            return 0
+        if self.widens:
+            return max(self.bucket_bytes + 4 * bucket_elements(self.numel), self.beyond_bucket_bytes)
+        return self.bucket_bytes * (2 if self.stage == 3 and kind == "cpu" else 1)
 
     @property
     def kept_gradient_bytes(self) -> int:
@@ -83,12 +128,16 @@ class Shard:
         """What the optimizer step adds: the partition's gradients flattened into one copy, and its `temporaries`.
 
         ZeRO 1 and 2 drop the gradients they were copied from before the optimizer runs, so that its temporaries take
-        their place.
+        their place. Where gradients were widened, the copy is there already, and the norm of the largest one, for which
+        it becomes float64, may be more than the temporaries; ZeRO-1 has its bucket until then, and what passed by it.
         """
         if not self.stage:
             return temporaries
         if self.offload_optimizer:
             return 0
+        if self.widens:
+            left = self.bucket_bytes + self.beyond_bucket_bytes if self.stage == 1 else 0
+            return max(temporaries, 8 * self.largest + left)
         freed = self.kept_gradient_bytes if self.stage < 3 else 0
         return 4 * self.part_numel + max(temporaries - freed, 0)
 

@@ -61,9 +61,9 @@ class Step(NamedTuple):
         gradients: what becomes of them.
         layer_gradients: bytes of one layer's gradients.
         bucket: the buffer they are reduced in, if it is made by the backward pass; 0 if not.
-        layers_to_flush: ZeRO-2: layers of the backward pass after which the bucket is full; 0 if it holds all.
-        part: bytes into which a flushed bucket's own part is copied.
-        reduced_after: gradients are reduced after the backward pass only (ZeRO-1): bytes by which that exceeds its end.
+        layers_to_flush: ZeRO 2 and 3: layers of the backward pass after which the bucket is full; 0 if it holds all.
+        part: bytes that there are more from then on: in ZeRO-2 what the bucket's own part is copied into.
+        reduced_after: gradients are reduced after the backward pass only: bytes by which that exceeds its end.
         sharded: no gradient but one part is left for the optimizer.
         fetched: ZeRO-3's buffer of weights fetched ahead, used up when the output head runs.
     """

@@ -255,7 +255,7 @@ def _made(step: Step, middle: int) -> dict[Room, Size]:
 def _after_flush(
     step: Step, middle: int, parts: Mapping[Part, Sequence[Peak]], kept: dict[Room, Size]
 ) -> Iterator[Peak]:
-    """The backward pass of the layer in which ZeRO-2's bucket is full for the first time."""
+    """The backward pass of the layer in which the bucket of ZeRO 2 or 3 is full for the first time."""
     if not step.layers_to_flush:
         return
     done = min(step.layers_to_flush - 1, middle)

@@ -179,7 +179,7 @@ def on_meta(recipe: Recipe, device: Device) -> Iterator[list[int]]:
         # made on meta, bitsandbytes' 8-bit map would have no values to check itself with
         bnb_functional.name2qmap["dynamic"] = bnb_functional.create_dynamic_map()
     with ExitStack() as stack:
-        stack.enter_context(followed(device.kind, recipe.autocast))
+        stack.enter_context(followed(device.kind, recipe.under_autocast))
         for module, name, function in replaced:
             stack.enter_context(mock.patch.object(module, name, new=function))
         yield paged
@@ -242,7 +242,7 @@ class Run:
             held.clear()
             self.reducing = index == micro_batches - 1
             self.recorder.mark("forward")
-            with torch.autocast("meta", self.dtype, enabled=self.recipe.autocast and self.dtype != torch.float32):
+            with torch.autocast("meta", self.dtype, enabled=self.recipe.under_autocast and self.dtype != torch.float32):
                 loss = self._loss(held)
             self.recorder.mark("backward")
             cast(Any, loss).backward()

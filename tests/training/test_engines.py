@@ -35,7 +35,7 @@ from qlora_core.training.engines import build_engine
 from qlora_core.training.evaluate import eval_loss
 from qlora_core.training.loop import one_step, rehearse, TrainingRun
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import attach_adapters, autocast_dtype, load_base, trainable
+from qlora_core.training.model import autocast_dtype, load_base, make_trainable, trainable
 from qlora_core.training.tokenizer import load_tokenizer
 from safetensors.torch import save_file
 from pathlib import Path
@@ -54,7 +54,7 @@ def learn(spec):
                         gradient_accumulation=recipe.sequences_per_step // world // spec["micro_batch"],
                         paged_optimizer=False)
     cpu = torch.device("cpu")
-    model = attach_adapters(load_base(spec["base"], recipe, strategy, spec["dtype"], cpu), recipe, 0)
+    model = make_trainable(load_base(spec["base"], recipe, strategy, spec["dtype"], cpu), recipe, 0)
     model.train()
     data = Examples(Path(spec["data"]))
     rank = int(os.environ.get("RANK", 0))
@@ -80,7 +80,7 @@ def learn(spec):
              s.slot_start] for s in run.engine.optimizer_state().spans]
     packed = [p for p in model.parameters() if type(p).__name__ == "Params4bit"]
     result = {"share": sum(getattr(p, "ds_tensor", p).numel() for p in packed) /
-              sum(getattr(p, "ds_numel", p.numel()) for p in packed),
+              sum(getattr(p, "ds_numel", p.numel()) for p in packed) if packed else 0,
               "steps": steps, "after": after, "spans": spans, "numel": {n: w.numel() for n, w in weights.items()},
               "sum": float(sum(w.double().sum() for w in weights.values()))}
     Path(spec["out"], f"{rank}.json").write_text(json.dumps(result))
@@ -114,11 +114,14 @@ class Learning(NamedTuple):
     micro_batch: int = 2
     sequences: int = 8
     dtype: str = "float32"
+    method: str = "qlora"
 
     @property
     def recipe(self) -> dict[str, Any]:
         length = 64
         return {
+            "method": self.method,
+            "quantization": "nf4" if self.method == "qlora" else "none",
             "rank": 4,
             "seq_len": length,
             "tokens_per_step": length * self.sequences,
@@ -189,7 +192,12 @@ def learn(folder: Path, base: Path, data: Path, world_size: int, ways: list[Lear
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, encoded: Path) -> dict[Learning, Learned]:
     """What one process learns."""
-    ways = [Learning(), Learning(dtype="bfloat16"), *(Learning(micro_batch=size, sequences=32) for size in (32, 8))]
+    ways = [
+        Learning(),
+        Learning(method="full"),
+        Learning(dtype="bfloat16"),
+        *(Learning(micro_batch=size, sequences=32) for size in (32, 8)),
+    ]
     return learn(tmp_path_factory.mktemp("alone"), tiny_base, encoded, 1, ways)
 
 
@@ -200,6 +208,7 @@ def together(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, encoded:
     ways += [Learning(stage, dtype="bfloat16") for stage in (0, 1, 2)]
     ways += [Learning(stage, optimizer) for stage in (1, 2, 3) for optimizer in ("adamw", "adamw_8bit")]
     ways += [Learning(3, dtype="bfloat16")]
+    ways += [Learning(stage, method="full") for stage in (1, 2, 3)]
     return learn(tmp_path_factory.mktemp("together"), tiny_base, encoded, 2, ways)
 
 
@@ -215,6 +224,19 @@ def test_two_ranks_learn_what_one_process_learns(
             assert norm == pytest.approx(norm_alone, rel=1e-4)
         assert rank["after"] == pytest.approx(one["after"], rel=1e-5)
         assert rank["share"] == (0.5 if stage == 3 else 1)  # of the packed base
+    assert ranks[0]["sum"] == ranks[1]["sum"] == pytest.approx(one["sum"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_train_all_weights_as_one_process_does(
+    stage: int, alone: dict[Learning, Learned], together: dict[Learning, Learned]
+) -> None:
+    [one], ranks = alone[Learning(method="full")].ranks, together[Learning(stage, method="full")].ranks
+    for rank in ranks:
+        for (loss, norm), (loss_alone, norm_alone) in zip(rank["steps"], one["steps"], strict=True):
+            assert loss == pytest.approx(loss_alone, rel=1e-5)
+            assert norm == pytest.approx(norm_alone, rel=1e-4)
+        assert rank["after"] == pytest.approx(one["after"], rel=1e-5)
     assert ranks[0]["sum"] == ranks[1]["sum"] == pytest.approx(one["sum"], rel=1e-4)
 
 
