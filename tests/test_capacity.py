@@ -184,6 +184,18 @@ def test_the_solver_finds_what_trying_everything_finds(runs: list[tuple[int, int
     assert found.least_late == pytest.approx(best)
 
 
+def test_of_orders_that_come_to_the_same_price_the_one_is_taken_in_which_runs_wait_less() -> None:
+    # one GPU: as they are asked for, the second waits half an hour; by deadline, the first and third wait for longer
+    fleet = fleet_of(pool("p", 1, 1))
+    ways = {number: [way("p", 1, 1, 1.0, cost)] for number, cost in enumerate((0.1, 0.2, 0.3))}
+    runs = [Run(0, 1, 0.0, None, 1), Run(1, 1, 0.5, 9.0, 1), Run(2, 1, 4.0, None, 1)]
+    found = by_rules(runs, ways, fleet)
+    assert [(one.run.job, one.start) for one in found.placed] == [(0, 0.0), (1, 1.0), (2, 4.0)]
+    solved = by_solver(runs, ways, fleet, found, 1.0)
+    assert solved is not None
+    assert solved.merit == (0.0, pytest.approx(0.6), 0.5)
+
+
 def test_ten_thousand_runs_on_a_thousand_nodes_are_placed() -> None:
     fleet = fleet_of(*(pool(f"p{n}", 125, 8) for n in range(8)))
     ways = {

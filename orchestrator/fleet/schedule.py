@@ -70,17 +70,17 @@ class Schedule:
     @property
     def late(self) -> float:
         """Hours too late, weighted by priority."""
-        return sum(one.run.priority * one.late_hours for one in self.placed)
+        return math.fsum(one.run.priority * one.late_hours for one in self.placed)
 
     @property
     def price(self) -> float:
         """The sum of the options' prices."""
-        return sum(one.option.price for one in self.placed)
+        return math.fsum(one.option.price for one in self.placed)
 
     @property
     def merit(self) -> tuple[float, float, float]:
-        """Less is better: hours too late, then price, then hours waited."""
-        return self.late, self.price, sum(one.waited_hours for one in self.placed)
+        """Less is better: hours too late, then price, then hours waited; sums are the same in whatever order."""
+        return self.late, self.price, math.fsum(one.waited_hours for one in self.placed)
 
 
 def moved_forward(placed: Iterable[Placed], gpus_of_a_node: Mapping[str, int]) -> tuple[Placed, ...]:
