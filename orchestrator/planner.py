@@ -280,7 +280,7 @@ def plan_run(
 def question_of(
     request: StrategySpec, architecture: ModelArchitecture, recipe: Recipe, world_size: int, target: Target
 ) -> Question:
-    """A specification's strategy as a question: what is auto is open, as far as it can be trained with."""
+    """A specification's strategy as a question: what is auto is open."""
     defaults = fitting_defaults(architecture, Strategy(world_size=world_size))
     given: dict[str, Any] = {
         field: getattr(defaults, field) if getattr(request, field) == "auto" else getattr(request, field)

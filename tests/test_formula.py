@@ -64,10 +64,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def measured_second_step(folder: Path, asked: Recipe, strategy: Strategy, dtype: Any) -> Phases:
+def measured_second_step(
+    folder: Path, asked: Recipe, strategy: Strategy, dtype: Any, caches_casts: bool = False
+) -> Phases:
     """The peaks of a real second step: bitsandbytes, peft and transformers, every tensor's storage followed.
 
-    Autocast, which our loop does not have, is on where transformers' Trainer has it: around model and loss.
+    Autocast is on where transformers' Trainer has it: around model and loss.
     """
     torch.set_num_threads(1)
     base = load_base(str(folder), asked, strategy, dtype, torch.device("cpu"))
@@ -84,7 +86,8 @@ def measured_second_step(folder: Path, asked: Recipe, strategy: Strategy, dtype:
             for tensor in state.values()
             if isinstance(tensor, torch.Tensor)
         )
-        with meter.phase("forward"), torch.autocast("cpu", torch.bfloat16, enabled=asked.under_autocast):
+        casts = torch.autocast("cpu", torch.bfloat16, enabled=asked.under_autocast, cache_enabled=caches_casts)
+        with meter.phase("forward"), casts:
             if asked.packing:
                 loss = loss_of(tokens, None, tokens, torch.arange(asked.seq_len).expand_as(tokens) % 40)
             else:

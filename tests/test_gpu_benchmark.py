@@ -63,6 +63,16 @@ def test_every_row_is_of_the_catalogue_and_runs_as_the_planner_would_run_it(case
     assert small(case).architecture().parameters < 10e6
 
 
+def test_a_row_of_ours_is_run_under_autocast_where_its_recipe_has_it() -> None:
+    ours = [case for case in MATRIX if case.loop == "ours"]
+    narrow = {case.name: measure.module_of(nn.Identity(), case, "bfloat16").narrow for case in ours}
+    assert {name for name, dtype in narrow.items() if dtype is not None} == {
+        "timed-8b-autocast",
+        "timed-8b-unchecked-autocast",
+    }
+    assert narrow["timed-8b-autocast"] == torch.bfloat16
+
+
 def test_the_matrix_spans_sizes_families_and_strategies() -> None:
     assert len(BY_NAME) == len(MATRIX)
     assert len({case.architecture().model_type for case in MATRIX}) >= 5

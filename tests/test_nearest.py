@@ -23,6 +23,7 @@ LARGER = "a larger GPU"
 ORDER = [
     # nothing but the code is another
     "sdpa attention",
+    "autocast",
     "no float32 upcast",
     # the same step, more slowly
     "a smaller micro-batch",
@@ -90,6 +91,12 @@ REQUESTS: dict[str, tuple[str, Target, Fields, Fields]] = {
         target("rtx-4090"),
         {"seq_len": 2048, "rank": 256},
         {"micro_batch": 16, "loss": "full", "gradient_checkpointing": False, "paged_optimizer": False},
+    ),
+    "adapters computed in float32": (
+        "7b",
+        target("rtx-3090", 12.5),
+        {"seq_len": 1024, "autocast": False},
+        {"gradient_checkpointing": False},
     ),
     "two GPUs": ("33b", target("t4"), {}, {"world_size": 2}),
 }
@@ -159,6 +166,8 @@ def test_what_makes_it_fit_alone_is_offered_and_what_does_not_is_not(refused: Pl
             if strategy.micro_batch % size == 0
         ],
     }
+    if recipe.autocast is False:
+        single["autocast"] = [({"autocast": True}, {})]
     if recipe.method == "lora":
         single["a 4-bit base (QLoRA)"] = [({"method": "qlora", "quantization": "nf4"}, {})]
     if recipe.method != "full":

@@ -19,12 +19,13 @@ from benchmarks.gpu.job import Job, Start
 from benchmarks.gpu.matrix import Case
 from qlora_core.memory.estimate import Phase
 from qlora_core.memory.measure import CudaMeter, Meter, meter_for
+from qlora_core.recipe import Dtype
 from qlora_core.training.engine import Engine
 from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import IGNORED
 from qlora_core.training.group import join_group
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import attach_adapters
+from qlora_core.training.model import attach_adapters, autocast_dtype
 
 
 class HeldOutput(SummedLoss):
@@ -50,6 +51,13 @@ class HeldOutput(SummedLoss):
     def release(self) -> None:
         """The step has ended."""
         self.output = None
+
+
+def module_of(model: nn.Module, case: Case, compute_dtype: Dtype) -> SummedLoss:
+    """A case's model with its loss, under autocast where its recipe has it."""
+    if case.output_held:
+        return HeldOutput(model, "full")
+    return SummedLoss(model, case.strategy.loss, autocast_dtype(case.recipe, compute_dtype))
 
 
 class Gauge:
@@ -96,7 +104,7 @@ def measure(job: Job, start: Start) -> dict[str, Any]:
     meter.loaded(model)
     after_load = meter.peaks().after_load
     reserved_after_load = torch.cuda.memory_reserved(device) if job.kind == "cuda" else 0
-    module = HeldOutput(model, "full") if case.output_held else SummedLoss(model, case.strategy.loss)
+    module = module_of(model, case, job.compute_dtype)
     with meter.setup():
         engine = build_engine(module, case.recipe, case.strategy)
     loaded = time.perf_counter()

@@ -46,7 +46,8 @@ def device_of(machine: Mapping[str, Any]) -> Device:
 
 def device_for(case: Case, device: Device) -> Device:
     """`device` with what a case says of how it is used: all its ranks are on one host."""
-    return replace(device, output_held=case.output_held, ranks_per_host=case.strategy.world_size)
+    ranks = case.strategy.world_size
+    return replace(device, output_held=case.output_held, caches_casts=case.loop == "trl", ranks_per_host=ranks)
 
 
 def by_formula(case: Case, device: Device) -> dict[str, Any]:

@@ -35,6 +35,7 @@ FLAGS = {
     ("paged_optimizer", "false"): "not paged",
     ("zero_stage", "0"): "no ZeRO",
     ("offload", "none"): "no offload",
+    ("autocast", "true"): "autocast",
     ("offload", "optimizer"): "optimizer offloaded",
     ("offload", "all"): "all offloaded",
 }

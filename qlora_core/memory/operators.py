@@ -34,7 +34,7 @@ def narrowed(tape: Tape, x: Tensor, dtype: DType | None) -> Tensor:
     if dtype is None or x.dtype == dtype:
         return x
     copy = cast(tape, x, dtype)
-    if x.dtype == "float32" and x.node is not None and x.node.order == LEAF_ORDER:
+    if tape.caches_casts and x.dtype == "float32" and x.node is not None and x.node.order == LEAF_ORDER:
         tape.copies.append(copy)
     return copy
 

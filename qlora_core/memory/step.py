@@ -58,6 +58,7 @@ class Step(NamedTuple):
         logits: what becomes of the output head's product before the loss.
         loss: "full" or "chunked".
         output_held: the model's output, logits and graph, stays until the step ends.
+        caches_casts: autocast keeps narrow copies of trained weights until it ends.
         gradients: what becomes of them.
         layer_gradients: bytes of one layer's gradients.
         bucket: the buffer they are reduced in, if it is made by the backward pass; 0 if not.
@@ -81,6 +82,7 @@ class Step(NamedTuple):
     logits: Logits
     loss: Loss
     output_held: bool
+    caches_casts: bool
     gradients: Handling
     layer_gradients: int
     bucket: int
@@ -128,7 +130,7 @@ def recorded(step: Step) -> Recording:
     Raises:
         ValueError: nothing is trained.
     """
-    tape = Tape(step.gradients == "kept", step.bucket)
+    tape = Tape(step.gradients == "kept", step.bucket, step.caches_casts)
     marks: list[int] = []
     held = forward(tape, step, marks)
     if held[0].node is None:

@@ -195,11 +195,13 @@ class Tape:
         keeps_gradients: whether gradients stay where the backward pass makes them; otherwise each goes, as soon as it
             is made, into memory that is counted elsewhere (earlier micro-batches' gradients, a bucket).
         bucket: bytes of the buffer that is made with the first gradient; 0 for none.
+        caches_casts: whether autocast keeps its narrow copies of trained float32 leaves.
     """
 
-    def __init__(self, keeps_gradients: bool = True, bucket: int = 0) -> None:
+    def __init__(self, keeps_gradients: bool = True, bucket: int = 0, caches_casts: bool = False) -> None:
         self.keeps_gradients = keeps_gradients
         self.bucket = bucket
+        self.caches_casts = caches_casts
         self.log: list[Change] = []
         self.summed: list[tuple[Size, Where]] = []
         """What is added to in place, which allocates nothing and is in no log: its bytes, and where."""

@@ -6,7 +6,7 @@ Shapes: B micro-batch, S sequence, H hidden, V vocabulary, N labelled tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -48,8 +48,12 @@ class SummedLoss(nn.Module):
             attention_mask_BS: None without padding, and for packed rows.
             position_ids_BS: of packed rows: where they begin anew, another example does.
         """
-        # a context that is not enabled would switch off one that is
-        with nullcontext() if self.narrow is None else torch.autocast(input_ids_BS.device.type, self.narrow):
+        # a context that is not enabled would switch off one that is around the call
+        context: AbstractContextManager[None] = nullcontext()
+        if self.narrow is not None:
+            # no cache: an adapter's weight is used once, and its narrow copy would stay until the forward pass ends
+            context = torch.autocast(input_ids_BS.device.type, self.narrow, cache_enabled=False)
+        with context:
             return self._loss(input_ids_BS, attention_mask_BS, labels_BS, position_ids_BS)
 
     def _loss(

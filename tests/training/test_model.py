@@ -142,6 +142,19 @@ def test_neftune_adds_bounded_noise_in_training_only(tiny_base: Path) -> None:
     assert 0.9 * 5 / (20 * 64) ** 0.5 < noise <= 1.01 * 5 / (20 * 64) ** 0.5
 
 
+def test_under_autocast_no_copy_of_an_adapter_outlives_its_use(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(rank=4, autocast=True)
+    model = attach_adapters(load_base(str(tiny_base), recipe, Strategy(), "bfloat16", CPU), recipe, seed=0).train()
+    seen: list[bool] = []
+    monkeypatch.setattr(model, "forward", lambda **_: seen.append(torch.is_autocast_cache_enabled()))
+    ids = torch.randint(5, 200, (2, 24))
+    with pytest.raises(AttributeError):  # what was put in the model's place has no loss
+        SummedLoss(model, "full", torch.bfloat16)(ids, None, ids)
+    assert seen == [False]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_under_autocast_loss_and_gradients_are_those_of_torchs_own_context_around_a_plain_model(
     tiny_base: Path, checkpointing: bool
