@@ -67,13 +67,6 @@ def nearest(architecture: ModelArchitecture, asked: Candidate, target: Target, u
         yield larger
 
 
-def can_narrow(asked: Candidate, target: Target) -> bool:
-    """Whether autocast would compute float32 adapters in 16 bits, which do so in float32."""
-    recipe = asked.recipe
-    wide = recipe.lora_dtype == "float32" and not recipe.under_autocast
-    return wide and recipe.method != "full" and not recipe.use_dora and target.compute_dtype != "float32"
-
-
 def mildest(variants: Sequence[Candidate], target: Target, usable: Fits) -> Candidate | None:
     """The first that is sure to fit, else the first that is likely to; None without."""
     for sure in (True, False):
@@ -89,8 +82,10 @@ def sacrifices(architecture: ModelArchitecture, asked: Candidate, target: Target
     cuda = target.device.kind == "cuda"
     if strategy.attention == "eager" and architecture.has_sdpa:
         yield Sacrifice("sdpa attention", "nothing", (Candidate(recipe, replace(strategy, attention="sdpa")),))
-    if can_narrow(asked, target):
-        narrow = Candidate(replace(recipe, autocast=True), strategy)
+    under_autocast = replace(recipe, autocast=True) if recipe.may_autocast else recipe
+    wide = recipe.lora_dtype == "float32" and not recipe.under_autocast
+    if wide and under_autocast.narrows(target.compute_dtype):
+        narrow = Candidate(under_autocast, strategy)
         yield Sacrifice("autocast", f"precision: the adapters' products are in {target.compute_dtype}", (narrow,))
     if recipe.upcast == "peft":
         yield Sacrifice("no float32 upcast", "nothing known", (Candidate(replace(recipe, upcast="none"), strategy),))

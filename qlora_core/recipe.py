@@ -206,7 +206,16 @@ class Recipe:
     @property
     def under_autocast(self) -> bool:
         """Whether `autocast` is on."""
-        return self.method != "full" and not self.use_dora if self.autocast == "auto" else self.autocast
+        return self.may_autocast if self.autocast == "auto" else self.autocast
+
+    @property
+    def may_autocast(self) -> bool:
+        """Whether there are adapters for autocast to narrow, and it is known what becomes of them."""
+        return self.method != "full" and not self.use_dora
+
+    def narrows(self, compute_dtype: Dtype) -> bool:
+        """Whether autocast does anything there: it knows 16-bit dtypes only (torch/amp/autocast_mode.py)."""
+        return self.under_autocast and compute_dtype != "float32"
 
     @property
     def sequences_per_step(self) -> int:

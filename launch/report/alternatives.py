@@ -29,13 +29,13 @@ WORDS = {
 }
 """How a change is told; "" where the place or another change says it."""
 FLAGS = {
+    ("autocast", "true"): "autocast",
     ("gradient_checkpointing", "true"): "checkpointing",
     ("gradient_checkpointing", "false"): "no checkpointing",
     ("paged_optimizer", "true"): "paged",
     ("paged_optimizer", "false"): "not paged",
     ("zero_stage", "0"): "no ZeRO",
     ("offload", "none"): "no offload",
-    ("autocast", "true"): "autocast",
     ("offload", "optimizer"): "optimizer offloaded",
     ("offload", "all"): "all offloaded",
 }

@@ -16,18 +16,11 @@ from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, Heads, is_masked, kernel_of
 from qlora_core.memory.device import Device
+from qlora_core.memory.divided import fetched_ahead, reduced_after, reduced_within, shard_of, trained_outside
 from qlora_core.memory.estimate import Components, Estimate, Phase
 from qlora_core.memory.experts import Experts, Scores
 from qlora_core.memory.layer import Activation, Layer, Projection
-from qlora_core.memory.residents import (
-    Residents,
-    fetched_ahead,
-    reduced_after,
-    reduced_within,
-    residents,
-    shard_of,
-    trained_outside,
-)
+from qlora_core.memory.residents import Residents, residents
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.sizes import Least, Sizes
 from qlora_core.memory.step import Handling, Logits, Step, undivided
@@ -299,8 +292,8 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
         layer_gradients=layer_gradients,
         bucket=shard.bucket_bytes if stage == 2 or (stage == 1 and not several) else 0,
         layers_to_flush=-(-in_bucket // max(layer_gradients, 1)) if stage >= 2 and shard.fills_buckets else 0,
-        part=reduced_within(architecture, recipe, strategy, device),
-        reduced_after=reduced_after(architecture, recipe, strategy, device),
+        part=reduced_within(shard, architecture, recipe, strategy, device),
+        reduced_after=reduced_after(shard, architecture, recipe, strategy, device),
         sharded=stage > 0,
         fetched=fetched_ahead(architecture, recipe, device) if stage == 3 else 0,
     )
@@ -351,7 +344,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         lora=recipe.lora_dtype,
         rank=recipe.rank,
         dropout=recipe.dropout > 0,
-        autocast=_casts(recipe, device),
+        autocast=recipe.narrows(device.compute_dtype),
         dora=recipe.use_dora,
         trained=recipe.method == "full",
         divided=strategy.zero_stage == 3,
@@ -363,11 +356,6 @@ def _masks(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy) 
     """How many attention masks there are, where there are any; sdpa needs none that is just causal."""
     both = 0 < architecture.sliding_layers < architecture.num_layers
     return 2 if both and (strategy.attention == "eager" or recipe.packing) else 1
-
-
-def _casts(recipe: Recipe, device: Device) -> bool:
-    """Whether autocast does anything: it knows 16-bit dtypes only (torch/amp/autocast_mode.py)."""
-    return recipe.under_autocast and device.compute_dtype != "float32"
 
 
 def _activation(architecture: ModelArchitecture) -> Activation:
@@ -433,7 +421,7 @@ def _experts(architecture: ModelArchitecture, recipe: Recipe, device: Device) ->
         clamped=architecture.model_type == "gpt_oss",
         stored=exact.stored_dtype(recipe, device.compute_dtype),
         lora=recipe.lora_dtype,
-        narrow=device.compute_dtype if _casts(recipe, device) else None,
+        narrow=device.compute_dtype if recipe.narrows(device.compute_dtype) else None,
         trained=recipe.method == "full",
         cuda=device.kind == "cuda",
         grouped=device.has_grouped_products,

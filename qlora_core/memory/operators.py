@@ -206,32 +206,31 @@ def divided_linear(
     view, of which no copy is cached. On the way back each input is cast again, the weight's copy until it is done.
     """
     needs_input, trained = x.node is not None, weight.node is not None
-    wide_x, wide_weight = x.dtype, weight.dtype
+    of_inputs = x.dtype, weight.dtype
 
-    def copied(tensor: Tensor) -> Tensor:
-        return tensor if narrow is None or tensor.dtype == narrow else tape.new(tensor.numel, narrow)
+    def copied(tensor: Tensor, dtype: DType | None) -> Tensor:
+        return tensor if dtype in (None, tensor.dtype) else tape.new(tensor.numel, dtype)
 
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
         kept_x, kept_weight = saved
-        of_x = of_weight = None
+        of_x = of_weight = weight_copy = None
         if needs_input:
-            copy = copied(kept_weight)
+            weight_copy = copied(kept_weight, narrow)
             of_x = tape.new(rows.times(into), gradient.dtype)
             if of_x.storage is not None:
                 of_x.storage.holders += 1  # as in `matmul_weight`
         if trained:
-            again = copied(kept_x)
+            x_copy = copied(kept_x, narrow)
             of_weight = tape.new(Size(into * out), gradient.dtype)
-            del again
-        if needs_input:
-            del copy
-        if of_x is not None and of_x.dtype != wide_x:
-            of_x = tape.new(of_x.numel, wide_x)
-        if of_weight is not None and of_weight.dtype != wide_weight:
-            of_weight = tape.new(of_weight.numel, wide_weight)
+            del x_copy
+        del weight_copy
+        if of_x is not None:
+            of_x = copied(of_x, of_inputs[0])
+        if of_weight is not None:
+            of_weight = copied(of_weight, of_inputs[1])
         return of_x, of_weight
 
-    copies = copied(x), copied(weight)
+    copies = copied(x, narrow), copied(weight, narrow)
     output = tape.apply((x, weight), rows.times(out), copies[0].dtype, backward, (x, weight))
     del copies
     return output

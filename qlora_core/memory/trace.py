@@ -242,7 +242,7 @@ class Run:
             held.clear()
             self.reducing = index == micro_batches - 1
             self.recorder.mark("forward")
-            casts = self.recipe.under_autocast and self.dtype != torch.float32
+            casts = self.recipe.narrows(self.device.compute_dtype)
             with torch.autocast("meta", self.dtype, enabled=casts, cache_enabled=self.device.caches_casts):
                 loss = self._loss(held)
             self.recorder.mark("backward")

@@ -24,7 +24,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 def autocast_dtype(recipe: Recipe, compute_dtype: Dtype) -> torch.dtype | None:
     """The dtype of a recipe's torch.autocast; None without it, and in float32, which it would not change."""
-    return TORCH_DTYPES[compute_dtype] if recipe.under_autocast and compute_dtype != "float32" else None
+    return TORCH_DTYPES[compute_dtype] if recipe.narrows(compute_dtype) else None
 
 
 def load_base(model: str, recipe: Recipe, strategy: Strategy, compute_dtype: Dtype, device: torch.device) -> nn.Module:

@@ -212,17 +212,23 @@ def together(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, encoded:
     return learn(tmp_path_factory.mktemp("together"), tiny_base, encoded, 2, ways)
 
 
+def assert_alike(ranks: list[dict[str, Any]], one: dict[str, Any], loss_rel: float, norm_rel: float) -> None:
+    """Each rank saw the losses, gradient norms and evaluation of one process."""
+    for rank in ranks:
+        for (loss, norm), (loss_alone, norm_alone) in zip(rank["steps"], one["steps"], strict=True):
+            assert loss == pytest.approx(loss_alone, rel=loss_rel)
+            assert norm == pytest.approx(norm_alone, rel=norm_rel)
+        assert rank["after"] == pytest.approx(one["after"], rel=loss_rel)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_learn_what_one_process_learns(
     stage: int, alone: dict[Learning, Learned], together: dict[Learning, Learned]
 ) -> None:
     """The same losses, gradient norms and evaluation: the mean is over the step's tokens, however it is split."""
     [one], ranks = alone[Learning()].ranks, together[Learning(stage)].ranks
+    assert_alike(ranks, one, 1e-5, 1e-4)
     for rank in ranks:
-        for (loss, norm), (loss_alone, norm_alone) in zip(rank["steps"], one["steps"], strict=True):
-            assert loss == pytest.approx(loss_alone, rel=1e-5)
-            assert norm == pytest.approx(norm_alone, rel=1e-4)
-        assert rank["after"] == pytest.approx(one["after"], rel=1e-5)
         assert rank["share"] == (0.5 if stage == 3 else 1)  # of the packed base
     assert ranks[0]["sum"] == ranks[1]["sum"] == pytest.approx(one["sum"], rel=1e-4)
 
@@ -232,11 +238,7 @@ def test_two_ranks_train_all_weights_as_one_process_does(
     stage: int, alone: dict[Learning, Learned], together: dict[Learning, Learned]
 ) -> None:
     [one], ranks = alone[Learning(method="full")].ranks, together[Learning(stage, method="full")].ranks
-    for rank in ranks:
-        for (loss, norm), (loss_alone, norm_alone) in zip(rank["steps"], one["steps"], strict=True):
-            assert loss == pytest.approx(loss_alone, rel=1e-5)
-            assert norm == pytest.approx(norm_alone, rel=1e-4)
-        assert rank["after"] == pytest.approx(one["after"], rel=1e-5)
+    assert_alike(ranks, one, 1e-5, 1e-4)
     assert ranks[0]["sum"] == ranks[1]["sum"] == pytest.approx(one["sum"], rel=1e-4)
 
 
@@ -246,11 +248,7 @@ def test_two_ranks_learn_what_one_process_learns_under_autocast(
 ) -> None:
     """As near as bfloat16's 8 bits let sums of other orders be."""
     [one], ranks = alone[Learning(dtype="bfloat16")].ranks, together[Learning(stage, dtype="bfloat16")].ranks
-    for rank in ranks:
-        for (loss, norm), (loss_alone, norm_alone) in zip(rank["steps"], one["steps"], strict=True):
-            assert loss == pytest.approx(loss_alone, rel=2**-8)
-            assert norm == pytest.approx(norm_alone, rel=2**-6)
-        assert rank["after"] == pytest.approx(one["after"], rel=2**-8)
+    assert_alike(ranks, one, 2**-8, 2**-6)
     assert ranks[0]["sum"] == ranks[1]["sum"]
 
 
