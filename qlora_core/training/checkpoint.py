@@ -15,13 +15,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import random
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -50,7 +51,7 @@ DONE, FAILED = ".done-{:05d}.json", ".failed-{:05d}"
 """By which files a rank tells rank 0 that its part is written, or why it is not."""
 POLL_SECONDS = 0.02
 PATIENCE_SECONDS = 120.0
-"""For so long what fails by the storage is tried again."""
+"""For so long what fails by the storage is tried again, and a run that has failed waits for its last checkpoint."""
 OTHERS_SECONDS = 1800.0
 """Rank 0 waits so long for the other ranks' parts."""
 
@@ -138,17 +139,34 @@ class Writer:
             error, self._error = self._error, None
             raise error
 
-    def wait(self, alive: Callable[[], None] = lambda: None) -> None:
-        """Until what was begun is finished. `alive` is called now and then.
+    def wait(self, alive: Callable[[], None] = lambda: None, seconds: float = math.inf) -> None:
+        """Until what was begun is finished, or `seconds` are over. `alive` is called now and then.
 
         Raises:
             StorageFailed: it could not be written.
         """
-        while self._thread is not None and self._thread.is_alive():
-            self._thread.join(1.0)
+        deadline = time.monotonic() + seconds
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
+            self._thread.join(min(1.0, seconds))
             alive()
         self._thread = None
         self.check()
+
+    @contextmanager
+    def finishing(self, alive: Callable[[], None]) -> Iterator[None]:
+        """Wait after the block for what was begun in it; the process may end with it, and the thread with the process.
+
+        Raises:
+            StorageFailed: it could not be written. An error of the block stands in the place of this one.
+        """
+        try:
+            yield
+        except Exception:
+            with suppress(StorageFailed):
+                # no longer: the other ranks may be gone, and never leave their parts
+                self.wait(alive, PATIENCE_SECONDS)
+            raise
+        self.wait(alive)
 
     def _write(self, snapshot: Snapshot) -> None:
         final = self._folder / folder_name(snapshot.progress.step)

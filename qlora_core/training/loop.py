@@ -150,39 +150,39 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
         restore(resume_from, run.engine, rank=run.rank, layout=layout)
 
     first, stop = step, False
-    while step < run.total_steps and not stop:
-        if step == first + 1:  # the optimizer's state is there now, and the largest micro-batch must fit beside it
-            rehearse(run, observer)
-        started = time.perf_counter()
-        rate = scheduler.get_last_lr()[0]
-        loss, norm, stop, tokens, losses = one_step(run, step, observer)
-        scheduler.step()
-        step += 1
-        observer.event(
-            "step",
-            step=step,
-            total=run.total_steps,
-            loss=loss,
-            learning_rate=rate,
-            grad_norm=norm,
-            tokens=tokens,
-            seconds=time.perf_counter() - started,
-            peaks=dataclasses.asdict(run.meter.peaks()),
-            reserved=run.meter.reserved(),
-        )
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NotFinite(
-                f"The loss of step {step} is {loss} and its gradient's norm {norm}.{culprits(run, losses)}",
-                "Look at these examples, or lower recipe.learning_rate and start anew with --fresh.",
+    with writer.finishing(observer.alive):
+        while step < run.total_steps and not stop:
+            if step == first + 1:  # the optimizer's state is there now, and the largest micro-batch must fit beside it
+                rehearse(run, observer)
+            started = time.perf_counter()
+            rate = scheduler.get_last_lr()[0]
+            loss, norm, stop, tokens, losses = one_step(run, step, observer)
+            scheduler.step()
+            step += 1
+            observer.event(
+                "step",
+                step=step,
+                total=run.total_steps,
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=norm,
+                tokens=tokens,
+                seconds=time.perf_counter() - started,
+                peaks=dataclasses.asdict(run.meter.peaks()),
+                reserved=run.meter.reserved(),
             )
-        if step == run.total_steps or stop or step % run.save_every == 0:
-            if step == run.total_steps:
-                context["answers_after"] = answers(run)
-            context = save(run, observer, writer, Progress(step, scheduler.state_dict(), context))
-        elif run.eval_every is not None and step % run.eval_every == 0:
-            observer.event("eval", step=step, **measures(evaluate(run, observer)))
-        writer.check()
-    writer.wait(observer.alive)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NotFinite(
+                    f"The loss of step {step} is {loss} and its gradient's norm {norm}.{culprits(run, losses)}",
+                    "Look at these examples, or lower recipe.learning_rate and start anew with --fresh.",
+                )
+            if step == run.total_steps or stop or step % run.save_every == 0:
+                if step == run.total_steps:
+                    context["answers_after"] = answers(run)
+                context = save(run, observer, writer, Progress(step, scheduler.state_dict(), context))
+            elif run.eval_every is not None and step % run.eval_every == 0:
+                observer.event("eval", step=step, **measures(evaluate(run, observer)))
+            writer.check()
     if step == run.total_steps and writer.digest == context["weights_at_start"]:
         raise RunFailed(
             f"All {step} steps were done, and the trained weights are what they were before the first.",

@@ -7,7 +7,8 @@ import dataclasses
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,8 @@ from safetensors import safe_open
 from small_runs import Watcher, build, encode, recipe_of, tensors
 
 from clusters.errors import RunFailed
-from qlora_core.training import loop, manifest
+from qlora_core import files
+from qlora_core.training import checkpoint, loop, manifest
 from qlora_core.training.dataset.tokens import Encoded, save_examples
 from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.loop import train
@@ -151,9 +153,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_harms_no_checkpoint(
 
 
 def test_a_step_after_which_the_held_out_loss_is_not_finite_is_not_saved(
-    tmp_path: Path, tiny_base: Path, data: Path
+    tmp_path: Path, tiny_base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is learned from stays finite, what is held out does not: nobody would notice before the next evaluation."""
+    """What is learned from stays finite, what is held out does not: nobody would notice before the next evaluation.
+
+    The checkpoint before is still being written by then, and is whole when the run has ended.
+    """
+    monkeypatch.setattr(checkpoint, "publish_folder", slowed(files.publish_folder))
     poisoned, watcher = 77, Watcher()
     save_examples([Encoded([5, poisoned, 6, 7], [True] * 4)], tmp_path / "held-out.safetensors")
     run = build(tiny_base, data, tmp_path, recipe_of())
@@ -170,6 +176,36 @@ def test_a_step_after_which_the_held_out_loss_is_not_finite_is_not_saved(
     with pytest.raises(RunFailed, match=r"held-out examples is nan after step 6, .*not saved"):
         train(run, watcher, None)
     assert manifest.complete(tmp_path).keys() == {4}
+
+
+def slowed(write: Callable[..., None]) -> Callable[..., None]:
+    """As on storage that takes longer than two steps of the run."""
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(1.0)
+        write(*arguments)
+
+    return slowly
+
+
+def test_a_run_that_fails_does_not_wait_for_ranks_that_are_gone(
+    tmp_path: Path, tiny_base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(checkpoint, "OTHERS_SECONDS", 5.0)
+    run = build(tiny_base, data, tmp_path, recipe_of())
+    writer = checkpoint.Writer(tmp_path, run.model, rank=0, world_size=2, facts={}, keep=2)
+    progress = checkpoint.Progress(step=4, scheduler={}, context={})
+    part = checkpoint.snapshot(run.engine, run.engine.trained_weights(), progress, rank=0, best=False)
+
+    def fails() -> None:
+        with writer.finishing(lambda: None):
+            writer.write(part)
+            raise ValueError("why it failed")
+
+    with pytest.raises(ValueError, match="why it failed"):
+        fails()
+    assert manifest.complete(tmp_path) == {}
 
 
 def test_a_loss_that_is_not_finite_names_the_examples_that_it_came_with(
