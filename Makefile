@@ -6,6 +6,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/installed
+LIGER := .cache/liger/installed
 
 # `make gpu` takes the Python that has this machine's torch. What that one lacks is put beside it, and nothing into it.
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
@@ -36,7 +37,7 @@ lint: $(INSTALLED) ## rules of style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-suite: $(INSTALLED) ## all tests, the slow ones too
+suite: $(INSTALLED) $(LIGER) ## all tests, the slow ones too
 	$(BIN)/pytest $(SUITE)
 
 coverage: $(INSTALLED) ## the same with coverage, which makes tests that compute take nearly twice as long
@@ -140,4 +141,10 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt pip
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt --build-constraint constraints.txt \
 		--group dev --editable '.[train]'
+	@touch $@
+
+# Beside .venv: with Triton in it, as on a machine with a GPU, all that imports torch takes longer.
+$(LIGER): constraints.txt $(INSTALLED)
+	@rm -rf $(@D)
+	@$(BIN)/python -m pip install -qq --no-deps --constraint constraints.txt --target $(@D) liger-kernel triton
 	@touch $@

@@ -131,7 +131,7 @@ OPTIONS = (
         "--attention", type=chosen("sdpa", "eager", "flash_attention_2", AUTO), default="sdpa", show_default=True
     ),
     click.option("--no-gradient-checkpointing", is_flag=True, help="Keep all activations."),
-    click.option("--loss", type=chosen("full", "chunked", AUTO), default="chunked", show_default=True),
+    click.option("--loss", type=chosen("full", "chunked", "liger", AUTO), default="chunked", show_default=True),
     click.option(
         "--compute-dtype",
         type=chosen(AUTO, "float32", "bfloat16", "float16"),

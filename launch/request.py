@@ -19,7 +19,7 @@ from orchestrator.needs import Estimator
 from orchestrator.planner import fitting_defaults, plan_question, planned_for
 from orchestrator.plans import Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Question
-from orchestrator.rules import check_attention, check_even, check_packing, check_strategy, stage_for
+from orchestrator.rules import check_attention, check_even, check_loss, check_packing, check_strategy, stage_for
 from orchestrator.targets import check_targets
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
@@ -137,6 +137,7 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
     if architecture and recipe:
         attempt(lambda: check_targets(architecture, recipe, "--targets"))
         attempt(lambda: check_packing(architecture, recipe, "--packing"))
+        attempt(lambda: check_loss(architecture, recipe, strategy, "--{}", place.targets if place else []))
         data = attempt(lambda: data_of(options, recipe, choices))
     if problems or architecture is None or place is None or recipe is None or data is None:
         raise RequestError(problems)

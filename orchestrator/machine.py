@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -28,6 +29,7 @@ class Machine:
         memory_bytes: of the fullest GPU as the driver reports it free, or the host's available memory.
         has_bfloat16: whether the CPU multiplies bfloat16: it has AMX or AVX512-BF16.
         accelerator_type: what Ray calls its GPUs, where workers must not get others.
+        has_liger: liger-kernel is installed there.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -37,6 +39,7 @@ class Machine:
     compute_capability: tuple[int, int] = (0, 0)
     has_bfloat16: bool = False
     accelerator_type: str | None = None
+    has_liger: bool = False
 
 
 def machine_of_pool(pool: Pool, accelerator_type: str | None = None) -> Machine:
@@ -64,6 +67,7 @@ def describe() -> Machine:
             devices=torch.cuda.device_count(),
             memory_bytes=free,
             compute_capability=(properties.major, properties.minor),
+            has_liger=importlib.util.find_spec("liger_kernel") is not None,
         )
     return Machine(
         kind="cpu",
@@ -89,5 +93,6 @@ def target_of(machine: Machine, requested_dtype: str, workers: int) -> Target:
             compute_capability=machine.compute_capability,
             ranks_per_host=workers,
         )
-        return Target(machine.name, device, machine.memory_bytes, choice)
-    return pool_target(replace(pool, usable_bytes=machine.memory_bytes), requested_dtype, workers)
+        return Target(machine.name, device, machine.memory_bytes, choice, has_liger=machine.has_liger)
+    target = pool_target(replace(pool, usable_bytes=machine.memory_bytes), requested_dtype, workers)
+    return replace(target, has_liger=machine.has_liger)

@@ -19,6 +19,7 @@ from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, o
 from orchestrator.rules import (
     check_attention,
     check_even,
+    check_loss,
     check_packing,
     check_strategy,
     stage_for,
@@ -256,6 +257,7 @@ def plan_run(
     check_micro_batch(request, recipe, world_size)
     question = question_of(request, architecture, planned, world_size, target)
     check_strategy(recipe, question.strategy, "strategy.{}", [target])
+    check_loss(architecture, recipe, question.strategy, "strategy.{}", [target])
     from orchestrator.reasons import hopeless, reasons
     from orchestrator.search import best_of, leanest_of_all
 
@@ -294,7 +296,14 @@ def question_of(
         open_fields -= {"offload"}  # a run offloads only where it was asked to: the host's memory is not known
     elif request.zero_stage == "auto":
         given["zero_stage"] = stage_for(request.offload)
-    return Question(architecture, recipe, Strategy(**given), frozenset(open_fields), whole_step=True)
+    return Question(
+        architecture,
+        recipe,
+        Strategy(**given),
+        frozenset(open_fields),
+        whole_step=True,
+        has_liger=target.has_liger,
+    )
 
 
 def planned_for(recipe: Recipe, longest: int | None) -> tuple[Recipe, list[Choice]]:

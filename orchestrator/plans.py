@@ -41,6 +41,7 @@ class Target:
         usable_bytes: what a process of ours can have of its memory, CUDA context included.
         dtype_choice: the compute dtype of `device`, with its reason.
         pool: the nodes it is one of, for its rates, links and price; None where nothing is known of them.
+        has_liger: Liger's kernels are known to be installed there.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Target:
     usable_bytes: int
     dtype_choice: Choice
     pool: Pool | None = None
+    has_liger: bool = False
 
     @property
     def compute_dtype(self) -> Dtype:

@@ -35,6 +35,7 @@ class Question:
         open: the fields that may be chosen, of OPEN_FIELDS.
         whole_step: tokens_per_step is fixed; else a step is as large as it comes, about DEFAULT_STEP_TOKENS.
         objective: what is best.
+        has_liger: Liger's kernels are installed where it is to run, so that its loss may be chosen.
     """
 
     architecture: ModelArchitecture
@@ -43,6 +44,7 @@ class Question:
     open: frozenset[str]
     whole_step: bool
     objective: Objective = "fastest"
+    has_liger: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from orchestrator.space import LARGEST_MICRO_BATCH, micro_batches, shapes
 
 NAMES: dict[str, dict[Any, str]] = {
     "gradient_checkpointing": {True: "gradient checkpointing", False: "keeping all activations"},
-    "loss": {"full": "all logits at once", "chunked": "logits in chunks"},
+    "loss": {"full": "all logits at once", "chunked": "logits in chunks", "liger": "Liger's kernel"},
     "attention": {"sdpa": "sdpa", "eager": "eager attention", "flash_attention_2": "flash_attention_2"},
     "paged_optimizer": {True: "paged state", False: "state that is not paged"},
     "optimizer": {"adamw": "32-bit state", "adamw_8bit": "8-bit state"},

@@ -62,6 +62,32 @@ def check_attention(architecture: ModelArchitecture, attention: str, where: str)
         raise request_error(where.format("attention"), "sdpa", rule, "Use eager")
 
 
+def why_not_liger(architecture: ModelArchitecture, recipe: Recipe, stage: ZeroStage) -> str | None:
+    """Why Liger's loss cannot be taken for a model, on whatever GPU; None where it can."""
+    if stage == 3:
+        return "it reads the output head's weight outside of the head, where ZeRO 3 does not have it whole"
+    if recipe.method == "full":
+        return "it adds up the gradient of an output head that is trained in the head's own 16 bits"
+    if recipe.upcast == "peft":
+        return "what it makes of a head that peft has made float32 is not modelled"
+    if not architecture.plain_logits:
+        return f"what {architecture.model_type} makes of its logits is tried with torch's operators only"
+    return None
+
+
+def check_loss(
+    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, where: str, targets: Sequence[Target]
+) -> None:
+    """Raise a RequestError for Liger's loss where the model, the recipe or all of `targets` rule it out."""
+    if strategy.loss != "liger":
+        return
+    rule = why_not_liger(architecture, recipe, strategy.zero_stage)
+    if targets and all(target.device.kind == "cpu" for target in targets):
+        rule = "its kernels need a CUDA GPU"
+    if rule is not None:
+        raise request_error(where.format("loss"), "liger", rule, "Take the chunked loss")
+
+
 def check_packing(architecture: ModelArchitecture, recipe: Recipe, where: str = "recipe.packing") -> None:
     """Raise a RequestError for packing with a model that would let packed examples see each other."""
     if recipe.packing and not architecture.keeps_packed_apart:

@@ -21,7 +21,7 @@ from orchestrator.devices import rates, slowest_links
 from orchestrator.needs import bytes_for, host_has_room, needs, paged_out
 from orchestrator.plans import Objective, Target
 from orchestrator.question import Candidate, Place, Question
-from orchestrator.space import at_size, candidates, micro_batches, places, shapes, with_optimizer
+from orchestrator.space import at_size, candidates, losses, micro_batches, places, shapes, with_optimizer
 from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.formula import least_bytes, prepared
 from qlora_core.recipe import Recipe
@@ -308,7 +308,7 @@ def leanest(question: Question, candidate: Candidate) -> Candidate:
     recipe, strategy = candidate
     open_ = question.open
     if "loss" in open_:
-        strategy = replace(strategy, loss="chunked")
+        strategy = replace(strategy, loss=losses(question, strategy.zero_stage)[0])
     if "paged_optimizer" in open_ and strategy.offload == "none":
         strategy = replace(strategy, paged_optimizer=True)
     if "optimizer" in open_:

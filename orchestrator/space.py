@@ -10,7 +10,7 @@ from functools import lru_cache
 from orchestrator.devices import pool_target
 from orchestrator.plans import Target
 from orchestrator.question import Candidate, Place, Question, of_length
-from orchestrator.rules import can_be_divided
+from orchestrator.rules import can_be_divided, why_not_liger
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Attention, Loss, Offload, ZeroStage
 
@@ -91,15 +91,16 @@ def shapes(question: Question, world: int) -> Iterator[Candidate]:
     attentions: list[Attention] = [given.attention]
     if "attention" in open_:
         attentions = ["sdpa", "eager"] if architecture.has_sdpa else ["eager"]
-    losses: list[Loss] = [given.loss]
-    if "loss" in open_:
-        losses = ["chunked", "full"]
     optimizers = ["adamw", "adamw_8bit"] if "optimizer" in open_ else [question.recipe.optimizer]
     paging = [True, False] if "paged_optimizer" in open_ else [given.paged_optimizer]
     checkpointing = [True, False] if "gradient_checkpointing" in open_ else [given.gradient_checkpointing]
+    ways = shardings(question, world)
+    taken = {stage: losses(question, stage) for stage, _ in ways}
     for (stage, offload), optimizer, keep, attention, loss, paged in itertools.product(
-        shardings(question, world), optimizers, checkpointing, attentions, losses, paging
+        ways, optimizers, checkpointing, attentions, ("liger", "chunked", "full"), paging
     ):
+        if loss not in taken[stage]:
+            continue
         if offload != "none" and "paged_optimizer" in open_ and paged:
             continue  # the state is on the host already
         yield Candidate(
@@ -115,6 +116,15 @@ def shapes(question: Question, world: int) -> Iterator[Candidate]:
                 offload=offload,
             ),
         )
+
+
+def losses(question: Question, stage: ZeroStage) -> list[Loss]:
+    """The losses to try, the leanest first; it is never the slower."""
+    given: list[Loss] = ["liger", "chunked", "full"] if "loss" in question.open else [question.strategy.loss]
+    known = question.has_liger or "loss" not in question.open
+    if known and why_not_liger(question.architecture, question.recipe, stage) is None:
+        return given
+    return [loss for loss in given if loss != "liger"]
 
 
 @lru_cache(maxsize=256)

@@ -7,11 +7,11 @@ from typing import Literal
 
 ZeroStage = Literal[0, 1, 2, 3]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
-Loss = Literal["full", "chunked"]
+Loss = Literal["full", "chunked", "liger"]
 Offload = Literal["none", "optimizer", "all"]
 
 LOSS_CHUNK_TOKENS = 1024
-"""Tokens whose logits the chunked loss holds at a time."""
+"""Tokens whose logits the losses other than "full" hold at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,8 @@ class Strategy:
         gradient_accumulation: micro-batches of one optimizer step on one GPU.
         gradient_checkpointing: keep one activation per layer and recompute the rest in the backward pass.
         attention: transformers' attention implementation.
-        loss: "full" makes all logits at once as transformers does; "chunked" LOSS_CHUNK_TOKENS tokens' at a time.
+        loss: "full" makes all logits at once as transformers does; "chunked" LOSS_CHUNK_TOKENS tokens' at a time, and
+            so does "liger", with Liger's kernel in place of torch's operators.
         paged_optimizer: optimizer state in CUDA managed memory (bitsandbytes' paged optimizers).
         zero_stage: 0 is plain torch (DDP over several GPUs); 1 to 3 are DeepSpeed's.
         offload: what DeepSpeed keeps in host memory.

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import bitsandbytes as bnb
 import pytest
@@ -35,7 +35,7 @@ from qlora_core.catalogue import find_model
 from qlora_core.memory.measure import model_tensors
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.step_time import Achieved
-from qlora_core.strategy import Strategy
+from qlora_core.strategy import Loss, Strategy
 from qlora_core.training.model import load_base
 
 ROOT = Path(__file__).parents[1]
@@ -63,12 +63,14 @@ def test_every_row_is_of_the_catalogue_and_runs_as_the_planner_would_run_it(case
     assert small(case).architecture().parameters < 10e6
 
 
-def test_a_row_of_ours_is_run_under_autocast_where_its_recipe_has_it() -> None:
+def test_a_row_of_ours_is_run_under_autocast_where_its_recipe_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_core.training.loss.liger_cross_entropy", lambda: None)  # it need not be installed
     ours = [case for case in MATRIX if case.loop == "ours"]
     narrow = {case.name: measure.module_of(nn.Identity(), case, "bfloat16").narrow for case in ours}
     assert {name for name, dtype in narrow.items() if dtype is not None} == {
         "timed-8b-autocast",
         "timed-8b-unchecked-autocast",
+        "timed-8b-unchecked-autocast-liger",
     }
     assert narrow["timed-8b-autocast"] == torch.bfloat16
 
@@ -83,7 +85,8 @@ def test_the_matrix_spans_sizes_families_and_strategies() -> None:
     assert (flagship.model, flagship.strategy.micro_batch, flagship.recipe.seq_len) == ("llama-65b", 1, 512)
     assert {case.recipe.quantization for case in MATRIX} == {"nf4", "fp4", "int8", "none"}
     assert {case.strategy.attention for case in MATRIX} == {"sdpa", "eager"}
-    for fact in ("loss", "gradient_checkpointing", "paged_optimizer"):
+    assert {case.strategy.loss for case in MATRIX} == set(get_args(Loss))
+    for fact in ("gradient_checkpointing", "paged_optimizer"):
         assert len({getattr(case.strategy, fact) for case in MATRIX}) == 2
 
 
@@ -488,7 +491,7 @@ def test_make_gpu_takes_the_machines_python_and_puts_wheels_beside_it() -> None:
     [
         pytest.param(case, id=case.name, marks=pytest.mark.grid if index % 4 else pytest.mark.slow)
         for index, case in enumerate(MATRIX)
-        if case.loop == "ours" and case.strategy.world_size == 1
+        if case.loop == "ours" and case.strategy.world_size == 1 and case.strategy.loss != "liger"  # which wants a GPU
     ],
 )
 def test_every_row_trains_when_it_is_small_and_needs_what_is_predicted(case: Case) -> None:

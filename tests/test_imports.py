@@ -65,7 +65,9 @@ PLANNING = (
     "launch/report/words.py",
 )
 """What `qlora-plan` is made of, and the specification, which is read before torch is imported."""
-MEASURING = tuple(f"qlora_core/memory/{name}.py" for name in ("autocast", "measure", "recorder", "loading", "trace"))
+MEASURING = tuple(
+    f"qlora_core/memory/{name}.py" for name in ("autocast", "liger", "measure", "recorder", "loading", "trace")
+)
 """The estimators that run real code."""
 
 

@@ -132,7 +132,7 @@ def test_the_wheel_has_four_commands(wheel: Path) -> None:
 def test_training_is_an_extra(wheel: Path) -> None:
     about = metadata(wheel)
     assert about["Requires-Python"] == ">=3.11"
-    extras = ["capacity", "gcs", "ledger", "report", "s3", "serve", "tasks", "train"]
+    extras = ["capacity", "gcs", "ledger", "liger", "report", "s3", "serve", "tasks", "train"]
     assert sorted(about.get_all("Provides-Extra", [])) == extras
     base = {Requirement(line).name for line in about.get_all("Requires-Dist", []) if "extra ==" not in line}
     assert base == {"click", "huggingface-hub", "psutil", "pydantic", "pyyaml", "rich"}

@@ -232,10 +232,14 @@ def loss_lines(plan: Plan) -> list[str]:
         held = f"all {tokens} tokens (at most {LOSS_CHUNK_TOKENS} at a time)"
     else:
         held, tokens = f"{LOSS_CHUNK_TOKENS} of the {tokens} tokens at a time", LOSS_CHUNK_TOKENS
+    item = DTYPE_BYTES[plan.target.compute_dtype] if plan.strategy.loss == "liger" else 4
+    copies = "once: Liger's kernel puts" if plan.strategy.loss == "liger" else "for each copy in float32."
     lines = [
         f"A number for each of {number(vocab)} words, for {held}:",
-        f"  {tokens} x {number(vocab)} x 4 bytes = {size_text(4 * tokens * vocab)} for each copy in float32.",
+        f"  {tokens} x {number(vocab)} x {item} bytes = {size_text(item * tokens * vocab)} {copies}",
     ]
+    if plan.strategy.loss == "liger":
+        lines.append("their gradient in their place.")
     if plan.estimate.gpu.components.logits_and_loss < vocab:
         lines.append("At the peak they are gone already.")
     return lines
@@ -360,7 +364,7 @@ def other_choices(plan: Plan) -> Iterator[tuple[str, Mapping[str, Any], Mapping[
         yield "float32 constants (--no-double-quant)", {"double_quantization": False}, {}
     if strategy.gradient_checkpointing:
         yield "no checkpointing (--no-gradient-checkpointing)", {}, {"gradient_checkpointing": False}
-    if strategy.loss == "chunked":
+    if strategy.loss != "full":
         yield "transformers' loss (--loss full)", {}, {"loss": "full"}
     if recipe.upcast == "none":
         yield "peft's casts to float32 (--upcast peft)", {"upcast": "peft"}, {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qlora_core.memory.tape import LEAF_ORDER, DType, Gradients, Node, Room, Size, Tape, Tensor
+from qlora_core.memory.tape import ITEMSIZE, LEAF_ORDER, DType, Gradients, Node, Room, Size, Tape, Tensor
 
 
 def promoted(a: Tensor, b: Tensor) -> DType:
@@ -467,6 +467,23 @@ def negative_log_likelihood(tape: Tape, x: Tensor) -> Tensor:
     """nll_loss: a scalar from log-probabilities; its gradient is as large as they are."""
     numel, dtype = x.numel, x.dtype
     return tape.apply((x,), Size(fixed=1), dtype, lambda gradient, saved: (tape.new(numel, dtype),), (x,))
+
+
+def liger_cross_entropy(tape: Tape, x: Tensor, rows: Size, hidden: int, vocab: int) -> Tensor:
+    """Liger's summed loss of the rows of `x` by a frozen head, made in one piece: a scalar.
+
+    It makes room for the gradient by `x` first, and its kernel puts the logits' gradient in their place (liger-kernel
+    0.8.5, ops/fused_linear_cross_entropy.py; on CUDA, where the head's product is written into one buffer). The logits
+    are read twice and written once meanwhile, as what is added to is.
+    """
+    of_x = tape.new(rows.times(hidden), x.dtype)
+    losses, learned = tape.new(rows, "float32"), tape.new(rows, "bool")
+    logits = tape.new(rows.times(vocab), x.dtype)
+    tape.summed.append((logits.numel.times(ITEMSIZE[logits.dtype]), tape.where))
+    del logits
+    loss = tape.apply((x,), Size(fixed=1), "float32", lambda gradient, saved: (saved[0].alias(),), (of_x,))
+    del losses, learned
+    return loss
 
 
 def differentiated(tape: Tape, x: Tensor, program: Callable[[Tensor], Tensor], rows: Size) -> Tensor:

@@ -56,7 +56,7 @@ class Step(NamedTuple):
         input_needs_gradient: the embedding's output is made a leaf (enable_input_require_grads).
         reentrant: checkpointing by use_reentrant=True.
         logits: what becomes of the output head's product before the loss.
-        loss: "full" or "chunked".
+        loss: "full", "chunked" or "liger".
         output_held: the model's output, logits and graph, stays until the step ends.
         caches_casts: autocast keeps narrow copies of trained weights until it ends.
         gradients: what becomes of them.
@@ -197,9 +197,7 @@ def forward(tape: Tape, step: Step, marks: list[int]) -> tuple[Tensor, ...]:
         fetched = tape.new(Size(fixed=step.fetched), "int8", BUFFERS)
     held = [decoder(tape, step, marks)]
     del fetched
-    if step.loss == "chunked":
-        return (chunked_loss(tape, step, held),)
-    return full_loss(tape, step, held)
+    return full_loss(tape, step, held) if step.loss == "full" else (chunked_loss(tape, step, held),)
 
 
 def decoder(tape: Tape, step: Step, marks: list[int]) -> Tensor:
@@ -293,6 +291,8 @@ def chunked_loss(tape: Tape, step: Step, held: list[Tensor]) -> Tensor:
     """
 
     def program(x: Tensor) -> Tensor:
+        if step.loss == "liger":
+            return op.liger_cross_entropy(tape, x, CHUNK_ROW, step.layer.hidden, step.vocab)
         return cross_entropy(tape, changed(tape, step, head(tape, step, x, CHUNK_ROW)))
 
     rows = CHUNK_ROW.times(step.layer.hidden)

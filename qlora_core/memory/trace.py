@@ -125,7 +125,7 @@ def record(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, 
     know_bitsandbytes()
     recorder = Recorder(architecture.vocab_size, device.kind == "cuda")
     kernel = kernel_of(architecture, recipe, strategy, device)
-    with quiet(), on_meta(recipe, device) as paged:
+    with quiet(), on_meta(recipe, strategy, device) as paged:
         try:
             model = load(architecture, recipe, strategy, device, recorder)
             Run(model, recipe, strategy, device, kernel, recorder).steps()
@@ -156,7 +156,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def on_meta(recipe: Recipe, device: Device) -> Iterator[list[int]]:
+def on_meta(recipe: Recipe, strategy: Strategy, device: Device) -> Iterator[list[int]]:
     """Let the code that asks for tensors' values, or for a GPU, run on meta; gives the sizes of paged buffers."""
     paged: list[int] = []
 
@@ -180,6 +180,13 @@ def on_meta(recipe: Recipe, device: Device) -> Iterator[list[int]]:
         bnb_functional.name2qmap["dynamic"] = bnb_functional.create_dynamic_map()
     with ExitStack() as stack:
         stack.enter_context(followed(device.kind, recipe.under_autocast))
+        if strategy.loss == "liger":
+            try:
+                from qlora_core.memory.liger import without_kernels
+            except ImportError as error:
+                rule = f"of --loss liger it runs liger-kernel's own code, which is not installed here: {error}"
+                raise request_error("--estimator", "trace", rule, "Install it, or use --estimator formula") from error
+            stack.enter_context(without_kernels())
         for module, name, function in replaced:
             stack.enter_context(mock.patch.object(module, name, new=function))
         yield paged

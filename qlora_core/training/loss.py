@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from clusters.errors import request_error
 from qlora_core.strategy import LOSS_CHUNK_TOKENS, Loss
 from qlora_core.training.examples import IGNORED
 
@@ -25,8 +26,11 @@ class SummedLoss(nn.Module):
     Args:
         model: a causal language model of transformers, with peft's adapters or without.
         kind: "full" lets transformers make all logits; "chunked" makes LOSS_CHUNK_TOKENS tokens' at a time, only for
-            labelled tokens, and keeps none of them.
+            labelled tokens, and keeps none of them; "liger" does so with Liger's kernel, for a head that is frozen.
         narrow: the dtype of torch.autocast; None leaves it as it is around the call.
+
+    Raises:
+        RequestError: Liger is asked for, and not installed.
     """
 
     def __init__(self, model: nn.Module, kind: Loss, narrow: torch.dtype | None = None) -> None:
@@ -34,6 +38,9 @@ class SummedLoss(nn.Module):
         self.model = model
         self.kind = kind
         self.narrow = narrow
+        self.of_logits: OfLogits = cross_entropy_of
+        if kind == "liger":
+            self.of_logits = liger_cross_entropy()
 
     def forward(
         self,
@@ -84,8 +91,8 @@ class SummedLoss(nn.Module):
         learned_BS = labels_BS != IGNORED
         hidden_NH = hidden_BSH[:, :-1][learned_BS]
         del hidden_BSH  # or it would lie beside the logits
-        head = transformer.get_output_embeddings()
-        return chunked_cross_entropy(head, hidden_NH, labels_BS[learned_BS], LogitChange.of(transformer.config))
+        head, change = transformer.get_output_embeddings(), LogitChange.of(transformer.config)
+        return chunked_cross_entropy(head, hidden_NH, labels_BS[learned_BS], change, self.of_logits)
 
 
 class LogitChange(NamedTuple):
@@ -122,10 +129,56 @@ class LogitChange(NamedTuple):
 
 
 UNCHANGED = LogitChange()
+OfLogits = Callable[[nn.Module, LogitChange, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From an output head, what is made of its logits, hidden states [C, H] and labels [C] to the summed cross-entropy."""
+
+
+def cross_entropy_of(
+    head: nn.Module, change: LogitChange, hidden_CH: torch.Tensor, labels_C: torch.Tensor
+) -> torch.Tensor:
+    """Summed cross-entropy of `change(head(hidden))` by torch's operators."""
+    return summed_cross_entropy(change(head(hidden_CH)), labels_C)
+
+
+def liger_cross_entropy() -> OfLogits:
+    """The same by Liger's kernel, which puts the logits' gradient into their place; they must be what the head gives.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+    except ImportError as error:
+        remedy = "Install the extra: pip install 'qlora-orchestrator[liger]', or take strategy.loss: chunked"
+        raise request_error("strategy.loss", "liger", f"liger-kernel is not installed here: {error}", remedy) from error
+
+    def of_logits(
+        head: nn.Module, change: LogitChange, hidden_CH: torch.Tensor, labels_C: torch.Tensor
+    ) -> torch.Tensor:
+        if not len(labels_C):
+            return hidden_CH.float().sum()  # it divides by their number
+        vocab, hidden = cast(torch.Tensor, head.weight).shape
+        return cast(
+            torch.Tensor,
+            fused(
+                hidden_CH,
+                head.weight,
+                labels_C,
+                head.bias,
+                reduction="sum",
+                chunk_mem_const=-(-vocab // hidden),  # all rows at once: they are a chunk already
+            ),
+        )
+
+    return of_logits
 
 
 def chunked_cross_entropy(
-    head: nn.Module, hidden_NH: torch.Tensor, labels_N: torch.Tensor, change: LogitChange = UNCHANGED
+    head: nn.Module,
+    hidden_NH: torch.Tensor,
+    labels_N: torch.Tensor,
+    change: LogitChange = UNCHANGED,
+    of_logits: OfLogits = cross_entropy_of,
 ) -> torch.Tensor:
     """Summed cross-entropy of `change(head(hidden))`; at most LOSS_CHUNK_TOKENS rows of logits exist at a time.
 
@@ -134,7 +187,7 @@ def chunked_cross_entropy(
     """
 
     def of_chunk(hidden_CH: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
-        return summed_cross_entropy(change(head(hidden_CH)), labels_C)
+        return of_logits(head, change, hidden_CH, labels_C)
 
     if not any(parameter.requires_grad for parameter in head.parameters()):
         return cast(torch.Tensor, FrozenHeadLoss.apply(hidden_NH, labels_N, of_chunk))  # type: ignore[no-untyped-call]
