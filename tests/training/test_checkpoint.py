@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -206,6 +207,33 @@ def test_a_run_that_fails_does_not_wait_for_ranks_that_are_gone(
     with pytest.raises(ValueError, match="why it failed"):
         fails()
     assert manifest.complete(tmp_path) == {}
+
+
+def test_a_rank_that_fails_waits_until_rank_0_has_named_the_checkpoint(
+    tmp_path: Path, tiny_base: Path, data: Path
+) -> None:
+    run = build(tiny_base, data, tmp_path, recipe_of())
+    writer = checkpoint.Writer(tmp_path, run.model, rank=1, world_size=2, facts={}, keep=2)
+    progress = checkpoint.Progress(step=4, scheduler={}, context={})
+    named = tmp_path / manifest.folder_name(4)
+
+    def of_rank_0() -> None:
+        while not (parts := list(tmp_path.glob(f".*/{checkpoint.DONE.format(1)}"))):
+            time.sleep(0.01)
+        time.sleep(0.5)
+        parts[0].parent.rename(named)
+
+    def fails() -> None:
+        with writer.finishing(lambda: None):
+            writer.write(checkpoint.snapshot(run.engine, {}, progress, rank=1, best=False))
+            raise ValueError("why it failed")
+
+    rank_0 = threading.Thread(target=of_rank_0)
+    rank_0.start()
+    with pytest.raises(ValueError, match="why it failed"):
+        fails()
+    assert named.exists()
+    rank_0.join()
 
 
 def test_a_loss_that_is_not_finite_names_the_examples_that_it_came_with(
