@@ -137,8 +137,8 @@ def _grid() -> str:
     return f"""## The formula against the trace
 
 {len(said)} recipes drawn once for {len(grid.MODELS)} models: ranks 8 to 128, micro-batches 1 to 8, 256 to 8192 tokens,
-with and without checkpointing, both attentions, both losses, all optimizers, an A100 and a T4. The formula in per cent
-of the trace:
+with and without checkpointing and autocast, both attentions, both losses, all optimizers, an A100 and a T4. The formula
+in per cent of the trace:
 
 {table(["figure", "median", "nine of ten within", "worst", "mean, signed"], rows, "1 2 3 4")}
 The formula's interval of reserved memory holds {inside} of {len(said)}, and {grid.held_out()} where each model's is

@@ -75,19 +75,20 @@ class Combination:
                 recipe.quantization,
                 recipe.optimizer + ("-paged" if strategy.paged_optimizer else ""),
                 recipe.upcast,
-                self.device.compute_dtype,
+                self.device.compute_dtype + ("-autocast" if recipe.under_autocast else ""),
             )
         )
 
 
 @cache
 def combinations() -> tuple[Combination, ...]:
-    """The grid: the same every time, every model equally often."""
+    """The grid: the same every time, every model equally often, and each as often under autocast as without."""
     chance = random.Random(65)  # noqa: S311  # a sample, not a secret
-    return tuple(_drawn(chance, MODELS[number % len(MODELS)]) for number in range(COMBINATIONS))
+    models, turns = len(MODELS), range(COMBINATIONS)
+    return tuple(_drawn(chance, MODELS[turn % models], autocast=turn // models % 2 == 1) for turn in turns)
 
 
-def _drawn(chance: random.Random, model: str) -> Combination:
+def _drawn(chance: random.Random, model: str, *, autocast: bool) -> Combination:
     pick: Any = chance.choice
     micro_batch, seq_len = pick((1, 2, 4, 8)), pick((256, 512, 1024, 2048, 4096, 8192))
     architecture = find_model(model)
@@ -102,7 +103,7 @@ def _drawn(chance: random.Random, model: str) -> Combination:
         dropout=pick((0.0, 0.0, 0.05)),
         lora_dtype=pick(("float32", "float32", "bfloat16")),
         upcast=pick(("none", "none", "peft")),
-        autocast=False,
+        autocast=autocast,
         optimizer=pick(("adamw", "adamw_8bit")),
         seq_len=seq_len,
         tokens_per_step=seq_len * micro_batch,
