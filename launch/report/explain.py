@@ -232,14 +232,13 @@ def loss_lines(plan: Plan) -> list[str]:
         held = f"all {tokens} tokens (at most {LOSS_CHUNK_TOKENS} at a time)"
     else:
         held, tokens = f"{LOSS_CHUNK_TOKENS} of the {tokens} tokens at a time", LOSS_CHUNK_TOKENS
-    item = DTYPE_BYTES[plan.target.compute_dtype] if plan.strategy.loss == "liger" else 4
-    copies = "once: Liger's kernel puts" if plan.strategy.loss == "liger" else "for each copy in float32."
+    liger = plan.strategy.loss == "liger"
+    item = DTYPE_BYTES[plan.target.compute_dtype] if liger else 4
+    copies = "once, then their gradient in their place." if liger else "for each copy in float32."
     lines = [
         f"A number for each of {number(vocab)} words, for {held}:",
         f"  {tokens} x {number(vocab)} x {item} bytes = {size_text(item * tokens * vocab)} {copies}",
     ]
-    if plan.strategy.loss == "liger":
-        lines.append("their gradient in their place.")
     if plan.estimate.gpu.components.logits_and_loss < vocab:
         lines.append("At the peak they are gone already.")
     return lines
