@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import masking_utils
 from transformers.integrations import moe
 
-from clusters.errors import request_error
+from clusters.errors import not_installed, request_error
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.allocator import AllocatorSettings
 from qlora_core.memory.attention import AttentionKernel, kernel_of
@@ -184,8 +184,7 @@ def on_meta(recipe: Recipe, strategy: Strategy, device: Device) -> Iterator[list
             try:
                 from qlora_core.memory.liger import without_kernels
             except ImportError as error:
-                rule = f"of --loss liger it runs liger-kernel's own code, which is not installed here: {error}"
-                raise request_error("--estimator", "trace", rule, "Install it, or use --estimator formula") from error
+                raise not_installed("--estimator", "trace", ["liger-kernel"], extra="liger") from error
             stack.enter_context(without_kernels())
         for module, name, function in replaced:
             stack.enter_context(mock.patch.object(module, name, new=function))

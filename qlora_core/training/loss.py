@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from clusters.errors import request_error
+from clusters.errors import not_installed
 from qlora_core.strategy import LOSS_CHUNK_TOKENS, Loss
 from qlora_core.training.examples import IGNORED
 
@@ -149,8 +149,7 @@ def liger_cross_entropy() -> OfLogits:
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
     except ImportError as error:
-        remedy = "Install the extra: pip install 'qlora-orchestrator[liger]', or take strategy.loss: chunked"
-        raise request_error("strategy.loss", "liger", f"liger-kernel is not installed here: {error}", remedy) from error
+        raise not_installed("strategy.loss", "liger", ["liger-kernel"], extra="liger") from error
 
     def of_logits(
         head: nn.Module, change: LogitChange, hidden_CH: torch.Tensor, labels_C: torch.Tensor
