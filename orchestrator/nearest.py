@@ -11,6 +11,7 @@ from orchestrator.plans import Choice, Target
 from orchestrator.question import Candidate, of_length
 from orchestrator.rules import can_be_divided
 from qlora_core.architecture import ModelArchitecture
+from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Offload, ZeroStage
 
 Fits = Callable[[Candidate, Target, bool], bool]
@@ -67,6 +68,12 @@ def nearest(architecture: ModelArchitecture, asked: Candidate, target: Target, u
         yield larger
 
 
+def under_autocast(recipe: Recipe, compute_dtype: Dtype) -> Recipe:
+    """`recipe` under autocast where that makes products of float32 adapters narrower; else as it is."""
+    wide = recipe.may_autocast and recipe.lora_dtype == "float32" and not recipe.under_autocast
+    return replace(recipe, autocast=True) if wide and compute_dtype != "float32" else recipe
+
+
 def mildest(variants: Sequence[Candidate], target: Target, usable: Fits) -> Candidate | None:
     """The first that is sure to fit, else the first that is likely to; None without."""
     for sure in (True, False):
@@ -82,11 +89,9 @@ def sacrifices(architecture: ModelArchitecture, asked: Candidate, target: Target
     cuda = target.device.kind == "cuda"
     if strategy.attention == "eager" and architecture.has_sdpa:
         yield Sacrifice("sdpa attention", "nothing", (Candidate(recipe, replace(strategy, attention="sdpa")),))
-    under_autocast = replace(recipe, autocast=True) if recipe.may_autocast else recipe
-    wide = recipe.lora_dtype == "float32" and not recipe.under_autocast
-    if wide and under_autocast.narrows(target.compute_dtype):
-        narrow = Candidate(under_autocast, strategy)
-        yield Sacrifice("autocast", f"precision: the adapters' products are in {target.compute_dtype}", (narrow,))
+    if (autocast := under_autocast(recipe, target.compute_dtype)) is not recipe:
+        costs = f"precision: the adapters' products are in {target.compute_dtype}"
+        yield Sacrifice("autocast", costs, (Candidate(autocast, strategy),))
     if recipe.upcast == "peft":
         yield Sacrifice("no float32 upcast", "nothing known", (Candidate(replace(recipe, upcast="none"), strategy),))
     if strategy.micro_batch > 1:

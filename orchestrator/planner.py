@@ -111,6 +111,7 @@ def plan_question(
     if alternatives == "none" or (alternatives == "nearest" and answer.fits):
         return answer
     from orchestrator.alternatives import Alternatives
+    from orchestrator.nearest import under_autocast
     from orchestrator.search import search
 
     others = Alternatives(question.architecture, history=history, **run)
@@ -118,7 +119,9 @@ def plan_question(
         return beside(answer, others.nearest(answer))
     # on all that somebody has; of kinds that are only looked at, on the one shown
     devices = [target for target in targets if target.pool is not None and target.pool.exists] or [answer.target]
-    better = others.faster(search(replace(question, open=searched), devices), answer)
+    # as a run has it, and faster: who asks without may like to know
+    narrow = under_autocast(question.recipe, answer.target.compute_dtype)
+    better = others.faster(search(replace(question, recipe=narrow, open=searched), devices), answer)
     step = answer.verdict.step_time
     pace = None if step is None else step.seconds / step.tokens
     return beside(answer, others.beside(better[:MOST_ALTERNATIVES], asked_for, pace))

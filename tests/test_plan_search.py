@@ -51,6 +51,19 @@ def test_a_request_is_answered_as_it_is_and_the_search_fills_alternatives_only(a
     assert best["process_bytes"] <= best["usable_bytes"]
 
 
+def test_a_faster_alternative_is_under_autocast_as_a_run_is(ask: Ask) -> None:
+    """The request stays without, as the contract has it; who asked for it has nothing to be told."""
+    answer = ask("--model", "7b", "--gpu", "rtx-4090", "--json").json
+    assert answer["recipe"]["autocast"] is False
+    assert answer["alternatives"]
+    for other in answer["alternatives"]:
+        assert {"field": "autocast", "value": "true", "reason": "instead of False"} in other["changes"]
+    for more in (["--autocast"], ["--compute-dtype", "float32"], ["--lora-dtype", "bfloat16"], ["--dora"]):
+        others = ask("--model", "7b", "--gpu", "rtx-4090", *more, "--json").json["alternatives"]
+        assert others
+        assert "autocast" not in {change["field"] for other in others for change in other["changes"]}
+
+
 def test_under_an_objective_what_was_passed_stays_and_the_rest_is_chosen_with_reasons(ask: Ask) -> None:
     answer = ask("--model", "7b", "--gpu", "rtx-4090", "--objective", "fastest", "--loss", "full", "--json").json
     assert answer["strategy"]["loss"] == "full"
@@ -279,8 +292,8 @@ def test_a_network_that_nobody_stated_is_told(ask: Ask) -> None:
 @pytest.mark.parametrize(
     ("asked", "code", "gpu"),
     [
-        # one GPU fits, and all four of two nodes are faster
-        ("--model 7b --cluster {team}", 0, "a100-80gb"),
+        # one GPU fits, and all four of two nodes, which exchange little, are faster
+        ("--model 7b --rank 8 --cluster {team}", 0, "a100-80gb"),
         # 8 GPUs of one node do not suffice
         ("--model llama-2-70b --method lora --gpu rtx-4070", 1, "rtx-4070"),
     ],
