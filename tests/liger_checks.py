@@ -60,16 +60,16 @@ def equality(dtype: torch.dtype, *, bias: bool) -> dict[str, Any]:
     logits = nn.functional.linear(wide, head.weight.double(), None if head.bias is None else head.bias.double())
     exact = worth(nn.functional.cross_entropy(logits, labels, reduction="sum"), wide)
     found = {}
-    for name, of_logits in (("liger", liger_cross_entropy()), ("chunked", losses.cross_entropy_of)):
+    for name, fused in (("liger", liger_cross_entropy()), ("chunked", None)):
         leaf = hidden.clone().requires_grad_()
-        found[name] = worth(chunked_cross_entropy(head, leaf, labels, of_logits=of_logits), leaf).off(exact)
+        found[name] = worth(chunked_cross_entropy(head, leaf, labels, fused=fused), leaf).off(exact)
     return found
 
 
 def nothing_to_learn() -> dict[str, Any]:
     hidden = torch.randn(0, WIDTH, requires_grad=True)
     head = nn.Linear(WIDTH, VOCABULARY).requires_grad_(False)
-    loss = chunked_cross_entropy(head, hidden, torch.zeros(0, dtype=torch.long), of_logits=liger_cross_entropy())
+    loss = chunked_cross_entropy(head, hidden, torch.zeros(0, dtype=torch.long), fused=liger_cross_entropy())
     loss.backward()  # type: ignore[no-untyped-call]
     return {"value": float(loss.detach()), "has_gradient": hidden.grad is not None}
 

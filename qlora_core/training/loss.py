@@ -38,9 +38,7 @@ class SummedLoss(nn.Module):
         self.model = model
         self.kind = kind
         self.narrow = narrow
-        self.of_logits: OfLogits = cross_entropy_of
-        if kind == "liger":
-            self.of_logits = liger_cross_entropy()
+        self.fused = liger_cross_entropy() if kind == "liger" else None
 
     def forward(
         self,
@@ -92,7 +90,7 @@ class SummedLoss(nn.Module):
         hidden_NH = hidden_BSH[:, :-1][learned_BS]
         del hidden_BSH  # or it would lie beside the logits
         head, change = transformer.get_output_embeddings(), LogitChange.of(transformer.config)
-        return chunked_cross_entropy(head, hidden_NH, labels_BS[learned_BS], change, self.of_logits)
+        return chunked_cross_entropy(head, hidden_NH, labels_BS[learned_BS], change, self.fused)
 
 
 class LogitChange(NamedTuple):
@@ -117,6 +115,11 @@ class LogitChange(NamedTuple):
             getattr(config, "final_logit_softcapping", None),
         )
 
+    @property
+    def is_none(self) -> bool:
+        """The loss is taken of what the head gives."""
+        return all(value in (None, 1) for value in (self.factor, self.divisor)) and self.cap is None
+
     def __call__(self, logits_NV: torch.Tensor) -> torch.Tensor:
         """The logits that the loss is taken of."""
         if self.factor is not None:
@@ -129,19 +132,12 @@ class LogitChange(NamedTuple):
 
 
 UNCHANGED = LogitChange()
-OfLogits = Callable[[nn.Module, LogitChange, torch.Tensor, torch.Tensor], torch.Tensor]
-"""From an output head, what is made of its logits, hidden states [C, H] and labels [C] to the summed cross-entropy."""
+Fused = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From an output head, hidden states [C, H] and labels [C] to the summed cross-entropy of what the head gives."""
 
 
-def cross_entropy_of(
-    head: nn.Module, change: LogitChange, hidden_CH: torch.Tensor, labels_C: torch.Tensor
-) -> torch.Tensor:
-    """Summed cross-entropy of `change(head(hidden))` by torch's operators."""
-    return summed_cross_entropy(change(head(hidden_CH)), labels_C)
-
-
-def liger_cross_entropy() -> OfLogits:
-    """The same by Liger's kernel, which puts the logits' gradient into their place; they must be what the head gives.
+def liger_cross_entropy() -> Fused:
+    """Liger's kernel, which puts the logits' gradient into their place.
 
     Raises:
         RequestError: it is not installed.
@@ -151,9 +147,7 @@ def liger_cross_entropy() -> OfLogits:
     except ImportError as error:
         raise not_installed("strategy.loss", "liger", ["liger-kernel"], extra="liger") from error
 
-    def of_logits(
-        head: nn.Module, change: LogitChange, hidden_CH: torch.Tensor, labels_C: torch.Tensor
-    ) -> torch.Tensor:
+    def of_chunk(head: nn.Module, hidden_CH: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
         if not len(labels_C):
             return hidden_CH.float().sum()  # it divides by their number
         vocab, hidden = cast(torch.Tensor, head.weight).shape
@@ -169,7 +163,7 @@ def liger_cross_entropy() -> OfLogits:
             ),
         )
 
-    return of_logits
+    return of_chunk
 
 
 def chunked_cross_entropy(
@@ -177,16 +171,26 @@ def chunked_cross_entropy(
     hidden_NH: torch.Tensor,
     labels_N: torch.Tensor,
     change: LogitChange = UNCHANGED,
-    of_logits: OfLogits = cross_entropy_of,
+    fused: Fused | None = None,
 ) -> torch.Tensor:
     """Summed cross-entropy of `change(head(hidden))`; at most LOSS_CHUNK_TOKENS rows of logits exist at a time.
 
     Where the head is frozen, the gradient of a chunk is taken while its logits are there, in the forward pass, and they
     are made once. A head that is trained has its logits made again in the backward pass.
+
+    Args:
+        fused: computes a chunk's in place of torch's operators.
+
+    Raises:
+        ValueError: there is a `fused`, and the model changes its logits.
     """
+    if fused is not None and not change.is_none:
+        raise ValueError(f"the fused loss is of a head's own logits, and here they become {change}")
 
     def of_chunk(hidden_CH: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
-        return of_logits(head, change, hidden_CH, labels_C)
+        if fused is not None:
+            return fused(head, hidden_CH, labels_C)
+        return summed_cross_entropy(change(head(hidden_CH)), labels_C)
 
     if not any(parameter.requires_grad for parameter in head.parameters()):
         return cast(torch.Tensor, FrozenHeadLoss.apply(hidden_NH, labels_N, of_chunk))  # type: ignore[no-untyped-call]

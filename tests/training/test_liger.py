@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from click.testing import CliRunner
 from small_runs import encode
 from torch import nn
@@ -26,7 +27,7 @@ from qlora_core.catalogue import find_model
 from qlora_core.memory import formula
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Loss, Strategy
-from qlora_core.training.loss import SummedLoss
+from qlora_core.training.loss import LogitChange, SummedLoss, chunked_cross_entropy
 
 ROOT = Path(__file__).parents[2]
 LIGER = ROOT / ".cache" / "liger"
@@ -181,6 +182,18 @@ def test_a_run_on_a_cpu_is_refused() -> None:
     target = cpu_target("float32", 1, 2**34, False)
     with pytest.raises(RequestError, match=r"strategy\.loss: its kernels need a CUDA GPU"):
         plan_run(run_spec(loss="liger"), find_model("llama-3.1-8b"), target, 1)
+
+
+def test_nor_does_it_pass_over_what_a_model_makes_of_its_logits() -> None:
+    head, hidden, labels = nn.Linear(2, 3).requires_grad_(False), torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)
+
+    def fused(*_: object) -> torch.Tensor:
+        return torch.zeros(())
+
+    for change in (LogitChange(factor=0.25), LogitChange(divisor=8.0), LogitChange(cap=30.0)):
+        with pytest.raises(ValueError, match="a head's own logits"):
+            chunked_cross_entropy(head, hidden, labels, change, fused)
+    assert chunked_cross_entropy(head, hidden, labels, LogitChange(factor=1.0), fused) == 0
 
 
 MISSING = r"not installed: liger-kernel .*pip install \"qlora-orchestrator\[liger\]\""
