@@ -52,14 +52,11 @@ class Run:
         output, _ = process.communicate(timeout=TIMEOUT)
         return process.returncode, output
 
+    def has_done(self, step: int) -> bool:
+        return any(event["event"] == "step" and event["step"] >= step for event in self.events())
+
     def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
-        events = self.folder / "events.jsonl"
-
-        def reached() -> bool:
-            text = events.read_text() if events.exists() else ""
-            return '"event": "step", ' in text and f'"step": {step},' in text
-
-        self.wait_for(reached, process, f"step {step}")
+        self.wait_for(lambda: self.has_done(step), process, f"step {step}")
 
     def wait_for(self, reached: Callable[[], bool], process: subprocess.Popen[str], what: str = "it") -> None:
         """Wait until something has come about while the run goes on."""

@@ -75,7 +75,10 @@ def strike(run: Run, seed: int, whole: Whole, rows: Rows) -> None:
     if seed % 3:  # most in the midst of training, which is short beside the start
         run.wait_for_step(drawn.randrange(1, STEPS // 2), process)
     else:
-        time.sleep(drawn.uniform(0.1, 0.9) * whole.seconds)
+        # or sooner, where the machine is faster than it was while nothing happened to the run
+        struck_at = time.monotonic() + drawn.uniform(0.1, 0.9) * whole.seconds
+        while time.monotonic() < struck_at and not run.has_done(STEPS - EVERY):
+            time.sleep(0.1)
     while (target := victim(run, kind, process.pid)) is None and process.poll() is None:
         time.sleep(0.1)  # it does not exist yet
     assert target is not None, "the run was over before there was anything to kill"
