@@ -40,7 +40,7 @@ lint: $(INSTALLED) ## rules of style and types
 suite: $(INSTALLED) $(LIGER) ## all tests, the slow ones too
 	$(BIN)/pytest $(SUITE)
 
-coverage: $(INSTALLED) ## the same with coverage, which makes tests that compute take nearly twice as long
+coverage: $(INSTALLED) $(LIGER) ## the same with coverage, which makes tests that compute take nearly twice as long
 	$(BIN)/pytest $(SUITE) --cov
 
 grids: $(INSTALLED) ## the long grids of which `make test` runs a sample
