@@ -93,6 +93,7 @@ def target_of(machine: Machine, requested_dtype: str, workers: int) -> Target:
             compute_capability=machine.compute_capability,
             ranks_per_host=workers,
         )
-        return Target(machine.name, device, machine.memory_bytes, choice, has_liger=machine.has_liger)
-    target = pool_target(replace(pool, usable_bytes=machine.memory_bytes), requested_dtype, workers)
+        target = Target(machine.name, device, machine.memory_bytes, choice)
+    else:
+        target = pool_target(replace(pool, usable_bytes=machine.memory_bytes), requested_dtype, workers)
     return replace(target, has_liger=machine.has_liger)

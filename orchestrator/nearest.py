@@ -70,8 +70,10 @@ def nearest(architecture: ModelArchitecture, asked: Candidate, target: Target, u
 
 def under_autocast(recipe: Recipe, compute_dtype: Dtype) -> Recipe:
     """`recipe` under autocast where that makes products of float32 adapters narrower; else as it is."""
-    wide = recipe.may_autocast and recipe.lora_dtype == "float32" and not recipe.under_autocast
-    return replace(recipe, autocast=True) if wide and compute_dtype != "float32" else recipe
+    if recipe.under_autocast or not recipe.may_autocast or recipe.lora_dtype != "float32":
+        return recipe
+    narrow = replace(recipe, autocast=True)
+    return narrow if narrow.narrows(compute_dtype) else recipe
 
 
 def mildest(variants: Sequence[Candidate], target: Target, usable: Fits) -> Candidate | None:

@@ -20,6 +20,8 @@ DEFAULT_STEP_TOKENS = 8192
 """Tokens of a step where neither they nor the micro-batch are given: the default of a recipe."""
 FEW_NODES = 8
 """Of so many nodes every number is tried, of more every power of two and all."""
+LOSSES: tuple[Loss, ...] = ("liger", "chunked", "full")
+"""The leanest first, which is never the slower."""
 SHARDINGS: tuple[tuple[ZeroStage, Offload], ...] = (
     (0, "none"),
     (1, "none"),
@@ -97,7 +99,7 @@ def shapes(question: Question, world: int) -> Iterator[Candidate]:
     ways = shardings(question, world)
     taken = {stage: losses(question, stage) for stage, _ in ways}
     for (stage, offload), optimizer, keep, attention, loss, paged in itertools.product(
-        ways, optimizers, checkpointing, attentions, ("liger", "chunked", "full"), paging
+        ways, optimizers, checkpointing, attentions, LOSSES, paging
     ):
         if loss not in taken[stage]:
             continue
@@ -119,12 +121,12 @@ def shapes(question: Question, world: int) -> Iterator[Candidate]:
 
 
 def losses(question: Question, stage: ZeroStage) -> list[Loss]:
-    """The losses to try, the leanest first; it is never the slower."""
-    given: list[Loss] = ["liger", "chunked", "full"] if "loss" in question.open else [question.strategy.loss]
-    known = question.has_liger or "loss" not in question.open
-    if known and why_not_liger(question.architecture, question.recipe, stage) is None:
-        return given
-    return [loss for loss in given if loss != "liger"]
+    """The losses to try, the leanest first. Liger's is chosen only where it is installed, but may be asked for."""
+    is_open = "loss" in question.open
+    taken = LOSSES if is_open else (question.strategy.loss,)
+    unknown = is_open and not question.has_liger
+    no_liger = unknown or why_not_liger(question.architecture, question.recipe, stage) is not None
+    return [loss for loss in taken if loss != "liger" or not no_liger]
 
 
 @lru_cache(maxsize=256)

@@ -121,8 +121,6 @@ class Writer:
         self._facts, self._keep, self._attempt, self._on_saved = facts, keep, attempt, on_saved
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._temporary = folder / f".{attempt}.tmp"
-        """The folder that was begun last; none before the first."""
         self.digest: str | None = None
 
     def write(self, snapshot: Snapshot) -> None:
@@ -132,8 +130,6 @@ class Writer:
             StorageFailed: the one before could not be written.
         """
         self.wait()
-        final = self._folder / folder_name(snapshot.progress.step)
-        self._temporary = final.with_name(f".{final.name}.{self._attempt}.tmp")
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -170,14 +166,16 @@ class Writer:
             with suppress(StorageFailed):
                 self.wait(alive, PATIENCE_SECONDS)
             # rank 0, which gives the folder its name, is stopped when another rank has failed
-            while self._rank != 0 and self._temporary.exists() and time.monotonic() < deadline:
+            unnamed = f".*.{self._attempt}.tmp"
+            while self._rank != 0 and any(self._folder.glob(unnamed)) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
                 alive()
             raise
         self.wait(alive)
 
     def _write(self, snapshot: Snapshot) -> None:
-        final, temporary = self._folder / folder_name(snapshot.progress.step), self._temporary
+        final = self._folder / folder_name(snapshot.progress.step)
+        temporary = final.with_name(f".{final.name}.{self._attempt}.tmp")
         try:
             files = self._patiently(self._write_part, snapshot, temporary)
             if self._rank != 0:
