@@ -105,6 +105,19 @@ def dora() -> Dora:
     return Dora(find_model(model), recipe, Strategy(micro_batch=int(micro_batch)), *figures)
 
 
+def test_what_peft_s_casts_take_under_autocast_is_what_the_formula_says() -> None:
+    [(model, rank, micro_batch, seq_len, ours, plain)] = re.findall(
+        r"16-bit LoRA of (\S+), rank (\d+), (\d+) x (\d+), all activations kept, on an A100 is ([\d.]+) GiB in place "
+        r"of ([\d.]+) \(allocated, formula\)",
+        methods(),
+    )
+    tokens = int(micro_batch) * int(seq_len)
+    recipe = Recipe(method="lora", quantization="none", rank=int(rank), seq_len=int(seq_len), tokens_per_step=tokens)
+    strategy = Strategy(micro_batch=int(micro_batch), gradient_checkpointing=False)
+    for shown, device in ((ours, A100), (plain, dataclasses.replace(A100, plain_autocast=True))):
+        assert shown == f"{estimate(find_model(model), recipe, strategy, device).gpu.allocated_bytes / GIB:.2f}"
+
+
 def methods() -> str:
     """docs/methods.md in one line."""
     return " ".join((ROOT / "docs" / "methods.md").read_text().split())

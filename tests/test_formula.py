@@ -25,7 +25,7 @@ from qlora_core.memory.settled import settled
 from qlora_core.memory.step import on_tape, recorded
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Offload, Strategy, ZeroStage
-from qlora_core.training.loss import SummedLoss
+from qlora_core.training.loss import SummedLoss, leave_casts_to_autocast
 from qlora_core.training.model import attach_adapters, load_base, trainable
 from qlora_core.training.optimizer import build_optimizer
 
@@ -65,16 +65,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured_second_step(
-    folder: Path, asked: Recipe, strategy: Strategy, dtype: Any, caches_casts: bool = False
+    folder: Path, asked: Recipe, strategy: Strategy, dtype: Any, plain_autocast: bool = False
 ) -> Phases:
     """The peaks of a real second step: bitsandbytes, peft and transformers, every tensor's storage followed.
 
-    Autocast is on where transformers' Trainer has it: around model and loss.
+    Autocast is around model and loss, as transformers' Trainer has it; `plain_autocast` leaves it as it has it, too.
     """
     torch.set_num_threads(1)
     base = load_base(str(folder), asked, strategy, dtype, torch.device("cpu"))
     adapted = attach_adapters(base, asked, seed=0).train()
     loss_of = SummedLoss(adapted, strategy.loss)
+    if asked.under_autocast and not plain_autocast:
+        leave_casts_to_autocast(adapted)
     optimizer = build_optimizer(trainable(adapted), asked, strategy)
     tokens = torch.randint(0, TINY.vocab_size, (strategy.micro_batch, asked.seq_len))
     for _ in range(2):
@@ -86,7 +88,7 @@ def measured_second_step(
             for tensor in state.values()
             if isinstance(tensor, torch.Tensor)
         )
-        casts = torch.autocast("cpu", torch.bfloat16, enabled=asked.under_autocast, cache_enabled=caches_casts)
+        casts = torch.autocast("cpu", torch.bfloat16, enabled=asked.under_autocast, cache_enabled=plain_autocast)
         with meter.phase("forward"), casts:
             if asked.packing:
                 loss = loss_of(tokens, None, tokens, torch.arange(asked.seq_len).expand_as(tokens) % 40)

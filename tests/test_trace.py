@@ -35,6 +35,13 @@ UNDER_AUTOCAST = recipe(rank=16, seq_len=32, autocast=True)
     ("asked", "strategy", "dtype"),
     [
         (UNDER_AUTOCAST, Strategy(), "bfloat16"),
+        (dataclasses.replace(UNDER_AUTOCAST, method="lora", quantization="none"), Strategy(), "bfloat16"),
+        (
+            dataclasses.replace(UNDER_AUTOCAST, method="lora", quantization="none"),
+            Strategy(gradient_checkpointing=False),
+            "bfloat16",
+        ),
+        (UNDER_AUTOCAST, Strategy(gradient_checkpointing=False), "bfloat16"),
         (UNDER_AUTOCAST, Strategy(attention="eager", gradient_checkpointing=False, loss="full"), "bfloat16"),
         (recipe(rank=16, seq_len=128), Strategy(micro_batch=2), "float32"),
         (
@@ -52,9 +59,9 @@ def test_a_real_step_on_this_cpu_needs_what_the_trace_says(
 ) -> None:
     strategy = dataclasses.replace(strategy, paged_optimizer=False)
     architecture = architecture_from_config(TINY.to_dict(), name="tiny", source="tiny")
-    for caches in (True, False) if asked.under_autocast else (False,):
-        real = measured_second_step(tiny_folder, asked, strategy, dtype, caches)
-        request = architecture, asked, strategy, Device(kind="cpu", compute_dtype=dtype, caches_casts=caches)
+    for plain in (True, False) if asked.under_autocast else (False,):
+        real = measured_second_step(tiny_folder, asked, strategy, dtype, plain)
+        request = architecture, asked, strategy, Device(kind="cpu", compute_dtype=dtype, plain_autocast=plain)
         said, by_formula = trace.estimate(*request).gpu.phases, formula.estimate(*request).gpu.phases
         for phase in ("after_load", "forward", "backward"):
             assert getattr(said, phase) == pytest.approx(getattr(real, phase), rel=0.01), phase

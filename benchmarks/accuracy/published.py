@@ -195,7 +195,7 @@ def request_of(row: PublishedRow, stack: Stack) -> Request:
         compute_capability=gpu.compute_capability,
         emptied_after_load=False,
         output_held=stack.output_held,
-        caches_casts=True,
+        plain_autocast=True,
     )
     return Request(architecture, Recipe(**fields), strategy, device, _tier(row), gpu.usable_bytes)
 

@@ -47,7 +47,7 @@ def device_of(machine: Mapping[str, Any]) -> Device:
 def device_for(case: Case, device: Device) -> Device:
     """`device` with what a case says of how it is used: all its ranks are on one host."""
     ranks = case.strategy.world_size
-    return replace(device, output_held=case.output_held, caches_casts=case.loop == "trl", ranks_per_host=ranks)
+    return replace(device, output_held=case.output_held, plain_autocast=case.loop == "trl", ranks_per_host=ranks)
 
 
 def by_formula(case: Case, device: Device) -> dict[str, Any]:

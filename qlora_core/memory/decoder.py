@@ -165,7 +165,7 @@ def linear(tape: Tape, layer: Layer, x: Tensor, projection: Projection, rows: Si
             result = op.clone(tape, result)
         # on CUDA the quantized layers' adapters leave it to autocast
         converts = projection.storage == "plain" or not (layer.autocast and layer.shape.cuda)
-        if converts:
+        if converts and layer.widens:
             x = op.cast(tape, x, layer.lora)
         if layer.dora:
             return op.cast(tape, with_magnitude(tape, layer, x, result, projection, rows), expected)

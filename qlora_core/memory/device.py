@@ -25,8 +25,9 @@ class Device:
             prepare_model_for_kbit_training.
         output_held: the model's output stays until the step ends, with the logits and what its graph refers to, as in a
             plain loop over transformers. Our loop and transformers' Trainer let it go.
-        caches_casts: torch.autocast keeps narrow copies of trained weights until it ends, as it does unless it is told
-            not to. Our loop tells it: a weight is used once in a forward pass, and would be kept for nothing.
+        plain_autocast: torch.autocast keeps narrow copies of trained weights until it ends, and peft widens inputs of
+            adapters that autocast narrows again, as both do unless they are told not to. Our loop tells them
+            (training/loss.py, SummedLoss).
         warmed_up: from_pretrained loads straight onto the device, for which transformers asks for all the memory at
             once first (modeling_utils.py, caching_allocator_warmup); not so where a loaded model is moved there.
         keys_expanded: grouped keys and values are copied out to all heads before scaled_dot_product_attention.
@@ -40,7 +41,7 @@ class Device:
     ranks_per_host: int = 1
     emptied_after_load: bool = True
     output_held: bool = False
-    caches_casts: bool = False
+    plain_autocast: bool = False
     warmed_up: bool = True
     keys_expanded: bool = False
     loading_threads: int = 0

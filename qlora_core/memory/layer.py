@@ -61,6 +61,7 @@ class Layer(NamedTuple):
         activation: how it is computed.
         scaled: what is added to the residual stream, and the embedding, are multiplied by a number (Granite).
         dropped_residual: what is added to the residual stream passes a dropout of the base model's own.
+        widens: peft gives the inputs of adapters the dtype of their weights.
         dora: adapters have magnitudes (DoRA).
         trained: all weights are trained (method full).
         divided: ZeRO-3 divides the weights, and has linears of its own.
@@ -87,6 +88,7 @@ class Layer(NamedTuple):
     rank: int
     dropout: bool
     autocast: bool
+    widens: bool
     dora: bool
     trained: bool
     divided: bool

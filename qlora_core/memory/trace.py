@@ -41,7 +41,7 @@ from qlora_core.memory.replay import LOADED, Event, loaded_by_threads, replay
 from qlora_core.memory.residents import residents
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.training.loss import SummedLoss
+from qlora_core.training.loss import SummedLoss, leave_casts_to_autocast
 from qlora_core.training.model import TORCH_DTYPES, trainable
 from qlora_core.training.optimizer import build_optimizer
 
@@ -206,6 +206,9 @@ class Run:
         self.kernel, self.dtype = kernel, TORCH_DTYPES[device.compute_dtype]
         self.model, self.recipe, self.strategy, self.device, self.recorder = model, recipe, strategy, device, recorder
         self.loss_of = SummedLoss(model, strategy.loss)
+        self.casts = recipe.narrows(device.compute_dtype)
+        if self.casts and not device.plain_autocast:
+            leave_casts_to_autocast(model)
         self.parameters = trainable(model)
         self.optimizer = build_optimizer(self.parameters, recipe, strategy)
         for group in self.optimizer.param_groups:
@@ -248,8 +251,7 @@ class Run:
             held.clear()
             self.reducing = index == micro_batches - 1
             self.recorder.mark("forward")
-            casts = self.recipe.narrows(self.device.compute_dtype)
-            with torch.autocast("meta", self.dtype, enabled=casts, cache_enabled=self.device.caches_casts):
+            with torch.autocast("meta", self.dtype, enabled=self.casts, cache_enabled=self.device.plain_autocast):
                 loss = self._loss(held)
             self.recorder.mark("backward")
             cast(Any, loss).backward()

@@ -94,7 +94,7 @@ def sample_answers(
     """Greedy answers to the first `count` held-out questions; every rank must call it, all compute the same."""
     answers = []
     model = cast(Any, module.model)
-    with evaluation(module):
+    with evaluation(module), module.autocast(device):
         for index in range(min(count, len(examples))):
             ids, learned = examples[index]
             first = int(learned.nonzero()[0])

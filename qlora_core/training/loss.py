@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +28,8 @@ class SummedLoss(nn.Module):
         model: a causal language model of transformers, with peft's adapters or without.
         kind: "full" lets transformers make all logits; "chunked" makes LOSS_CHUNK_TOKENS tokens' at a time, only for
             labelled tokens, and keeps none of them; "liger" does so with Liger's kernel, for a head that is frozen.
-        narrow: the dtype of torch.autocast; None leaves it as it is around the call.
+        narrow: the dtype of torch.autocast; None leaves it as it is around the call. With one, the model's adapters run
+            under `autocast` alone from here on.
 
     Raises:
         RequestError: Liger is asked for, and not installed.
@@ -39,6 +41,8 @@ class SummedLoss(nn.Module):
         self.kind = kind
         self.narrow = narrow
         self.fused = liger_cross_entropy() if kind == "liger" else None
+        if narrow is not None:
+            leave_casts_to_autocast(model)
 
     def forward(
         self,
@@ -53,13 +57,15 @@ class SummedLoss(nn.Module):
             attention_mask_BS: None without padding, and for packed rows.
             position_ids_BS: of packed rows: where they begin anew, another example does.
         """
-        # a context that is not enabled would switch off one that is around the call
-        context: AbstractContextManager[None] = nullcontext()
-        if self.narrow is not None:
-            # no cache: an adapter's weight is used once, and its narrow copy would stay until the forward pass ends
-            context = torch.autocast(input_ids_BS.device.type, self.narrow, cache_enabled=False)
-        with context:
+        with self.autocast(input_ids_BS.device):
             return self._loss(input_ids_BS, attention_mask_BS, labels_BS, position_ids_BS)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        """The context in which the model computes."""
+        if self.narrow is None:
+            return nullcontext()  # a context that is not enabled would switch off one that is around the call
+        # no cache: an adapter's weight is used once, and its narrow copy would stay until the forward pass ends
+        return torch.autocast(device.type, self.narrow, cache_enabled=False)
 
     def _loss(
         self,
@@ -91,6 +97,18 @@ class SummedLoss(nn.Module):
         del hidden_BSH  # or it would lie beside the logits
         head, change = transformer.get_output_embeddings(), LogitChange.of(transformer.config)
         return chunked_cross_entropy(head, hidden_NH, labels_BS[learned_BS], change, self.fused)
+
+
+def leave_casts_to_autocast(model: nn.Module) -> None:
+    """Have adapters take their inputs as they come, for a model that runs under autocast only.
+
+    peft gives an input the dtype of the adapter's weights, float32, and autocast makes it narrow again: two copies for
+    nothing, of which the second stays for the backward pass. Only a quantized layer leaves it where autocast is on, and
+    asks for CUDA's (peft 0.21.2, tuners/lora/bnb.py and layer.py).
+    """
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 class LogitChange(NamedTuple):

@@ -10,10 +10,13 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
+from transformers import AutoTokenizer
 
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.training.evaluate import evaluation
+from qlora_core.training.dataset.tokens import Encoded, save_examples
+from qlora_core.training.evaluate import evaluation, sample_answers
+from qlora_core.training.examples import Examples
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import attach_adapters, autocast_dtype, load_base, make_trainable, trainable
 from qlora_core.training.optimizer import build_optimizer
@@ -155,12 +158,16 @@ def test_under_autocast_no_copy_of_an_adapter_outlives_its_use(
     assert seen == [False]
 
 
+LORA: dict[str, Any] = {"method": "lora", "quantization": "none"}
+
+
+@pytest.mark.parametrize("of_method", [{}, LORA], ids=["qlora", "lora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_under_autocast_loss_and_gradients_are_those_of_torchs_own_context_around_a_plain_model(
-    tiny_base: Path, checkpointing: bool
+    tiny_base: Path, checkpointing: bool, of_method: dict[str, Any]
 ) -> None:
     strategy = Strategy(gradient_checkpointing=checkpointing, loss="full")
-    recipe = Recipe(rank=4, autocast=True)
+    recipe = Recipe(rank=4, autocast=True, **of_method)
     model = attach_adapters(load_base(str(tiny_base), recipe, strategy, "bfloat16", CPU), recipe, seed=0).train()
     torch.manual_seed(3)
     ids = torch.randint(5, 200, (2, 24))
@@ -176,3 +183,30 @@ def test_under_autocast_loss_and_gradients_are_those_of_torchs_own_context_aroun
     for name, weight in trainable(model).items():
         assert weight.dtype == torch.float32
         assert torch.allclose(cast(torch.Tensor, weight.grad), expected[name], rtol=2e-2, atol=1e-4), name
+
+
+@pytest.mark.parametrize("of_method", [{}, LORA], ids=["qlora", "lora"])
+def test_under_autocast_an_adapters_input_is_neither_widened_nor_copied(
+    tiny_base: Path, of_method: dict[str, Any]
+) -> None:
+    recipe = Recipe(rank=4, autocast=True, **of_method)
+    model = attach_adapters(load_base(str(tiny_base), recipe, Strategy(), "bfloat16", CPU), recipe, seed=0).train()
+    module = SummedLoss(model, "full", autocast_dtype(recipe, "bfloat16"))
+    layers, taken = [layer for name, layer in model.named_modules() if name.endswith("q_proj")], []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+        layer.lora_A["default"].register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+    module(*3 * [torch.randint(5, 200, (2, 24))])
+    assert len(taken) == 2 * len(layers) > 0
+    assert all(given is came for came, given in zip(taken[::2], taken[1::2], strict=True))
+
+
+def test_answers_are_given_by_adapters_that_run_under_autocast_alone(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = Recipe(rank=4, autocast=True)
+    model = attach_adapters(load_base(str(tiny_base), recipe, Strategy(), "bfloat16", CPU), recipe, seed=0)
+    module = SummedLoss(model, "chunked", torch.bfloat16)
+    save_examples([Encoded(list(range(5, 25)), [False] * 5 + [True] * 15)], tmp_path / "x.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    answers = sample_answers(module, tokenizer, Examples(tmp_path / "x.safetensors"), 1, CPU, max_tokens=4)
+    assert len(answers) == 1
+    assert module(*3 * [torch.randint(5, 200, (1, 8))]).dtype == torch.float32
