@@ -1,7 +1,7 @@
 # Everything runs in .venv, which the first target that needs it creates. Nothing has to be activated.
 #   PYTHON=python3.11   the interpreter that .venv is made with
 #   FRESH=1             `make demo` starts a new run instead of resuming or showing the last one
-#   MINUTES=9, ONLY=llama-65b,stock, WHEELS=folder, DRY=1   for `make gpu`: docs/gpu.md
+#   MINUTES=9, ONLY=llama-65b,stock, WHEELS=folder, UNSLOTH=python, DRY=1   for `make gpu`: docs/gpu.md
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -62,11 +62,11 @@ chaos: $(INSTALLED) ## long real runs: kills, lost nodes, full disks, out of mem
 
 gpu: $(if $(DRY),$(INSTALLED)) ## peaks of real steps on this machine's GPU beside the predictions (DRY=1: small, on the CPU)
 ifdef DRY
-	$(BIN)/python -m benchmarks.gpu --dry --minutes $(MINUTES) --only "$(ONLY)"
+	UNSLOTH_PYTHON="$(UNSLOTH)" $(BIN)/python -m benchmarks.gpu --dry --minutes $(MINUTES) --only "$(ONLY)"
 else
 	rm -rf $(GPU_SITE)
 	$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --target $(GPU_SITE) $(WHEELS)/*.whl)
-	PYTHONPATH="$(CURDIR)/$(GPU_SITE):examples:$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --only "$(ONLY)"
+	UNSLOTH_PYTHON="$(UNSLOTH)" PYTHONPATH="$(CURDIR)/$(GPU_SITE):examples:$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --only "$(ONLY)"
 	@if PYTHONPATH="$(CURDIR)/$(GPU_SITE):$$PYTHONPATH" $(GPU_PYTHON) -c "import pytest, ray, deepspeed" 2>/dev/null; then \
 		PYTHONPATH="$(CURDIR)/$(GPU_SITE):$$PYTHONPATH" $(GPU_PYTHON) -m pytest -m "" -s tests/chaos/test_cuda.py; \
 	else \

@@ -14,11 +14,20 @@ ROOT = Path(__file__).parents[1]
 PEERS = ROOT / ".cache" / "peers"
 
 
-def installed(name: str, version: str, options: Sequence[str] = ()) -> Path:
+def installed(
+    name: str,
+    version: str,
+    options: Sequence[str] = (),
+    *,
+    ours: Sequence[str] | None = None,
+    without: Sequence[str] = (),
+) -> Path:
     """The environment of a distribution, made where it is not there, with our versions of what both use.
 
     Args:
-        options: of pip.
+        options: of pip, or more to install.
+        ours: of what our version is taken; None: of all. For a distribution that does not work with some of ours.
+        without: what is taken out again.
 
     Raises:
         RunFailed: it cannot be installed.
@@ -27,14 +36,24 @@ def installed(name: str, version: str, options: Sequence[str] = ()) -> Path:
     if not (folder / "installed").exists():
         shutil.rmtree(folder, ignore_errors=True)
         python = str(folder / "bin" / "python")
-        wanted = [f"{name}=={version}", *options, "--constraint", str(ROOT / "constraints.txt")]
-        for step in ([sys.executable, "-m", "venv", str(folder)], [python, "-m", "pip", "install", "-q", *wanted]):
+        wanted = [f"{name}=={version}", *options]
+        wanted += ["--constraint", str(ROOT / "constraints.txt")] if ours is None else pinned(ours)
+        pip = [python, "-m", "pip"]
+        steps = [[sys.executable, "-m", "venv", str(folder)], [*pip, "install", "-q", *wanted]]
+        steps += [[*pip, "uninstall", "-q", "-y", *without]] if without else []
+        for step in steps:
             done = subprocess.run(step, capture_output=True, text=True)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
                 raise RunFailed(f"{name} {version} could not be installed: {last}.", "It needs a package index.")
         (folder / "installed").touch()
     return folder
+
+
+def pinned(names: Sequence[str]) -> list[str]:
+    """What constraints.txt says of these distributions."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.partition("==")[0] in names]
 
 
 def put_in_hub_cache(home: Path, model: str, config: str) -> None:

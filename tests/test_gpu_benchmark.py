@@ -23,11 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.accuracy import step_time_page
 from benchmarks.gpu import __main__ as entry
-from benchmarks.gpu import device, measure, predict, rates, runner, tracer
+from benchmarks.gpu import device, measure, predict, rates, runner, tracer, unsloth
 from benchmarks.gpu.achieved import NOMINAL, achieved, measured_rates
 from benchmarks.gpu.base import random_base
 from benchmarks.gpu.job import Job, Start
 from benchmarks.gpu.matrix import DRY, MATRIX, Case, chosen, small
+from benchmarks.training.__main__ import installed_peers
 from clusters.errors import RequestError
 from clusters.gpu import find_gpu, list_gpus
 from orchestrator import devices
@@ -253,6 +254,35 @@ def test_a_case_for_more_gpus_than_there_are_is_skipped(tmp_path: Path) -> None:
     [row] = record.rows
     assert (row["status"], row["reason"]) == ("skipped", "it needs 2 GPUs, and there is 1")
     assert row["predicted"]["formula"]["allocated_bytes"] > GIB
+
+
+@pytest.mark.usefixtures("no_traces")
+@pytest.mark.parametrize("python", ["", "/no/such/python"])
+def test_a_row_of_unsloth_is_never_predicted_and_wants_a_python_that_has_it(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(predict.UNSLOTH_PYTHON, python)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "examples"))
+    machine = {**A100, "kind": "cpu", "uuids": [None]}
+    record = runner.Record(tmp_path / "out.json", {"dry": True})
+    said: list[Any] = []
+    runner.run([small(BY_NAME["timed-8b-unsloth"])], machine, record, runner.Clock(9), said.append)
+    [row] = said
+    assert row["predicted"] == {}
+    if python:
+        assert row["status"] == "failed"
+        assert "/no/such/python" in row["reason"]
+    else:
+        assert (row["status"], row["reason"][:35]) == ("skipped", "it wants a Python that has Unsloth:")
+
+
+@pytest.mark.grid
+def test_unsloth_itself_trains_the_same_base_on_this_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(predict.UNSLOTH_PYTHON, str(installed_peers().unsloth))
+    case = small(BY_NAME["timed-8b-unsloth"])
+    measured = unsloth.measure(Job(case, "float32", "cpu", None, tmp_path / "unused"), Start(None, None))
+    assert measured["losses"] == pytest.approx([math.log(2048)] * 2, abs=0.3)
+    assert measured["tokens_per_second"] > 0
 
 
 @pytest.mark.usefixtures("no_traces")
@@ -483,6 +513,7 @@ def test_make_gpu_takes_the_machines_python_and_puts_wheels_beside_it() -> None:
     with_wheels = commands("WHEELS=folder", "PYTHON=/opt/python3", "MINUTES=4")
     assert "/opt/python3 -m pip install -q --no-index --no-deps --target .cache/gpu-site folder/*.whl" in with_wheels
     assert "/opt/python3 -m benchmarks.gpu --minutes 4" in with_wheels
+    assert 'UNSLOTH_PYTHON="/opt/unsloth/python" PYTHONPATH=' in commands("UNSLOTH=/opt/unsloth/python")
     assert ".venv/bin/python -m benchmarks.gpu --dry" in commands("DRY=1")
 
 
@@ -509,21 +540,26 @@ def test_a_dry_run_predicts_and_measures_every_branch_on_this_cpu(tmp_path: Path
     out = tmp_path / "dry.json"
     before = set((ROOT / "benchmarks").rglob("gpu-*.json"))
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--minutes", "5", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=330)
+    environment = {name: value for name, value in os.environ.items() if name != predict.UNSLOTH_PYTHON}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=330)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set((ROOT / "benchmarks").rglob("gpu-*.json")) == before
     written = json.loads(out.read_text())
     assert written["dry"] is True
     assert written["versions"]["torch"] == torch.__version__
     assert [row["name"] for row in written["rows"]] == [case.name for case in chosen(dry=True)]
-    for row in written["rows"]:
+    skipped, rows = (
+        [row for row in written["rows"] if (row["status"] == "skipped") is which] for which in (True, False)
+    )
+    assert [row["loop"] for row in skipped] == ["unsloth"]  # which is not installed here
+    for row in rows:
         assert row["status"] == "measured", row
         assert row["measured"]["losses"] == pytest.approx([math.log(2048)] * 2, abs=0.3)  # a guess among 2048 tokens
         assert abs(row["errors_percent"]["formula"]["after_load"]) < 0.1
         assert abs(row["errors_percent"]["formula"]["allocated"]) < 5
         assert row["name"] in done.stdout
-    together = {row["name"]: row["measured"].get("allocated_bytes_by_rank", []) for row in written["rows"]}
+    together = {row["name"]: row["measured"].get("allocated_bytes_by_rank", []) for row in rows}
     assert {name: len(each) for name, each in together.items() if each} == {"two-gpus-zero-3": 2}
     assert set(written["rates"]["measured"]) == set(Achieved._fields)
-    assert f"{len(DRY)} of {len(DRY)} rows measured." in done.stdout
+    assert f"{len(DRY) - 1} of {len(DRY)} rows measured." in done.stdout
     assert "Operations, bytes or kernels a second, medians: products " in done.stdout

@@ -74,6 +74,9 @@ def test_the_goals_say_what_is_reached_what_is_missed_and_what_is_not_measured(
     assert "| at most 0.001 | 0.002 | **missed** |" in text
     assert "| at most 1.03 | 1.02 | reached |" in text
     assert text.count(page.NOT_MEASURED) >= 2  # what takes a GPU
+    assert f"of {page.UNSLOTH} | at least 1 | - | not measured yet |" in text
+    of_unsloth = page.tables(results(speed={**results()["speed"], page.UNSLOTH: [65.0, 65.0]}))
+    assert f"of {page.UNSLOTH} | at least 1 | 2 | reached |" in of_unsloth  # 130 of 65
     assert "of TRL as documented (bfloat16) | at least 2 | 3.25 | reached |" in text  # 130 of 40: `auto` is float32
     assert "of TRL given float32 | at least 1.5 | 1.62 | reached |" in text  # 130 of 80
     assert "| bare loop, float32 | 90 | 2.25x | 1.12x | 2.25 to 2.25, 1.12 to 1.12 | - |" in text
@@ -104,7 +107,11 @@ def test_a_gpu_s_rates_are_those_of_the_newest_file_that_has_any(
     versions = dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1.0")
     planned = page.PLANNED_ON_GPU["a run has autocast"]
     files: dict[str, list[dict[str, Any]]] = {
-        "gpu-b-2026-01-02": [row(planned, "ours", 120), row(page.TRL_ON_GPU, "trl", 100)],
+        "gpu-b-2026-01-02": [
+            row(planned, "ours", 120),
+            row(page.TRL_ON_GPU, "trl", 100),
+            row(page.UNSLOTH_ON_GPU, "unsloth", 160),
+        ],
         "gpu-a-2026-01-01": [row(planned, "ours", 9), row(page.TRL_ON_GPU, "trl", 1)],
         "gpu-c-2026-01-03": [row("defaults-1b", "ours", 5, steps=2)],  # two steps are no rate
     }
@@ -114,6 +121,7 @@ def test_a_gpu_s_rates_are_those_of_the_newest_file_that_has_any(
     monkeypatch.setattr(page, "FOLDER", tmp_path)
     text = page.tables(results())
     assert "| at least 1.15 | 1.2 | reached |" in text
+    assert "of Unsloth's, 8B shape | at least 1 | 0.75 | **missed** |" in text
     name = "ours: 2 at a time, all activations kept, adapters float32 under autocast"
     assert f"| llama-3.1-8b | {name} | 120 | 1.20 | not measured yet | 8.0 |" in text
 

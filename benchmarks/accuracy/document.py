@@ -327,7 +327,7 @@ def _gpu() -> str:
     parts = []
     for path in sorted(RESULTS.glob("gpu-*.json")):
         record = json.loads(path.read_text())
-        measured = [row for row in record["rows"] if row["status"] == "measured"]
+        measured = [row for row in record["rows"] if row["status"] == "measured" and row["predicted"]]
         if record.get("dry") or not measured:
             continue
         scores = []

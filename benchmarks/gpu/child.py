@@ -37,6 +37,8 @@ def main() -> int:
         start = open_context(job)
         if job.case.loop == "trl":
             from benchmarks.gpu.trl import measure  # only now: it imports bitsandbytes
+        elif job.case.loop == "unsloth":
+            from benchmarks.gpu.unsloth import measure
         else:
             from benchmarks.gpu.measure import measure
 

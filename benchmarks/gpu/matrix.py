@@ -32,7 +32,7 @@ class Case:
         limited: torch's allocator may hold no more than the formula's interval ends with, so that a plan that says too
             little is a row that fails.
         steps: how many are made; what is measured is the last one, and of more than two the median time.
-        loop: whose steps they are: ours, or those of TRL's SFTTrainer as its documents show it.
+        loop: whose steps they are: ours, or those of TRL's SFTTrainer or of Unsloth as their documents show them.
     """
 
     name: str
@@ -43,7 +43,12 @@ class Case:
     limited: bool = False
     small: bool = False
     steps: int = 2
-    loop: Literal["ours", "trl"] = "ours"
+    loop: Literal["ours", "trl", "unsloth"] = "ours"
+
+    @property
+    def is_modelled(self) -> bool:
+        """Whether the estimators know its loop: none knows the kernels and the checkpoints of Unsloth."""
+        return self.loop != "unsloth"
 
     def config_fields(self) -> dict[str, Any]:
         """What its model's ``config.json`` holds."""
@@ -87,6 +92,8 @@ TIMED: dict[str, Any] = {**UNPAGED, "rank": 16, "micro_batch": 4, "seq_len": 204
 UNCHECKED: dict[str, Any] = {**TIMED, "micro_batch": 2, "gradient_checkpointing": False}
 TRL: dict[str, Any] = {**TIMED, "loop": "trl", "lora_dtype": "bfloat16", "autocast": True}
 """TRL makes the adapters bfloat16, runs under autocast, checkpoints, and has a chunked loss of its own."""
+UNSLOTH: dict[str, Any] = {**TIMED, "loop": "unsloth", "autocast": True}
+"""Unsloth's own kernels, loss and checkpoints, which go to the host."""
 LARGE: dict[str, Any] = {"micro_batch": 1, "steps": 4}
 """What is timed of models whose step takes seconds."""
 TOGETHER: dict[str, Any] = {**TIMED, "world_size": 2, "micro_batch": 2}
@@ -110,6 +117,7 @@ MATRIX: tuple[Case, ...] = (
     # tokens per second, ours and TRL's
     case("timed-8b", "llama-3.1-8b", **TIMED),
     case("timed-8b-trl", "llama-3.1-8b", **TRL),
+    case("timed-8b-unsloth", "llama-3.1-8b", **UNSLOTH),
     case("timed-8b-bfloat16-adapters", "llama-3.1-8b", **TIMED, lora_dtype="bfloat16"),
     case("timed-8b-unchecked", "llama-3.1-8b", **UNCHECKED),
     case("timed-8b-unchecked-bfloat16-adapters", "llama-3.1-8b", **UNCHECKED, lora_dtype="bfloat16"),
@@ -118,8 +126,10 @@ MATRIX: tuple[Case, ...] = (
     case("timed-8b-unchecked-autocast-liger", "llama-3.1-8b", **UNCHECKED, autocast=True, loss="liger"),
     case("timed-33b", "llama-33b", **{**TIMED, **LARGE}),
     case("timed-33b-trl", "llama-33b", **{**TRL, **LARGE}),
+    case("timed-33b-unsloth", "llama-33b", **{**UNSLOTH, **LARGE}),
     case("timed-65b", "llama-65b", **{**TIMED, **LARGE}),
     case("timed-65b-trl", "llama-65b", **{**TRL, **LARGE}),
+    case("timed-65b-unsloth", "llama-65b", **{**UNSLOTH, **LARGE}),
     # paged state where torch may not take more than what was planned
     case("limited-paged", "llama-3.2-3b", seq_len=1024, limited=True),
     case("limited-adamw-8bit-paged", "llama-3.2-3b", optimizer="adamw_8bit", limited=True),
@@ -160,8 +170,8 @@ MATRIX: tuple[Case, ...] = (
     case("65b-bfloat16-adapters", "llama-65b", lora_dtype="bfloat16", **UNPAGED),
 )
 
-DRY = ("defaults-1b", "gemma-eager", "stock-1b", "sixteen-bit", "two-gpus-zero-3")
-"""The rows that a CPU runs, small: sdpa and eager, both losses, 4 and 16 bits, another stack, and two processes."""
+DRY = ("defaults-1b", "gemma-eager", "stock-1b", "timed-8b-unsloth", "sixteen-bit", "two-gpus-zero-3")
+"""The rows that a CPU runs, small: sdpa and eager, both losses, 4 and 16 bits, other stacks, and two processes."""
 
 
 def chosen(*, dry: bool, only: tuple[str, ...] = ()) -> Iterator[Case]:

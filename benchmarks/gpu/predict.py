@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -19,10 +20,14 @@ MIB = 1024**2
 UNKNOWN_CONTEXT_BYTES = 512 * MIB
 """The default of clusters/gpus.yaml, for a GPU that is not in it."""
 
+UNSLOTH_PYTHON = "UNSLOTH_PYTHON"
+"""The environment variable with the Python that has Unsloth, which wants other versions than ours."""
 START_SECONDS = 12.0
 """Importing, the CUDA context, the libraries' kernels."""
 LOADED_BYTES_PER_S = 1.5e9
 """16-bit weights copied to the GPU and quantized there: a guess on the safe side, corrected by the rows that ran."""
+UNSLOTH_SECONDS, WRITTEN_BYTES_PER_S = 45.0, 0.5e9
+"""Unsloth's own start, with the kernels that it compiles; the 4-bit base written for it and read again. Likewise."""
 STEP_EFFICIENCY = 0.15
 """Likewise, of the catalogue's rate of 16-bit products."""
 STEP_FLOPS = {"cuda": 20e12, "cpu": 5e9}
@@ -68,6 +73,13 @@ def too_few(case: Case, machine: Mapping[str, Any]) -> str | None:
     return f"it needs {wanted} GPUs, and there {'is 1' if there == 1 else f'are {there}'}" if wanted > there else None
 
 
+def lacks_a_peer(case: Case) -> str | None:
+    """Why nobody can run a case's loop, or None. That of TRL says so itself: it runs in this Python."""
+    if case.loop != "unsloth" or os.environ.get(UNSLOTH_PYTHON):
+        return None
+    return "it wants a Python that has Unsloth: UNSLOTH=path/to/python"
+
+
 def does_not_fit(predicted: Mapping[str, Any], free_bytes: int) -> str | None:
     """Why a case is not tried on a GPU with so much free memory, or None.
 
@@ -87,7 +99,8 @@ def seconds(case: Case, machine: Mapping[str, Any]) -> float:
     with contextlib.suppress(RequestError):  # a GPU that is not in the catalogue
         if machine["kind"] == "cuda":
             rate = STEP_EFFICIENCY * find_gpu(machine["name"]).fp16_flops
-    return START_SECONDS + 2 * parameters / LOADED_BYTES_PER_S + flops / rate
+    peer = UNSLOTH_SECONDS + parameters / WRITTEN_BYTES_PER_S if case.loop == "unsloth" else 0.0
+    return START_SECONDS + 2 * parameters / LOADED_BYTES_PER_S + flops / rate + peer
 
 
 def errors_percent(predicted: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, float]:

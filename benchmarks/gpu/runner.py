@@ -133,22 +133,25 @@ def run(
     pace = 1.0
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        tracers = stack.enter_context(Tracers(cases, device, folder))
+        tracers = stack.enter_context(Tracers([case for case in cases if case.is_modelled], device, folder))
         most = sum(case.strategy.world_size for case in cases)
         children = stack.enter_context(contextlib.closing(waiting(CHILD, folder, most)))
         for case in cases:
             formula = predict.by_formula(case, device)
-            row: Row = {**case.as_json(), "compute_dtype": device.compute_dtype, "predicted": {"formula": formula}}
+            predicted = {"formula": formula} if case.is_modelled else {}
+            row: Row = {**case.as_json(), "compute_dtype": device.compute_dtype, "predicted": predicted}
             should_take = pace * predict.seconds(case, machine)
             reason = (
                 predict.too_few(case, machine)
+                or predict.lacks_a_peer(case)
                 or predict.does_not_fit(formula, machine["free_bytes"])
                 or too_late(should_take, clock)
             )
             if reason is not None:
                 row.update(status="skipped", reason=reason)
             else:
-                row["predicted"]["trace"] = tracers.answer(case, min(TRACE_SECONDS, clock.left))
+                if case.is_modelled:
+                    predicted["trace"] = tracers.answer(case, min(TRACE_SECONDS, clock.left))
                 row["status"] = "predicted"
                 record.put(row)
                 began = time.monotonic()

@@ -18,8 +18,10 @@ def one_line(row: Mapping[str, Any]) -> str:
     where = f"{row['name']} ({row['model']})"
     if row["status"] != "measured":
         return f"{where}: {row['status']}: {row['reason']}"
-    error = row["errors_percent"]["formula"]["allocated"]
-    return f"{where}: {row['measured']['allocated_bytes'] / GIB:.3f} GiB allocated, formula {error:+.2f} %"
+    said = f"{where}: {row['measured']['allocated_bytes'] / GIB:.3f} GiB allocated"
+    if not row["errors_percent"]:
+        return f"{said}, by a loop that is not modelled"
+    return f"{said}, formula {row['errors_percent']['formula']['allocated']:+.2f} %"
 
 
 def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:

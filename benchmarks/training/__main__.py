@@ -13,10 +13,11 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
+from benchmarks.peers import installed
 from benchmarks.speed import ROOT, machine
 from benchmarks.training import memory, page
 from benchmarks.training.case import Case, chosen_dtype, make_model, write_spec
@@ -27,12 +28,11 @@ from qlora_core.recipe import Recipe
 from qlora_core.training.layout import lay_out
 
 WORK = ROOT / ".cache" / "bench"
-TRL = ROOT / ".cache" / "bench-trl"
-TRL_VERSION = "1.16.0"
+TRL_VERSION, UNSLOTH_VERSION = "1.16.0", "2026.10.9"
 WARM_UP = 4
 """First steps of each run, which are left out: ours are followed by the storage tracker."""
 PEER_SECONDS = 150
-"""After so many TRL's steps end, where a rate is measured: where the CPU multiplies no bfloat16, one takes a minute."""
+"""After so many a peer's steps end, where a rate is measured: TRL takes bfloat16 where a CPU needs a minute for one."""
 CURVE_STEPS = 50
 CURVE_LENGTH = 128
 RAY_STEPS = 20
@@ -56,21 +56,23 @@ def command(rounds: int, steps: int, tiny: bool, debug: bool) -> int:
     case = Case(layers=2, hidden=128, vocabulary=1024, seq_len=64) if tiny else Case()
     work = WORK / ("tiny" if tiny else "full")
     model = make_model(case, work / "model")
-    install_trl()
+    peers = installed_peers()
     auto = chosen_dtype()
-    rates, peaks = speed(case, work, model, rounds, steps, auto)
+    rates, peaks = speed(case, work, model, rounds, steps, auto, peers)
     results = {
         "schema_version": 1,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), "trl": TRL_VERSION, **versions()},
+        "versions": {"python": platform.python_version(), "trl": TRL_VERSION, "unsloth": UNSLOTH_VERSION, **versions()},
         "case": asdict(case),
         "auto": auto,
         "rounds": rounds,
         "steps": steps - WARM_UP,
         "speed": rates,
         "peaks": peaks,
-        "curve": curve(replace(case, seq_len=min(case.seq_len, CURVE_LENGTH)), work, model, 8 if tiny else CURVE_STEPS),
+        "curve": curve(
+            replace(case, seq_len=min(case.seq_len, CURVE_LENGTH)), work, model, 8 if tiny else CURVE_STEPS, peers
+        ),
         "ray": beside_ray(case, work, model, rounds, steps if tiny else RAY_STEPS),
         "padding_percent": padding_percent(),
         "memory": [*memory_measured(case, work, model), *memory.rows(traced=not tiny)],
@@ -89,7 +91,7 @@ def environment() -> dict[str, str]:
     """That of the loops: each decides for itself how many threads it takes, and nothing is asked of the Hub."""
     kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
-    ledger = {"QLORA_LEDGER": str(WORK / "ledger.sqlite")}
+    ledger = {"QLORA_LEDGER": str(WORK / "ledger.sqlite"), "UNSLOTH_DISABLE_STATISTICS": "1"}
     return {**kept, **ledger, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
 
 
@@ -113,11 +115,15 @@ def loop(role: str, specification: Path) -> dict[str, Any]:
     return found
 
 
-def trl_loop(case: Case, specification: Path, model: Path, dtype: str, **further: Any) -> dict[str, Any]:
-    """What TRL measured, over the micro-batches that our last run of the specification left.
+def peer_loop(
+    python: Path, script: str, case: Case, specification: Path, model: Path, **further: Any
+) -> dict[str, Any]:
+    """What a peer's loop measured, over the micro-batches that our last run of the specification left.
 
     Args:
-        further: `exact` and `seconds`, as in an order of `benchmarks.training.trl_loop`.
+        python: of the peer's environment.
+        script: beside this file.
+        further: `dtype`, `exact` and `seconds`, as in an order of `benchmarks.training.trl_loop`.
     """
     folder = specification.parent
     order = {
@@ -129,19 +135,20 @@ def trl_loop(case: Case, specification: Path, model: Path, dtype: str, **further
         "learning_rate": case.learning_rate,
         "beta2": 0.999,
         "max_grad_norm": 0.3,
-        "dtype": dtype,
         "exact": False,
+        "device": "cpu",
         **further,
     }
     write_json(folder / "order.json", order)
-    script = ROOT / "benchmarks" / "training" / "trl_loop.py"
-    finished([str(TRL / "bin" / "python"), str(script), str(folder / "order.json"), str(folder / "answer.json")])
+    finished(
+        [str(python), str(Path(__file__).with_name(script)), str(folder / "order.json"), str(folder / "answer.json")]
+    )
     found: dict[str, Any] = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
     return found
 
 
 def speed(
-    case: Case, work: Path, model: Path, rounds: int, steps: int, auto: str
+    case: Case, work: Path, model: Path, rounds: int, steps: int, auto: str, peers: Peers
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Tokens a second of each loop, a figure per round: of the median step after the warm-up; and our peaks, bytes.
 
@@ -158,8 +165,10 @@ def speed(
             peaks[name] = max(measured["peaks"].values())
         specification = work / page.OURS.replace(", ", "-") / "run.yaml"
         add(found, page.BARE, case, loop("bare", specification))
-        add(found, page.TRL, case, trl_loop(case, specification, model, "bfloat16", seconds=PEER_SECONDS))
-        add(found, page.TRL_F32, case, trl_loop(case, specification, model, "float32", seconds=PEER_SECONDS))
+        asked = case, specification, model
+        for name, dtype in ((page.TRL, "bfloat16"), (page.TRL_F32, "float32")):
+            add(found, name, case, peer_loop(peers.trl, "trl_loop.py", *asked, dtype=dtype, seconds=PEER_SECONDS))
+        add(found, page.UNSLOTH, case, peer_loop(peers.unsloth, "unsloth_loop.py", *asked, seconds=PEER_SECONDS))
     return found, peaks
 
 
@@ -169,12 +178,13 @@ def add(found: dict[str, list[float]], name: str, case: Case, measured: dict[str
     found.setdefault(name, []).append(case.tokens / statistics.median(seconds[WARM_UP:] or seconds[1:]))
 
 
-def curve(case: Case, work: Path, model: Path, steps: int) -> dict[str, Any]:
+def curve(case: Case, work: Path, model: Path, steps: int, peers: Peers) -> dict[str, Any]:
     """The losses of the same steps, all in float32: ours, TRL's and the bare loop's."""
     specification = write_spec(case, work / "curve", model, steps=steps, compute_dtype="float32")
     ours = loop("ours", specification)["losses"]
     bare = loop("bare", specification)["losses"]
-    trl = trl_loop(case, specification, model, "float32", exact=True)["losses"]
+    asked = case, specification, model
+    trl = peer_loop(peers.trl, "trl_loop.py", *asked, dtype="float32", exact=True)["losses"]
     return {"seq_len": case.seq_len, "ours": ours, "trl": trl, "bare": bare}
 
 
@@ -209,22 +219,28 @@ def padding_percent() -> float:
     return 100 * lay_out(lengths, Recipe(seq_len=2048, tokens_per_step=2048, packing=True)).waste
 
 
-# --- the peer ---------------------------------------------------------------------------------------------------------
+# --- the peers --------------------------------------------------------------------------------------------------------
 
 
-def install_trl() -> None:
-    """TRL in an environment of its own, with our versions of all that both use.
+class Peers(NamedTuple):
+    """The Pythons of environments that peers are installed in."""
+
+    trl: Path
+    unsloth: Path
+
+
+def installed_peers() -> Peers:
+    """TRL with our versions of all that both use; Unsloth, which wants older ones, with those that it can have.
 
     Raises:
-        RunFailed: it cannot be installed.
+        RunFailed: one cannot be installed.
     """
-    if (TRL / "installed").exists():
-        return
-    python = str(TRL / "bin" / "python")
-    wanted = [f"trl=={TRL_VERSION}", "torch", "transformers", "peft", "bitsandbytes"]
-    finished([sys.executable, "-m", "venv", "--clear", str(TRL)])
-    finished([python, "-m", "pip", "install", "-q", *wanted, "--constraint", str(ROOT / "constraints.txt")])
-    (TRL / "installed").touch()
+    both = ("torch", "peft", "bitsandbytes")
+    trl = installed("trl", TRL_VERSION, (*both, "transformers"))
+    # it does without, where text is trained; their binaries are made for one build of torch, which need not be this one
+    without = ("torchvision", "xformers")
+    unsloth = installed("unsloth", UNSLOTH_VERSION, ours=both, without=without)
+    return Peers(*(folder / "bin" / "python" for folder in (trl, unsloth)))
 
 
 def versions() -> dict[str, str]:

@@ -78,6 +78,8 @@ def train(
     labels: torch.Tensor,
     order: dict[str, Any],
     device: str = "cpu",
+    *,
+    adapted: bool = False,
 ) -> dict[str, Any]:
     """Train a loaded model on micro-batches, each a step.
 
@@ -86,6 +88,7 @@ def train(
         order: as for `main`; without `adapter` the one that peft initialises; `seconds`, if given, are the most that
             its steps may take, however many there were by then.
         device: "cpu" or "cuda".
+        adapted: the model has its adapters.
     """
     data = Dataset.from_dict({"input_ids": ids.flatten(0, 1).tolist(), "labels": labels.flatten(0, 1).tolist()})
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +122,7 @@ def train(
             model=model,
             args=config,
             train_dataset=data,
-            peft_config=lora,
+            peft_config=None if adapted else lora,
             processing_class=tokenizer,
             callbacks=[clock],
         )
@@ -142,7 +145,12 @@ def train(
     return {"seconds": clock.seconds, "losses": trainer.losses, "adapters": sorted(trained)}
 
 
-if __name__ == "__main__":
+def all_threads() -> None:
+    """One for each core that this process may use."""
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+if __name__ == "__main__":
+    all_threads()
     order_file, answer = map(Path, sys.argv[1:])
     answer.write_text(json.dumps(main(json.loads(order_file.read_text()))))
