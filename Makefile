@@ -79,7 +79,7 @@ speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a pe
 
 bench: speed planners waiting start profile fleet load growth training ## all of these (docs/benchmarks.md); on a quiet machine, long
 
-training: $(INSTALLED) ## training beside TRL's and a bare loop, and its memory (docs/benchmarks.md); on a quiet machine
+training: $(INSTALLED) ## training beside TRL's, Unsloth's and a bare loop, and its memory (docs/benchmarks.md); on a quiet machine
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.training
 
 profile: $(INSTALLED) ## where the time of a training step goes on this CPU (docs/performance.md); on a quiet machine

@@ -83,10 +83,10 @@ def started(workers: int) -> dict[str, float]:
     }
 
 
-def saved(rank: int) -> dict[str, float]:
-    """Bytes of a checkpoint, and seconds that it adds to the steps beside it."""
+def saved(rank: int) -> dict[str, Any]:
+    """Bytes of a checkpoint, and seconds that it adds to the steps beside it, round by round."""
     found = saving.measured(WORK / f"rank-{rank}", replace(saving.CASE, rank=rank))
-    return {"bytes": found["bytes"], "lost": statistics.median(found["lost_seconds"])}
+    return {"bytes": found["bytes"], "lost": found["lost_seconds"]}
 
 
 def grown(name: str, rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
@@ -124,13 +124,21 @@ def text_of(results: Mapping[str, Any]) -> str:
         ),
         "",
         f"The checkpoints of a Llama of {saving.CASE.layers} layers of width {saving.CASE.hidden}, one every "
-        f"{saving.EVERY} steps, written while the next steps compute on the same cores:",
+        f"{saving.EVERY} steps, written while the next steps compute on the same cores. What one adds is how much "
+        f"longer the steps take with them than without, for each, the median of {saving.ROUNDS} rounds; what lies on "
+        "both sides of zero is less than two runs differ by:",
         "",
-        "| rank | MiB of a checkpoint | s that it adds to the steps beside it |",
-        "| ---: | ---: | ---: |",
-        *(f"| {rank} | {row['bytes'] / MIB:,.1f} | {row['lost']:.3f} |" for rank, row in results["ranks"].items()),
+        "| rank | MiB of a checkpoint | s that it adds | of the rounds |",
+        "| ---: | ---: | ---: | ---: |",
+        *(checkpoint_row(rank, row) for rank, row in results["ranks"].items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def checkpoint_row(rank: str, row: Mapping[str, Any]) -> str:
+    """A line of the table of checkpoints."""
+    lost, mib = row["lost"], row["bytes"] / MIB
+    return f"| {rank} | {mib:,.1f} | {statistics.median(lost):.3f} | {min(lost):.3f} to {max(lost):.3f} |"
 
 
 def picture_of(results: Mapping[str, Any]) -> Picture:

@@ -1,4 +1,4 @@
-"""`make training`: ours beside TRL's and beside a bare loop, with and without Ray; writes docs/benchmarks.md."""
+"""`make training`: ours beside TRL's, Unsloth's and a bare loop, with and without Ray; writes docs/benchmarks.md."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Goal:
             return f"| {self.text} | at {self.sense} {self.bound:g} | - | {NOT_MEASURED} |"
         reached = self.measured >= self.bound if self.sense == "least" else self.measured <= self.bound
         verdict = "reached" if reached else "**missed**"
-        return f"| {self.text} | at {self.sense} {self.bound:g} | {self.measured:.3g} | {verdict} |"
+        return f"| {self.text} | at {self.sense} {self.bound:g} | {self.measured:.4g} | {verdict} |"
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
