@@ -95,10 +95,10 @@ class Rows:
         return self._examples.places(indexes)
 
     def largest_micro_batch(self, total_steps: int, micro_batch: int) -> list[int]:
-        """The rows of the micro-batch, over a whole run, with most positions, and among those with most to learn."""
+        """The rows of the micro-batch, over a whole run, with most positions."""
 
-        def size(batch: list[int]) -> tuple[int, int]:
-            return self.lengths[batch[0]] * len(batch), sum(self.learned[row] for row in batch)
+        def size(batch: list[int]) -> int:
+            return self.lengths[batch[0]] * len(batch)
 
         # of each step the first: it has the step's longest rows
         return max(

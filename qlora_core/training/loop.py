@@ -203,11 +203,14 @@ def check_resumed(weights: str, context: Mapping[str, Any], resume_from: Path) -
 def rehearse(run: TrainingRun, observer: Observer) -> None:
     """Compute the largest micro-batch of the run, and leave everything as it was but the measured peaks.
 
+    All of its tokens count as learned, as a plan counts them: of a smaller one more may be, and its logits be more.
+
     Raises:
         NotFinite: its loss is not finite.
     """
     rows = run.train_data.largest_micro_batch(run.total_steps, run.strategy.micro_batch)
     batch = run.train_data.batch(rows, int(run.tokenizer.pad_token_id), run.device)
+    batch = {**batch, "labels_BS": batch["input_ids_BS"]}
     devices = [run.device] if run.device.type == "cuda" else []
     # what is drawn for dropout and noise is drawn once more by the step that follows
     with torch.random.fork_rng(devices=devices), run.engine.rehearsal():

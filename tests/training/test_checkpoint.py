@@ -77,6 +77,23 @@ def test_the_rehearsal_of_the_largest_micro_batch_leaves_no_trace_but_its_peak(
     assert tensors(tmp_path / "with" / final) == tensors(tmp_path / "without" / final)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_no_step_needs_more_than_the_rehearsal_did_wherever_there_is_most_to_learn(
+    tmp_path: Path, tiny_base: Path, packing: bool
+) -> None:
+    # of the longest a single token is learned, of those that are a little shorter all
+    longest, others = Encoded([7] * 60, [False] * 59 + [True]), Encoded([7] * 57, [True] * 57)
+    save_examples([longest] * 4 + [others] * 8, tmp_path / "train.safetensors")
+    save_examples([others], tmp_path / "eval.safetensors")
+    watcher = Watcher()
+    train(build(tiny_base, tmp_path, tmp_path / "run", recipe_of(packing=packing)), watcher, None)
+    (rehearsal,) = (event["peaks"] for event in watcher.events if event["event"] == "rehearsal")
+    last = next(event["peaks"] for event in reversed(watcher.events) if event["event"] == "step")
+    assert {phase: last[phase] for phase in ("forward", "backward")} == {
+        phase: rehearsal[phase] for phase in ("forward", "backward")
+    }
+
+
 def test_it_holds_the_trainable_state_and_no_base_weight(tmp_path: Path, tiny_base: Path, data: Path) -> None:
     run = build(tiny_base, data, tmp_path, recipe_of(rank=32, optimizer="adamw"))
     train(run, Watcher(), None)
