@@ -26,7 +26,7 @@ class Engine(Protocol):
         """The forward and backward pass of one micro-batch run inside; `last` of its optimizer step or not."""
 
     def rehearsal(self) -> AbstractContextManager[None]:
-        """A forward and a backward pass run inside that are of no step: the gradient of their loss must be 0."""
+        """Forward and backward passes run inside that are of no step: the gradient of their loss must be 0."""
 
     def loss(self, batch: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
         """The summed loss of one micro-batch, shape []."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from qlora_core.training import checkpoint
 from qlora_core.training.checkpoint import Progress, Writer, weights_digest
 from qlora_core.training.engine import Engine
 from qlora_core.training.evaluate import decode, eval_loss, sample_answers
-from qlora_core.training.examples import Examples, Rows
+from qlora_core.training.examples import Batch, Examples, Rows
 from qlora_core.training.optimizer import build_scheduler
 from qlora_core.training.reshard import layout_of
 from qlora_core.training.restore import load_progress, restore
@@ -204,21 +204,24 @@ def rehearse(run: TrainingRun, observer: Observer) -> None:
     """Compute the largest micro-batch of the run, and leave everything as it was but the measured peaks.
 
     All of its tokens count as learned, as a plan counts them: of a smaller one more may be, and its logits be more.
+    Where a step has several micro-batches it is computed once more, beside the gradients of the first time.
 
     Raises:
         NotFinite: its loss is not finite.
     """
     rows = run.train_data.largest_micro_batch(run.total_steps, run.strategy.micro_batch)
-    batch = run.train_data.batch(rows, int(run.tokenizer.pad_token_id), run.device)
-    batch = {**batch, "labels_BS": batch["input_ids_BS"]}
+    pad_token = int(run.tokenizer.pad_token_id)
     devices = [run.device] if run.device.type == "cuda" else []
     # what is drawn for dropout and noise is drawn once more by the step that follows
     with torch.random.fork_rng(devices=devices), run.engine.rehearsal():
-        with run.meter.phase("forward"):
-            loss = run.engine.loss(batch)
-        with run.meter.phase("backward"):
-            run.engine.backward(loss * 0)
-    if not math.isfinite(value := float(loss.detach())):
+        for _ in range(min(run.strategy.gradient_accumulation, 2)):
+            with run.meter.phase("forward"):
+                loss = run.engine.loss(all_learned(run.train_data.batch(rows, pad_token, run.device)))
+            with run.meter.phase("backward"):
+                run.engine.backward(loss * 0)
+            value = float(loss.detach())
+            del loss
+    if not math.isfinite(value):
         raise NotFinite(
             f"The loss of the run's largest micro-batch is {value}. {named(run, rows)}",
             "Look at these examples, or lower recipe.learning_rate and start anew with --fresh.",
@@ -230,6 +233,11 @@ def rehearse(run: TrainingRun, observer: Observer) -> None:
         peaks=dataclasses.asdict(run.meter.peaks()),
         reserved=run.meter.reserved(),
     )
+
+
+def all_learned(batch: Batch) -> Batch:
+    """`batch` with every token of it as its own label."""
+    return {**batch, "labels_BS": cast(torch.Tensor, batch["input_ids_BS"]).clone()}
 
 
 def one_step(run: TrainingRun, step: int, observer: Observer) -> Step:
