@@ -29,9 +29,10 @@ class Examples(Sequence[tuple[torch.Tensor, torch.Tensor]]):
 
     def __init__(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
-            self._ids, self._learned = file.get_tensor("ids"), file.get_tensor("learned").bool()
+            # as NumPy has them: a tensor that is cut out of another holds all of that, which a StorageMeter would count
+            ids, learned, places = (file.get_tensor(name).numpy() for name in ("ids", "learned", "places"))
             self._starts: list[int] = file.get_tensor("starts").tolist()
-            self._places = file.get_tensor("places")
+        self._ids, self._learned, self._places = ids, learned.view(bool), places
         self.lengths = [end - start for start, end in zip(self._starts, self._starts[1:], strict=False)]
         # the first token of an example is never predicted
         self.learned = [int(self[index][1][1:].sum()) for index in range(len(self))]
@@ -41,11 +42,11 @@ class Examples(Sequence[tuple[torch.Tensor, torch.Tensor]]):
 
     def __getitem__(self, index: Any) -> Any:
         span = slice(self._starts[index], self._starts[index + 1])
-        return self._ids[span].long(), self._learned[span]
+        return torch.from_numpy(self._ids[span].astype("int64")), torch.from_numpy(self._learned[span])
 
     def places(self, indexes: Sequence[int]) -> list[str]:
         """Where in the data these examples stand, or else their numbers; asked for after a failure."""
-        lines = self._places.numpy().tobytes().split(b"\n")
+        lines = self._places.tobytes().split(b"\n")
         return [lines[index].decode() or f"number {index + 1}" for index in indexes]
 
     def batch(self, indexes: Sequence[int], pad_token: int, device: torch.device) -> Batch:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from qlora_core.memory.measure import StorageMeter, StorageTracker
+from qlora_core.training.dataset.tokens import Encoded, save_examples
+from qlora_core.training.examples import Examples
 
 KIB_FLOATS = 256
 
@@ -64,6 +68,14 @@ def test_the_backward_pass_is_seen() -> None:
         (weight * 2).sum().backward()  # type: ignore[no-untyped-call]
         assert weight.grad is not None
         assert tracker.current >= 64 * 64 * 4
+
+
+def test_of_the_data_a_batch_counts_and_not_what_it_is_cut_out_of(tmp_path: Path) -> None:
+    save_examples([Encoded([7] * 50, [True] * 50)] * 100, tmp_path / "x.safetensors")
+    examples = Examples(tmp_path / "x.safetensors")
+    with StorageTracker() as tracker:
+        batch = examples.batch([0, 1], 0, torch.device("cpu"))
+        assert tracker.current == len(batch) * 2 * 50 * 8
 
 
 def test_phases_keep_their_own_peaks() -> None:
