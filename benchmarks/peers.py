@@ -5,13 +5,17 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clusters.errors import RunFailed
 
 ROOT = Path(__file__).parents[1]
 PEERS = ROOT / ".cache" / "peers"
+
+
+QUIET = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+"""Environment variables with which a peer asks nothing of the network."""
 
 
 def installed(
@@ -44,10 +48,27 @@ def installed(
         for step in steps:
             done = subprocess.run(step, capture_output=True, text=True)
             if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-                raise RunFailed(f"{name} {version} could not be installed: {last}.", "It needs a package index.")
+                reason = last_words(done.stderr)
+                raise RunFailed(f"{name} {version} could not be installed: {reason}.", "It needs a package index.")
         (folder / "installed").touch()
     return folder
+
+
+def run_to_end(argv: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
+    """Run a process in `folder` to its end.
+
+    Raises:
+        RunFailed: it ended with another code than 0.
+    """
+    done = subprocess.run(argv, env=environment, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        said = f"{' '.join(argv[:4])} ended with {done.returncode}: {last_words(done.stderr)}."
+        raise RunFailed(said, "Run it by itself to see why.")
+
+
+def last_words(printed: str) -> str:
+    """The last line of what a process printed."""
+    return (printed.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def pinned(names: Sequence[str]) -> list[str]:

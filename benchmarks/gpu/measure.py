@@ -140,19 +140,6 @@ def rate(case: Case, seconds: Sequence[float]) -> dict[str, float]:
     return {"step_seconds": round(median, 4), "tokens_per_second": round(case.recipe.tokens_per_step / median, 1)}
 
 
-def peer_order(case: Case) -> dict[str, Any]:
-    """What the loops of others are told, see `benchmarks.training.trl_loop.main`."""
-    recipe = case.recipe
-    return {
-        "rank": recipe.rank,
-        "alpha": recipe.alpha,
-        "learning_rate": recipe.learning_rate,
-        "beta2": recipe.beta2,
-        "max_grad_norm": recipe.max_grad_norm,
-        "exact": False,
-    }
-
-
 def step(engine: Engine, case: Case, gauge: Gauge, make_batch: Callable[[], dict[str, torch.Tensor]]) -> float:
     """One optimizer step as `qlora_core.training.loop` makes it; returns its mean loss."""
     micro_batches = case.strategy.gradient_accumulation

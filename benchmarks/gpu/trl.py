@@ -10,7 +10,8 @@ from make_demo_base import train_tokenizer
 
 from benchmarks.gpu.base import random_base
 from benchmarks.gpu.job import Job, Start
-from benchmarks.gpu.measure import peer_order, process, rate
+from benchmarks.gpu.measure import process, rate
+from benchmarks.training.order import order_of
 from benchmarks.training.trl_loop import train
 
 
@@ -27,7 +28,7 @@ def measure(job: Job, start: Start) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats(device)
     vocabulary: int = base.config.vocab_size  # type: ignore[union-attr,assignment]  # transformers' config
     ids = torch.randint(vocabulary, (case.steps, case.strategy.micro_batch, case.recipe.seq_len))
-    order = {**peer_order(case), "dtype": job.compute_dtype}
+    order = {**order_of(case.recipe), "dtype": job.compute_dtype}
     done = train(base, train_tokenizer(seed=0), ids, ids, order, job.kind)
     return {
         "phases": {"after_load": after_load},

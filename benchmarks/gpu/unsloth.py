@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -17,9 +16,10 @@ from safetensors.torch import save_file
 import benchmarks.training
 from benchmarks.gpu.base import random_base
 from benchmarks.gpu.job import Job, Start
-from benchmarks.gpu.measure import peer_order, rate
+from benchmarks.gpu.measure import rate
 from benchmarks.gpu.predict import UNSLOTH_PYTHON
-from clusters.errors import RunFailed
+from benchmarks.peers import QUIET, run_to_end
+from benchmarks.training.order import order_of
 from qlora_core.files import write_json
 
 LOOP = Path(benchmarks.training.__path__[0]) / "unsloth_loop.py"
@@ -40,7 +40,7 @@ def measure(job: Job, start: Start) -> dict[str, Any]:
         ids = torch.randint(vocabulary, (case.steps, case.strategy.micro_batch, case.recipe.seq_len))
         save_file({"input_ids": ids, "labels": ids.clone()}, folder / "batches.safetensors")
         paths = {"model": str(folder / "model"), "batches": str(folder / "batches.safetensors")}
-        write_json(folder / "order.json", {**peer_order(case), **paths, "device": job.kind})
+        write_json(folder / "order.json", {**order_of(case.recipe), **paths, "device": job.kind})
         done = run(folder / "order.json", folder / "answer.json")
     peaks = done["peaks"]
     return {
@@ -79,13 +79,8 @@ def run(order: Path, answer: Path) -> dict[str, Any]:
     Raises:
         RunFailed: it ended with another code than 0.
     """
-    ours = ("PYTHONPATH",)  # packages of other versions than Unsloth's
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    environment |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    environment = {**os.environ, **QUIET}
+    environment.pop("PYTHONPATH", None)  # packages of other versions than Unsloth's
     argv = [os.environ[UNSLOTH_PYTHON], str(LOOP), str(order), str(answer)]
-    # what it compiles, it leaves in the working directory
-    done = subprocess.run(argv, env=environment, cwd=order.parent, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RunFailed(f"Unsloth's loop ended with {done.returncode}: {last}.", f"{argv[0]} has to have Unsloth.")
+    run_to_end(argv, environment, order.parent)  # where it leaves what it compiles
     return cast(dict[str, Any], json.loads(answer.read_text(encoding="utf-8")))

@@ -7,7 +7,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -17,12 +16,13 @@ from typing import Any, NamedTuple
 
 import click
 
-from benchmarks.peers import installed
+from benchmarks.peers import QUIET, installed, run_to_end
 from benchmarks.speed import ROOT, machine
 from benchmarks.training import memory, page
 from benchmarks.training.case import Case, chosen_dtype, make_model, write_spec
-from clusters.errors import RunFailed
+from benchmarks.training.order import order_of
 from launch.command import main as run_command
+from orchestrator.spec import load_spec
 from qlora_core.files import write_json
 from qlora_core.recipe import Recipe
 from qlora_core.training.layout import lay_out
@@ -91,8 +91,8 @@ def environment() -> dict[str, str]:
     """That of the loops: each decides for itself how many threads it takes, and nothing is asked of the Hub."""
     kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
-    ledger = {"QLORA_LEDGER": str(WORK / "ledger.sqlite"), "UNSLOTH_DISABLE_STATISTICS": "1"}
-    return {**kept, **ledger, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    ledger = {"QLORA_LEDGER": str(WORK / "ledger.sqlite")}
+    return {**kept, **ledger, **QUIET, "PYTHONPATH": paths, "DS_ACCELERATOR": "cpu"}
 
 
 def finished(argv: list[str]) -> None:
@@ -101,10 +101,7 @@ def finished(argv: list[str]) -> None:
     Raises:
         RunFailed: it ended with another code than 0.
     """
-    done = subprocess.run(argv, env=environment(), cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise RunFailed(f"{' '.join(argv[:4])} ended with {done.returncode}: {last}.", "Run it by itself to see why.")
+    run_to_end(argv, environment(), ROOT)
 
 
 def loop(role: str, specification: Path) -> dict[str, Any]:
@@ -115,9 +112,7 @@ def loop(role: str, specification: Path) -> dict[str, Any]:
     return found
 
 
-def peer_loop(
-    python: Path, script: str, case: Case, specification: Path, model: Path, **further: Any
-) -> dict[str, Any]:
+def peer_loop(python: Path, script: str, specification: Path, model: Path, **further: Any) -> dict[str, Any]:
     """What a peer's loop measured, over the micro-batches that our last run of the specification left.
 
     Args:
@@ -130,12 +125,7 @@ def peer_loop(
         "model": str(model),
         "batches": str(folder / "batches.safetensors"),
         "adapter": str(folder / "adapter.safetensors"),
-        "rank": case.rank,
-        "alpha": 16,
-        "learning_rate": case.learning_rate,
-        "beta2": 0.999,
-        "max_grad_norm": 0.3,
-        "exact": False,
+        **order_of(load_spec(specification).recipe),
         "device": "cpu",
         **further,
     }
@@ -165,7 +155,7 @@ def speed(
             peaks[name] = max(measured["peaks"].values())
         specification = work / page.OURS.replace(", ", "-") / "run.yaml"
         add(found, page.BARE, case, loop("bare", specification))
-        asked = case, specification, model
+        asked = specification, model
         for name, dtype in ((page.TRL, "bfloat16"), (page.TRL_F32, "float32")):
             add(found, name, case, peer_loop(peers.trl, "trl_loop.py", *asked, dtype=dtype, seconds=PEER_SECONDS))
         add(found, page.UNSLOTH, case, peer_loop(peers.unsloth, "unsloth_loop.py", *asked, seconds=PEER_SECONDS))
@@ -183,8 +173,7 @@ def curve(case: Case, work: Path, model: Path, steps: int, peers: Peers) -> dict
     specification = write_spec(case, work / "curve", model, steps=steps, compute_dtype="float32")
     ours = loop("ours", specification)["losses"]
     bare = loop("bare", specification)["losses"]
-    asked = case, specification, model
-    trl = peer_loop(peers.trl, "trl_loop.py", *asked, dtype="float32", exact=True)["losses"]
+    trl = peer_loop(peers.trl, "trl_loop.py", specification, model, dtype="float32", exact=True)["losses"]
     return {"seq_len": case.seq_len, "ours": ours, "trl": trl, "bare": bare}
 
 

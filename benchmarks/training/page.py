@@ -78,14 +78,14 @@ def goals_of_speed(results: Mapping[str, Any]) -> Iterator[Goal]:
     """How fast it is to be."""
     speed, ray = results["speed"], results["ray"]
     narrow = results["auto"] == "bfloat16"
-    for alone, as_float32 in ((PLANNED_BF16 if narrow else PLANNED, PLANNED), (OURS_BF16 if narrow else OURS, OURS)):
+    planned = PLANNED_BF16 if narrow else PLANNED
+    for alone, as_float32 in ((planned, PLANNED), (OURS_BF16 if narrow else OURS, OURS)):
         text = f"tokens/s: {alone}, which `auto` is here, of {TRL}"
         yield Goal(text, "least", 2.0, ratios(speed[alone], speed[TRL])["median"])
         text = f"tokens/s: {as_float32}, of {TRL_F32}"
         yield Goal(text, "least", 1.5, ratios(speed[as_float32], speed[TRL_F32])["median"])
-    alone = PLANNED_BF16 if narrow else PLANNED
-    measured = ratios(speed[alone], speed[UNSLOTH])["median"] if UNSLOTH in speed else None
-    yield Goal(f"tokens/s: {alone}, of {UNSLOTH}", "least", 1.0, measured)
+    measured = ratios(speed[planned], speed[UNSLOTH])["median"] if UNSLOTH in speed else None
+    yield Goal(f"tokens/s: {planned}, of {UNSLOTH}", "least", 1.0, measured)
     text = "step time launched by Ray, of the loop's without"
     yield Goal(text, "most", 1.03, ratios(ray["with"], ray["without"])["median"])
 

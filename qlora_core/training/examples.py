@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,9 +34,10 @@ class Examples(Sequence[tuple[torch.Tensor, torch.Tensor]]):
             ids, learned, places = (file.get_tensor(name).numpy() for name in ("ids", "learned", "places"))
             self._starts: list[int] = file.get_tensor("starts").tolist()
         self._ids, self._learned, self._places = ids, learned.view(bool), places
-        self.lengths = [end - start for start, end in zip(self._starts, self._starts[1:], strict=False)]
+        spans = list(pairwise(self._starts))
+        self.lengths = [end - start for start, end in spans]
         # the first token of an example is never predicted
-        self.learned = [int(self[index][1][1:].sum()) for index in range(len(self))]
+        self.learned = [int(self._learned[start + 1 : end].sum()) for start, end in spans]
 
     def __len__(self) -> int:
         return len(self.lengths)
