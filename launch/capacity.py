@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from launch import command
+from launch import command, history
 from launch.ledger import ledger
-from launch.plan import measured
 
 
 @click.command("qlora-capacity", cls=command.WithSubcommands, subcommands=(ledger,))
@@ -56,7 +55,7 @@ def capacity(
 
     for report in reports:
         document.check_report(report)
-    answer = outlook(load_cluster(fleet), load_jobs(jobs), measured(), seconds, other_methods=methods)
+    answer = outlook(load_cluster(fleet), load_jobs(jobs), history.known(), seconds, other_methods=methods)
     found = report_of(answer)
     for report in reports:
         document.write(found, report)

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launch import command
+from launch import command, history
 from launch.options import command_line, passed, with_options
 from launch.request import plan_of
 from launch.serve import serve
-from orchestrator.history import NOTHING_MEASURED, History, ledger_place
 
 if TYPE_CHECKING:
     from launch.sweep import Sweep
@@ -45,16 +44,16 @@ def plan(context: click.Context, /, **options: Any) -> int:
         from launch.report.document import check_report
 
         check_report(Path(options["report"]))
-    given, history = passed(context), measured()
+    given, known = passed(context), history.known()
     wants_all = (
         options["as_json"] or options["explain"] or options["cluster"] or options["report"] or options["figures"]
     )
-    answer = plan_of(options, given, history, alternatives="all" if wants_all else "nearest")
+    answer = plan_of(options, given, known, alternatives="all" if wants_all else "nearest")
     swept = None
     if options["sweeps"]:
         from launch.sweep import sweep
 
-        swept = sweep(options, given, history)
+        swept = sweep(options, given, known)
     if options["write"]:
         from launch.run_file import write_run
 
@@ -70,16 +69,6 @@ def plan(context: click.Context, /, **options: Any) -> int:
             write_figures(report, Path(options["figures"]))
     show(answer, swept, options)
     return 0 if answer.fits else 1
-
-
-def measured() -> History:
-    """What runs entered in the ledger measured."""
-    place = ledger_place()
-    if isinstance(place, Path) and not place.exists():
-        return NOTHING_MEASURED
-    from orchestrator.ledger import known_history  # SQLite and the records' form, where there is something to read
-
-    return known_history(command.warn)
 
 
 def show(answer: Plan, swept: Sweep | None, options: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ import click
 from pydantic import BaseModel
 
 from clusters.errors import Problem, RequestError, request_error
+from launch.api.parameters import reader
 from launch.options import command_line, passed
-from launch.plan import plan
 from launch.report.alternatives import alternative_rows, title_of
 from launch.report.components import GROUPS, grouped
 from launch.report.terminal import request_rows, verdict_line
@@ -86,7 +86,7 @@ def planned(question: Question, history: History) -> tuple[Plan, str]:
         RequestError: what the planner refuses.
     """
     try:
-        context = plan.make_context("qlora-plan", list(question.words))
+        context = reader.make_context("qlora-plan", list(question.words))
     except click.BadParameter as error:
         where = error.param.opts[0] if error.param is not None else ""
         raise request_error(where, "", error.message.rstrip("."), "Choose another value") from None

@@ -23,9 +23,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clusters.errors import Problem
+from launch import history
 from launch.api.answers import Answer, Question, Refused, Reply, outcome, refused, reported
 from launch.api.parameters import inputs, is_searched, problem_of, question_form, words_of
-from launch.plan import measured
 from launch.report.page import asset, environment
 from orchestrator.history import NOTHING_MEASURED, History
 from qlora_core.catalogue import list_models
@@ -52,7 +52,7 @@ _history = NOTHING_MEASURED
 
 def _begin() -> None:
     global _history
-    _history = measured()
+    _history = history.known()
 
 
 def _work(do: Callable[[Question, History], Reply], question: Question) -> Reply:
@@ -69,7 +69,7 @@ def application(offered: Sequence[str] = (), hosts: Sequence[str] = ("*",)) -> F
     names = [name for model in list_models() for name in (model.entry.name, *model.entry.aliases)]
     models = list(dict.fromkeys([*offered, *names]))
     form = question_form(models)
-    history = measured()
+    known = history.known()
     waiting = 0
 
     @asynccontextmanager
@@ -88,7 +88,7 @@ def application(offered: Sequence[str] = (), hosts: Sequence[str] = ("*",)) -> F
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     app.add_middleware(Guarded)
-    estimated = lru_cache(maxsize=4096)(lambda question: outcome(question, history))
+    estimated = lru_cache(maxsize=4096)(lambda question: outcome(question, known))
 
     @app.exception_handler(RequestValidationError)
     async def mistaken(_: Request, error: RequestValidationError) -> Response:

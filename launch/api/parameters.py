@@ -11,8 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from clusters.errors import Problem
 from clusters.gpu import list_gpus
-from launch.options import AUTO, NumberOrAuto, Tokens
-from launch.plan import plan
+from launch.options import AUTO, NumberOrAuto, Tokens, with_options
 
 ASKED = (
     "model",
@@ -51,10 +50,17 @@ MODULES = r"^[A-Za-z0-9_-]+(,[A-Za-z0-9_-]+)*$"
 TOKENS = r"^[0-9]{1,12}(\.[0-9]{1,6})?[kKmMbB]?$"
 
 
+@click.command("qlora-plan")
+@with_options
+def reader(**_options: Any) -> int:
+    """The command's options alone: what reads the words of a question."""
+    return 0
+
+
 @cache
 def options() -> dict[str, click.Option]:
     """The options of `qlora-plan` that a question may have, by name."""
-    by_name = {str(one.name): one for one in plan.params if isinstance(one, click.Option)}
+    by_name = {str(one.name): one for one in reader.params if isinstance(one, click.Option)}
     return {name: by_name[name] for name in ASKED}
 
 

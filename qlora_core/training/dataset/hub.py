@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clusters.errors import RequestError, first_line, request_error
 from qlora_core.huggingface.hub import HubId, well_asked
 from qlora_core.training.dataset.options import DataOptions
 from qlora_core.training.dataset.readers import PACKED, SUFFIXES, kind_of
-from qlora_core.training.dataset.sources import INSTEAD, Source, of_files
 
 PATTERNS = [f"*{suffix}{packed}" for suffix in SUFFIXES for packed in ("", PACKED)]
 CARD = "README.md"
 """Says which files belong to which config and split."""
 
 
-def fetch_dataset(hub: HubId, options: DataOptions) -> Source:
+class Fetched(NamedTuple):
+    """Files of a dataset, the folder that they lie in, and what names their content."""
+
+    files: list[Path]
+    folder: Path
+    digest: str
+
+
+def fetch_dataset(hub: HubId, options: DataOptions, instead: str) -> Fetched:
     """The dataset ``org/name`` or ``org/name@revision``; fetched into huggingface_hub's cache, and read from there.
+
+    Args:
+        instead: what else may be given, for who may not have it.
 
     Raises:
         RequestError: there is no such dataset, config or split, the Hub does not give it, or it is code.
     """
-    folder = snapshot(HubId(hub.repo, hub.revision or options.revision), options)
+    folder = snapshot(HubId(hub.repo, hub.revision or options.revision), options, instead)
     commit = folder.name
     files = data_files(folder, hub.repo, options)
     digest = f"{hub.repo}@{commit} config={options.config or 'default'} split={options.wanted_split}"
     if options.files is not None:
         digest += f" files={options.files}"
-    return of_files(files, folder, hub.repo, digest)
+    return Fetched(files, folder, digest)
 
 
-def snapshot(hub: HubId, options: DataOptions) -> Path:
+def snapshot(hub: HubId, options: DataOptions, instead: str) -> Path:
     """The folder of a dataset's files at one commit, which is the folder's name."""
-    asked = well_asked(hub, "data.path", INSTEAD, "dataset")
+    asked = well_asked(hub, "data.path", instead, "dataset")
     from huggingface_hub import snapshot_download
 
     from qlora_core.huggingface.hub_refusals import refusal

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from clusters.errors import Problem, RequestError, first_line, request_error
 from qlora_core.data import hub_dataset, is_address
+from qlora_core.training.dataset.hub import fetch_dataset
 from qlora_core.training.dataset.options import DataOptions
 from qlora_core.training.dataset.readers import Records, kind_of, read_file
 
@@ -54,9 +55,8 @@ def open_source(path: str, options: DataOptions) -> Iterator[Source]:
             yield on_disk(local, path, options)
         return
     if (hub := hub_dataset(path)) is not None:
-        from qlora_core.training.dataset.hub import fetch_dataset
-
-        yield fetch_dataset(hub, options)
+        files, folder, digest = fetch_dataset(hub, options, INSTEAD)
+        yield of_files(files, folder, hub.repo, digest)
         return
     yield on_disk(Path(path), path, options)
 
