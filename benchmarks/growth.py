@@ -97,7 +97,7 @@ def grown(name: str, rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     )
     for size, row in rows.items():
         error = row["predicted"] / row["measured"] - 1
-        sizes = f"{row['measured'] / MIB:,.1f} | {row['predicted'] / MIB:,.1f} | {error:+.1%}"
+        sizes = f"{row['measured'] / MIB:,.1f} | {row['predicted'] / MIB:,.1f} | {error:+z.1%}"
         yield f"| {int(size):,} | {row['seconds']:.3f} | {sizes} |"
     yield ""
 

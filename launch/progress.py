@@ -126,7 +126,7 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
     if failed:
         console.print(f"{len(record.attempts)} attempts; on the way: {', '.join(failed)}.", highlight=False)
     if before is not None and after is not None:
-        change = f" ({(after - before) / before:+.0%})"
+        change = f" ({(after - before) / before:+z.0%})"
         console.print(
             f"Evaluation loss on held-out examples: {before:.4f} before, {after:.4f} after{change}; "
             f"perplexity {perplexity(before):.2f} and {perplexity(after):.2f}",

@@ -130,7 +130,7 @@ def _grid() -> str:
     inside = sum(low <= row["reserved"] <= high for (low, high), row in zip(intervals, traced, strict=True))
     widths = [(high - low) / row["reserved"] for (low, high), row in zip(intervals, traced, strict=True)]
     far = [
-        [f"`{row['combination']}`", f"{100 * (ours['allocated'] / row['allocated'] - 1):+.1f}"]
+        [f"`{row['combination']}`", f"{100 * (ours['allocated'] / row['allocated'] - 1):+z.1f}"]
         for ours, row in zip(said, traced, strict=True)
         if abs(ours["allocated"] / row["allocated"] - 1) > grid.TOLERANCE
     ]
@@ -168,7 +168,7 @@ def _paper() -> str:
     rows = []
     for number in paper.paper_numbers():
         sizes = (number.weights, number.unpaged, number.paged)
-        cells = [f"{size / 1e9:.1f} ({number.error(size):+.0f} %)" for size in sizes]
+        cells = [f"{size / 1e9:.1f} ({number.error(size):+z.0f} %)" for size in sizes]
         rows.append([number.model, f"{number.bits} bit", f"{number.gigabytes:g}", *cells])
     head = ["model", "base", "the paper", "weights alone", "step, state on the GPU", "step, state paged out"]
     return f"""## The numbers of the paper
@@ -244,14 +244,14 @@ def _by_stack() -> str:
 
 def _shown(errors: Sequence[float]) -> list[str]:
     """Median of the absolute errors, mean, and the worst."""
-    return [f"{median(map(abs, errors)):.1f}", f"{fmean(errors):+.1f}", f"{max(errors, key=abs):+.1f}"]
+    return [f"{median(map(abs, errors)):.1f}", f"{fmean(errors):+z.1f}", f"{max(errors, key=abs):+z.1f}"]
 
 
 def _far() -> str:
     rows = []
     for far in far_rows():
         kind, text = far.explanation or ("not explained", "")
-        rows.append([far.scored.row.id, f"{far.scored.error:+.1f}", kind, text])
+        rows.append([far.scored.row.id, f"{far.scored.error:+z.1f}", kind, text])
     return f"""### Beyond {published.TOLERANCE:.0f} %, and why
 
 *{OLDER_QUANTIZER}*: {OLDER_QUANTIZER_IS}
@@ -265,7 +265,7 @@ def _all_rows() -> str:
         size = UNITS[one.row.unit]
         unit = one.row.unit.split()[0]
         rows.append(
-            [one.row.id, one.tier, f"{one.row.stated} {unit}", f"{one.predicted / size:.2f}", f"{one.error:+.1f}"]
+            [one.row.id, one.tier, f"{one.row.stated} {unit}", f"{one.predicted / size:.2f}", f"{one.error:+z.1f}"]
         )
     return f"""### All rows that are scored
 
@@ -360,5 +360,5 @@ def _gpu_cells(row: Mapping[str, Any]) -> list[str]:
     for figure in FIGURES:
         cells.append(f"{row['measured'][f'{figure}_bytes'] / 2**30:.2f}")
         errors = [row["errors_percent"].get(estimator, {}).get(figure) for estimator in ("formula", "trace")]
-        cells += ["-" if error is None else f"{error:+.1f}" for error in errors]
+        cells += ["-" if error is None else f"{error:+z.1f}" for error in errors]
     return cells

@@ -204,7 +204,7 @@ By the tokens of a micro-batch:
 def _summary(members: Sequence[Timed]) -> list[str]:
     errors = [one.error for one in members]
     inside = sum(one.inside for one in members)
-    return [str(len(members)), str(inside), f"{median(map(abs, errors)):.0f}", f"{fmean(errors):+.0f}"]
+    return [str(len(members)), str(inside), f"{median(map(abs, errors)):.0f}", f"{fmean(errors):+z.0f}"]
 
 
 def _outside() -> str:
@@ -238,7 +238,7 @@ def _on_gpu() -> str:
                     _seconds(said.seconds),
                     f"{_seconds(said.low)} to {_seconds(said.high)}",
                     "yes" if said.low <= seconds <= said.high else "**no**",
-                    f"{100 * (said.seconds / seconds - 1):+.0f}",
+                    f"{100 * (said.seconds / seconds - 1):+z.0f}",
                 ]
             )
         head = ["row", "measured, s", "expected, s", "interval, s", "inside", "error"]
@@ -288,7 +288,7 @@ def _rows() -> str:
                 _seconds(said.seconds),
                 f"{_seconds(said.low)} to {_seconds(said.high)}",
                 "yes" if one.inside else "**no**",
-                f"{one.error:+.0f}",
+                f"{one.error:+z.0f}",
                 f"{name} {100 * seconds / said.seconds:.0f} %",
             ]
         )

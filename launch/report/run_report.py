@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from launch.report.components import COMPONENT_TITLES, GROUPS
 from launch.report.document import DRAWS, Document, Section, drawn, write
 from launch.report.terminal import memory_rows
-from launch.report.words import gib, time_words, visible
+from launch.report.words import error, gib, time_words, visible
 from orchestrator.record import SAMPLES_NAME, RunRecord
 from qlora_core.perplexity import perplexity
 
@@ -144,7 +144,7 @@ def memory(record: RunRecord) -> Iterator[Section]:
     yield Section(
         "Memory of the fullest rank",
         ("phase", " predicted", " measured", " error"),
-        [(title, gib(guess), gib(seen), f"{(guess - seen) / seen:+.1%}") for title, guess, seen in found],
+        [(title, gib(guess), gib(seen), error(guess, seen)) for title, guess, seen in found],
         f"Measured: {record.measured['allocated_is']}. Predicted peak: {record.predicted['peak_moment']}.",
         draw=drawn("run", "predicted_and_measured", found),
     )
@@ -169,9 +169,7 @@ def held(sizes: Mapping[str, int], measured: Mapping[str, Any]) -> Iterator[Sect
         ("adapters", adapters, trained),
         ("all else", sum(sizes.values()) - base - adapters, measured["allocated_bytes"] - frozen - trained),
     )
-    rows = [
-        (title, gib(guess), gib(found), f"{(guess - found) / found:+.1%}") for title, guess, found in parts if found > 0
-    ]
+    rows = [(title, gib(guess), gib(found), error(guess, found)) for title, guess, found in parts if found > 0]
     yield Section("Its parts, measured", ("part", " predicted", " measured", " error"), rows)
 
 

@@ -18,7 +18,7 @@ from clusters.gpu import GIB, MIB
 from launch import command
 from launch.listing import parameters
 from launch.report.components import COMPONENT_TITLES
-from launch.report.words import gib, time_words
+from launch.report.words import error, gib, time_words
 from orchestrator.plans import Duration, Plan, Verdict
 from qlora_core.step_time import StepTime
 
@@ -302,7 +302,7 @@ def measured_table(predicted: Mapping[str, Any], measured: Mapping[str, Any]) ->
     for title in ("", "predicted", "measured", "error"):
         table.add_column(title, justify="left" if not title else "right")
     for title, guess, found in memory_rows(predicted, measured):
-        table.add_row(title, gib(guess), gib(found), f"{(guess - found) / found:+.1%}" if found else "-")
+        table.add_row(title, gib(guess), gib(found), error(guess, found))
     return table
 
 

@@ -17,6 +17,11 @@ def gib(value: int) -> str:
     return f"{value / GIB:.2f} GiB" if abs(value) >= GIB // 10 else f"{value / MIB:.2f} MiB"
 
 
+def error(predicted: int, measured: int) -> str:
+    """How far a prediction is off; above zero it is too high."""
+    return f"{(predicted - measured) / measured:+z.1%}" if measured else "-"
+
+
 def on_one_line(title: str) -> str:
     """A column's title, which a terminal shows on two lines."""
     return " ".join(title.split())
