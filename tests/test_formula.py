@@ -10,7 +10,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -382,6 +382,12 @@ def test_learning_has_no_size() -> None:
     assert {"method", "quantization", "rank", "targets", "lora_dtype", "upcast", "optimizer"} <= fields - LEARNING
 
 
+@example(  # its peak is when gradients are reduced, and no activations are left whose blocks could be too large
+    model("falcon-7b"),
+    recipe(rank=63, lora_dtype="bfloat16", upcast="peft", seq_len=64),
+    Strategy(zero_stage=1, gradient_checkpointing=False, loss="full", paged_optimizer=False),
+    A100,
+)
 @given(st.sampled_from(SMALL), recipes, strategies, devices)
 @settings(max_examples=30, deadline=None)
 def test_more_never_needs_less(

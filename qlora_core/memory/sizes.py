@@ -48,7 +48,9 @@ class Sizes:
         """By phase, what neither of them changes."""
         self._resident = {phase: sum(parts.values()) for phase, parts in self._parts.items()}
         self._optimizer = times.after_backward.total.plus(Size(fixed=self._resident["optimizer"]))
-        self._in_passes = _in_passes(times, self._resident)
+        self._too_large = self._growth is not None and not self._checkpointing
+        """Checkpoints come into room that was used before; what all layers keep, into segments of its own."""
+        self._in_passes = _in_passes(times, self._resident, apart=self._too_large)
 
     def reserved_bytes(self, micro_batch: int, seq_len: int) -> int:
         """The one figure of `estimate` that a search for the largest compares."""
@@ -57,8 +59,9 @@ class Sizes:
     def allocated_bytes(self, micro_batch: int, seq_len: int) -> int:
         """What a rank needs at least, however well its tensors are placed."""
         variables = _variables(micro_batch, seq_len)
-        most = _most(self._in_passes, variables)
-        return max(most + self._slack(variables), value(self._optimizer, variables))
+        slack = self._slack(variables)
+        most = [_most(totals, variables) + self._part(slack, keeping) for keeping, totals in self._in_passes.items()]
+        return max(*most, value(self._optimizer, variables))
 
     def segments(self, micro_batch: int, seq_len: int) -> int:
         """Bytes of all segments, before fragmentation; 0 on a CPU.
@@ -74,21 +77,19 @@ class Sizes:
     def estimate(self, micro_batch: int, seq_len: int, context_bytes: int, ranks: int) -> Estimate:
         """All that `formula.estimate` says, of so many ranks on a host."""
         stays, variables = self._stays, _variables(micro_batch, seq_len)
-        too_large = self._slack(variables)
+        slack = self._slack(variables)
         totals: dict[Phase, int] = {}
         moments: dict[Phase, Candidate] = {}
         for phase, candidates in self._candidates.items():
-            moments[phase] = highest(candidates, variables)
-            totals[phase] = self._resident[phase] + value(moments[phase].total, variables)
-            if phase != "optimizer":
-                totals[phase] += too_large
+            moments[phase], most = self._highest(candidates, variables, slack)
+            totals[phase] = self._resident[phase] + most
         peak_phase = max(totals, key=totals.__getitem__)
         peak, allocated = moments[peak_phase], totals[peak_phase]
         low, reserved, high = self._reserved(allocated, micro_batch, seq_len)
         return Estimate(
             "formula",
             GpuEstimate(
-                components=self._components(peak_phase, peak, variables),
+                components=self._components(peak_phase, peak, variables, slack),
                 phases=Phases(stays.load_peak, totals["forward"], totals["backward"], totals["optimizer"]),
                 peak_phase=peak_phase,
                 peak_moment=in_words(peak_phase, peak.where, self._layers),
@@ -108,28 +109,38 @@ class Sizes:
     def optimizer_step(self, micro_batch: int, seq_len: int) -> Components:
         """What is there while the optimizer works."""
         (candidate,) = self._candidates["optimizer"]
-        return self._components("optimizer", candidate, _variables(micro_batch, seq_len))
+        return self._components("optimizer", candidate, _variables(micro_batch, seq_len), 0)
 
     def highest(self, phase: Phase, candidates: Sequence[Candidate], micro_batch: int, seq_len: int) -> Components:
         """What is there at the highest of some moments of a pass."""
         variables = _variables(micro_batch, seq_len)
-        return self._components(phase, highest(candidates, variables), variables)
+        slack = self._slack(variables)
+        return self._components(phase, self._highest(candidates, variables, slack)[0], variables, slack)
 
-    def _components(self, phase: Phase, moment: Candidate, variables: Sequence[int]) -> Components:
+    def _highest(self, candidates: Sequence[Candidate], variables: Sequence[int], slack: int) -> tuple[Candidate, int]:
+        """The highest of some moments, and what is there beside what stays."""
+        if not slack:
+            found = highest(candidates, variables)
+            return found, value(found.total, variables)
+        sizes = [value(each.total, variables) + self._part(slack, each.keeping) for each in candidates]
+        most = max(sizes)
+        return candidates[sizes.index(most)], most
+
+    def _components(self, phase: Phase, moment: Candidate, variables: Sequence[int], slack: int) -> Components:
         """What is there at a moment."""
         parts = self._parts[phase].copy()
         for room, size in moment.rooms.items():
             parts[room] = parts.get(room, 0) + value(size, variables)
-        if phase != "optimizer":
-            parts["framework"] += self._slack(variables)
+        parts["framework"] += self._part(slack, moment.keeping)
         return Components(**parts)
 
     def _slack(self, variables: Sequence[int]) -> int:
-        """What blocks of the activations that all layers keep are too large.
+        """What blocks are too large of what all layers in between keep."""
+        return slack(self._growth.kept(variables)) if self._growth is not None and self._too_large else 0
 
-        Checkpoints come into room that was used before; what all layers keep, into segments of its own.
-        """
-        return 0 if self._growth is None or self._checkpointing else slack(self._growth.kept(variables))
+    def _part(self, slack: int, keeping: int) -> int:
+        """So many layers' of it."""
+        return slack * keeping // max(self._layers - 2, 1)
 
     def _reserved(self, allocated: int, micro_batch: int, seq_len: int) -> tuple[int, int, int]:
         """Reserved bytes: the least in nine cases of ten, what is typical, the most."""
@@ -155,23 +166,28 @@ class Least:
     def __init__(self, stays: Residents, times: Timeline) -> None:
         between = {component: size for component, size in stays.between.items() if component != "optimizer_state"}
         resident = {phase: sum(_sum(stays.loaded, between, added).values()) for phase, added in stays.added.items()}
-        self._in_passes = _in_passes(times, resident)
+        (self._in_passes,) = _in_passes(times, resident, apart=False).values()
 
     def bytes(self, micro_batch: int, seq_len: int) -> int:
         """In either pass."""
         return _most(self._in_passes, _variables(micro_batch, seq_len))
 
 
-def _in_passes(times: Timeline, resident: Mapping[Phase, int]) -> list[Total]:
-    """The candidates of both passes, with what stays meanwhile, that are the highest for some size."""
-    totals: list[tuple[Total]] = []
+def _in_passes(times: Timeline, resident: Mapping[Phase, int], *, apart: bool) -> dict[int, list[Total]]:
+    """The candidates of both passes, with what stays meanwhile, that are the highest for some size.
+
+    All of them, or `apart` those at which as many of the layers in between keep what the backward pass needs.
+    """
+    totals: dict[int, list[tuple[Total]]] = {}
     passing: tuple[tuple[Phase, tuple[Candidate, ...]], ...] = (
         ("forward", times.forward),
         ("backward", times.backward),
     )
     for phase, candidates in passing:
-        totals += [((resident[phase] + each.total.fixed, *each.total[1:]),) for each in candidates]
-    return [total for (total,) in above_others(totals)]
+        for each in candidates:
+            total = resident[phase] + each.total.fixed, *each.total[1:]
+            totals.setdefault(each.keeping if apart else 0, []).append((total,))
+    return {keeping: [total for (total,) in above_others(found)] for keeping, found in totals.items()}
 
 
 def _most(totals: Iterable[Total], variables: Sequence[int]) -> int:

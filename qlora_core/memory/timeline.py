@@ -54,6 +54,8 @@ class Peak(NamedTuple):
     where: Where
     place: int
     added: dict[Room, Size]
+    keeping: int
+    """How many of the layers in between keep what the backward pass needs."""
 
 
 class Candidate(NamedTuple):
@@ -62,6 +64,8 @@ class Candidate(NamedTuple):
     where: Where
     rooms: dict[Room, Size]
     total: Size
+    keeping: int
+    """As a `Peak`'s."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,7 +164,7 @@ def _whole(step: Step) -> Whole:
         forgotten = {room: size.times(-middle) for room, size in of_copies.items()}
     made = _made(step, middle)
     kept_after = _sum(kept, forgotten)
-    peaks = [*_with_middle(parts, kept, kept_after, made), *_after_flush(step, middle, parts, kept_after)]
+    peaks = [*_with_middle(parts, middle, kept, kept_after, made), *_after_flush(step, middle, parts, kept_after)]
     return Whole(moments, peaks, made, in_between)
 
 
@@ -177,7 +181,7 @@ def timeline(step: Step) -> Timeline:
     if step.reduced_after:
         added = _sum(made, {GRADIENTS: Size(fixed=step.reduced_after)})
         total = sum_of(left.values()).plus(Size(fixed=step.reduced_after))
-        peaks.append(Peak(total, ("backward", "gradient reduction"), end, added))
+        peaks.append(Peak(total, ("backward", "gradient reduction"), end, added, 0))
     gone: tuple[Room, ...] = () if step.output_held else ("activations", "logits_and_loss")
     if step.sharded or step.gradients == "moved":
         gone += (GRADIENTS, BUFFERS)
@@ -185,7 +189,7 @@ def timeline(step: Step) -> Timeline:
     return Timeline(
         forward=_candidates(moments, (peak for peak in peaks if peak.where[0] == "forward")),
         backward=_candidates(moments, (peak for peak in peaks if peak.where[0] == "backward")),
-        after_backward=Candidate(("backward", FIRST), rest, sum_of(rest.values())),
+        after_backward=Candidate(("backward", FIRST), rest, sum_of(rest.values()), 0),
         stretches=moments.stretches,
         kept=tuple((size, count) for (_, size), count in in_between.items() if _may_be_large(size)),
     )
@@ -236,7 +240,7 @@ def _peaks_by_part(log: Iterable[Change]) -> dict[Part, tuple[Peak, ...]]:
             by_where[where] = parts.setdefault((where[0], where[1]), [])
         by_where[where].append((total, where, place))
     return {
-        part: tuple(Peak(Size(*total), where, place, {}) for total, where, place in above_others(found))
+        part: tuple(Peak(Size(*total), where, place, {}, 0) for total, where, place in above_others(found))
         for part, found in parts.items()
     }
 
@@ -263,7 +267,7 @@ def _after_flush(
     left[GRADIENTS] = Size(fixed=step.part)
     more = sum_of(left.values())
     for peak in parts["backward", LAST]:
-        yield peak._replace(total=peak.total.plus(more), added=left)
+        yield peak._replace(total=peak.total.plus(more), added=left, keeping=middle - done)
 
 
 def _one_layer(kept: dict[Room, Size], middle: int) -> dict[Room, Size]:
@@ -273,6 +277,7 @@ def _one_layer(kept: dict[Room, Size], middle: int) -> dict[Room, Size]:
 
 def _with_middle(
     parts: Mapping[Part, Sequence[Peak]],
+    middle: int,
     kept: dict[Room, Size],
     kept_after: dict[Room, Size],
     gradients: dict[Room, Size],
@@ -284,18 +289,20 @@ def _with_middle(
     nothing: dict[Room, Size] = {}
     peaks: list[Peak] = []
     for (phase, part), found in parts.items():
-        added = nothing if phase == "forward" else gradients
+        added, keeping = nothing if phase == "forward" else gradients, 0
         if part not in ("embedding", FIRST):
-            added = kept if phase == "forward" else kept_after
+            added, keeping = kept if phase == "forward" else kept_after, middle
         more = sum_of(added.values())
-        peaks += [peak._replace(total=peak.total.plus(more), added=added) for peak in found]
+        peaks += [peak._replace(total=peak.total.plus(more), added=added, keeping=keeping) for peak in found]
     return sorted(peaks, key=lambda peak: peak.place)
 
 
 def _candidates(moments: Moments, peaks: Iterable[Peak]) -> tuple[Candidate, ...]:
     """Those of `peaks` that are the highest for some size."""
     kept = above_others(peaks)
-    return tuple(Candidate(peak.where, _sum(moments.rooms_at(peak.place), peak.added), peak.total) for peak in kept)
+    return tuple(
+        Candidate(peak.where, _sum(moments.rooms_at(peak.place), peak.added), peak.total, peak.keeping) for peak in kept
+    )
 
 
 def _sum(rooms: dict[Room, Size], more: dict[Room, Size]) -> dict[Room, Size]:
