@@ -188,6 +188,6 @@ def base_linear(tape: Tape, layer: Layer, x: Tensor, projection: Projection, row
         )
         return op.cast(tape, product, x.dtype)
     if projection.storage == "8bit":
-        return op.matmul_8bit(tape, x, rows, into, out)
+        return op.matmul_8bit(tape, x, rows, into, out, layer.shape.cuda)
     weight = parameter(tape, layer, into * out, layer.stream)
     return op.linear(tape, x, weight, rows, into, out, layer.narrow, layer.divided)

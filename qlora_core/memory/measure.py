@@ -223,6 +223,8 @@ def parameter_tensors(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
         yield part
     if (state := getattr(parameter, "quant_state", None)) is not None:
         yield from quantization_constants(state)
+    if isinstance(scales := getattr(parameter, "SCB", None), torch.Tensor):  # of an int8 weight's rows
+        yield scales
 
 
 def weight_bytes(model: nn.Module) -> tuple[int, int]:

@@ -433,19 +433,30 @@ def matmul_4bit(tape: Tape, x: Tensor, rows: Size, into: int, out: int, nested_b
     return output
 
 
-def matmul_8bit(tape: Tape, x: Tensor, rows: Size, into: int, out: int) -> Tensor:
+def matmul_8bit(tape: Tape, x: Tensor, rows: Size, into: int, out: int, cuda: bool) -> Tensor:
     """Bitsandbytes' MatMul8bitLt: keeps its input in `ctx.tensors`, not through save_for_backward.
 
-    No checkpoint sees such a tensor: it stays alive from the forward to the backward pass of every layer.
+    No checkpoint sees such a tensor, and the backward pass does not let go of it: it stays alive from the forward pass
+    of every layer for as long as the loss. On a CPU bitsandbytes takes MatMul8bitFp, which does the same, and
+    dequantizes the weight on the way there, too.
     """
     kept, dtype = x.alias(), x.dtype
 
+    def dequantized() -> Tensor:
+        return tape.new(Size(into * out), kept.dtype, "dequantization_workspace")
+
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
-        weight = tape.new(Size(into * out), kept.dtype, "dequantization_workspace")
+        weight = dequantized()
         of_x = tape.new(kept.numel, kept.dtype)
         del weight
+        tape.held.append(kept)
         return (of_x,)
 
+    if not cuda:
+        weight = dequantized()
+        output = tape.apply((x,), rows.times(out), dtype, backward)
+        del weight
+        return output
     half = cast(tape, x.alias(), "float16")
     quantized = tape.new(x.numel, "int8")
     scales = tape.new(rows, "float32")

@@ -141,6 +141,7 @@ def recorded(step: Step) -> Recording:
     tape.backward(held[0])
     log = list(tape.log)
     del held
+    tape.held.clear()
     tape.leaves.clear()  # they refer to the tape: no garbage is left to the cycle collector
     places: dict[Size, int] = {}
     changes = tuple((number, places.setdefault(size, len(places)), room, where) for number, size, room, where in log)

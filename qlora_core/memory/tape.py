@@ -209,6 +209,8 @@ class Tape:
         self.room: Room = "activations"
         self.frame: Frame | None = None
         self.leaves: list[Tensor] = []
+        self.held: list[Tensor] = []
+        """What nodes that have run hold by themselves: it is not let go of before the graph is."""
         self.copies: list[Tensor] = []
         """Autocast's cache: narrow copies of trained float32 leaves, until the outermost context ends."""
         self._order = 0
@@ -308,8 +310,10 @@ class Tape:
             with self.at("backward", *where, "recomputed"):
                 again = program(kept.alias(node=Node(LEAF_ORDER, (), arrive, where)))
             self.copies.clear()
+            held_before = len(self.held)
             if again.node is not None:
                 self.backward_from(again.node, gradient)
+            del self.held[held_before:]
             return arrived
 
         with self.inside(Frame(self, program, x)):

@@ -137,12 +137,14 @@ class Whole(NamedTuple):
         peaks: its candidate peaks, those of the layers in between included.
         made: what the backward pass of the layers in between leaves.
         in_between: what those layers keep meanwhile.
+        held: what of it stays, too, as long as the loss.
     """
 
     moments: Moments
     peaks: list[Peak]
     made: dict[Room, Size]
     in_between: Counter[Kept]
+    held: dict[Room, Size]
 
 
 def _whole(step: Step) -> Whole:
@@ -154,6 +156,7 @@ def _whole(step: Step) -> Whole:
     in_between = Counter[Kept]()
     kept: dict[Room, Size] = {}
     forgotten: dict[Room, Size] = {}
+    held: dict[Room, Size] = {}
     if middle:
         before, after = (alive[mark] for mark in marks)
         in_between = _kept_in_between(step, middle, before, after)
@@ -162,10 +165,15 @@ def _whole(step: Step) -> Whole:
         gone_by_then = recording.copies & after.keys() - before.keys() - alive[recording.forward_end].keys()
         of_copies = by_room({number: after[number] for number in gone_by_then})
         forgotten = {room: size.times(-middle) for room, size in of_copies.items()}
+        of_one = alive[len(recording.changes)].keys() & after.keys() - before.keys()
+        held = {room: size.times(middle) for room, size in by_room({n: after[n] for n in of_one}).items()}
     made = _made(step, middle)
     kept_after = _sum(kept, forgotten)
-    peaks = [*_with_middle(parts, middle, kept, kept_after, made), *_after_flush(step, middle, parts, kept_after)]
-    return Whole(moments, peaks, made, in_between)
+    peaks = [
+        *_with_middle(parts, middle, kept, kept_after, _sum(made, held)),
+        *_after_flush(step, middle, parts, kept_after),
+    ]
+    return Whole(moments, peaks, made, in_between, held)
 
 
 @lru_cache(maxsize=1024)
@@ -175,11 +183,11 @@ def timeline(step: Step) -> Timeline:
     Raises:
         ValueError: nothing is trained.
     """
-    moments, peaks, made, in_between = _whole(step)
+    moments, peaks, made, in_between, held = _whole(step)
     end = len(moments.recording.changes)
-    left = _sum(moments.rooms_at(end), made)
+    left = _sum(moments.rooms_at(end), _sum(made, held))
     if step.reduced_after:
-        added = _sum(made, {GRADIENTS: Size(fixed=step.reduced_after)})
+        added = _sum(_sum(made, held), {GRADIENTS: Size(fixed=step.reduced_after)})
         total = sum_of(left.values()).plus(Size(fixed=step.reduced_after))
         peaks.append(Peak(total, ("backward", "gradient reduction"), end, added, 0))
     gone: tuple[Room, ...] = () if step.output_held else ("activations", "logits_and_loss")
@@ -201,7 +209,7 @@ def course(step: Step) -> list[tuple[Part, tuple[Candidate, ...]]]:
     Raises:
         ValueError: nothing is trained.
     """
-    moments, peaks, _, _ = _whole(step)
+    moments, peaks, *_ = _whole(step)
     parts: dict[Part, list[Peak]] = {}
     for peak in peaks:
         parts.setdefault((peak.where[0], peak.where[1]), []).append(peak)
@@ -280,7 +288,7 @@ def _with_middle(
     middle: int,
     kept: dict[Room, Size],
     kept_after: dict[Room, Size],
-    gradients: dict[Room, Size],
+    left: dict[Room, Size],
 ) -> list[Peak]:
     """Each with the layers between the first and the last: before they run, after, or after their backward pass.
 
@@ -289,7 +297,7 @@ def _with_middle(
     nothing: dict[Room, Size] = {}
     peaks: list[Peak] = []
     for (phase, part), found in parts.items():
-        added, keeping = nothing if phase == "forward" else gradients, 0
+        added, keeping = nothing if phase == "forward" else left, 0
         if part not in ("embedding", FIRST):
             added, keeping = kept if phase == "forward" else kept_after, middle
         more = sum_of(added.values())

@@ -82,6 +82,7 @@ class Case(NamedTuple):
 AUTOCAST = (("autocast", True),)
 FULL = (("method", "full"), ("quantization", "none"))
 SIXTEEN_BIT = (("method", "lora"), ("quantization", "none"))
+INT8 = (("quantization", "int8"), ("double_quantization", False))
 ALONE = [
     Case(),
     Case(accumulation=2, optimizer="adamw_8bit"),
@@ -91,12 +92,13 @@ ALONE = [
     Case(accumulation=2, optimizer="adamw_8bit", dtype="bfloat16", changes=FULL),
     Case(accumulation=2, changes=(("use_dora", True), ("dropout", 0.1), ("loraplus_lr_ratio", 4.0))),
     Case(changes=(("neftune_alpha", 5.0),)),
-    Case(changes=(("quantization", "int8"), ("double_quantization", False))),
+    Case(changes=INT8),
+    Case(changes=(*INT8, ("targets", ("q_proj", "v_proj")))),
     Case(dtype="bfloat16", changes=(("quantization", "fp4"), ("double_quantization", False))),
     Case(accumulation=2, dtype="bfloat16", changes=AUTOCAST),
     Case(checkpointing=False, dtype="bfloat16", changes=AUTOCAST),
     Case(loss="full", dtype="bfloat16", changes=AUTOCAST),
-    Case(dtype="bfloat16", changes=(("quantization", "int8"), ("double_quantization", False), *AUTOCAST)),
+    Case(dtype="bfloat16", changes=(*INT8, *AUTOCAST)),
     Case(dtype="bfloat16", changes=(*SIXTEEN_BIT, *AUTOCAST)),
     Case(dtype="bfloat16", changes=(*FULL, *AUTOCAST)),
 ]
