@@ -91,9 +91,9 @@ def measured_second_step(
         casts = torch.autocast("cpu", torch.bfloat16, enabled=asked.under_autocast, cache_enabled=plain_autocast)
         with meter.phase("forward"), casts:
             if asked.packing:
-                loss = loss_of(tokens, None, tokens, torch.arange(asked.seq_len).expand_as(tokens) % 40)
+                loss = loss_of(tokens, tokens, torch.arange(asked.seq_len).expand_as(tokens) % 40)
             else:
-                loss = loss_of(tokens, torch.ones_like(tokens), tokens)
+                loss = loss_of(tokens, tokens)
         with meter.phase("backward"):
             loss.backward()
         with meter.phase("optimizer"):

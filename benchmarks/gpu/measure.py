@@ -34,14 +34,13 @@ class HeldOutput(SummedLoss):
     def forward(
         self,
         input_ids_BS: torch.Tensor,
-        attention_mask_BS: torch.Tensor | None,
         labels_BS: torch.Tensor,
         position_ids_BS: torch.Tensor | None = None,
     ) -> Any:
         """The summed loss, as `SummedLoss` gives it."""
         self.output: Any = self.model(
             input_ids=input_ids_BS,
-            attention_mask=attention_mask_BS,
+            attention_mask=torch.ones_like(input_ids_BS),
             position_ids=position_ids_BS,
             labels=labels_BS,
             use_cache=False,
@@ -163,7 +162,7 @@ def batch(case: Case, base: nn.Module, device: torch.device) -> dict[str, torch.
     vocabulary: int = base.config.vocab_size  # type: ignore[union-attr,assignment]  # transformers' config
     shape = (case.strategy.micro_batch, case.recipe.seq_len)
     tokens_BS = torch.randint(vocabulary, shape, device=device)
-    return {"input_ids_BS": tokens_BS, "attention_mask_BS": torch.ones_like(tokens_BS), "labels_BS": tokens_BS}
+    return {"input_ids_BS": tokens_BS, "labels_BS": tokens_BS}
 
 
 def process(job: Job, start: Start) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training, set_peft_model_state_dict
@@ -35,7 +35,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
-        self.seen: list[Mapping[str, torch.Tensor | None]] = []
+        self.seen: list[Mapping[str, torch.Tensor]] = []
 
     def event(self, kind: str, **facts: Any) -> None:
         """See `qlora_core.training.loop.Observer`."""
@@ -73,16 +73,14 @@ def ours(specification: Path) -> dict[str, Any]:
     watch = Watch()
     loss = run.engine.loss
 
-    def recorded(batch: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
+    def recorded(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         watch.seen.append(batch)
         return loss(batch)
 
     run.engine.loss = recorded  # type: ignore[method-assign]
     train(run, watch, None)
     names = {"input_ids": "input_ids_BS", "labels": "labels_BS"}
-    stacked = {
-        name: torch.stack([cast(torch.Tensor, batch[key]) for batch in watch.seen]) for name, key in names.items()
-    }
+    stacked = {name: torch.stack([batch[key] for batch in watch.seen]) for name, key in names.items()}
     save_file(stacked, specification.with_name(BATCHES))
     return {
         "seconds": [step["seconds"] for step in watch.steps],

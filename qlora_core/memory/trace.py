@@ -271,7 +271,7 @@ class Run:
             output = self.model(input_ids=tokens, labels=tokens, use_cache=False)
             held.append(output)
             return cast(torch.Tensor, output.loss)
-        return cast(torch.Tensor, self.loss_of(tokens, None, tokens, tokens if self.recipe.packing else None))
+        return cast(torch.Tensor, self.loss_of(tokens, tokens, tokens if self.recipe.packing else None))
 
     def _make_buckets(self) -> None:
         """DistributedDataParallel's buckets, of which all gradients are views from then on."""

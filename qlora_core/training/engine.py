@@ -28,7 +28,7 @@ class Engine(Protocol):
     def rehearsal(self) -> AbstractContextManager[None]:
         """Forward and backward passes run inside that are of no step: the gradient of their loss must be 0."""
 
-    def loss(self, batch: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
+    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The summed loss of one micro-batch, shape []."""
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -96,7 +96,7 @@ class DeepSpeedEngine:
         # the way back to counting micro-batches, which set_gradient_accumulation_boundary has not (0.19.8)
         self._engine._is_gradient_accumulation_boundary = None
 
-    def loss(self, batch: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
+    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """See `Engine`."""
         return cast(torch.Tensor, self._engine(**batch))
 

@@ -48,7 +48,7 @@ class TorchEngine:
             yield
         self.optimizer.zero_grad(set_to_none=True)
 
-    def loss(self, batch: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
+    def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """See `Engine`."""
         return cast(torch.Tensor, self._replica(**batch))
 

@@ -16,7 +16,7 @@ from qlora_core.training.sampling import Order, micro_batches
 
 IGNORED = -100
 """Label of a token that is not learned, as in transformers."""
-Batch = Mapping[str, torch.Tensor | None]
+Batch = Mapping[str, torch.Tensor]
 """A micro-batch: what `SummedLoss` is called with."""
 
 
@@ -52,21 +52,19 @@ class Examples(Sequence[tuple[torch.Tensor, torch.Tensor]]):
         return [lines[index].decode() or f"number {index + 1}" for index in indexes]
 
     def batch(self, indexes: Sequence[int], pad_token: int, device: torch.device) -> Batch:
-        """The examples of a micro-batch as [B, S] tensors, padded on the right to its longest."""
+        """The examples of a micro-batch as [B, S] tensors, padded on the right to its longest.
+
+        There is no attention mask: no token attends to what comes after it, and padding has no label. With one,
+        transformers would leave flash attention, and keep grouped keys and values as copies for all heads.
+        """
         width = max(self.lengths[index] for index in indexes)
         ids_BS = torch.full((len(indexes), width), pad_token)
-        mask_BS = torch.zeros((len(indexes), width), dtype=torch.long)
         labels_BS = torch.full((len(indexes), width), IGNORED)
         for row, index in enumerate(indexes):
             ids, learned = self[index]
             ids_BS[row, : len(ids)] = ids
-            mask_BS[row, : len(ids)] = 1
             labels_BS[row, : len(ids)] = torch.where(learned, ids, IGNORED)
-        return {
-            "input_ids_BS": ids_BS.to(device),
-            "attention_mask_BS": mask_BS.to(device),
-            "labels_BS": labels_BS.to(device),
-        }
+        return {"input_ids_BS": ids_BS.to(device), "labels_BS": labels_BS.to(device)}
 
 
 class Rows:
@@ -115,8 +113,8 @@ class Rows:
     def batch(self, rows: Sequence[int], pad_token: int, device: torch.device) -> Batch:
         """The rows of a micro-batch as [B, S] tensors, padded on the right to its longest.
 
-        Packed rows have positions that begin anew with each example instead of an attention mask: by these
-        transformers tells examples apart (masking_utils.py, find_packed_sequence_indices), in padding too.
+        Packed rows have positions that begin anew with each example: by these transformers tells examples apart
+        (masking_utils.py, find_packed_sequence_indices), in padding too.
         """
         if not self._packed:
             return self._examples.batch([self.members[row][0] for row in rows], pad_token, device)
@@ -137,7 +135,6 @@ class Rows:
             positions_BS[place, start:] = torch.arange(width - start)
         return {
             "input_ids_BS": ids_BS.to(device),
-            "attention_mask_BS": None,
             "position_ids_BS": positions_BS.to(device),
             "labels_BS": labels_BS.to(device),
         }

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -237,7 +237,7 @@ def rehearse(run: TrainingRun, observer: Observer) -> None:
 
 def all_learned(batch: Batch) -> Batch:
     """`batch` with every token of it as its own label."""
-    return {**batch, "labels_BS": cast(torch.Tensor, batch["input_ids_BS"]).clone()}
+    return {**batch, "labels_BS": batch["input_ids_BS"].clone()}
 
 
 def one_step(run: TrainingRun, step: int, observer: Observer) -> Step:

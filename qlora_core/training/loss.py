@@ -47,18 +47,17 @@ class SummedLoss(nn.Module):
     def forward(
         self,
         input_ids_BS: torch.Tensor,
-        attention_mask_BS: torch.Tensor | None,
         labels_BS: torch.Tensor,
         position_ids_BS: torch.Tensor | None = None,
     ) -> Any:
         """The sum of -log p(label) over all labelled tokens, float32, shape [].
 
         Args:
-            attention_mask_BS: None without padding, and for packed rows.
+            input_ids_BS: padded on the right, where at all.
             position_ids_BS: of packed rows: where they begin anew, another example does.
         """
         with self.autocast(input_ids_BS.device):
-            return self._loss(input_ids_BS, attention_mask_BS, labels_BS, position_ids_BS)
+            return self._loss(input_ids_BS, labels_BS, position_ids_BS)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[None]:
         """The context in which the model computes."""
@@ -70,14 +69,13 @@ class SummedLoss(nn.Module):
     def _loss(
         self,
         input_ids_BS: torch.Tensor,
-        attention_mask_BS: torch.Tensor | None,
         labels_BS: torch.Tensor,
         position_ids_BS: torch.Tensor | None,
     ) -> torch.Tensor:
         """See `forward`."""
         causal = cast(Any, self.model)
         transformer = causal.get_base_model() if isinstance(causal, PeftModel) else causal
-        inputs = {"input_ids": input_ids_BS, "attention_mask": attention_mask_BS, "use_cache": False}
+        inputs = {"input_ids": input_ids_BS, "use_cache": False}
         if position_ids_BS is not None:
             if transformer.config._attn_implementation == "flash_attention_2":
                 # transformers tells packed examples apart for flash attention in a single row only

@@ -28,7 +28,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
             raise request_error(
                 "model", model, "its tokenizer has neither a pad nor an end token", "Name them in tokenizer_config.json"
             )
-        # Padding is masked out of attention and loss, so any token serves.
+        # No token attends to padding behind it, and none is learned there, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer

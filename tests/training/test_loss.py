@@ -26,7 +26,7 @@ def test_it_is_the_sum_that_transformers_takes_the_mean_of(tiny_base: Path, kind
     mask[1, 25:] = 0
     labels = ids.masked_fill(mask == 0, IGNORED)
     labels[:, :10] = IGNORED
-    loss = SummedLoss(base, "full" if kind == "full" else "chunked")(ids, mask, labels)
+    loss = SummedLoss(base, "full" if kind == "full" else "chunked")(ids, labels)
     learned = int((labels[:, 1:] != IGNORED).sum())
     expected = base(input_ids=ids, attention_mask=mask, labels=labels).loss
     assert float(loss.detach()) / learned == pytest.approx(float(expected.detach()), rel=1e-6)

@@ -35,7 +35,7 @@ def gradients(module: SummedLoss) -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     ids = torch.randint(5, 200, (2, 24))
     module.zero_grad()
-    module(ids, torch.ones_like(ids), ids).backward()
+    module(ids, ids).backward()
     return {name: parameter.grad.clone() for name, parameter in trainable(module).items() if parameter.grad is not None}
 
 
@@ -83,7 +83,7 @@ def test_an_evaluation_does_not_change_the_gradients_of_later_steps(tiny_base: P
     before = gradients(module)
     with evaluation(module):
         ids = torch.arange(5, 25).unsqueeze(0)
-        module(ids, torch.ones_like(ids), ids)
+        module(ids, ids)
     after = gradients(module)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -104,7 +104,7 @@ def test_the_residual_stream_stays_in_the_compute_dtype_though_adapters_are_floa
     for layer in model.get_base_model().model.layers:
         layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     ids = torch.arange(5, 25).unsqueeze(0)
-    SummedLoss(model, "chunked")(ids, torch.ones_like(ids), ids).backward()
+    SummedLoss(model, "chunked")(ids, ids).backward()
     assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
     assert len(seen) >= 2  # once more where they are recomputed
     assert set(seen) == {torch.bfloat16}
@@ -154,7 +154,7 @@ def test_under_autocast_no_copy_of_an_adapter_outlives_its_use(
     monkeypatch.setattr(model, "forward", lambda **_: seen.append(torch.is_autocast_cache_enabled()))
     ids = torch.randint(5, 200, (2, 24))
     with pytest.raises(AttributeError):  # what was put in the model's place has no loss
-        SummedLoss(model, "full", torch.bfloat16)(ids, None, ids)
+        SummedLoss(model, "full", torch.bfloat16)(ids, ids)
     assert seen == [False]
 
 
@@ -177,7 +177,7 @@ def test_under_autocast_loss_and_gradients_are_those_of_torchs_own_context_aroun
     expected = {name: cast(torch.Tensor, weight.grad).clone() for name, weight in trainable(model).items()}
     model.zero_grad()
     tokens = ids[:, 1:].numel()
-    loss = SummedLoss(model, "full", autocast_dtype(recipe, "bfloat16"))(ids, torch.ones_like(ids), ids) / tokens
+    loss = SummedLoss(model, "full", autocast_dtype(recipe, "bfloat16"))(ids, ids) / tokens
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-6)
     for name, weight in trainable(model).items():
@@ -196,7 +196,7 @@ def test_under_autocast_an_adapters_input_is_neither_widened_nor_copied(
     for layer in layers:
         layer.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
         layer.lora_A["default"].register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
-    module(*3 * [torch.randint(5, 200, (2, 24))])
+    module(*2 * [torch.randint(5, 200, (2, 24))])
     assert len(taken) == 2 * len(layers) > 0
     assert all(given is came for came, given in zip(taken[::2], taken[1::2], strict=True))
 
@@ -209,4 +209,4 @@ def test_answers_are_given_by_adapters_that_run_under_autocast_alone(tiny_base: 
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     answers = sample_answers(module, tokenizer, Examples(tmp_path / "x.safetensors"), 1, CPU, max_tokens=4)
     assert len(answers) == 1
-    assert module(*3 * [torch.randint(5, 200, (1, 8))]).dtype == torch.float32
+    assert module(*2 * [torch.randint(5, 200, (1, 8))]).dtype == torch.float32

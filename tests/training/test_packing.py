@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_core.architecture import MIXES_PACKED
+from qlora_core.memory.measure import StorageTracker
 from qlora_core.recipe import Recipe
 from qlora_core.training.dataset.tokens import Encoded, save_examples
 from qlora_core.training.examples import Examples, Rows
@@ -45,6 +46,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
 }
+OLDER: dict[str, dict[str, Any]] = {
+    "bloom": {"n_layer": 2, "n_head": 4, "hidden_size": 32},
+    "falcon": {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "alibi": False},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "activation_dropout": 0.0, "dropout": 0.0},
+}
+"""Their configs have names of their own for the shape; the defaults of what is not named are small enough here."""
 SDPA_TOO = ("llama", "qwen3", "mistral", "gemma3_text", "gpt_neox")
 
 
@@ -103,15 +110,46 @@ def test_the_loss_of_packed_examples_and_its_gradient_are_those_of_each_alone(
         torch.testing.assert_close(gradients_packed[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "attention"),
+    [(name, "eager") for name in (*MODELS, *OLDER)] + [(name, "sdpa") for name in (*SDPA_TOO, "falcon", "opt")],
+)
+def test_examples_that_are_padded_in_one_batch_learn_what_each_learns_alone(
+    tmp_path: Path, model_type: str, attention: str
+) -> None:
+    """Though no attention mask says what padding is."""
+    model = causal_model(model_type, attention, **OLDER.get(model_type, {}))
+    rows = Rows(written(tmp_path, [11, 3, 20, 7]), recipe(False), seed=0)
+    summed, found = SummedLoss(model.eval(), "full"), []
+    for batches in ([[0], [1], [2], [3]], [[0, 1, 2, 3]]):
+        model.zero_grad()
+        losses = [summed(**rows.batch(batch, 0, CPU)) for batch in batches]
+        total = sum(losses)
+        total.backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        found.append((float(total.detach()), gradients))
+    (alone, gradients_alone), (padded, gradients_padded) = found
+    assert padded == pytest.approx(alone, rel=1e-6)
+    for name, gradient in gradients_alone.items():
+        torch.testing.assert_close(gradients_padded[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_padded_micro_batch_needs_no_more_than_a_full_one(tmp_path: Path) -> None:
+    """With a mask, grouped keys and values would be copied out to all heads, and kept beside the mask."""
+    peaks = []
+    for lengths in ([32, 32, 32], [32, 20, 5]):
+        rows = Rows(written(tmp_path, lengths), recipe(False), seed=0)
+        summed = SummedLoss(causal_model("llama", "sdpa"), "full")
+        batch = rows.batch([0, 1, 2], 0, CPU)
+        with StorageTracker() as tracker:
+            summed(**batch).backward()
+        peaks.append(tracker.peak)
+    assert peaks[1] == peaks[0]
+
+
 @pytest.mark.parametrize("model_type", sorted(MIXES_PACKED - {"gpt_oss", "mpt"}))
 def test_a_model_that_is_refused_would_mix_what_is_packed(tmp_path: Path, model_type: str) -> None:
-    """Their configs have names of their own for the shape; the defaults of what is not named are small enough here."""
-    shapes: dict[str, dict[str, Any]] = {
-        "bloom": {"n_layer": 2, "n_head": 4, "hidden_size": 32},
-        "falcon": {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "alibi": False},
-        "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "activation_dropout": 0.0, "dropout": 0.0},
-    }
-    summed = SummedLoss(causal_model(model_type, "eager", **shapes[model_type]).eval(), "full")
+    summed = SummedLoss(causal_model(model_type, "eager", **OLDER[model_type]).eval(), "full")
     examples = written(tmp_path, [11, 13])
     together, alone = Rows(examples, recipe(True), seed=0), Rows(examples, recipe(False), seed=0)
     packed = float(summed(**together.batch([0], 0, CPU)).detach())
