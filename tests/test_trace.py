@@ -159,6 +159,28 @@ def test_the_formula_says_what_the_trace_says_under_autocast(
     assert by_formula.allocated_bytes == pytest.approx(by_trace.allocated_bytes, rel=0.01)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "seq_len", "strategy"),
+    [
+        # the output head's gradient waits for the embedding's, and the sum of both is a third
+        ("smollm2-135m", 128, Strategy(gradient_accumulation=2)),
+        # a norm that multiplies in float32 keeps its input in float32
+        ("gemma-3-1b", 512, Strategy(micro_batch=2, gradient_checkpointing=False, loss="full")),
+        # one key for all heads, cut out of a fused projection by its number
+        ("falcon-7b", 512, Strategy()),
+    ],
+)
+def test_the_formula_says_what_the_trace_says_where_all_weights_are_trained(
+    model: str, seq_len: int, strategy: Strategy
+) -> None:
+    asked = recipe(method="full", quantization="none", double_quantization=False, autocast=False, seq_len=seq_len)
+    request = find_model(model), asked, dataclasses.replace(strategy, paged_optimizer=False), A100
+    by_trace, by_formula = trace.estimate(*request).gpu.phases, formula.estimate(*request).gpu.phases
+    for phase in ("forward", "backward", "optimizer"):
+        assert getattr(by_formula, phase) == pytest.approx(getattr(by_trace, phase), rel=grid.TOLERANCE), phase
+
+
 def test_the_constants_of_fragmentation_are_those_of_the_traced_grid() -> None:
     assert grid.fragmentation(checkpointing=True) == reserve.CHECKPOINTED
     assert grid.fragmentation(checkpointing=False) == reserve.KEPT

@@ -67,6 +67,8 @@ def norm(tape: Tape, layer: Layer, x: Tensor, rows: Size) -> Tensor:
         x = op.cast(tape, x, "float32")
         variance = op.row_mean(tape, op.square(tape, x), rows)
         x = op.multiply(tape, x, op.reciprocal_root(tape, variance))
+        if layer.wide_norm:
+            return op.cast(tape, op.multiply_weight(tape, x, weight), dtype)
         return op.multiply_weight(tape, op.cast(tape, x, dtype), weight)
 
 

@@ -52,6 +52,8 @@ PARTIAL_ROTARY = {
 """By model type: the config's field of the part of a head that is rotated, and its default (configuration_*.py)."""
 HEAD_NORM_FAMILIES = frozenset({"olmo3", "qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmoe"})
 """Model types that normalise queries and keys too."""
+WIDE_NORM_FAMILIES = frozenset({"gemma", "gemma2", "gemma3_text", "olmo2", "olmo3"})
+"""Model types whose RMSNorm multiplies by its weight before it narrows the product, where Llama's does after."""
 SCALED_FAMILIES = frozenset({"granite", "granitemoe"})
 """Model types whose embedding and residuals are multiplied by numbers of the config."""
 ROUTER_SCORES: dict[str, Scores] = {"mixtral": "softmax_wide", "granitemoe": "top_k_wide", "gpt_oss": "top_k"}
@@ -334,6 +336,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         experts=_experts(architecture, recipe, device),
         shared_gate=next(map(project, shared[3:]), None),
         scaled_norm=architecture.norm == "rms",
+        wide_norm=architecture.model_type in WIDE_NORM_FAMILIES,
         norms=architecture.norms_per_layer,
         activation=_activation(architecture),
         scaled=architecture.model_type in SCALED_FAMILIES,

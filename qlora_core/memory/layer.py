@@ -56,6 +56,7 @@ class Layer(NamedTuple):
         compute, stream, lora: dtypes of matrix products, of the unquantized weights and with them the residual stream,
             and of the adapters.
         scaled_norm: RMSNorm; LayerNorm otherwise.
+        wide_norm: it multiplies by its weight in float32, and narrows the product.
         norms: norms of a layer: four where the outputs of attention and feed-forward are normalised too (Gemma 2, 3);
             in a parallel layer one or two.
         activation: how it is computed.
@@ -77,6 +78,7 @@ class Layer(NamedTuple):
     experts: Experts | None
     shared_gate: Projection | None
     scaled_norm: bool
+    wide_norm: bool
     norms: int
     activation: Activation
     scaled: bool

@@ -176,6 +176,8 @@ def matmul_weight(tape: Tape, x: Tensor, weight: Tensor, rows: Size, in_features
         if of_x is not None and of_x.storage is not None:
             of_x.storage.holders += 1  # it is a view of [T, in_features] as [B, S, in_features], which keeps its base
         of_weight = tape.new(Size(in_features * out_features), gradient.dtype) if trained else None
+        if of_weight is not None and of_weight.storage is not None:
+            of_weight.storage.holders += 1  # and this one the transposed product
         return of_x, of_weight
 
     saves = ((x,) if trained else ()) + ((weight,) if needs_input else ())

@@ -210,7 +210,7 @@ def _add_to_numbered_rows(recorder: Recorder, func: Any, args: Any, kwargs: Any)
     """
     if not recorder.cuda or func in IN_PLACE or not _in_backward():
         return recorder.run(func, args, kwargs)
-    rows = args[1][0].numel()
+    rows = next(index for index in args[1] if index is not None).numel()
     undo = [recorder.brief(8 * rows) for _ in range(3)]
     for release in undo:
         release()

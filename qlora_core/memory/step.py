@@ -14,9 +14,7 @@ from qlora_core.memory.experts import trainable_numel
 from qlora_core.memory.layer import ROW, Layer, Positions, module, parameter
 from qlora_core.memory.tape import (
     ITEMSIZE,
-    LEAF_ORDER,
     Change,
-    Node,
     Room,
     Size,
     Tape,
@@ -141,6 +139,7 @@ def recorded(step: Step) -> Recording:
     tape.backward(held[0])
     log = list(tape.log)
     del held
+    tape.tied = None
     tape.held.clear()
     tape.leaves.clear()  # they refer to the tape: no garbage is left to the cycle collector
     places: dict[Size, int] = {}
@@ -241,8 +240,7 @@ def embedding(tape: Tape, step: Step) -> Tensor:
     numel = ROW.times(layer.hidden)
     weight = parameter(tape, layer, step.vocab * layer.hidden, layer.stream)
     if layer.trained and step.tied:
-        # added to the output head's gradient, which is there already
-        weight.node = Node(LEAF_ORDER, (), lambda gradient: (), tape.where[1:])
+        tape.tied = weight
     output = tape.apply(
         (weight,), numel, layer.stream, lambda gradient, saved: (tape.new(weight_numel, gradient.dtype),)
     )
@@ -254,7 +252,8 @@ def embedding(tape: Tape, step: Step) -> Tensor:
 def head(tape: Tape, step: Step, hidden: Tensor, rows: Size) -> Tensor:
     """The output head: [rows, H] -> [rows, V]."""
     layer = step.layer
-    weight = parameter(tape, layer, step.vocab * layer.hidden, layer.stream)
+    # the output head's gradient of a tied weight waits for the embedding's
+    weight = tape.tied or parameter(tape, layer, step.vocab * layer.hidden, layer.stream)
     return op.linear(tape, hidden, weight, rows, layer.hidden, step.vocab, layer.narrow, layer.divided)
 
 

@@ -211,6 +211,8 @@ class Tape:
         self.leaves: list[Tensor] = []
         self.held: list[Tensor] = []
         """What nodes that have run hold by themselves: it is not let go of before the graph is."""
+        self.tied: Tensor | None = None
+        """A trained weight that is used twice: the embedding's, which is the output head's, too."""
         self.copies: list[Tensor] = []
         """Autocast's cache: narrow copies of trained float32 leaves, until the outermost context ends."""
         self._order = 0
@@ -284,7 +286,7 @@ class Tape:
                 self.leaves.extend((gradient, kept))
             return ()
 
-        tensor.node = Node(LEAF_ORDER, (), accumulate, self.where[1:])
+        tensor.node = Node(LEAF_ORDER, (), accumulate, self.where[1:], room)
         return tensor
 
     def checkpoint(self, program: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -351,7 +353,10 @@ class Tape:
                     self._add(buffers, edge, arrived)
                 arrived = None
                 waiting[edge] -= 1
-                if not waiting[edge]:
+                if waiting[edge]:
+                    if edge.room == "gradients":  # a tied weight's, which waits for the rest of it
+                        self._move(buffers[edge], "gradients")
+                else:
                     pushed += 1
                     heapq.heappush(ready, (-edge.order, pushed, edge))
         self.where, self.room = outer
@@ -362,6 +367,10 @@ class Tape:
         edges = list(node.edges)
         node.backward, node.edges = _released, ()
         return edges[::-1], gradients[::-1]
+
+    def _move(self, tensor: Tensor, room: Room) -> None:
+        if tensor.storage is not None:
+            tensor.storage.move(room)
 
     def _add(self, buffers: dict[Node, Tensor], edge: Node, gradient: Tensor) -> None:
         """Sum gradients as torch/csrc/autograd/input_buffer.cpp does: in place where nobody else refers to the sum."""
