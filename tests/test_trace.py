@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_formula import TINY, measured_second_step, recipe, tiny_folder
+from transformers import AutoConfig
 
 from benchmarks.accuracy import grid
 from benchmarks.accuracy.grid import Combination, combinations, figures
@@ -17,6 +18,7 @@ from benchmarks.accuracy.t4 import FIGURES, by_trace, t4_rows
 from clusters.errors import RequestError
 from qlora_core.catalogue import find_model
 from qlora_core.huggingface.config import architecture_from_config
+from qlora_core.huggingface.families import DECODERS
 from qlora_core.memory import formula, reserve, trace
 from qlora_core.memory.allocator import AllocatorSettings
 from qlora_core.memory.device import MIB, Device
@@ -157,6 +159,50 @@ def test_the_formula_says_what_the_trace_says_under_autocast(
     request = find_model(model), recipe(autocast=True, **changes), strategy, device
     by_trace, by_formula = trace.estimate(*request).gpu, formula.estimate(*request).gpu
     assert by_formula.allocated_bytes == pytest.approx(by_trace.allocated_bytes, rel=0.01)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+DENSE = [name for name, family in DECODERS.items() if family.experts is None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", DENSE)
+def test_the_formula_says_what_the_trace_says_of_each_family(family: str) -> None:
+    """Their norms, activations and rotary embeddings differ, and so does what these keep."""
+    head = {"head_dim": 64} if DECODERS[family].head_dim else {}
+    config = AutoConfig.for_model(family, **SMALL, **head).to_dict()
+    architecture = architecture_from_config(config, name=family, source="a test")
+    for method, checkpointing in (("qlora", False), ("full", True)):
+        quantized = method == "qlora"
+        asked = recipe(
+            method=method,
+            quantization="nf4" if quantized else "none",
+            double_quantization=quantized,
+            rank=16,
+            autocast=quantized,
+        )
+        strategy = Strategy(
+            micro_batch=2,
+            gradient_checkpointing=checkpointing,
+            attention="sdpa" if architecture.has_sdpa else "eager",
+            loss="chunked" if architecture.plain_logits else "full",
+            paged_optimizer=False,
+        )
+        request = architecture, asked, strategy, A100
+        by_trace, by_formula = trace.estimate(*request).gpu.phases, formula.estimate(*request).gpu.phases
+        for phase in ("forward", "backward", "optimizer"):
+            assert getattr(by_formula, phase) == pytest.approx(getattr(by_trace, phase), rel=0.015), (method, phase)
 
 
 @pytest.mark.slow

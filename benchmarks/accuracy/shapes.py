@@ -66,7 +66,8 @@ UNSEEN: dict[str, dict[str, Any]] = {
         "mlp_bias": False,
         **_COMMON,
     },
-    # Apertus has an MLP without a gate, as Arcee has; its activation xIELU and its head norms are left out
+    # Apertus has an MLP without a gate, as Arcee has; its head norms are left out. Its activation xIELU is one kernel
+    # where the package is installed that axolotl's document recommends for less memory, and keeps what gelu's keeps
     "swiss-ai/Apertus-8B-Instruct-2509": {
         "model_type": "arcee",
         "vocab_size": 131072,
@@ -76,7 +77,7 @@ UNSEEN: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "head_dim": 128,
-        "hidden_act": "relu2",
+        "hidden_act": "gelu",
         **_COMMON,
     },
     # the first Qwen's decoder is Qwen2's, but for one layer that makes query, key and value

@@ -14,7 +14,7 @@ from qlora_core.memory import operators as op
 from qlora_core.memory.adapter import adapter, with_magnitude
 from qlora_core.memory.attention import attend
 from qlora_core.memory.experts import Experts, compute, route
-from qlora_core.memory.layer import ROW, Layer, Positions, Projection, module, parameter
+from qlora_core.memory.layer import ROW, WRITTEN_OUT, Layer, Positions, Projection, module, parameter
 from qlora_core.memory.tape import Size, Tape, Tensor
 
 
@@ -58,18 +58,32 @@ def norm(tape: Tape, layer: Layer, x: Tensor, rows: Size) -> Tensor:
     """RMSNorm in float32 as transformers writes it, or the LayerNorm kernel; `rows` are normalised one by one."""
     weight = parameter(tape, layer, layer.hidden, layer.stream)
     with tape.at(*tape.where, "norm"):
-        if not layer.scaled_norm:
-            if layer.autocast and layer.shape.cuda:  # weight and bias, too, become float32
-                scales = tape.new(Size(2 * layer.hidden), "float32")
-                return op.layer_norm_kernel(tape, op.cast(tape, x, "float32"), rows, (scales,))
-            return op.layer_norm_kernel(tape, x, rows)
+        if layer.norm not in WRITTEN_OUT:
+            return layer_norm(tape, layer, x, rows)
         dtype = x.dtype
         x = op.cast(tape, x, "float32")
-        variance = op.row_mean(tape, op.square(tape, x), rows)
+        if layer.norm == "centred":
+            mean = op.row_mean(tape, x, rows)
+            variance = op.row_mean(tape, op.square(tape, op.less_mean(tape, x, mean)), rows)
+            x = op.less_mean(tape, x, mean)
+        else:
+            variance = op.row_mean(tape, op.square(tape, x), rows)
         x = op.multiply(tape, x, op.reciprocal_root(tape, variance))
-        if layer.wide_norm:
-            return op.cast(tape, op.multiply_weight(tape, x, weight), dtype)
-        return op.multiply_weight(tape, op.cast(tape, x, dtype), weight)
+        if layer.norm == "rms":
+            return op.multiply_weight(tape, op.cast(tape, x, dtype), weight)
+        return op.cast(tape, op.multiply_weight(tape, x, weight), dtype)
+
+
+def layer_norm(tape: Tape, layer: Layer, x: Tensor, rows: Size) -> Tensor:
+    """LayerNorm as one kernel: in float32 where autocast makes it so, or where the model does, and narrowed again."""
+    if layer.norm == "layer_wide":
+        return op.cast(tape, op.layer_norm_kernel(tape, op.cast(tape, x, "float32"), rows), x.dtype)
+    if layer.norm == "layer" and layer.autocast and layer.shape.cuda:  # weight and bias, too, become float32
+        scales = tape.new(Size(2 * layer.hidden), "float32")
+        return op.layer_norm_kernel(tape, op.cast(tape, x, "float32"), rows, (scales,))
+    if layer.norm == "layer_narrow" and layer.narrow is not None:
+        x = op.cast(tape, x, layer.narrow)
+    return op.layer_norm_kernel(tape, x, rows)
 
 
 @module
@@ -146,10 +160,14 @@ def feed_forward(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
 
 @module
 def activated(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
-    """SiLU or GELU as one kernel, ReLU, or a GELU that transformers composes (activations.py)."""
+    """SiLU or GELU as one kernel, ReLU, its square, or a GELU that transformers composes (activations.py)."""
     with tape.at(*tape.where, "activation"):
         if layer.activation == "relu":
             return op.relu(tape, x)
+        if layer.activation == "relu_squared":
+            x = op.relu(tape, x)
+            # autocast computes powers in float32
+            return op.square(tape, op.cast(tape, x, "float32") if layer.autocast and layer.shape.cuda else x)
         if layer.activation == "composed":
             return op.composed_gelu(tape, x, layer.autocast and layer.shape.cuda)
         return op.activation(tape, x)

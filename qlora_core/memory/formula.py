@@ -19,7 +19,7 @@ from qlora_core.memory.device import Device
 from qlora_core.memory.divided import fetched_ahead, reduced_after, reduced_within, shard_of, trained_outside
 from qlora_core.memory.estimate import Components, Estimate, Phase
 from qlora_core.memory.experts import Experts, Scores
-from qlora_core.memory.layer import Activation, Layer, Projection
+from qlora_core.memory.layer import Activation, Layer, Norm, Projection
 from qlora_core.memory.residents import Residents, residents
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.sizes import Least, Sizes
@@ -40,20 +40,30 @@ RESIDUAL_DROPOUT = {
     "gptj": ("resid_pdrop", 0.0),
     "opt": ("dropout", 0.1),
     "phi": ("resid_pdrop", 0.0),
+    "phi3": ("resid_pdrop", 0.0),
+    "seed_oss": ("residual_dropout", 0.1),
     "stablelm": ("hidden_dropout", 0.0),
     "starcoder2": ("residual_dropout", 0.0),
 }
 """By model type: the config's field and its default (transformers 5.23, configuration_*.py)."""
 PARTIAL_ROTARY = {
+    "glm": ("partial_rotary_factor", 0.5),
+    "glm4": ("partial_rotary_factor", 0.5),
     "gpt_neox": ("rotary_pct", 0.25),
+    "nemotron": ("partial_rotary_factor", 0.5),
     "phi": ("partial_rotary_factor", 0.5),
     "stablelm": ("partial_rotary_factor", 0.25),
 }
 """By model type: the config's field of the part of a head that is rotated, and its default (configuration_*.py)."""
 HEAD_NORM_FAMILIES = frozenset({"olmo3", "qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmoe"})
 """Model types that normalise queries and keys too."""
-WIDE_NORM_FAMILIES = frozenset({"gemma", "gemma2", "gemma3_text", "olmo2", "olmo3"})
-"""Model types whose RMSNorm multiplies by its weight before it narrows the product, where Llama's does after."""
+NORMS: dict[str, Norm] = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3"), "rms_wide"),
+    **dict.fromkeys(("cohere", "cohere2"), "centred"),
+    "nemotron": "layer_narrow",
+    "olmo": "layer_wide",
+}
+"""By model type, where it is not what the architecture says (modeling_*.py, the classes *Norm*)."""
 SCALED_FAMILIES = frozenset({"granite", "granitemoe"})
 """Model types whose embedding and residuals are multiplied by numbers of the config."""
 ROUTER_SCORES: dict[str, Scores] = {"mixtral": "softmax_wide", "granitemoe": "top_k_wide", "gpt_oss": "top_k"}
@@ -335,8 +345,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         parallel=architecture.parallel_attention,
         experts=_experts(architecture, recipe, device),
         shared_gate=next(map(project, shared[3:]), None),
-        scaled_norm=architecture.norm == "rms",
-        wide_norm=architecture.model_type in WIDE_NORM_FAMILIES,
+        norm=NORMS.get(architecture.model_type, architecture.norm),
         norms=architecture.norms_per_layer,
         activation=_activation(architecture),
         scaled=architecture.model_type in SCALED_FAMILIES,
@@ -365,6 +374,8 @@ def _masks(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy) 
 def _activation(architecture: ModelArchitecture) -> Activation:
     if architecture.activation == "relu":
         return "relu"
+    if architecture.activation == "relu2":
+        return "relu_squared"
     return "composed" if architecture.activation in COMPOSED_ACTIVATIONS else "kernel"
 
 
@@ -375,7 +386,9 @@ def _drops_residual(architecture: ModelArchitecture) -> bool:
 
 
 def _rotates_partly(architecture: ModelArchitecture) -> bool:
-    """Whether rotary embedding leaves part of each head alone."""
+    """Whether rotary embedding leaves part of each head alone, or (Phi-3) is written as if it might."""
+    if architecture.model_type == "phi3":
+        return True
     name, default = PARTIAL_ROTARY.get(architecture.model_type, ("partial_rotary_factor", 1.0))
     return architecture.config.get(name, default) != 1.0
 

@@ -16,7 +16,12 @@ from qlora_core.memory.tape import DType, Size, Tape, Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 Storage = Literal["4bit", "8bit", "plain"]
-Activation = Literal["kernel", "relu", "composed"]
+Activation = Literal["kernel", "relu", "relu_squared", "composed"]
+Norm = Literal["rms", "rms_wide", "centred", "layer", "layer_wide", "layer_narrow"]
+"""How a norm is computed: RMSNorm written out in float32, which narrows before it multiplies by its weight (Llama) or
+after (Gemma), or subtracts the mean, too (Cohere); or torch's LayerNorm, which autocast makes float32, of a float32
+copy (OLMo), or as autocast does not see it (Nemotron)."""
+WRITTEN_OUT: tuple[Norm, ...] = ("rms", "rms_wide", "centred")
 
 ROW = Size(per_token=1)
 """One element per token."""
@@ -55,8 +60,7 @@ class Layer(NamedTuple):
         shared_gate: what weighs the shared expert.
         compute, stream, lora: dtypes of matrix products, of the unquantized weights and with them the residual stream,
             and of the adapters.
-        scaled_norm: RMSNorm; LayerNorm otherwise.
-        wide_norm: it multiplies by its weight in float32, and narrows the product.
+        norm: how its norms are computed.
         norms: norms of a layer: four where the outputs of attention and feed-forward are normalised too (Gemma 2, 3);
             in a parallel layer one or two.
         activation: how it is computed.
@@ -77,8 +81,7 @@ class Layer(NamedTuple):
     parallel: bool
     experts: Experts | None
     shared_gate: Projection | None
-    scaled_norm: bool
-    wide_norm: bool
+    norm: Norm
     norms: int
     activation: Activation
     scaled: bool

@@ -109,6 +109,19 @@ def row_mean(tape: Tape, x: Tensor, rows: Size) -> Tensor:
     return tape.apply((x,), rows, x.dtype, lambda gradient, saved: (tape.new(numel, gradient.dtype),))
 
 
+def less_mean(tape: Tape, x: Tensor, mean: Tensor) -> Tensor:
+    """X - mean of each row: the gradient passes through to `x`, and summed up to `mean`."""
+    rows = mean.numel
+
+    def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
+        negative = tape.new(gradient.numel, gradient.dtype)
+        of_mean = tape.new(rows, gradient.dtype)
+        del negative
+        return gradient.alias(), of_mean
+
+    return tape.apply((x, mean), x.numel, x.dtype, backward)
+
+
 def reciprocal_root(tape: Tape, x: Tensor) -> Tensor:
     """torch.rsqrt(x + eps)."""
     shifted = scale(tape, x)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from qlora_core.memory import operators as op
 from qlora_core.memory.decoder import decoder_layer, norm
 from qlora_core.memory.experts import trainable_numel
-from qlora_core.memory.layer import ROW, Layer, Positions, module, parameter
+from qlora_core.memory.layer import ROW, WRITTEN_OUT, Layer, Positions, module, parameter
 from qlora_core.memory.tape import (
     ITEMSIZE,
     Change,
@@ -312,7 +312,7 @@ def gradient_bytes(layer: Layer) -> int:
         projections.append(layer.shared_gate)
     of_experts = trainable_numel(layer.experts) if layer.experts is not None else 0
     if layer.trained:
-        norms = (2 - layer.parallel) * layer.hidden if layer.scaled_norm else 0
+        norms = (2 - layer.parallel) * layer.hidden if layer.norm in WRITTEN_OUT else 0
         return (sum(p.in_features * p.out_features for p in projections) + of_experts + norms) * ITEMSIZE[layer.stream]
     numel = sum(
         layer.rank * (p.in_features + p.out_features) + layer.dora * p.out_features for p in projections if p.adapter
