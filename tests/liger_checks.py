@@ -85,10 +85,10 @@ def of_a_model(base: Path) -> dict[str, float]:
     loss = SummedLoss(model, "liger")
     model.enable_input_require_grads()
     with torch.no_grad():
-        evaluated = float(loss(ids, None, labels))
+        evaluated = float(loss(ids, labels))
     return {
         "stock": float(model(input_ids=ids, labels=labels).loss.detach()) * learned,
-        "trained": float(loss(ids, None, labels).detach()),
+        "trained": float(loss(ids, labels).detach()),
         "evaluated": evaluated,
     }
 
