@@ -185,12 +185,9 @@ def matmul_weight(tape: Tape, x: Tensor, weight: Tensor, rows: Size, in_features
     trained = weight.node is not None
 
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
-        of_x = tape.new(rows.times(in_features), gradient.dtype) if needs_input else None
-        if of_x is not None and of_x.storage is not None:
-            of_x.storage.holders += 1  # it is a view of [T, in_features] as [B, S, in_features], which keeps its base
-        of_weight = tape.new(Size(in_features * out_features), gradient.dtype) if trained else None
-        if of_weight is not None and of_weight.storage is not None:
-            of_weight.storage.holders += 1  # and this one the transposed product
+        # [T, in_features] seen as [B, S, in_features], and the product transposed
+        of_x = tape.new_view(rows.times(in_features), gradient.dtype) if needs_input else None
+        of_weight = tape.new_view(Size(in_features * out_features), gradient.dtype) if trained else None
         return of_x, of_weight
 
     saves = ((x,) if trained else ()) + ((weight,) if needs_input else ())
@@ -231,9 +228,7 @@ def divided_linear(
         of_x = of_weight = weight_copy = None
         if needs_input:
             weight_copy = copied(kept_weight, narrow)
-            of_x = tape.new(rows.times(into), gradient.dtype)
-            if of_x.storage is not None:
-                of_x.storage.holders += 1  # as in `matmul_weight`
+            of_x = tape.new_view(rows.times(into), gradient.dtype)  # as in `matmul_weight`
         if trained:
             x_copy = copied(kept_x, narrow)
             of_weight = tape.new(Size(into * out), gradient.dtype)

@@ -114,6 +114,11 @@ class Tensor:
         """Another tensor over the same storage."""
         return Tensor(self.storage, numel or self.numel, self.dtype, node)
 
+    def move(self, room: Room) -> None:
+        """Count its storage in another room from now on."""
+        if self.storage is not None:
+            self.storage.move(room)
+
 
 class Node:
     """One step of the backward pass: takes its output's gradient, gives one for each input."""
@@ -233,6 +238,12 @@ class Tape:
         """A freshly allocated tensor."""
         return Tensor(Storage(self, numel.times(ITEMSIZE[dtype]), room or self.room), numel, dtype)
 
+    def new_view(self, numel: Size, dtype: DType) -> Tensor:
+        """A view of a freshly allocated tensor. It keeps its base, so that no other is added to it in place."""
+        storage = Storage(self, numel.times(ITEMSIZE[dtype]), self.room)
+        storage.holders += 1
+        return Tensor(storage, numel, dtype)
+
     def save(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Keep `tensor` for the backward pass, as far as a checkpoint around allows; gives the way to get it back."""
         kept = tensor.alias()
@@ -281,8 +292,7 @@ class Tape:
                 self.leaves.append(self.new(Size(fixed=self.bucket), "int8", "communication_buffers"))
                 self.bucket = 0
             if self.keeps_gradients or room != "gradients":
-                if gradient.storage is not None:
-                    gradient.storage.move(room)
+                gradient.move(room)
                 self.leaves.extend((gradient, kept))
             return ()
 
@@ -355,7 +365,7 @@ class Tape:
                 waiting[edge] -= 1
                 if waiting[edge]:
                     if edge.room == "gradients":  # a tied weight's, which waits for the rest of it
-                        self._move(buffers[edge], "gradients")
+                        buffers[edge].move("gradients")
                 else:
                     pushed += 1
                     heapq.heappush(ready, (-edge.order, pushed, edge))
@@ -367,10 +377,6 @@ class Tape:
         edges = list(node.edges)
         node.backward, node.edges = _released, ()
         return edges[::-1], gradients[::-1]
-
-    def _move(self, tensor: Tensor, room: Room) -> None:
-        if tensor.storage is not None:
-            tensor.storage.move(room)
 
     def _add(self, buffers: dict[Node, Tensor], edge: Node, gradient: Tensor) -> None:
         """Sum gradients as torch/csrc/autograd/input_buffer.cpp does: in place where nobody else refers to the sum."""

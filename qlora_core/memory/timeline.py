@@ -135,16 +135,14 @@ class Whole(NamedTuple):
 
     Attributes:
         peaks: its candidate peaks, those of the layers in between included.
-        made: what the backward pass of the layers in between leaves.
+        left: what the backward pass of the layers in between leaves: gradients, and what stays as long as the loss.
         in_between: what those layers keep meanwhile.
-        held: what of it stays, too, as long as the loss.
     """
 
     moments: Moments
     peaks: list[Peak]
-    made: dict[Room, Size]
+    left: dict[Room, Size]
     in_between: Counter[Kept]
-    held: dict[Room, Size]
 
 
 def _whole(step: Step) -> Whole:
@@ -167,13 +165,10 @@ def _whole(step: Step) -> Whole:
         forgotten = {room: size.times(-middle) for room, size in of_copies.items()}
         of_one = alive[len(recording.changes)].keys() & after.keys() - before.keys()
         held = {room: size.times(middle) for room, size in by_room({n: after[n] for n in of_one}).items()}
-    made = _made(step, middle)
+    left = _sum(_made(step, middle), held)
     kept_after = _sum(kept, forgotten)
-    peaks = [
-        *_with_middle(parts, middle, kept, kept_after, _sum(made, held)),
-        *_after_flush(step, middle, parts, kept_after),
-    ]
-    return Whole(moments, peaks, made, in_between, held)
+    peaks = [*_with_middle(parts, middle, kept, kept_after, left), *_after_flush(step, middle, parts, kept_after)]
+    return Whole(moments, peaks, left, in_between)
 
 
 @lru_cache(maxsize=1024)
@@ -183,11 +178,11 @@ def timeline(step: Step) -> Timeline:
     Raises:
         ValueError: nothing is trained.
     """
-    moments, peaks, made, in_between, held = _whole(step)
+    moments, peaks, left_between, in_between = _whole(step)
     end = len(moments.recording.changes)
-    left = _sum(moments.rooms_at(end), _sum(made, held))
+    left = _sum(moments.rooms_at(end), left_between)
     if step.reduced_after:
-        added = _sum(_sum(made, held), {GRADIENTS: Size(fixed=step.reduced_after)})
+        added = _sum(left_between, {GRADIENTS: Size(fixed=step.reduced_after)})
         total = sum_of(left.values()).plus(Size(fixed=step.reduced_after))
         peaks.append(Peak(total, ("backward", "gradient reduction"), end, added, 0))
     gone: tuple[Room, ...] = () if step.output_held else ("activations", "logits_and_loss")
