@@ -202,7 +202,8 @@ def optimizer_lines(plan: Plan) -> list[str]:
             f"{size_text(gpu.paged_bytes)} of that is paged: managed memory, which torch's counters leave out."
         )
     if plan.strategy.offload != "none":
-        lines.append("Offloading keeps it in the host's memory.")
+        same = ", which on a CPU is the same" if plan.target.device.kind == "cpu" else ""
+        lines.append(f"Offloading keeps it in the host's memory{same}.")
     return lines
 
 
@@ -328,7 +329,8 @@ def host_lines(plan: Plan) -> Iterator[str]:
     whose = "its rank" if ranks == 1 else f"its {ranks} ranks"
     how = ": under ZeRO 3 each has the whole base there first" if divided_on_host(plan) else ""
     yield f"While loading, {size_text(host.load_peak_bytes)} for {whose}{how}."
-    yield f"While training, {size_text(host.steady_bytes)}{'.' if host.steady_bytes else ': nothing is offloaded.'}"
+    nothing = "what is offloaded counts as the CPU's" if plan.strategy.offload != "none" else "nothing is offloaded"
+    yield f"While training, {size_text(host.steady_bytes)}{'.' if host.steady_bytes else f': {nothing}.'}"
     if plan.estimate.gpu.paged_bytes:
         yield "What is paged moves there only as far as a GPU has no room for it; that much is counted."
     if plan.host_usable_bytes is None:

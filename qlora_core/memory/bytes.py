@@ -6,7 +6,7 @@ Sources: bitsandbytes 0.50.2, functional.py (quantize_4bit, int8_vectorwise_quan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -170,6 +170,14 @@ class OptimizerState(NamedTuple):
 
     resident: int
     paged: int
+
+
+def optimizer_groups(tensors: Sequence[tuple[int, int]], recipe: Recipe) -> list[Sequence[tuple[int, int]]]:
+    """Trainable tensors as the optimizer steps them, group by group: LoRA+ has A, then B and DoRA's magnitudes."""
+    if recipe.loraplus_lr_ratio == 1:
+        return [tensors]
+    of_one = 3 if recipe.use_dora else 2
+    return [tensors[::of_one], [each for index, each in enumerate(tensors) if index % of_one]]
 
 
 def optimizer_state(tensors: Iterable[tuple[int, int]], recipe: Recipe, itemsize: int, paged: bool) -> OptimizerState:

@@ -15,7 +15,8 @@ def shard_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
     tensors = exact.trainable_tensors(architecture, recipe)
     numel, largest = sum(size * count for size, count in tensors), max((size for size, _ in tensors), default=0)
     trainable = numel * DTYPE_BYTES[exact.trainable_dtype(recipe, device.compute_dtype)]
-    return Shard.of(strategy, trainable, numel, largest)
+    groups = exact.optimizer_groups(tensors, recipe)
+    return Shard.of(strategy, trainable, numel, largest, max(sum(n * count for n, count in group) for group in groups))
 
 
 def fetched_ahead(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> int:
@@ -40,10 +41,12 @@ def reduced_after(
         return shard.reduction_bytes(device.kind) + shard.kept_gradient_bytes
     released = 0
     if shard.stage == 3:
-        # all that was gathered has been released by then, but the embedding, whose gradient comes last
+        # all that was gathered has been released by then, but the embedding: its gradient comes last, and to a frozen
+        # one whose output is made to need a gradient, for checkpointing, none comes
         released = gathered_again(architecture, recipe, strategy, device)
         size = architecture.embedding_parameters * DTYPE_BYTES[exact.stored_dtype(recipe, device.compute_dtype)]
-        if recipe.method == "full" and not stays_whole(size, size // architecture.embedding_parameters):
+        is_left = recipe.method == "full" or strategy.gradient_checkpointing
+        if is_left and not stays_whole(size, size // architecture.embedding_parameters):
             released -= size
     return max(shard.reduction_bytes(device.kind) - released, 0)
 
@@ -78,7 +81,8 @@ def gathered_again(architecture: ModelArchitecture, recipe: Recipe, strategy: St
     gone = unused(architecture, recipe, strategy)
     if strategy.loss == "chunked" and recipe.method != "full":
         # a frozen head has had its backward pass within the forward pass, and is released after it
-        gone += architecture.head_parameters or architecture.embedding_parameters
+        tied = 0 if strategy.gradient_checkpointing else architecture.embedding_parameters
+        gone += architecture.head_parameters or tied
     whole, _, ahead = gathered(architecture, recipe, device, gone)
     return whole + ahead
 

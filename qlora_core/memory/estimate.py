@@ -85,7 +85,7 @@ class GpuEstimate:
 
 @dataclass(frozen=True, slots=True)
 class HostEstimate:
-    """What one host needs for all its ranks: the peak while loading and the steady state, in bytes."""
+    """What one host needs for all its ranks: the peaks while loading and while training, in bytes."""
 
     load_peak_bytes: int
     steady_bytes: int

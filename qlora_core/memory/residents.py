@@ -38,7 +38,8 @@ class Residents(NamedTuple):
         paged: optimizer state in managed memory.
         segments: reserved memory in which all this lies.
         holes: what loading leaves free in them.
-        host_load, host_steady: on the host, of which `host` tells what all its ranks take.
+        host_load, host_steady: on the host while loading and while training, of which `host` tells what all its ranks
+            take. A CPU's memory is the host's: what is offloaded counts as the device's there.
     """
 
     loaded: dict[str, int]
@@ -67,8 +68,8 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     state = exact.optimizer_state(state_tensors, recipe, 4 if shard.stage else itemsize, paged)
     # with method full the trained weights are the base's own
     lora = [] if recipe.method == "full" else [(numel * itemsize, count) for numel, count in tensors]
-    loaded, whole, kept_on_host = _loaded(weights, lora, itemsize, recipe, strategy, device)
-    between = {"framework": sum(device.blas_workspaces)}
+    loaded, whole, on_host = _loaded(weights, lora, itemsize, recipe, strategy, device)
+    between = {"framework": sum(device.blas_workspaces), "communication_buffers": shard.passing_bytes}
     if not shard.offload_optimizer:
         between["optimizer_state"] = state.resident + shard.master_bytes
     added: dict[Phase, dict[str, int]] = {"forward": {}, "backward": {}, "optimizer": {}}
@@ -78,7 +79,14 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     _add_accumulated(added, shard, strategy)
     if shard.stage in (1, 2):
         added["optimizer"]["gradients"] = shard.kept_gradient_bytes
-    step = shard.step_bytes(_step_buffers(state_tensors, recipe, paged, 4 if shard.stage else itemsize, device))
+        if shard.offload_optimizer and shard.widens and shard.stage == 1:
+            # only without offload are all of them let go before the optimizer runs (stage_1_and_2.py, step)
+            added["optimizer"]["gradients"] += shard.numel * shard.gradient_itemsize
+    foreach = device.kind == "cuda" and not shard.offload_optimizer
+    groups = [((shard.stepped_numel, 1),)] if shard.stage else exact.optimizer_groups(tensors, recipe)
+    step = shard.step_bytes(_step_buffers(groups, recipe, paged, 4 if shard.stage else itemsize, foreach))
+    step_on_host = step if shard.offload_optimizer and device.kind == "cuda" else 0
+    step -= step_on_host
     added["optimizer"]["optimizer_state"] = step
     if shard.stage == 3:
         between["communication_buffers"] = shard.bucket_bytes
@@ -91,6 +99,11 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         if sum(whole.values()) > step:
             # all weights are divided for the optimizer's step, and the small ones fetched again right after it
             added["optimizer"] = dict(whole)
+    on_host |= shard.host_bytes(state.resident + state.paged, strategy.gradient_accumulation > 1)
+    if device.kind == "cpu":  # its memory is the host's
+        for component, size in on_host.items():
+            between[component] = between.get(component, 0) + size
+        on_host = {}
     holes: tuple[int, ...] = ()
     if shard.stage == 3 or device.kind == "cpu":
         segments = sum(loaded.values()) + sum(whole.values())
@@ -117,7 +130,7 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         segments + packed([(sum(between.values()) + sum(added["backward"].values()), 1)]),
         holes,
         host_load,
-        kept_on_host + shard.host_bytes(state.resident + state.paged),
+        sum(on_host.values()) + step_on_host,
     )
 
 
@@ -143,7 +156,7 @@ def _loaded(
     recipe: Recipe,
     strategy: Strategy,
     device: Device,
-) -> tuple[dict[str, int], dict[str, int], int]:
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """By component what is on the device after loading, and what ZeRO-3 keeps whole beside a rank's parts.
 
     Third, what offloading keeps on the host instead.
@@ -159,7 +172,7 @@ def _loaded(
     }
     held: dict[str, int] = {}
     whole: dict[str, int] = {}
-    on_host = 0
+    on_host: dict[str, int] = {}
     for component, sizes in (
         ("base_weights", weights.base),
         ("quantization_constants", weights.constants),
@@ -175,7 +188,7 @@ def _loaded(
             if divided and stays_whole(size, itemsizes[component]):
                 whole[component] = whole.get(component, 0) + size * count
         if divided and strategy.offload == "all" and component in ("base_weights", "unquantized_weights"):
-            on_host += total
+            on_host[component] = total
             total = 0
         held[component] = total
     held["framework"] = rounding if device.kind == "cuda" else 0
@@ -183,22 +196,18 @@ def _loaded(
 
 
 def _step_buffers(
-    tensors: Sequence[tuple[int, int]], recipe: Recipe, paged: bool, itemsize: int, device: Device
+    groups: Sequence[Sequence[tuple[int, int]]], recipe: Recipe, paged: bool, itemsize: int, foreach: bool
 ) -> int:
     """What torch's AdamW makes on the way (torch/optim/adamw.py); bitsandbytes' kernels make nothing.
 
-    On CUDA all tensors' square roots at once (foreach); on a CPU one tensor's square root and its corrected copy.
+    On CUDA the square roots of all tensors of a group at once (`foreach`); on a CPU one tensor's square root and its
+    corrected copy.
     """
-    if recipe.optimizer == "adamw_8bit" or paged or not tensors:
+    if recipe.optimizer == "adamw_8bit" or paged:
         return 0
-    if device.kind == "cuda":
-        parts = [tensors]
-        if recipe.loraplus_lr_ratio != 1 and len(tensors) > 1:  # group by group: A, then B and the magnitudes
-            of_one = 3 if recipe.use_dora else 2
-            first = tensors[::of_one]
-            parts = [first, [each for index, each in enumerate(tensors) if index % of_one]]
-        return itemsize * max(sum(numel * count for numel, count in part) for part in parts)
-    return 2 * itemsize * max(numel for numel, _ in tensors)
+    if foreach:
+        return itemsize * max(sum(numel * count for numel, count in group) for group in groups)
+    return 2 * itemsize * max(numel for group in groups for numel, _ in group)
 
 
 def _host_load(architecture: ModelArchitecture) -> int:

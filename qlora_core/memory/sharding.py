@@ -17,6 +17,8 @@ PREFETCH_BUCKET_ELEMENTS = 50_000_000
 """stage3_prefetch_bucket_size, its default: elements that ZeRO-3 fetches ahead of use."""
 PERSISTENCE_ELEMENTS = 100_000
 """stage3_param_persistence_threshold, its default: smaller parameters stay whole on every rank."""
+SUB_GROUP_ELEMENTS = 1_000_000_000
+"""sub_group_size, its default: elements of a rank's part that ZeRO-3 updates at a time."""
 LIVE_ELEMENTS = 1_000_000_000
 """stage3_max_live_parameters and stage3_max_reuse_distance, their defaults: parameters that are used again within so
 many elements of the step's trace are not released, and every module that runs fetches ahead until so many are whole."""
@@ -30,6 +32,7 @@ class Shard:
         trainable: bytes of the trainable weights in all.
         numel: their elements.
         largest: elements of the largest of them.
+        grouped: elements of the optimizer's largest group of them.
         world: ranks.
         stage: ZeRO stage.
         offload_optimizer: optimizer state and master weights live on the host.
@@ -38,14 +41,16 @@ class Shard:
     trainable: int
     numel: int
     largest: int
+    grouped: int
     world: int
     stage: int
     offload_optimizer: bool
 
     @classmethod
-    def of(cls, strategy: Strategy, trainable: int, numel: int, largest: int) -> Shard:
+    def of(cls, strategy: Strategy, trainable: int, numel: int, largest: int, grouped: int) -> Shard:
         """The division that `strategy` asks for."""
-        return cls(trainable, numel, largest, strategy.world_size, strategy.zero_stage, strategy.offload != "none")
+        offloads = strategy.offload != "none"
+        return cls(trainable, numel, largest, grouped, strategy.world_size, strategy.zero_stage, offloads)
 
     @property
     def itemsize(self) -> int:
@@ -70,6 +75,12 @@ class Shard:
     def part_numel(self) -> int:
         """Elements of one rank's partition."""
         return -(-self.numel // self.world)
+
+    @property
+    def stepped_numel(self) -> int:
+        """Elements that the optimizer updates at a time: ZeRO-3 divides a large group once more."""
+        of_group = -(-self.grouped // self.world)
+        return min(of_group, SUB_GROUP_ELEMENTS) if self.stage == 3 else of_group
 
     @property
     def master_bytes(self) -> int:
@@ -115,8 +126,8 @@ class Shard:
 
     @property
     def kept_gradient_bytes(self) -> int:
-        """Reduced gradients of a rank's partition, left for the optimizer."""
-        return 0 if self.offload_optimizer or not self.stage else 4 * self.part_numel
+        """Reduced gradients of a rank's partition, left for the optimizer; of offloaded ones those that are widened."""
+        return 0 if not self.stage or (self.offload_optimizer and not self.widens) else 4 * self.part_numel
 
     @property
     def engine_bytes(self) -> int:
@@ -125,25 +136,51 @@ class Shard:
         return masters + self.bucket_bytes + self.kept_gradient_bytes
 
     def step_bytes(self, temporaries: int) -> int:
-        """What the optimizer step adds: the partition's gradients flattened into one copy, and its `temporaries`.
+        """What the optimizer step adds: a copy of the gradients that it takes at a time, and its `temporaries`.
+
+        Of one that is offloaded the temporaries alone, and these on the host.
 
         ZeRO 1 and 2 drop the gradients they were copied from before the optimizer runs, so that its temporaries take
         their place. Where gradients were widened, the copy is there already, and the norm of the largest one, for which
         it becomes float64, may be more than the temporaries; ZeRO-1 has its bucket until then, and what passed by it.
+        Of several groups nothing goes before the last has its copy: their gradients are views of the same buffers.
         """
-        if not self.stage:
+        if not self.stage or self.offload_optimizer:
             return temporaries
-        if self.offload_optimizer:
-            return 0
+        several = self.grouped < self.numel
         if self.widens:
             left = self.bucket_bytes + self.beyond_bucket_bytes if self.stage == 1 else 0
-            return max(temporaries, 8 * self.largest + left)
-        freed = self.kept_gradient_bytes if self.stage < 3 else 0
-        return 4 * self.part_numel + max(temporaries - freed, 0)
+            return left + max(temporaries, 8 * self.largest) if several else max(temporaries, left + 8 * self.largest)
+        freed = 0 if several or self.stage == 3 else self.kept_gradient_bytes
+        return 4 * self.stepped_numel + max(temporaries - freed, 0)
 
-    def host_bytes(self, state_bytes: int) -> int:
-        """Of one rank, with the optimizer offloaded: master weights, state, gradients and a copy buffer."""
-        return state_bytes + 12 * self.part_numel if self.offload_optimizer else 0
+    @property
+    def passing_bytes(self) -> int:
+        """The buffer through which ZeRO 1 and 2 bring an offloaded gradient back to add the next one to it.
+
+        They have another one on the host, and make both for the largest weight (stage_1_and_2.py,
+        temp_grad_buffer_for_gpu_offload and temp_grad_buffer_for_cpu_offload).
+        """
+        return self.itemsize * self.largest if self.offload_optimizer and self.stage < 3 else 0
+
+    def host_bytes(self, state_bytes: int, several: bool) -> dict[str, int]:
+        """By component what offloading the optimizer keeps of a rank on its host: the state, of `state_bytes`, too.
+
+        With float32 master weights and gradients there is a copy of either: in ZeRO 1 and 2 of the new weights, in
+        ZeRO-3 of the reduced gradients. A weight that lies in two parts ZeRO-2 sums up in both, which is not counted.
+
+        Args:
+            several: of more than one micro-batch ZeRO-2 keeps the sums there, too, if it does not widen them.
+        """
+        if not self.offload_optimizer:
+            return {}
+        copies = (4 if self.stage == 3 else self.itemsize) * self.part_numel
+        sums = 4 * self.part_numel if several and self.stage == 2 and not self.widens else 0
+        return {
+            "optimizer_state": state_bytes + self.master_bytes,
+            "gradients": 4 * self.part_numel,
+            "communication_buffers": copies + sums + self.passing_bytes,
+        }
 
 
 def bucket_elements(trainable: int) -> int:

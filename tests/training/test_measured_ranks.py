@@ -60,6 +60,7 @@ class Case(NamedTuple):
     optimizer: Any = "adamw"
     dtype: Dtype = "float32"
     micro_batch: int = 2
+    offload: Any = "none"
     changes: tuple[tuple[str, Any], ...] = ()
 
     def strategy(self, world_size: int) -> Strategy:
@@ -71,6 +72,7 @@ class Case(NamedTuple):
             loss=self.loss,
             paged_optimizer=False,
             zero_stage=self.zero_stage,
+            offload=self.offload,
         )
 
     def recipe(self, world_size: int) -> Recipe:
@@ -114,11 +116,25 @@ TOGETHER = [
         Case(stage, accumulation=2, dtype="bfloat16", changes=AUTOCAST),
         Case(stage, dtype="bfloat16", checkpointing=False, changes=SIXTEEN_BIT),
         Case(stage, accumulation=2, changes=FULL),
+        Case(stage, changes=(("rank", 64), ("loraplus_lr_ratio", 4.0))),
     )
 ]
-SAMPLE = TOGETHER[::6]
-"""A case of each stage; `make grids` looks at all."""
-REST = [case for case in TOGETHER if case not in SAMPLE]
+# a CPU's memory is the host's: what is offloaded stays in it, and both are measured together
+OFFLOADED = [
+    case
+    for stage, offload in ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all"))
+    for case in (
+        Case(stage, accumulation=2, offload=offload),
+        Case(stage, accumulation=2, offload=offload, changes=FULL),
+        Case(stage, accumulation=2, dtype="bfloat16", offload=offload, changes=FULL),
+        Case(stage, dtype="bfloat16", offload=offload, changes=(("lora_dtype", "bfloat16"),)),
+        Case(stage, accumulation=2, optimizer="adamw_8bit", offload=offload, changes=(("rank", 64),)),
+    )
+]
+SAMPLE = [*TOGETHER[:28:7], *OFFLOADED[6::5], *TOGETHER[28::7]]
+"""A case of each stage, and of stages 2 and 3 offloaded; `make grids` looks at all."""
+REST = [case for case in (*TOGETHER, *OFFLOADED) if case not in SAMPLE]
+REST.sort(key=lambda case: case.zero_stage)
 SMALL_BUCKET = 300_000
 """Elements: more than any weight of a layer has, less than the embedding."""
 IN_BUCKETS = [
