@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from qlora_core.training.check import Check
 
 CAVEAT = (
-    "The adapter was trained on a base in 4 bit, whose rounding it learned to live with. It is merged into the base in "
-    "16 bit, since merging into 4 bit would round it away: the merged model differs a little from the trained one."
+    "The adapter was trained on a base in {bits} bit, whose rounding it learned to live with. It is merged into the "
+    "base in 16 bit, since merging into {bits} bit would round it away: the merged model differs a little from the "
+    "trained one."
 )
 
 
@@ -117,7 +118,8 @@ def export_merged(
     from qlora_core.training.merge import merged_folder
 
     folder = base_of(trained, base, lambda text: click.echo(text, err=True))
-    warnings = [CAVEAT] if trained.base_recipe.quantization != "none" else []
+    stored = trained.base_recipe.quantization
+    warnings = [CAVEAT.format(bits=8 if stored == "int8" else 4)] if stored != "none" else []
     with merged_folder(folder, trained.adapter.folder, out, dtype=dtype, max_shard_size=max_shard_size) as (
         temporary,
         merged,
