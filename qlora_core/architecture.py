@@ -116,6 +116,12 @@ class ModelArchitecture:
         return self.model_type not in EAGER_ONLY
 
     @property
+    def drops_attention(self) -> bool:
+        """Whether attention's weights are dropped out while the model is trained."""
+        default = 0.1 if self.model_type in ("gpt2", "gpt_bigcode") else 0.0
+        return bool(self.config.get("attention_dropout", self.config.get("attn_pdrop", default)))
+
+    @property
     def keeps_packed_apart(self) -> bool:
         """Whether packed examples are hidden from each other; tests/training/test_packing.py shows it."""
         return self.model_type not in MIXES_PACKED

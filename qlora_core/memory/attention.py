@@ -29,12 +29,13 @@ def kernel_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     """The attention kernel that really runs where no mask is needed: flash needs sm80 and 16 bits, whoever calls it.
 
     transformers hands grouped keys over as they are (integrations/sdpa_attention.py, use_gqa_in_sdpa), and the
-    memory-efficient kernel takes none (PyTorch 2.13, sdp_utils.cpp): then the math kernel runs, with all scores.
+    memory-efficient kernel takes none (PyTorch 2.13, sdp_utils.cpp): then the math kernel runs, with all scores. So it
+    does on a CPU, whose flash kernel knows no dropout (sdp_utils_cpp.cpp).
     """
     if strategy.attention == "eager":
         return "eager"
     if device.kind == "cpu":
-        return "flash_cpu"
+        return "math" if architecture.drops_attention else "flash_cpu"
     wide = device.compute_dtype == "float32" or (recipe.upcast == "peft" and not recipe.under_autocast)
     if device.flash_attention and not wide:
         return "flash"
@@ -51,6 +52,7 @@ class Heads(NamedTuple):
         capped: eager scores pass a soft cap (Gemma 2).
         partial: only part of a head is rotated, and put together with the rest again.
         sinks: each head's softmax has a learned score beside those of the keys (gpt-oss).
+        dropped: attention's weights are dropped out.
     """
 
     queries: int
@@ -61,6 +63,7 @@ class Heads(NamedTuple):
     capped: bool = False
     partial: bool = False
     sinks: bool = False
+    dropped: bool = False
 
 
 LARGEST_GROUPED_HEAD = 256
@@ -159,6 +162,8 @@ def eager(
         weights = softmax_with_sinks(tape, weights, shape)
     else:
         weights = op.cast(tape, op.softmax(tape, weights, shape.cuda), dtype)
+    if shape.dropped:
+        weights = op.dropout(tape, weights, shape.cuda)
     attended = product(tape, weights, value, query.numel, (False, several and not grouped, several), narrow)
     return op.clone(tape, attended), weights
 
@@ -207,6 +212,8 @@ def math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads) ->
     mask = tape.new(SCORE, "float32")
     weights = op.batched_matmul(tape, query, key, numel, (several, False, False))  # the mask is added in place
     weights = op.safe_softmax(tape, weights)
+    if shape.dropped:
+        weights = op.dropout(tape, weights, shape.cuda)
     attended = op.batched_matmul(tape, weights, value, query.numel, (False, False, False))
     del mask
     narrow = op.cast(tape, attended, dtype)

@@ -337,6 +337,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
             architecture.config.get("attn_logit_softcapping") is not None,
             _rotates_partly(architecture),
             architecture.model_type == "gpt_oss",
+            architecture.drops_attention,
         ),
         qkv=tuple(map(project, attention[:-1])),
         output=project(attention[-1]),

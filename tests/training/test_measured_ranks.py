@@ -61,6 +61,7 @@ class Case(NamedTuple):
     dtype: Dtype = "float32"
     micro_batch: int = 2
     offload: Any = "none"
+    attention: Any = "sdpa"
     changes: tuple[tuple[str, Any], ...] = ()
 
     def strategy(self, world_size: int) -> Strategy:
@@ -69,6 +70,7 @@ class Case(NamedTuple):
             micro_batch=self.micro_batch,
             gradient_accumulation=self.accumulation,
             gradient_checkpointing=self.checkpointing,
+            attention=self.attention,
             loss=self.loss,
             paged_optimizer=False,
             zero_stage=self.zero_stage,
@@ -233,9 +235,13 @@ def measure_rank(rank: int, world_size: int, port: int, folder: Path, cases: lis
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
+    return saved(TINY, tmp_path_factory.mktemp("tiny"))
+
+
+def saved(config: LlamaConfig, path: Path) -> Path:
+    """A model of `config`, and examples for it."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(TINY).save_pretrained(path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
     ids = torch.randint(1, TINY.vocab_size, (16, SEQ_LEN)).tolist()
     save_examples([Encoded(row, [True] * SEQ_LEN) for row in ids], path / "train.safetensors")
     return path
@@ -256,9 +262,9 @@ def on_two_ranks(folder: Path, cases: list[Case], bucket: int = sharding.LARGEST
     return [pickle.loads((folder / f"peaks-{rank}.pickle").read_bytes()) for rank in (0, 1)]  # noqa: S301 - our own
 
 
-def assert_said(case: Case, world_size: int, real: Phases, name: str = "tiny") -> None:
+def assert_said(case: Case, world_size: int, real: Phases, name: str = "tiny", config: LlamaConfig = TINY) -> None:
     # what the formula keeps, it keeps by architecture, of which the name is a part
-    architecture = architecture_from_config(TINY.to_dict(), name=name, source="tiny")
+    architecture = architecture_from_config(config.to_dict(), name=name, source="tiny")
     device = Device(kind="cpu", compute_dtype=case.dtype)
     said = estimate(architecture, case.recipe(world_size), case.strategy(world_size), device).gpu
     peak = max(real.forward, real.backward, real.optimizer)
@@ -283,6 +289,14 @@ def assert_said(case: Case, world_size: int, real: Phases, name: str = "tiny") -
 )
 def test_one_process_needs_what_the_formula_says(folder: Path, case: Case) -> None:
     assert_said(case, 1, measure(folder, case, rank=0, world_size=1))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_that_is_dropped_out_keeps_its_scores(tmp_path: Path, attention: Any) -> None:
+    config = LlamaConfig(**{**TINY.to_dict(), "attention_dropout": 0.1})
+    case = Case(checkpointing=False, dtype="bfloat16", attention=attention)
+    real = measure(saved(config, tmp_path), case, rank=0, world_size=1)
+    assert_said(case, 1, real, "dropped", config)
 
 
 @pytest.mark.slow
