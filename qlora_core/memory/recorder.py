@@ -2,7 +2,7 @@
 
 Meta tensors have shapes, storages and lifetimes, but no bytes: the code of transformers, peft and bitsandbytes runs
 unchanged, in seconds, for models of any size. Where CUDA's own choice of operator or its kernels' temporaries differ
-from what the meta device would do, `cuda_operators` and `Recorder` put CUDA's in.
+from what the meta device would do, `chosen_operators` and `Recorder` put CUDA's in.
 """
 
 from __future__ import annotations
@@ -313,13 +313,14 @@ def know_bitsandbytes() -> None:
 
 
 @contextmanager
-def cuda_operators(kernel: AttentionKernel) -> Iterator[None]:
-    """Let torch's functions call the operators that they choose on CUDA where they choose others on meta.
+def chosen_operators(kernel: AttentionKernel, on_cuda: bool) -> Iterator[None]:
+    """Let torch's functions call the operators that they choose on a device where they choose others on meta.
 
     Replaced in torch.nn.functional, because a TorchFunctionMode is off while autograd recomputes a checkpoint.
 
     Args:
         kernel: the attention kernel of scaled_dot_product_attention.
+        on_cuda: a CPU computes softmax and dropout as meta does.
     """
     softmax, dropout = F.softmax, F.dropout
 
@@ -336,8 +337,8 @@ def cuda_operators(kernel: AttentionKernel) -> Iterator[None]:
 
     with (
         mock.patch.object(F, "scaled_dot_product_attention", partial(attention, kernel)),
-        mock.patch.object(F, "softmax", softmax if kernel == "flash_cpu" else fused_softmax),
-        mock.patch.object(F, "dropout", dropout if kernel == "flash_cpu" else native_dropout),
+        mock.patch.object(F, "softmax", fused_softmax if on_cuda else softmax),
+        mock.patch.object(F, "dropout", native_dropout if on_cuda else dropout),
     ):
         yield
 

@@ -36,7 +36,7 @@ from qlora_core.memory.autocast import followed
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, Phase, Phases
 from qlora_core.memory.loading import load
-from qlora_core.memory.recorder import Recorder, cuda_operators, know_bitsandbytes
+from qlora_core.memory.recorder import Recorder, chosen_operators, know_bitsandbytes
 from qlora_core.memory.replay import LOADED, Event, loaded_by_threads, replay
 from qlora_core.memory.residents import residents
 from qlora_core.recipe import Recipe
@@ -233,9 +233,9 @@ class Run:
         hooks = [register_module_forward_pre_hook(entered)]
         for parameter in self.parameters.values():
             hooks.append(cast(Any, parameter).register_post_accumulate_grad_hook(self._arrived))
-        attention = cuda_operators(self.kernel)
+        operators = chosen_operators(self.kernel, self.device.kind == "cuda")
         try:
-            with recorder, attention:
+            with recorder, operators:
                 self._make_buckets()
                 recorder.follow(self.tokens)
                 for _ in range(2):
