@@ -16,9 +16,11 @@ from transformers import AutoConfig
 
 from clusters.errors import Problem, RequestError, request_error
 from orchestrator.machine import describe, target_of
+from orchestrator.planner import fitting_defaults
 from orchestrator.trained import Trained
 from qlora_core.bootstrap import Interval, interval
 from qlora_core.data import FormatName, Learn
+from qlora_core.huggingface.config import architecture_from_folder
 from qlora_core.perplexity import perplexity
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
@@ -92,10 +94,11 @@ def evaluate_adapters(
     device = torch.device(machine.kind)
     recipe = trained.base_recipe if storage == "as-trained" else recipe_of(storage)
     dtype = target_of(machine, trained.compute_dtype, 1).compute_dtype
+    strategy = fitting_defaults(architecture_from_folder(base), Strategy(gradient_checkpointing=False))
     tokenizer = load_tokenizer(str(base))
     with examples_of(trained, questions, tokenizer, base) as examples:
         model = load_adapters(
-            load_base(str(base), recipe, Strategy(gradient_checkpointing=False), dtype, device),
+            load_base(str(base), recipe, strategy, dtype, device),
             named(trained, others),
         )
         found: list[Evaluated] = []

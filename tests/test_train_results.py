@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, LlamaForCausalLM
 
 from clusters.errors import RequestError, RunFailed
 from launch.train import train
@@ -172,10 +172,22 @@ def test_adapters_on_one_base_are_compared(
     assert one["loss"]["value"] == pytest.approx(plain_loss(model, tiny_base, json.loads(first)), abs=1e-3)
 
 
+def test_a_model_without_sdpa_is_evaluated_by_its_own_attention(
+    tiny_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    words = len(AutoTokenizer.from_pretrained(tiny_base))
+    model = AutoModelForCausalLM.from_config(Gemma2Config(vocab_size=words, num_key_value_heads=2, head_dim=8, **shape))
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    asked = ("--base", tmp_path / "base", "--data", conversations, "--samples", 0)
+    base, adapter = told("evaluate", tmp_path / "adapter", *asked)["evaluated"]
+    assert adapter["loss"] == base["loss"]
+
+
 def plain_loss(model: Any, base: Path, record: dict[str, Any]) -> float:
     """transformers' own loss on the answer of a conversation."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(base)
     question, whole = (
         tokenizer.apply_chat_template(turns, add_generation_prompt=asks, return_dict=False)

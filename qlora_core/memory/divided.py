@@ -32,7 +32,9 @@ def reduced_after(
         # as much as a bucket copies has moved into it, so that this rank's part comes on top; the timeline has those of
         # layers as they are summed up, and the others as they are made
         narrow = trained_outside(architecture, recipe) if strategy.gradient_accumulation == 1 else 0
-        return shard.kept_gradient_bytes + narrow * (shard.gradient_itemsize - shard.itemsize)
+        # offloading, the norm of each is taken on its way, in float64 (stage_1_and_2.py, copy_grads_in_partition)
+        norm = 8 * shard.largest if shard.offload_optimizer else 0
+        return shard.kept_gradient_bytes + narrow * (shard.gradient_itemsize - shard.itemsize) + norm
     if shard.stage == 1:
         return max(shard.kept_gradient_bytes - shard.bucket_bytes, 0)
     if shard.fills_buckets:

@@ -25,8 +25,8 @@ class Engine(Protocol):
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         """The forward and backward pass of one micro-batch run inside; `last` of its optimizer step or not."""
 
-    def rehearsal(self) -> AbstractContextManager[None]:
-        """Forward and backward passes run inside that are of no step: the gradient of their loss must be 0."""
+    def rehearsal(self, last: bool) -> AbstractContextManager[None]:
+        """As `micro_step`, but of no step: after the last one nothing is left of it. The gradient must be 0."""
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The summed loss of one micro-batch, shape []."""

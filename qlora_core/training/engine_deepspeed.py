@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import bitsandbytes as bnb
@@ -12,6 +12,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
@@ -89,12 +91,14 @@ class DeepSpeedEngine:
             self._engine.step()  # counts the micro-batch; the update comes with the last
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        """See `Engine`. The zeros stay in ZeRO's buffers, to which the step's gradients are added."""
-        self._engine.set_gradient_accumulation_boundary(False)
+    def rehearsal(self, last: bool) -> Iterator[None]:
+        """See `Engine`."""
+        self._engine.set_gradient_accumulation_boundary(last)
         yield
         # the way back to counting micro-batches, which set_gradient_accumulation_boundary has not (0.19.8)
         self._engine._is_gradient_accumulation_boundary = None
+        if last:
+            self._discard()
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """See `Engine`."""
@@ -115,7 +119,9 @@ class DeepSpeedEngine:
             return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
         weights = {}
         for name, parameter in self._parameters.items():
-            with deepspeed.zero.GatheredParameters([parameter]):
+            # small ones are whole, and would be divided at the end, only to be fetched again by the next step
+            is_whole = cast(Any, parameter).ds_status == ZeroParamStatus.AVAILABLE
+            with nullcontext() if is_whole else deepspeed.zero.GatheredParameters([parameter]):
                 weights[name] = parameter.detach().to("cpu", copy=True)
         return weights
 
@@ -146,6 +152,21 @@ class DeepSpeedEngine:
     def layout(self) -> tuple[tuple[Span, ...], dict[int, int]]:
         """See `Engine`. Each flat partition is a slot."""
         return tuple(self._spans()), {slot: flat.numel() for slot, flat in enumerate(self._slots())}
+
+    def _discard(self) -> None:
+        """Drop all gradients, as DeepSpeed does where those of a step overflow (0.19.8, `step` of each optimizer)."""
+        if self._stage == 3:
+            self._zero._pre_step()
+            self._zero._overflow_clean_up(prev_scale=None)
+            return
+        self._zero.micro_step_id = INITIAL_MICRO_STEP_ID
+        self._zero.zero_grad(set_to_none=True)
+        self._zero._release_preflattened_grad_buffers()
+        for group in list(self._zero.averaged_gradients):
+            self._zero.averaged_gradients[group] = self._zero.all_grad_tensors[group] = None
+        if self._zero.cpu_offload:
+            self._zero._offload_accumulated_param_ids = set()
+            self._zero.reset_cpu_buffers()
 
     def _slots(self) -> list[torch.Tensor]:
         """The flat partitions of this rank, which the base optimizer updates."""

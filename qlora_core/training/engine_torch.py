@@ -42,11 +42,12 @@ class TorchEngine:
         return nullcontext()
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
+    def rehearsal(self, last: bool) -> Iterator[None]:
         """See `Engine`."""
-        with self.micro_step(last=False):
+        with self.micro_step(last):
             yield
-        self.optimizer.zero_grad(set_to_none=True)
+        if last:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """See `Engine`."""

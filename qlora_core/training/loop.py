@@ -204,7 +204,7 @@ def rehearse(run: TrainingRun, observer: Observer) -> None:
     """Compute the largest micro-batch of the run, and leave everything as it was but the measured peaks.
 
     All of its tokens count as learned, as a plan counts them: of a smaller one more may be, and its logits be more.
-    Where a step has several micro-batches it is computed once more, beside the gradients of the first time.
+    Where a step has several micro-batches it is computed twice, the second time beside the gradients of the first.
 
     Raises:
         NotFinite: its loss is not finite.
@@ -213,14 +213,15 @@ def rehearse(run: TrainingRun, observer: Observer) -> None:
     pad_token = int(run.tokenizer.pad_token_id)
     devices = [run.device] if run.device.type == "cuda" else []
     # what is drawn for dropout and noise is drawn once more by the step that follows
-    with torch.random.fork_rng(devices=devices), run.engine.rehearsal():
-        for _ in range(min(run.strategy.gradient_accumulation, 2)):
-            with run.meter.phase("forward"):
-                loss = run.engine.loss(all_learned(run.train_data.batch(rows, pad_token, run.device)))
-            with run.meter.phase("backward"):
-                run.engine.backward(loss * 0)
-            value = float(loss.detach())
-            del loss
+    with torch.random.fork_rng(devices=devices):
+        for last in (False, True)[run.strategy.gradient_accumulation == 1 :]:
+            with run.engine.rehearsal(last):
+                with run.meter.phase("forward"):
+                    loss = run.engine.loss(all_learned(run.train_data.batch(rows, pad_token, run.device)))
+                with run.meter.phase("backward"):
+                    run.engine.backward(loss * 0)
+                value = float(loss.detach())
+                del loss
     if not math.isfinite(value):
         raise NotFinite(
             f"The loss of the run's largest micro-batch is {value}. {named(run, rows)}",

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 STEPS = 3
 
 RANK = """
-import json, os, sys
+import gc, json, os, sys, weakref
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
 specs = json.loads(sys.argv[1])
@@ -70,10 +70,19 @@ def learn(spec):
                               if weight.grad is not None})
         return optimize()
     run.engine.step = optimize_noting
+    losses, compute = [], run.engine.loss
+    def compute_noting(batch):
+        loss = compute(batch)
+        losses.append(weakref.ref(loss))
+        return loss
+    run.engine.loss = compute_noting
+    gc.disable()
     for step in range(spec["steps"]):
         if step == 1 and world > 1:
             rehearse(run, Silent())
         steps.append(one_step(run, step, Silent())[:2])
+    alive = sum(loss() is not None for loss in losses)
+    gc.enable()
     after = eval_loss(run.engine.module, data, pad_token=0, micro_batch=3, rank=rank, world_size=world, device=cpu)
     weights = run.engine.trained_weights()
     spans = [list(vars(s).values()) if hasattr(s, "__dict__") else [s.parameter, s.parameter_start, s.numel, s.slot,
@@ -81,7 +90,8 @@ def learn(spec):
     packed = [p for p in model.parameters() if type(p).__name__ == "Params4bit"]
     result = {"share": sum(getattr(p, "ds_tensor", p).numel() for p in packed) /
               sum(getattr(p, "ds_numel", p.numel()) for p in packed) if packed else 0,
-              "steps": steps, "after": after, "spans": spans, "numel": {n: w.numel() for n, w in weights.items()},
+              "alive": alive, "steps": steps, "after": after, "spans": spans,
+              "numel": {n: w.numel() for n, w in weights.items()},
               "sum": float(sum(w.double().sum() for w in weights.values()))}
     Path(spec["out"], f"{rank}.json").write_text(json.dumps(result))
     save_file(gradients, Path(spec["out"], f"{rank}.safetensors"))
@@ -219,6 +229,7 @@ def assert_alike(ranks: list[dict[str, Any]], one: dict[str, Any], loss_rel: flo
             assert loss == pytest.approx(loss_alone, rel=loss_rel)
             assert norm == pytest.approx(norm_alone, rel=norm_rel)
         assert rank["after"] == pytest.approx(one["after"], rel=loss_rel)
+        assert rank["alive"] == 0  # no loss, and nothing that its graph refers to, waits for the cycle collector
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
