@@ -14,13 +14,15 @@ import torch
 from click.testing import CliRunner, Result
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, LlamaForCausalLM, OlmoeConfig
 
 from clusters.errors import RequestError, RunFailed
 from launch.train import train
+from qlora_core.recipe import Recipe
 from qlora_core.training.check import check_merged
 from qlora_core.training.dataset.tokens import Encoded, save_examples
 from qlora_core.training.examples import Examples
+from qlora_core.training.model import attach_adapters
 from qlora_core.training.vllm import outside_vllm, vllm_rank
 
 
@@ -184,6 +186,32 @@ def test_a_model_without_sdpa_is_evaluated_by_its_own_attention(
     asked = ("--base", tmp_path / "base", "--data", conversations, "--samples", 0)
     base, adapter = told("evaluate", tmp_path / "adapter", *asked)["evaluated"]
     assert adapter["loss"] == base["loss"]
+
+
+def test_an_adapter_of_a_mixture_s_experts_is_evaluated(tiny_base: Path, conversations: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(1)
+    config = OlmoeConfig(vocab_size=len(tokenizer), num_experts=4, num_experts_per_tok=2, **shape)
+    model = AutoModelForCausalLM.from_config(config)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    recipe = Recipe(method="lora", quantization="none", double_quantization=False, rank=4)
+    adapted = attach_adapters(model, recipe, seed=0)
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("experts.base_layer.lora_A" in key for key in keys)
+    first = conversations.read_text().splitlines()[0]
+    (tmp_path / "one.jsonl").write_text(first + "\n")
+    asked = ("--base", tmp_path / "base", "--data", tmp_path / "one.jsonl", "--samples", 0)
+    _, adapter = told("evaluate", tmp_path / "adapter", *asked)["evaluated"]
+    # in the machine's compute dtype beside float32
+    assert adapter["loss"]["value"] == pytest.approx(plain_loss(adapted, tiny_base, json.loads(first)), abs=0.01)
+    assert abs(adapter["change"]["value"]) > 0.05
 
 
 def plain_loss(model: Any, base: Path, record: dict[str, Any]) -> float:

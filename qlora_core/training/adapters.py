@@ -24,7 +24,8 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts in front of the base model's module names."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
+KEY = re.compile(re.escape(PREFIX) + r"(.+?)(?:\.base_layer)*\.lora_([AB])\.weight")
+"""peft wraps a mixture's experts once for each of their parameters, one wrapper in the other."""
 
 
 @dataclass(frozen=True, slots=True)
