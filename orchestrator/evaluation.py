@@ -97,10 +97,7 @@ def evaluate_adapters(
     strategy = fitting_defaults(architecture_from_folder(base), Strategy(gradient_checkpointing=False))
     tokenizer = load_tokenizer(str(base))
     with examples_of(trained, questions, tokenizer, base) as examples:
-        model = load_adapters(
-            load_base(str(base), recipe, strategy, dtype, device),
-            named(trained, others),
-        )
+        model = load_adapters(load_base(str(base), recipe, strategy, dtype, device), named(trained, others))
         found: list[Evaluated] = []
         reference: list[float] = []
         for name in (BASE, *model.peft_config):

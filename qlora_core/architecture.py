@@ -11,6 +11,8 @@ EAGER_ONLY = frozenset({"bloom", "codegen", "gemma2", "gpt_oss", "gptj", "mpt"})
 MIXES_PACKED = frozenset({"bloom", "falcon", "gpt_oss", "mpt", "opt"})
 """Model types whose code makes its attention mask without the positions (transformers 5.23, the calls of
 create_causal_mask in their modeling_*.py), so that packed examples would see each other."""
+DROPS_ATTENTION = frozenset({"gpt2", "gpt_bigcode"})
+"""Model types that drop out a tenth of attention's weights unless the config says otherwise (configuration_*.py)."""
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config fields of models that change the output head's logits before the loss (Gemma 2, Cohere, Granite)."""
 
@@ -118,8 +120,8 @@ class ModelArchitecture:
     @property
     def drops_attention(self) -> bool:
         """Whether attention's weights are dropped out while the model is trained."""
-        default = 0.1 if self.model_type in ("gpt2", "gpt_bigcode") else 0.0
-        return bool(self.config.get("attention_dropout", self.config.get("attn_pdrop", default)))
+        by_default = self.model_type in DROPS_ATTENTION
+        return bool(self.config.get("attention_dropout", self.config.get("attn_pdrop", by_default)))
 
     @property
     def keeps_packed_apart(self) -> bool:

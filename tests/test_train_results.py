@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, LlamaConfig, LlamaForCausalLM, OlmoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from clusters.errors import RequestError, RunFailed
 from launch.train import train
@@ -177,11 +177,7 @@ def test_adapters_on_one_base_are_compared(
 def test_a_model_without_sdpa_is_evaluated_by_its_own_attention(
     tiny_base: Path, conversations: Path, tmp_path: Path
 ) -> None:
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    words = len(AutoTokenizer.from_pretrained(tiny_base))
-    model = AutoModelForCausalLM.from_config(Gemma2Config(vocab_size=words, num_key_value_heads=2, head_dim=8, **shape))
-    model.save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "base")
+    model = saved_model("gemma2", tiny_base, tmp_path / "base", num_key_value_heads=2, head_dim=8)
     get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     asked = ("--base", tmp_path / "base", "--data", conversations, "--samples", 0)
     base, adapter = told("evaluate", tmp_path / "adapter", *asked)["evaluated"]
@@ -189,13 +185,7 @@ def test_a_model_without_sdpa_is_evaluated_by_its_own_attention(
 
 
 def test_an_adapter_of_a_mixture_s_experts_is_evaluated(tiny_base: Path, conversations: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(1)
-    config = OlmoeConfig(vocab_size=len(tokenizer), num_experts=4, num_experts_per_tok=2, **shape)
-    model = AutoModelForCausalLM.from_config(config)
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "base")
+    model = saved_model("olmoe", tiny_base, tmp_path / "base", num_experts=4, num_experts_per_tok=2)
     recipe = Recipe(method="lora", quantization="none", double_quantization=False, rank=4)
     adapted = attach_adapters(model, recipe, seed=0)
     torch.manual_seed(0)
@@ -212,6 +202,17 @@ def test_an_adapter_of_a_mixture_s_experts_is_evaluated(tiny_base: Path, convers
     # in the machine's compute dtype beside float32
     assert adapter["loss"]["value"] == pytest.approx(plain_loss(adapted, tiny_base, json.loads(first)), abs=0.01)
     assert abs(adapter["change"]["value"]) > 0.05
+
+
+def saved_model(kind: str, tiny_base: Path, folder: Path, **fields: Any) -> Any:
+    """A small model of another family, with the tiny base's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(tokenizer), **shape, **fields))
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    return model
 
 
 def plain_loss(model: Any, base: Path, record: dict[str, Any]) -> float:

@@ -56,7 +56,8 @@ its allocator is 742 to 760 MiB, which `clusters/gpus.yaml` has since.
 CPU = """## On a CPU
 
 `tests/training/test_measured_ranks.py` runs real steps of a small model on one process, with DDP and with ZeRO 1 to 3,
-and follows every tensor: the formula has to be within 2 % of each rank's peak.
+and follows every tensor: the formula has to be within 2 % of each rank's peak. So it has with the optimizer or all
+offloaded: on a CPU that stays in the same memory, and host and device are held to it together.
 """
 
 

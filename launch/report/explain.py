@@ -329,8 +329,11 @@ def host_lines(plan: Plan) -> Iterator[str]:
     whose = "its rank" if ranks == 1 else f"its {ranks} ranks"
     how = ": under ZeRO 3 each has the whole base there first" if divided_on_host(plan) else ""
     yield f"While loading, {size_text(host.load_peak_bytes)} for {whose}{how}."
-    nothing = "what is offloaded counts as the CPU's" if plan.strategy.offload != "none" else "nothing is offloaded"
-    yield f"While training, {size_text(host.steady_bytes)}{'.' if host.steady_bytes else f': {nothing}.'}"
+    why = ""
+    if not host.steady_bytes:
+        offloads = plan.strategy.offload != "none"
+        why = ": what is offloaded counts as the CPU's" if offloads else ": nothing is offloaded"
+    yield f"While training, {size_text(host.steady_bytes)}{why}."
     if plan.estimate.gpu.paged_bytes:
         yield "What is paged moves there only as far as a GPU has no room for it; that much is counted."
     if plan.host_usable_bytes is None:

@@ -150,7 +150,7 @@ class Shard:
         several = self.grouped < self.numel
         if self.widens:
             left = self.bucket_bytes + self.beyond_bucket_bytes if self.stage == 1 else 0
-            return left + max(temporaries, 8 * self.largest) if several else max(temporaries, left + 8 * self.largest)
+            return max(temporaries + (left if several else 0), left + 8 * self.largest)
         freed = 0 if several or self.stage == 3 else self.kept_gradient_bytes
         return 4 * self.stepped_numel + max(temporaries - freed, 0)
 

@@ -214,7 +214,7 @@ def rehearse(run: TrainingRun, observer: Observer) -> None:
     devices = [run.device] if run.device.type == "cuda" else []
     # what is drawn for dropout and noise is drawn once more by the step that follows
     with torch.random.fork_rng(devices=devices):
-        for last in (False, True)[run.strategy.gradient_accumulation == 1 :]:
+        for last in (True,) if run.strategy.gradient_accumulation == 1 else (False, True):
             with run.engine.rehearsal(last):
                 with run.meter.phase("forward"):
                     loss = run.engine.loss(all_learned(run.train_data.batch(rows, pad_token, run.device)))
