@@ -137,7 +137,10 @@ OFFLOADED = [
 ]
 SAMPLE = [*TOGETHER[:28:7], *OFFLOADED[4::5], *TOGETHER[28::7]]
 """A case of each stage, and of stages 2 and 3 offloaded; `make grids` looks at all."""
-REST = sorted({*TOGETHER, *OFFLOADED} - {*SAMPLE}, key=lambda case: (case.zero_stage, str(case)))
+REST = sorted(
+    (case for case in (*TOGETHER, *OFFLOADED) if case not in SAMPLE),
+    key=lambda case: case.zero_stage,
+)
 SMALL_BUCKET = 300_000
 """Elements: more than any weight of a layer has, less than the embedding."""
 IN_BUCKETS = [
