@@ -280,6 +280,24 @@ def test_offloaded_state_moves_to_the_host() -> None:
     assert moved.gpu.phases.optimizer == pytest.approx(kept.gpu.phases.after_load + of_largest, rel=0.01)
 
 
+def test_zero_3_widens_what_is_larger_than_a_bucket_and_brings_it_back_for_its_norm() -> None:
+    """Full fine-tuning of Llama 3 8B on 8 GPUs: most is there when the gradient of the head, the first, is reduced."""
+    head, parameters = 128256 * 4096, 8_030_261_248
+    device = dataclasses.replace(A100, ranks_per_host=8)
+    full = recipe(method="full", quantization="none")
+    strategy = Strategy(world_size=8, zero_stage=3, loss="full", paged_optimizer=False)
+    kept = estimate(model("llama-3-8b"), full, strategy, device).gpu.phases.backward
+    moved = estimate(model("llama-3-8b"), full, dataclasses.replace(strategy, offload="optimizer"), device).gpu
+    # of its part a rank has in float32 the weights, two moments and a gradient less; of the head's gradient its part in
+    # float32 and in float64 more, beside the whole in bfloat16 and in float32, which both have
+    assert kept - moved.phases.backward == pytest.approx(16 * parameters / 8 - 12 * head / 8, rel=0.01)
+    # DeepSpeed has a billion elements whole at once, of which the head has been let go, and a bucket of 5 million;
+    # 32 layers keep a sequence of 4,096 numbers a token
+    whole, kept_activations = 2 * (1_000_000_000 - head), 2 * 33 * 4096 * full.seq_len
+    reducing = 2 * parameters / 8 + whole + 2 * head + 4 * head + 12 * head / 8 + 4 * 5_000_000 + kept_activations
+    assert moved.phases.backward == pytest.approx(reducing, rel=0.03)
+
+
 @pytest.mark.parametrize(("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")])
 def test_a_cpu_has_what_is_offloaded_in_the_same_memory(stage: ZeroStage, offload: Offload) -> None:
     cpu = Device(kind="cpu", compute_dtype="float32", ranks_per_host=2)

@@ -348,7 +348,7 @@ def test_a_run_of_all_weights_is_divided_as_far_as_it_has_to_be() -> None:
     assert run(gpu(workers=8, usable=14 * GIB), 8, **full).strategy.zero_stage == 3
     # where they stay whole, their gradients do not fit beside them undivided
     wanted = Recipe(method="full", quantization="none")
-    assert plan("7b", recipe=wanted, gpu="rtx-4090", gpus=8, open_fields={"zero_stage"}).strategy.zero_stage == 2
+    assert plan("7b", recipe=wanted, gpu="rtx-5090", gpus=8, open_fields={"zero_stage"}).strategy.zero_stage == 2
     offloaded = run(gpu(workers=4), 4, strategy={"offload": "optimizer"}, **full).strategy
     assert (offloaded.zero_stage, offloaded.offload) == (2, "optimizer")
 

@@ -13,10 +13,9 @@ from qlora_core.strategy import Strategy
 def shard_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Shard:
     """How the trainable state is divided."""
     tensors = exact.trainable_tensors(architecture, recipe)
-    numel, largest = sum(size * count for size, count in tensors), max((size for size, _ in tensors), default=0)
-    trainable = numel * DTYPE_BYTES[exact.trainable_dtype(recipe, device.compute_dtype)]
+    itemsize = DTYPE_BYTES[exact.trainable_dtype(recipe, device.compute_dtype)]
     groups = exact.optimizer_groups(tensors, recipe)
-    return Shard.of(strategy, trainable, numel, largest, max(sum(n * count for n, count in group) for group in groups))
+    return Shard.of(strategy, tensors, itemsize, max(sum(n * count for n, count in group) for group in groups))
 
 
 def fetched_ahead(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> int:
@@ -32,15 +31,14 @@ def reduced_after(
         # as much as a bucket copies has moved into it, so that this rank's part comes on top; the timeline has those of
         # layers as they are summed up, and the others as they are made
         narrow = trained_outside(architecture, recipe) if strategy.gradient_accumulation == 1 else 0
-        # offloading, the norm of each is taken on its way, in float64 (stage_1_and_2.py, copy_grads_in_partition)
-        norm = 8 * shard.largest if shard.offload_optimizer else 0
-        return shard.kept_gradient_bytes + narrow * (shard.gradient_itemsize - shard.itemsize) + norm
+        widened = narrow * (shard.gradient_itemsize - shard.itemsize)
+        return shard.kept_gradient_bytes + widened + shard.norm_bytes
     if shard.stage == 1:
-        return max(shard.kept_gradient_bytes - shard.bucket_bytes, 0)
-    if shard.fills_buckets:
+        return max(shard.kept_gradient_bytes - shard.bucket_bytes, shard.norm_bytes)
+    if shard.fills_buckets and recipe.method != "full":
         return 0
-    if shard.widens and strategy.gradient_accumulation == 1:
-        return shard.reduction_bytes(device.kind) + shard.kept_gradient_bytes
+    if not shard.fills_buckets and shard.widens and strategy.gradient_accumulation == 1:
+        return shard.reduction_bytes(shard.largest, device.kind) + shard.kept_gradient_bytes
     released = 0
     if shard.stage == 3:
         # all that was gathered has been released by then, but the embedding: its gradient comes last, and to a frozen
@@ -50,7 +48,36 @@ def reduced_after(
         is_left = recipe.method == "full" or strategy.gradient_checkpointing
         if is_left and not stays_whole(size, size // architecture.embedding_parameters):
             released -= size
-    return max(shard.reduction_bytes(device.kind) - released, 0)
+    if not shard.fills_buckets:
+        return max(shard.reduction_bytes(shard.largest, device.kind) - released, 0)
+    # what is counted until the end, other than what stays as long
+    counted = reduced_within(shard, architecture, recipe, strategy, device)
+    if shard.stage == 2:
+        counted -= kept_in_part(shard, strategy)
+        counted -= 0 if shard.offload_optimizer else shard.staying_bytes(strategy.gradient_accumulation > 1)
+    return max(reduced_alone(shard, architecture.embedding_parameters, device) - released - counted, 0)
+
+
+def reduced_alone(shard: Shard, elements: int, device: Device) -> int:
+    """Bytes of the gradient of a trained weight outside of the layers, and of what reducing it takes."""
+    return shard.itemsize * elements + shard.reduction_bytes(elements, device.kind)
+
+
+def head_reduced(shard: Shard, architecture: ModelArchitecture, recipe: Recipe, device: Device) -> int:
+    """The same of the output head, which comes first; ZeRO-3 has released the head itself by then."""
+    elements = architecture.head_parameters
+    if recipe.method != "full" or shard.stage < 2 or not shard.fills_buckets or not elements:
+        return 0
+    released = elements * DTYPE_BYTES[exact.stored_dtype(recipe, device.compute_dtype)] if shard.stage == 3 else 0
+    return reduced_alone(shard, elements, device) - released
+
+
+def largest_within(architecture: ModelArchitecture, recipe: Recipe, shard: Shard) -> int:
+    """Elements of the largest trained weight of a layer."""
+    if recipe.method != "full":
+        return shard.largest
+    outside = (architecture.embedding_parameters, architecture.head_parameters)
+    return max((size for size, _ in exact.trainable_tensors(architecture, recipe) if size not in outside), default=0)
 
 
 def trained_outside(architecture: ModelArchitecture, recipe: Recipe) -> int:
@@ -65,17 +92,26 @@ def reduced_within(
 ) -> int:
     """Bytes that there are more in the backward pass once the bucket has been full for the first time.
 
-    ZeRO-2 copies its part of the gradients, and adds it to that of earlier micro-batches at the end, but for widened
-    ones. ZeRO-3 has room for it from the start, and when it reduces, it has released as much of the weights as of their
-    gradients has been made.
+    When ZeRO-3 reduces, it has released as much of the weights as of their gradients has been made.
     """
     if shard.stage < 2 or not shard.fills_buckets:
         return 0
+    taken = shard.reduction_bytes(largest_within(architecture, recipe, shard), device.kind)
     if shard.stage == 2:
-        added_in_place = shard.widens and strategy.gradient_accumulation > 1
-        return shard.reduction_bytes(device.kind) + (0 if added_in_place else shard.kept_gradient_bytes)
+        staying = shard.staying_bytes(strategy.gradient_accumulation > 1)
+        # offloaded ones stay in earlier micro-batches, and norms are taken in the last
+        taken = max(taken, shard.bucket_bytes + staying) if shard.offload_optimizer else taken + staying
+        return taken + kept_in_part(shard, strategy)
     again = gathered_again(architecture, recipe, strategy, device)
-    return max(shard.reduction_bytes(device.kind) - again * bucket_elements(shard.numel) // shard.numel, 0)
+    return max(taken - again * bucket_elements(shard.numel) // shard.numel, 0)
+
+
+def kept_in_part(shard: Shard, strategy: Strategy) -> int:
+    """Bytes of the copy of its part of the gradients that ZeRO-2 makes in a backward pass.
+
+    It adds it to that of earlier micro-batches at the end; widened ones it adds in place.
+    """
+    return 0 if shard.widens and strategy.gradient_accumulation > 1 else shard.kept_gradient_bytes
 
 
 def gathered_again(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> int:

@@ -16,7 +16,14 @@ from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, Heads, is_masked, kernel_of
 from qlora_core.memory.device import Device
-from qlora_core.memory.divided import fetched_ahead, reduced_after, reduced_within, shard_of, trained_outside
+from qlora_core.memory.divided import (
+    fetched_ahead,
+    head_reduced,
+    reduced_after,
+    reduced_within,
+    shard_of,
+    trained_outside,
+)
 from qlora_core.memory.estimate import Components, Estimate, Phase
 from qlora_core.memory.experts import Experts, Scores
 from qlora_core.memory.layer import Activation, Layer, Norm, Projection
@@ -305,6 +312,7 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
         bucket=shard.bucket_bytes if stage == 2 or (stage == 1 and not several) else 0,
         layers_to_flush=-(-in_bucket // max(layer_gradients, 1)) if stage >= 2 and shard.fills_buckets else 0,
         part=reduced_within(shard, architecture, recipe, strategy, device),
+        head_reduced=head_reduced(shard, architecture, recipe, device),
         reduced_after=reduced_after(shard, architecture, recipe, strategy, device),
         sharded=stage > 0,
         fetched=fetched_ahead(architecture, recipe, device) if stage == 3 else 0,

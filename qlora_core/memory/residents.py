@@ -81,7 +81,7 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         added["optimizer"]["gradients"] = shard.kept_gradient_bytes
         if shard.offload_optimizer and shard.widens and shard.stage == 1:
             # only without offload are they let go before the optimizer runs (stage_1_and_2.py, step)
-            added["optimizer"]["gradients"] += shard.bucket_bytes + shard.beyond_bucket_bytes
+            added["optimizer"]["gradients"] += shard.left_bytes
     foreach = device.kind == "cuda" and not shard.offload_optimizer
     groups = [((shard.stepped_numel, 1),)] if shard.stage else exact.optimizer_groups(tensors, recipe)
     step = shard.step_bytes(_step_buffers(groups, recipe, paged, 4 if shard.stage else itemsize, foreach))

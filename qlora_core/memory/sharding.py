@@ -6,6 +6,7 @@ engine is used without a bf16 or fp16 section, so that trainable weights, gradie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -32,6 +33,7 @@ class Shard:
         trainable: bytes of the trainable weights in all.
         numel: their elements.
         largest: elements of the largest of them.
+        beyond: elements of all those that are larger than the bucket, which they pass by.
         grouped: elements of the optimizer's largest group of them.
         world: ranks.
         stage: ZeRO stage.
@@ -41,16 +43,27 @@ class Shard:
     trainable: int
     numel: int
     largest: int
+    beyond: int
     grouped: int
     world: int
     stage: int
     offload_optimizer: bool
 
     @classmethod
-    def of(cls, strategy: Strategy, trainable: int, numel: int, largest: int, grouped: int) -> Shard:
-        """The division that `strategy` asks for."""
-        offloads = strategy.offload != "none"
-        return cls(trainable, numel, largest, grouped, strategy.world_size, strategy.zero_stage, offloads)
+    def of(cls, strategy: Strategy, tensors: Sequence[tuple[int, int]], itemsize: int, grouped: int) -> Shard:
+        """The division that `strategy` asks for, of tensors given as (elements of one, how many)."""
+        numel = sum(size * count for size, count in tensors)
+        beyond = sum(size * count for size, count in tensors if size > bucket_elements(numel))
+        return cls(
+            trainable=numel * itemsize,
+            numel=numel,
+            largest=max((size for size, _ in tensors), default=0),
+            beyond=beyond,
+            grouped=grouped,
+            world=strategy.world_size,
+            stage=strategy.zero_stage,
+            offload_optimizer=strategy.offload != "none",
+        )
 
     @property
     def itemsize(self) -> int:
@@ -108,21 +121,60 @@ class Shard:
         return bucket_elements(self.numel) < self.numel
 
     @property
-    def beyond_bucket_bytes(self) -> int:
-        """The float32 gradient of a weight that is larger than the bucket, and passes by it."""
-        return 4 * self.largest if self.largest > bucket_elements(self.numel) else 0
+    def left_bytes(self) -> int:
+        """ZeRO-1's bucket and the float32 gradients that passed by it, of other ranks' parts: they are let go last."""
+        of_others = max(self.beyond - self.beyond // self.world, self.largest) if self.beyond else 0
+        return self.bucket_bytes + 4 * of_others
 
-    def reduction_bytes(self, kind: Literal["cuda", "cpu"]) -> int:
-        """What reducing a bucket takes beside it: ZeRO 2 and 3 lay its gradients side by side in a copy.
+    def staying_bytes(self, several: bool) -> int:
+        """Gradients of its own part that ZeRO-2 has as long as a backward pass: those that passed the bucket by.
 
-        ZeRO-2 reduces 16-bit ones in float32, those of a weight that is larger than the bucket, too. gloo's
-        reduce_scatter, which ZeRO-3 calls on a CPU, reduces all of another copy.
+        Widened ones are summed up elsewhere, and offloaded ones copied; either way nothing lets go of them before the
+        pass ends, but in the last of `several` micro-batches if they are offloaded (stage_1_and_2.py,
+        copy_grads_in_partition, clear_grad_attribute).
+        """
+        stay = self.stage == 2 and (several if self.offload_optimizer else self.widens)
+        own = min(max(self.beyond // self.world, self.largest), self.beyond, self.part_numel)
+        return self.itemsize * own if stay else 0
+
+    def reduction_bytes(self, largest: int, kind: Literal["cuda", "cpu"]) -> int:
+        """What reducing gradients takes beside them, where the largest of them has so many elements.
+
+        ZeRO 2 and 3 lay those in a bucket side by side in a copy, which ZeRO-2 makes float32 if it sums up 16-bit ones
+        so. One that is larger than the bucket passes by it, and if it has 16 bits, ZeRO-3 makes it float32, too.
         """
         if self.stage < 2:
             return 0
-        if self.widens:
-            return max(self.bucket_bytes + 4 * bucket_elements(self.numel), self.beyond_bucket_bytes)
-        return self.bucket_bytes * (2 if self.stage == 3 and kind == "cpu" else 1)
+        size = bucket_elements(self.numel)
+        in_bucket = self.bucket_bytes + (4 * size if self.widens else 0)
+        taken = self._taken_bytes(in_bucket, size, min(largest, size), kind)
+        if largest <= size:
+            return taken
+        return max(taken, self._taken_bytes(4 * largest if self.itemsize < 4 else 0, largest, largest, kind))
+
+    def _taken_bytes(self, copy: int, elements: int, largest: int, kind: Literal["cuda", "cpu"]) -> int:
+        """What it takes to reduce so many elements, of which there is a copy of so many bytes.
+
+        gloo's reduce_scatter, which ZeRO-3 calls on a CPU, reduces all of another copy. The norm of an offloaded
+        gradient, or of a rank's part of it, is taken in float64; ZeRO-3 brings the part back to the GPU for it
+        (stage_1_and_2.py, set_norm_for_param_grad_in_gpu; stage3.py, partition_grads).
+        """
+        reduced = copy + (4 * elements if self.stage == 3 and kind == "cpu" else 0)
+        if not self.offload_optimizer:
+            return reduced
+        if self.stage == 2:
+            return max(reduced, 8 * largest)
+        return max(reduced, copy + (8 if kind == "cpu" else 8 + 4) * -(-largest // self.world))
+
+    @property
+    def norm_bytes(self) -> int:
+        """What ZeRO-1 takes for the norm of an offloaded gradient, in float64, more than it has let go of by then.
+
+        That is what has been copied into the bucket, which a weight that is larger than the bucket is not
+        (stage_1_and_2.py, copy_grads_in_partition).
+        """
+        copied = 0 if self.beyond else self.bucket_bytes
+        return max(8 * self.largest - copied, 0) if self.offload_optimizer else 0
 
     @property
     def kept_gradient_bytes(self) -> int:
@@ -149,7 +201,7 @@ class Shard:
             return temporaries
         several = self.grouped < self.numel
         if self.widens:
-            left = self.bucket_bytes + self.beyond_bucket_bytes if self.stage == 1 else 0
+            left = self.left_bytes if self.stage == 1 else 0
             return max(temporaries + (left if several else 0), left + 8 * self.largest)
         freed = 0 if several or self.stage == 3 else self.kept_gradient_bytes
         return 4 * self.stepped_numel + max(temporaries - freed, 0)

@@ -62,6 +62,7 @@ class Step(NamedTuple):
         bucket: the buffer they are reduced in, if it is made by the backward pass; 0 if not.
         layers_to_flush: ZeRO 2 and 3: layers of the backward pass after which the bucket is full; 0 if it holds all.
         part: bytes that there are more from then on: in ZeRO-2 what the bucket's own part is copied into.
+        head_reduced: bytes by which reducing a trained head's gradient exceeds the end of its backward pass.
         reduced_after: gradients are reduced after the backward pass only: bytes by which that exceeds its end.
         sharded: no gradient but one part is left for the optimizer.
         fetched: ZeRO-3's buffer of weights fetched ahead, used up when the output head runs.
@@ -86,6 +87,7 @@ class Step(NamedTuple):
     bucket: int
     layers_to_flush: int
     part: int
+    head_reduced: int
     reduced_after: int
     sharded: bool
     fetched: int
@@ -100,6 +102,7 @@ class Recording(NamedTuple):
         sizes: what is there in any case, what each unit of the rank adds, and whether it is that buffer.
         marks: places in the log after each layer.
         forward_end: the place in the log at which the forward pass has ended.
+        loss_end: the place at which the backward pass of all behind the layers has.
         copies: numbers of the storages that autocast keeps until then.
     """
 
@@ -108,6 +111,7 @@ class Recording(NamedTuple):
     sizes: tuple[tuple[Size, Size, int], ...]
     marks: tuple[int, ...]
     forward_end: int
+    loss_end: int
     copies: frozenset[int]
 
     def of(self, step: Step) -> list[Change]:
@@ -145,7 +149,9 @@ def recorded(step: Step) -> Recording:
     places: dict[Size, int] = {}
     changes = tuple((number, places.setdefault(size, len(places)), room, where) for number, size, room, where in log)
     summed = tuple((places.setdefault(size, len(places)), where) for size, where in tape.summed)
-    return Recording(changes, summed, tuple(map(_parts_of, places)), tuple(marks), forward_end, frozenset(copies))
+    in_layers = (at for at, (*_, where) in enumerate(log) if where is not None and where[:2] == ("backward", LAST))
+    ends = forward_end, next(in_layers, len(log))
+    return Recording(changes, summed, tuple(map(_parts_of, places)), tuple(marks), *ends, frozenset(copies))
 
 
 def _parts_of(size: Size) -> tuple[Size, Size, int]:
@@ -171,6 +177,7 @@ def on_tape(step: Step) -> Step:
         layer_gradients=0,
         layers_to_flush=0,
         part=0,
+        head_reduced=0,
         reduced_after=0,
         sharded=False,
         fetched=ANY_FETCHED if step.fetched else 0,
@@ -185,6 +192,7 @@ def undivided(step: Step) -> Step:
         bucket=0,
         layers_to_flush=0,
         part=0,
+        head_reduced=0,
         reduced_after=0,
         sharded=False,
         fetched=0,

@@ -126,7 +126,7 @@ def _moments(tape: Step, rank: int, fetched: int) -> Moments:
     log = recording.of(tape._replace(layer=tape.layer._replace(rank=rank), fetched=fetched))
     parts = _peaks_by_part(log)
     places = (peak.place for peaks in parts.values() for peak in peaks)
-    alive = alive_at(log, [*recording.marks, recording.forward_end, len(log), *places])
+    alive = alive_at(log, [*recording.marks, recording.forward_end, recording.loss_end, len(log), *places])
     return Moments(recording, parts, alive, _stretches(parts, alive), {})
 
 
@@ -168,6 +168,10 @@ def _whole(step: Step) -> Whole:
     left = _sum(_made(step, middle), held)
     kept_after = _sum(kept, forgotten)
     peaks = [*_with_middle(parts, middle, kept, kept_after, left), *_after_flush(step, middle, parts, kept_after)]
+    if step.head_reduced:
+        added = _sum(kept_after, {GRADIENTS: Size(fixed=step.head_reduced)})
+        total = sum_of(moments.rooms_at(recording.loss_end).values()).plus(sum_of(added.values()))
+        peaks.append(Peak(total, ("backward", "loss"), recording.loss_end, added, middle))
     return Whole(moments, peaks, left, in_between)
 
 
