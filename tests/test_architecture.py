@@ -24,6 +24,7 @@ from qlora_core.architecture import EAGER_ONLY
 from qlora_core.huggingface.config import architecture_from_config, architecture_from_folder
 from qlora_core.huggingface.families import DECODERS
 from qlora_core.huggingface.older_decoders import OLDER
+from qlora_core.memory.bytes import buffer_bytes
 
 COMMON: dict[str, object] = {
     "vocab_size": 160,
@@ -148,6 +149,15 @@ def test_every_model_type_has_a_case() -> None:
 def test_it_is_what_transformers_builds(model_type: str, fields: dict[str, Any]) -> None:
     architecture = architecture_from_config({"model_type": model_type, **fields}, name="small", source="test")
     assert_same(architecture, on_meta({"model_type": model_type, **fields}))
+
+
+@pytest.mark.parametrize(("model_type", "fields"), CASES)
+def test_tables_beside_the_weights_are_counted(model_type: str, fields: dict[str, Any]) -> None:
+    architecture = architecture_from_config({"model_type": model_type, **fields}, name="small", source="test")
+    built = sum(buffer.nbytes for buffer in on_meta({"model_type": model_type, **fields}).buffers())
+    # frequencies of rotary embedding and a factor are not: some KB at most
+    assert 0 <= built - buffer_bytes(architecture) < 4096
+    assert (buffer_bytes(architecture) > 0) == (model_type in ("codegen", "gpt_bigcode", "gptj"))
 
 
 @pytest.mark.parametrize(("model_type", "fields"), CASES)

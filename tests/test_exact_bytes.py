@@ -47,7 +47,7 @@ def held(model: nn.Module, recipe: Recipe) -> Sizes:
     """Bytes of all storages of a model, by component. Each is counted once: tied embeddings share theirs.
 
     The base weights are those of the quantized linear layers, or, where nothing is to be quantized, of all but the
-    output head. Buffers (rotary frequencies and the like) are no weights, and are left out.
+    output head. Of buffers, those that are tables are counted, and rotary frequencies and the like left out.
     """
     seen: dict[int, tuple[str, int]] = {}
 
@@ -66,6 +66,9 @@ def held(model: nn.Module, recipe: Recipe) -> Sizes:
         if (state := getattr(parameter, "quant_state", None)) is not None:
             for tensor in quantization_constants(state):
                 hold("quantization_constants", tensor)
+    for buffer in model.buffers():
+        if buffer.dim() > 1:
+            hold("unquantized_weights", buffer)
     for module in linears:
         if isinstance(module, bnb.nn.Linear8bitLt):
             hold("quantization_constants", module.weight.SCB)
@@ -175,9 +178,9 @@ def test_every_model_of_the_catalogue(name: str) -> None:
     recipe = Recipe()
     model = on_meta(fields)
     skipped = get_keys_to_not_convert(model)
+    for parameter in model.parameters():  # as from_pretrained does: tables stay as they were made
+        parameter.data = parameter.data.to(torch.bfloat16)
     config = quantization_config(recipe, torch.bfloat16)
-    model = replace_with_bnb_linear(
-        model.to(torch.bfloat16), modules_to_not_convert=skipped, quantization_config=config
-    )
+    model = replace_with_bnb_linear(model, modules_to_not_convert=skipped, quantization_config=config)
     quantize_on_meta(model, "nf4")
     assert said(find_model(name), recipe, "bfloat16") == held(attach_adapters(model, recipe, seed=0), recipe)

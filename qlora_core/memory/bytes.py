@@ -104,6 +104,22 @@ def weights(architecture: ModelArchitecture, recipe: Recipe, compute: Dtype) -> 
     return Weights(tuple(base), tuple(constants), tuple(other))
 
 
+def buffer_bytes(architecture: ModelArchitecture) -> int:
+    """Bytes of the tables that some older models keep beside their weights; no rank is without all of them.
+
+    GPT-BigCode has a causal mask, GPT-J and CodeGen sines and cosines in each layer (modeling_*.py); of the others what
+    there is has a few numbers.
+    """
+    positions = architecture.max_position_embeddings
+    if architecture.model_type == "gpt_bigcode":
+        return positions * positions
+    if architecture.model_type in ("codegen", "gptj"):
+        rotated = architecture.config.get("rotary_dim", 64)
+        width = rotated if isinstance(rotated, int) else architecture.hidden_size
+        return 4 * architecture.num_layers * positions * width
+    return 0
+
+
 def is_target(linear: Linear, recipe: Recipe) -> bool:
     """Whether `linear` gets an adapter."""
     return recipe.method != "full" and chosen(recipe.targets, linear.path)

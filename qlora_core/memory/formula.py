@@ -41,8 +41,10 @@ ENDLESS = 2**40
 COMPOSED_ACTIVATIONS = frozenset({"gelu_new", "gelu_fast", "gelu_accurate"})
 """GELUs that transformers writes out in Python (activations.py)."""
 RESIDUAL_DROPOUT = {
+    "codegen": ("resid_pdrop", 0.0),
     "falcon": ("hidden_dropout", 0.0),
     "gpt2": ("resid_pdrop", 0.1),
+    "gpt_bigcode": ("resid_pdrop", 0.1),
     "gpt_neox": ("hidden_dropout", 0.0),
     "gptj": ("resid_pdrop", 0.0),
     "opt": ("dropout", 0.1),

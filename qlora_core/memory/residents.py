@@ -69,6 +69,8 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     # with method full the trained weights are the base's own
     lora = [] if recipe.method == "full" else [(numel * itemsize, count) for numel, count in tensors]
     loaded, whole, on_host = _loaded(weights, lora, itemsize, recipe, strategy, device)
+    buffers = exact.buffer_bytes(architecture)
+    loaded["unquantized_weights"] += buffers
     between = {"framework": sum(device.blas_workspaces), "communication_buffers": shard.passing_bytes}
     if not shard.offload_optimizer:
         between["optimizer_state"] = state.resident + shard.master_bytes
@@ -127,7 +129,7 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         between,
         added,
         0 if shard.offload_optimizer else state.paged,
-        segments + packed([(sum(between.values()) + sum(added["backward"].values()), 1)]),
+        segments + packed([(buffers, 1), (sum(between.values()) + sum(added["backward"].values()), 1)]),
         holes,
         host_load,
         sum(on_host.values()) + step_on_host,
