@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.huggingface.config import architecture_from_config
 from qlora_core.memory import bytes as exact
+from qlora_core.memory import sharding
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Phases
 from qlora_core.memory.formula import LEARNING, course, estimate, least_bytes, prepared, step_of
@@ -278,6 +279,16 @@ def test_offloaded_state_moves_to_the_host() -> None:
     # what AdamW makes of these; and a buffer for a gradient on its way, which there is on the GPU, too
     assert moved.host.steady_bytes == 4 * ((4 + 4 + 4 + 8 + 8) * numel // 4 + of_largest)
     assert moved.gpu.phases.optimizer == pytest.approx(kept.gpu.phases.after_load + of_largest, rel=0.01)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_without_zero_no_bucket_of_deepspeed_is_counted(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = recipe(method="full", quantization="none")
+    strategy = Strategy(world_size=world_size, paged_optimizer=False)
+    said = estimate(model("llama-3-8b"), full, strategy, A100)
+    monkeypatch.setattr(sharding, "LARGEST_BUCKET_ELEMENTS", 10_000_000_000)
+    # what is kept of an estimate is kept by architecture, of which the name is a part
+    assert estimate(dataclasses.replace(model("llama-3-8b"), name="again"), full, strategy, A100) == said
 
 
 def test_zero_3_widens_what_is_larger_than_a_bucket_and_brings_it_back_for_its_norm() -> None:

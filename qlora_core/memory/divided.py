@@ -27,6 +27,8 @@ def reduced_after(
     shard: Shard, architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device
 ) -> int:
     """Bytes by which reducing gradients after the backward pass exceeds what is there at its end."""
+    if shard.stage == 0:
+        return 0
     if shard.stage == 1 and shard.widens:
         # as much as a bucket copies has moved into it, so that this rank's part comes on top; the timeline has those of
         # layers as they are summed up, and the others as they are made
