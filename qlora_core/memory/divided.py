@@ -27,7 +27,7 @@ def reduced_after(
     shard: Shard, architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device
 ) -> int:
     """Bytes by which reducing gradients after the backward pass exceeds what is there at its end."""
-    if shard.stage == 0:
+    if shard.stage == 0 or (shard.stage > 1 and shard.fills_buckets and recipe.method != "full"):
         return 0
     if shard.stage == 1 and shard.widens:
         # as much as a bucket copies has moved into it, so that this rank's part comes on top; the timeline has those of
@@ -37,27 +37,25 @@ def reduced_after(
         return shard.kept_gradient_bytes + widened + shard.norm_bytes
     if shard.stage == 1:
         return max(shard.kept_gradient_bytes - shard.bucket_bytes, shard.norm_bytes)
-    if shard.fills_buckets and recipe.method != "full":
-        return 0
-    if not shard.fills_buckets and shard.widens and strategy.gradient_accumulation == 1:
-        return shard.reduction_bytes(shard.largest, device.kind) + shard.kept_gradient_bytes
-    released = 0
-    if shard.stage == 3:
-        # all that was gathered has been released by then, but the embedding: its gradient comes last, and to a frozen
-        # one whose output is made to need a gradient, for checkpointing, none comes
-        released = gathered_again(architecture, recipe, strategy, device)
-        size = architecture.embedding_parameters * DTYPE_BYTES[exact.stored_dtype(recipe, device.compute_dtype)]
-        is_left = recipe.method == "full" or strategy.gradient_checkpointing
-        if is_left and not stays_whole(size, size // architecture.embedding_parameters):
-            released -= size
-    if not shard.fills_buckets:
-        return max(shard.reduction_bytes(shard.largest, device.kind) - released, 0)
-    # what is counted until the end, other than what stays as long
-    counted = reduced_within(shard, architecture, recipe, strategy, device)
-    if shard.stage == 2:
-        counted -= kept_in_part(shard, strategy)
-        counted -= 0 if shard.offload_optimizer else shard.staying_bytes(strategy.gradient_accumulation > 1)
-    return max(reduced_alone(shard, architecture.embedding_parameters, device) - released - counted, 0)
+    released = released_by_the_end(architecture, recipe, strategy, device) if shard.stage == 3 else 0
+    if shard.fills_buckets:
+        # the embedding's comes last; what the others take is counted until the end
+        taken = taken_within(shard, architecture, recipe, strategy, device)
+        return max(reduced_alone(shard, architecture.embedding_parameters, device) - released - taken, 0)
+    kept = shard.kept_gradient_bytes if shard.widens and strategy.gradient_accumulation == 1 else 0
+    return kept + max(shard.reduction_bytes(shard.largest, device.kind) - released, 0)
+
+
+def released_by_the_end(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> int:
+    """Bytes of what ZeRO-3 had whole in the backward pass and has not at its end: all but the embedding.
+
+    That one's gradient comes last, and to a frozen one whose output is made to need a gradient, for checkpointing, none
+    comes.
+    """
+    size = architecture.embedding_parameters * DTYPE_BYTES[exact.stored_dtype(recipe, device.compute_dtype)]
+    is_left = recipe.method == "full" or strategy.gradient_checkpointing
+    left = size if is_left and not stays_whole(size, size // architecture.embedding_parameters) else 0
+    return gathered_again(architecture, recipe, strategy, device) - left
 
 
 def reduced_alone(shard: Shard, elements: int, device: Device) -> int:
@@ -94,26 +92,34 @@ def reduced_within(
 ) -> int:
     """Bytes that there are more in the backward pass once the bucket has been full for the first time.
 
-    When ZeRO-3 reduces, it has released as much of the weights as of their gradients has been made.
+    ZeRO-2 copies its part of the gradients, and adds it to that of earlier micro-batches at the end, but for widened
+    ones. ZeRO-3 has room for it from the start.
     """
     if shard.stage < 2 or not shard.fills_buckets:
         return 0
-    taken = shard.reduction_bytes(largest_within(architecture, recipe, shard), device.kind)
-    if shard.stage == 2:
-        staying = shard.staying_bytes(strategy.gradient_accumulation > 1)
-        # offloaded ones stay in earlier micro-batches, and norms are taken in the last
-        taken = max(taken, shard.bucket_bytes + staying) if shard.offload_optimizer else taken + staying
-        return taken + kept_in_part(shard, strategy)
-    again = gathered_again(architecture, recipe, strategy, device)
-    return max(taken - again * bucket_elements(shard.numel) // shard.numel, 0)
+    taken = taken_within(shard, architecture, recipe, strategy, device)
+    if shard.stage == 3:
+        return taken
+    several = strategy.gradient_accumulation > 1
+    staying = 0 if shard.offload_optimizer else shard.staying_bytes(several)
+    return taken + staying + (0 if shard.widens and several else shard.kept_gradient_bytes)
 
 
-def kept_in_part(shard: Shard, strategy: Strategy) -> int:
-    """Bytes of the copy of its part of the gradients that ZeRO-2 makes in a backward pass.
+def taken_within(
+    shard: Shard, architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device
+) -> int:
+    """Bytes of these that are there only while gradients of layers are reduced.
 
-    It adds it to that of earlier micro-batches at the end; widened ones it adds in place.
+    When ZeRO-3 reduces, it has released as much of the weights as of their gradients has been made. In ZeRO-2 offloaded
+    ones stay in earlier micro-batches, and norms are taken in the last.
     """
-    return 0 if shard.widens and strategy.gradient_accumulation > 1 else shard.kept_gradient_bytes
+    taken = shard.reduction_bytes(largest_within(architecture, recipe, shard), device.kind)
+    if shard.stage == 3:
+        again = gathered_again(architecture, recipe, strategy, device)
+        return max(taken - again * bucket_elements(shard.numel) // shard.numel, 0)
+    if shard.offload_optimizer:
+        return max(taken, shard.bucket_bytes + shard.staying_bytes(strategy.gradient_accumulation > 1))
+    return taken
 
 
 def gathered_again(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> int:
