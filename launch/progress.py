@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launch.report.terminal import measured_table, plan_screen
-from launch.report.words import gib
+from launch.report.words import gib, written_otherwise
 from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord
 from orchestrator.trackers import FILE_NAME
@@ -65,6 +65,8 @@ class TerminalDisplay:
             f"{plan.recipe.sequences_per_step} {packed}sequences.",
             highlight=False,
         )
+        for said in written_otherwise(data.divided, data.shortened):
+            self.note(said)
         self._bar.start()
 
     def resuming(self, step: int, total: int, checkpoint: Path) -> None:

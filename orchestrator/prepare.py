@@ -78,7 +78,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
         check_continues(adapter, base.folder, spec.recipe)
     tokenizer = load_tokenizer(str(base.folder))
     examples, data = read_data(spec, base, tokenizer)
-    train, held_out = map(examples.select, split_eval(len(examples), spec.data.eval_fraction, spec.seed))
+    train, held_out = map(examples.select, split_eval(examples.records(), spec.data.eval_fraction, spec.seed))
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.
     machine = machine or describe()
     target = target_for(spec, machine)

@@ -82,7 +82,7 @@ class DataSpec(_Section):
     max_bad: Annotated[float, Field(ge=0)] = 0
     """Bad records that may be left out: how many, or below 1 their fraction; with more, nothing is started."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """Part of the examples that is held out for evaluation."""
+    """Part of the records that is held out for evaluation, each with all of its examples."""
 
 
 class StrategySpec(_Section):

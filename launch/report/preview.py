@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.report.terminal import Bar
-from launch.report.words import visible
+from launch.report.words import visible, written_otherwise
 from qlora_core.training import layout
 from qlora_core.training.dataset import DataReport
 from qlora_core.training.dataset.tokens import Encoded
@@ -58,6 +58,7 @@ def counts(report: DataReport, seq_len: int) -> RenderableType:
         ("cut off", f"{report.truncated:,} at {seq_len:,} tokens"),
         ("left out", ", ".join(report.left_out()).replace(" left out", "") or "none"),
         *(("", bad) for bad in report.bad_records),
+        *(("chat template", said) for said in written_otherwise(report.divided, report.shortened)),
     ]
     for name, value in rows:
         if value:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from launch.report.components import COMPONENT_TITLES, GROUPS
 from launch.report.document import DRAWS, Document, Section, drawn, write
 from launch.report.terminal import memory_rows
-from launch.report.words import error, gib, time_words, visible
+from launch.report.words import error, gib, time_words, visible, written_otherwise
 from orchestrator.record import SAMPLES_NAME, RunRecord
 from qlora_core.perplexity import perplexity
 
@@ -254,6 +254,7 @@ def data(found: Mapping[str, Any]) -> Iterator[Section]:
             f" They are trained on in {found['rows']} sequences; were all as long as the longest, "
             f"{found['padding_percent']} % would be padding."
         )
+    said += written_otherwise(found.get("divided", 0), found.get("shortened", 0))
     said += [f"Left out: {bad}" for bad in found.get("bad_records", ())]
     lengths = found.get("row_lengths")  # records of earlier versions do not have them
     yield Section("Data", text=tuple(said), draw=None if lengths is None else drawn("run", "row_lengths", lengths))

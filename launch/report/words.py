@@ -56,3 +56,20 @@ def time_words(seconds: float) -> str:
 def visible(text: str) -> str:
     """Text on one line: line breaks and other control characters, which could steer a terminal, are written out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def written_otherwise(divided: int, shortened: int) -> list[str]:
+    """What a chat template made of conversations, in sentences; nothing where it wrote them as they are.
+
+    Args:
+        divided, shortened: see `qlora_core.training.dataset.DataReport`.
+    """
+    said = []
+    if divided:
+        said.append(
+            f"{divided} conversations became an example for each answer: the chat template writes an answer otherwise "
+            "once another turn follows."
+        )
+    if shortened:
+        said.append(f"{shortened} examples lack a part of an answer, which the chat template leaves out.")
+    return said

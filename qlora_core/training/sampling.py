@@ -51,14 +51,20 @@ class Order:
         return order[:lead] + [row for rows in [*steps, *rest] for row in rows]
 
 
-def split_eval(examples: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indexes for training and for evaluation, ascending; evaluation gets at least one of two examples."""
-    if fraction == 0 or examples < 2:
-        return list(range(examples)), []
-    order = list(range(examples))
+def split_eval(records: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indexes of examples for training and for evaluation, ascending; evaluation gets at least one of two records.
+
+    Args:
+        records: the record that each example is from, whose examples share text: they are kept together.
+        fraction: of the records that are held out.
+    """
+    order = list(dict.fromkeys(records))
+    if fraction == 0 or len(order) < 2:
+        return list(range(len(records))), []
     random.Random(f"split/{seed}").shuffle(order)
-    held_out = min(examples - 1, max(1, round(examples * fraction)))
-    return sorted(order[held_out:]), sorted(order[:held_out])
+    held_out = set(order[: min(len(order) - 1, max(1, round(len(order) * fraction)))])
+    indexes = range(len(records))
+    return [at for at in indexes if records[at] not in held_out], [at for at in indexes if records[at] in held_out]
 
 
 def micro_batches(

@@ -22,7 +22,8 @@ from orchestrator.prepare import read_data
 from orchestrator.record import Attempt, RunRecord, save_record
 from orchestrator.spec import load_spec
 from qlora_core.training.dataset import DataOptions, cache, encode_file
-from qlora_core.training.dataset.samples import Conversation
+from qlora_core.training.dataset.chat import ChatTemplate
+from qlora_core.training.dataset.samples import Conversation, conversation
 from qlora_core.training.dataset.tokenize import Encoder, tokens_of
 from qlora_core.training.dataset.tokens import save_examples
 from qlora_core.training.examples import Examples
@@ -47,6 +48,26 @@ THINKING = (  # as Qwen 3 has it: what stands before </think> goes once another 
     "{% if m['role'] == 'assistant' and not loop.last %}{{ m['content'].split('</think>')[-1] }}"
     "{% else %}{{ m['content'] }}{% endif %}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+ENDED_ONCE = (  # as Phi 3 has it: the end token stands behind the last turn alone
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{{ '<|assistant|>' if add_generation_prompt else eos_token }}"
+)
+NEVER_ENDED = (  # as GLM 4 has it: an answer's end is the next question's beginning
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+ASKS_FOR_REASONING = (  # as DeepSeek R1 has it: answers are written without their reasoning, the prompt begins one
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'].split('</think>')[-1] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
+)
+SYSTEM_LAST = (  # as Mistral 7B v0.3 has it: the system prompt stands before the last question, if no answer follows
+    "{% if messages[0]['role'] == 'system' %}{% set system, turns = messages[0]['content'] + ' ', messages[1:] %}"
+    "{% else %}{% set system, turns = '', messages %}{% endif %}"
+    "{% for m in turns %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + (system if loop.last else '') + m['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 MARKED = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}"
@@ -96,8 +117,10 @@ def test_answers_found_by_characters_are_those_found_by_the_tokens_of_every_pref
             return
         reference = by_ids_of_prefixes(turns, tokenizer)
         [outcome] = Encoder(tokenizer, "assistant").encode([Conversation(turns)])
+        assert not isinstance(outcome, ValueError)
         if reference is not None:  # else a token reaches over a border, where only characters tell
-            assert outcome == reference
+            [tokens] = outcome
+            assert (tokens.ids, tokens.learned) == reference
     finally:
         tokenizer.chat_template = own
 
@@ -116,14 +139,128 @@ def test_a_token_that_begins_before_an_answer_is_none_of_it() -> None:
     assert tokens_of(encoding, text, (0, 6)) == (0, 3)
 
 
-def test_a_template_that_changes_answers_afterwards_is_refused(tmp_path: Path, tiny_base: Path) -> None:
+SYSTEM, ASKED, ANSWERED, AGAIN, LAST = (
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi?"},
+    {"role": "assistant", "content": "<think>hm</think>Yes."},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "No."},
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "expected"),
+    [
+        pytest.param(
+            CHATML,
+            [SYSTEM, ASKED, ANSWERED, AGAIN, LAST],
+            [
+                "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+                "[<think>hm</think>Yes.<|im_end|>\n]<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+                "[No.<|im_end|>\n]"
+            ],
+            id="every turn alike",
+        ),
+        pytest.param(
+            THINKING,
+            [ASKED, ANSWERED, AGAIN, LAST],
+            [
+                "<|user|>Hi?<|eos|><|assistant|>[<think>hm</think>Yes.<|eos|>]",
+                "<|user|>Hi?<|eos|><|assistant|>Yes.<|eos|><|user|>And?<|eos|><|assistant|>[No.<|eos|>]",
+            ],
+            id="reasoning goes once a question follows",
+        ),
+        pytest.param(
+            ENDED_ONCE,
+            [ASKED, ANSWERED, AGAIN, LAST],
+            [
+                "<|user|>Hi?<|end|><|assistant|>[<think>hm</think>Yes.<|end|>]"
+                "<|user|>And?<|end|><|assistant|>[No.<|end|><|eos|>]"
+            ],
+            id="an end token behind the last turn",
+        ),
+        pytest.param(
+            NEVER_ENDED,
+            [ASKED, ANSWERED, AGAIN, LAST],
+            [
+                "<|user|>Hi?<|assistant|>[<think>hm</think>Yes.<|eos|>]",
+                "<|user|>Hi?<|assistant|><think>hm</think>Yes.<|user|>And?<|assistant|>[No.<|eos|>]",
+            ],
+            id="no end at all: it is given one",
+        ),
+        pytest.param(
+            ASKS_FOR_REASONING,
+            [ASKED, ANSWERED, AGAIN, LAST],
+            ["<|user|>Hi?<|assistant|>[Yes.<|eos|>]<|user|>And?<|assistant|>[No.<|eos|>]"],
+            id="a prompt that ends with what the answer is written without",
+        ),
+        pytest.param(
+            SYSTEM_LAST,
+            [SYSTEM, ASKED, ANSWERED, AGAIN, LAST],
+            [
+                "[INST] Be kind. Hi?[/INST][ <think>hm</think>Yes.<|eos|>]",
+                "[INST] Hi?[/INST] <think>hm</think>Yes.<|eos|>[INST] Be kind. And?[/INST][ No.<|eos|>]",
+            ],
+            id="the system prompt before the last question alone",
+        ),
+        pytest.param(
+            CHATML,
+            [ANSWERED, AGAIN, LAST],
+            [
+                "<|im_start|>assistant\n[<think>hm</think>Yes.<|im_end|>\n]<|im_start|>user\nAnd?<|im_end|>\n"
+                "<|im_start|>assistant\n[No.<|im_end|>\n]"
+            ],
+            id="an answer without a question",
+        ),
+    ],
+)
+def test_what_a_template_writes_and_what_of_it_is_learned(
+    tiny_base: Path, template: str, turns: list[dict[str, str]], expected: list[str]
+) -> None:
     tokenizer = load_tokenizer(str(tiny_base))
-    tokenizer.chat_template = THINKING
-    turns = [("user", "a"), ("assistant", "hm</think>b"), ("user", "c"), ("assistant", "d")]
+    tokenizer.chat_template = template
+    assert [marked(one.text, one.answers) for one in ChatTemplate(tokenizer).write(turns)] == expected
+    [outcome] = Encoder(tokenizer, "completion").encode([Conversation(turns)])
+    assert not isinstance(outcome, ValueError)
+    [last] = outcome
+    assert "No." in tokenizer.decode([token for token, flag in zip(last.ids, last.learned, strict=True) if flag])
+
+
+def marked(text: str, answers: tuple[tuple[int, int], ...]) -> str:
+    """A text with brackets around its answers."""
+    for start, end in reversed(answers):
+        text = text[:start] + "[" + text[start:end] + "]" + text[end:]
+    return text
+
+
+def test_an_example_for_each_answer_and_what_a_template_leaves_out_are_counted(tmp_path: Path, tiny_base: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_base))
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
-    with pytest.raises(RequestError, match="renders a turn differently once another follows"):
-        encode_file(path, "auto", tokenizer, 64)
+    turns = [ASKED, ANSWERED, AGAIN, LAST]
+    path.write_text("".join(json.dumps({"messages": part}) + "\n" for part in (turns, [AGAIN, LAST], turns)))
+
+    tokenizer.chat_template = THINKING
+    examples, report = encode_file(path, "auto", tokenizer, 64)
+    assert (len(examples), report.divided, report.shortened) == (5, 2, 0)
+    assert examples.records() == [0, 0, 1, 2, 2]
+    assert examples.select([4, 1, 0]).records() == [2, 0, 0]
+    _, everything = encode_file(path, "auto", tokenizer, 64, DataOptions(learn="all"))
+    assert (everything.examples, everything.divided) == (3, 0)
+
+    tokenizer.chat_template = ASKS_FOR_REASONING
+    examples, report = encode_file(path, "auto", tokenizer, 64)
+    assert (len(examples), report.divided, report.shortened) == (3, 0, 2)
+
+
+def test_what_a_turn_says_beside_its_content_reaches_the_template(tiny_base: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_base))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m.get('reasoning_content', '') }}"
+        "{{ m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    turns = [ASKED | {"name": None}, LAST | {"reasoning_content": "hm"}]
+    [written] = ChatTemplate(tokenizer).write(conversation(turns, "messages").turns)
+    assert marked(written.text, written.answers) == "<|user|>Hi?<|eos|><|assistant|>[hmNo.<|eos|>]"
 
 
 def test_a_template_that_writes_the_date_writes_that_of_the_run_s_first_day(

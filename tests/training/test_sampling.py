@@ -56,12 +56,12 @@ def test_workers_and_micro_batches_share_a_step_out_without_changing_it(
 
 @given(examples=st.integers(2, 300), fraction=st.floats(0.001, 0.99), seed=st.integers(0, 3))
 def test_a_split_loses_nothing_and_leaves_nothing_empty(examples: int, fraction: float, seed: int) -> None:
-    train, held_out = split_eval(examples, fraction, seed)
+    train, held_out = split_eval(range(examples), fraction, seed)
     assert sorted(train + held_out) == list(range(examples))
     assert train
     assert held_out
 
 
 def test_no_fraction_and_a_single_example_hold_nothing_out() -> None:
-    assert split_eval(10, 0.0, 0) == (list(range(10)), [])
-    assert split_eval(1, 0.5, 0) == ([0], [])
+    assert split_eval(range(10), 0.0, 0) == (list(range(10)), [])
+    assert split_eval(range(1), 0.5, 0) == ([0], [])

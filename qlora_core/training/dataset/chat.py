@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time, tzinfo
-from typing import Self, cast
+from functools import cached_property
+from typing import Any, Self, cast
 from unittest import mock
 
 from jinja2 import TemplateError
@@ -17,7 +18,7 @@ from transformers.utils import chat_template_utils
 from qlora_core.training.dataset.report import BadRecord
 from qlora_core.training.dataset.samples import Span, Written
 
-Turns = Sequence[dict[str, str]]
+Turns = Sequence[dict[str, Any]]
 PAD = "\u2003"
 """A space that templates do not write: what stays of it around a content tells whether the template strips it."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -66,27 +67,37 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._end = cast("str | None", tokenizer.eos_token) or ""
         self._skeletons: dict[tuple[str, ...], Skeleton | None] = {}
         template = tokenizer.chat_template
         self.marks_answers = isinstance(template, str) and bool(_GENERATION.search(template))
         """Whether the template itself says what the assistant generates."""
 
-    def write(self, turns: Turns) -> Written:
+    def write(self, turns: Turns) -> list[Written]:
         """The text of a conversation and its answers; an answer is what follows the prompt for it, to its turn's end.
+
+        A template may write an answer otherwise once another turn follows: without its reasoning, or without its end.
+        Then there is a text for each answer, as it is written where it is the last: as at generation.
 
         What surrounds the contents is learned once for each sequence of roles. Where the conversation is exactly that
         with its own contents put in, the answers' places follow; else each prefix of it is written out.
 
         Raises:
-            BadRecord: the template writes a turn differently once another follows.
+            BadRecord: an answer cannot be told from its prompt.
         """
-        text = self._rendered(turns)
+        text = self.whole(turns)
         roles = tuple(turn["role"] for turn in turns)
         if roles not in self._skeletons:
             self._skeletons[roles] = self._skeleton(roles)
         skeleton = self._skeletons[roles]
         answers = None if skeleton is None else placed(skeleton, turns, text)
-        return Written(text, self._by_prefixes(turns, text) if answers is None else answers)
+        return [Written(text, answers)] if answers is not None else self._by_prefixes(turns, text)
+
+    def whole(self, turns: Turns) -> str:
+        """The text of a conversation, with an end if its last answer has none."""
+        text = self._rendered(turns)
+        ends = turns[-1]["role"] != "assistant" or self._closing.strip()
+        return text if ends else text + self._end
 
     def generated(self, turns: Turns) -> tuple[list[int], list[bool]]:
         """Token ids, and those inside the template's generation blocks, as transformers marks them.
@@ -106,31 +117,78 @@ class ChatTemplate:
         text = self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt)
         return cast(str, text)
 
-    def _by_prefixes(self, turns: Turns, text: str) -> tuple[Span, ...]:
-        """The answers' places from the text of every prefix."""
-        spans = []
+    def _by_prefixes(self, turns: Turns, text: str) -> list[Written]:
+        """See `write`; each prefix is written out."""
+        single, spans = [], []
         for position, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
-            before = self._rendered(turns[:position], prompt=True) if position else ""
-            upto = self._rendered(turns[: position + 1])
-            if not text.startswith(upto) or not upto.startswith(before):
-                raise BadRecord(
-                    "the chat template renders a turn differently once another follows, so answers cannot be found"
-                )
-            spans.append((len(before), len(upto)))
-        return tuple(spans)
+            prompt, answer = self._answer(turns[: position + 1])
+            shortened = "".join(turn["content"].split()) not in "".join((prompt + answer).split())
+            single.append(Written(prompt + answer, ((len(prompt), len(prompt + answer)),), shortened))
+            if not text.startswith(prompt + answer) and self._closing.removesuffix(self._end).strip():
+                answer = answer.removesuffix(self._end)  # which stands once, behind the last turn
+            spans.append((len(prompt), len(prompt + answer)) if text.startswith(prompt + answer) else None)
+        if None in spans:
+            return single
+        return [Written(text, tuple(cast("list[Span]", spans)), any(one.shortened for one in single))]
+
+    def _answer(self, turns: Turns) -> tuple[str, str]:
+        """The last turn, and all that the template writes before it where it is to be generated."""
+        upto = self.whole(turns)
+        content = turns[-1]["content"]
+        content = content if content in upto else content.strip()
+        if len(turns) == 1:
+            begins = self._opening if self._opening and self._opening in upto else ""
+            at = upto.find(begins or content)
+            if at < 0:
+                raise BadRecord("the chat template does not write the conversation's first answer as it is")
+            return upto[: at + len(begins)], upto[at + len(begins) :]
+        prompt = self._rendered(turns[:-1], prompt=True)
+        if upto.startswith(prompt):
+            return prompt, upto[len(prompt) :]
+        shared = alike(prompt, upto)
+        if shared >= len(self._rendered(turns[:-1])):  # the prompt begins a reasoning, and this answer is without one
+            return upto[:shared], upto[shared:]
+        # A system prompt that is written before the last question alone, as Mistral's: not where an answer follows.
+        question = turns[-2]["content"].strip()
+        at = upto.rfind(content)
+        if question and question in prompt and question in upto[: max(at, 0)]:
+            header, rest = prompt.rpartition(question)[2], upto[:at].rpartition(question)[2]
+            if rest.startswith(header):
+                return prompt, upto[at - len(rest) + len(header) :]
+        raise BadRecord("the chat template writes the prompt otherwise where an answer follows")
+
+    @cached_property
+    def _closing(self) -> str:
+        """What the template writes behind an answer that is the last turn; with a word where that cannot be told."""
+        mark = "\ue000"
+        try:
+            text = self._rendered([{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}])
+        except TemplateError:
+            return "unknown"
+        return text.rpartition(mark)[2] if mark in text else "unknown"
+
+    @cached_property
+    def _opening(self) -> str:
+        """What the template writes before an answer that is to be generated; nothing where that cannot be told."""
+        turns = [{"role": "user", "content": "a"}]
+        try:
+            asked, prompt = self._rendered(turns), self._rendered(turns, prompt=True)
+        except TemplateError:
+            return ""
+        return prompt[alike(asked, prompt) :]
 
     def _skeleton(self, roles: tuple[str, ...]) -> Skeleton | None:
         """What surrounds contents of turns with these roles; None where that cannot be told."""
         marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
         turns = [{"role": role, "content": PAD + mark + PAD} for role, mark in zip(roles, marks, strict=True)]
         try:
-            text = self._rendered(turns)
-            answers = self._by_prefixes(turns, text)
+            text = self.whole(turns)
+            written = self._by_prefixes(turns, text)
         except (BadRecord, TemplateError):  # the template looks at contents, which these are not
             return None
-        if any(text.count(mark) != 1 for mark in marks):
+        if [one.text for one in written] != [text] or any(text.count(mark) != 1 for mark in marks):
             return None
         contents, stripped = [], []
         for mark in marks:
@@ -146,9 +204,15 @@ class ChatTemplate:
         asked = (index for index, role in enumerate(roles) if role == "assistant")
         reach = tuple(
             (index, contents[index][0] - start, end - contents[index][1])
-            for index, (start, end) in zip(asked, answers, strict=True)
+            for index, (start, end) in zip(asked, written[0].answers, strict=True)
         )
         return Skeleton(pieces, tuple(stripped), reach)
+
+
+def alike(left: str, right: str) -> int:
+    """How many characters two texts have in common at their beginnings."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
 def placed(skeleton: Skeleton, turns: Turns, text: str) -> tuple[Span, ...] | None:

@@ -72,20 +72,22 @@ def encode_source(
     learn = learned_part(name, options)
     encoder = Encoder(tokenizer, learn)
     examples = EncodedExamples.of()
-    truncated = unlearnable = empty = 0
+    truncated = unlearnable = empty = divided = shortened = 0
     for place, outcome in encoded(encoder, samples_of(name, itertools.chain(held, records))):
         if isinstance(outcome, EmptyAnswer):
             empty += 1
         elif isinstance(outcome, ValueError):
             bad.add(place, str(outcome))
         else:
-            ids, learned = outcome
-            # The first token has nothing before it to be predicted from, so it is never learned.
-            if 1 not in learned[1:seq_len]:
-                unlearnable += 1
-                continue
-            truncated += len(ids) > seq_len
-            examples.append(ids[:seq_len], learned[:seq_len], place)
+            divided += len(outcome) > 1
+            for tokens in outcome:
+                # The first token has nothing before it to be predicted from, so it is never learned.
+                if 1 not in tokens.learned[1:seq_len]:
+                    unlearnable += 1
+                    continue
+                truncated += len(tokens.ids) > seq_len
+                shortened += tokens.shortened
+                examples.append(tokens.ids[:seq_len], tokens.learned[:seq_len], place)
     bad.check(next(counted), options.max_bad, source.shown)
     report = DataReport(
         format=name,
@@ -101,6 +103,8 @@ def encode_source(
         learn=learn,
         layout=encoder.layout,
         learned=examples.learned_count(),
+        divided=divided,
+        shortened=shortened,
         empty_answers=empty,
         bad=bad.count,
         bad_records=bad.shown(),
@@ -147,10 +151,8 @@ def learned_part(name: str, options: DataOptions) -> str:
     return "all"
 
 
-def encoded(
-    encoder: Encoder, samples: Iterator[tuple[str, Sample | ValueError]]
-) -> Iterator[tuple[str, tuple[list[int], bytes] | ValueError]]:
-    """Samples as (ids, learned), many tokenized at once; what is wrong with a sample stays at its place.
+def encoded(encoder: Encoder, samples: Iterator[tuple[str, Sample | ValueError]]) -> Iterator[tuple[str, Outcome]]:
+    """Samples as examples, many tokenized at once; what is wrong with a sample stays at its place.
 
     Tokenizing leaves Python's lock: meanwhile another thread reads and renders what comes next.
     """

@@ -36,6 +36,9 @@ class DataReport:
         learn: which tokens are learned: assistant, completion or all.
         layout: what conversations were written with.
         learned: tokens with a loss.
+        divided: conversations that became an example for each answer, since the chat template writes an answer
+            otherwise once another turn follows.
+        shortened: examples in whose text a part of an answer is missing, because the chat template leaves it out.
         empty_answers: left out, because the answer is empty.
         bad: left out as bad.
         bad_records: the first of them, with place and reason.
@@ -54,6 +57,8 @@ class DataReport:
     learn: str = "assistant"
     layout: str = ""
     learned: int = 0
+    divided: int = 0
+    shortened: int = 0
     empty_answers: int = 0
     bad: int = 0
     bad_records: tuple[str, ...] = ()

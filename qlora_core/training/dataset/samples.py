@@ -14,21 +14,26 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A text and where its answers stand in it, as character spans, each with what ends the answer."""
+    """A text and where its answers stand in it, as character spans, each with what ends the answer.
+
+    Attributes:
+        shortened: whether a part of an answer's content is not in the text.
+    """
 
     text: str
     answers: tuple[Span, ...]
+    shortened: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns, each with a role and a content.
+    """Turns, each with a role and a content, and what else a chat template may look at.
 
     Attributes:
         published: the same in the layout of the dataset it is from, for a tokenizer without chat template.
     """
 
-    turns: list[dict[str, str]]
+    turns: list[dict[str, Any]]
     published: Written | None = None
 
 
@@ -77,7 +82,7 @@ def conversation(turns: object, column: str, published: Written | None = None) -
         raise BadRecord(f"{column} has no turn of the assistant, so nothing to learn")
     if not all(answer.strip() for answer in answers):
         raise EmptyAnswer(f"an answer in {column} is empty")
-    return Conversation([{"role": turn["role"], "content": turn["content"]} for turn in turns], published)
+    return Conversation([{key: value for key, value in turn.items() if value is not None} for turn in turns], published)
 
 
 def pair(prompt: Any, completion: Any, columns: str = "prompt and completion") -> Pair:

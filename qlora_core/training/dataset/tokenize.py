@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from jinja2 import TemplateError
@@ -13,7 +14,18 @@ from qlora_core.training.dataset.chat import ChatTemplate
 from qlora_core.training.dataset.report import BadRecord
 from qlora_core.training.dataset.samples import Conversation, Pair, Sample, Span, Text, Written
 
-Outcome = tuple[list[int], bytes] | ValueError
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids, a byte for each that says whether it is learned, and whether an answer lost a part (see `Written`)."""
+
+    ids: list[int]
+    learned: bytes
+    shortened: bool = False
+
+
+Outcome = list[Tokens] | ValueError
+"""What becomes of a sample: one example, or one for each answer, or what is wrong with it."""
 
 
 class Encoder:
@@ -30,7 +42,7 @@ class Encoder:
         self.layout = ""
 
     def encode(self, samples: Sequence[Sample]) -> list[Outcome]:
-        """Each sample as (ids, learned), or what is wrong with it.
+        """Each sample as its examples, or what is wrong with it.
 
         Raises:
             RequestError: a conversation that no layout is known for, because the tokenizer has no chat template.
@@ -70,8 +82,15 @@ class Encoder:
         self.layout = "the tokenizer's chat template"
         if self._template.marks_answers and self._learn != "all":
             generated = [self._template.generated(sample.turns) for sample in samples]
-            return [(ids, self._chosen_runs(mask)) for ids, mask in generated]
-        return self._written([self._template.write(sample.turns) for sample in samples], special=False)
+            return [[Tokens(ids, self._chosen_runs(mask))] for ids, mask in generated]
+        if self._learn == "all":
+            written = [[Written(self._template.whole(sample.turns), ())] for sample in samples]
+        else:
+            written = [self._template.write(sample.turns) for sample in samples]
+        if self._learn == "completion":
+            written = [texts[-1:] for texts in written]
+        tokens = iter(self._written([one for texts in written for one in texts], special=False))
+        return [[next(tokens) for _ in texts] for texts in written]
 
     def _published(self, samples: Sequence[Conversation]) -> list[Outcome]:
         """Conversations in the layout of the dataset they are from, and the end token."""
@@ -86,9 +105,7 @@ class Encoder:
         self.layout = "the dataset's own marks of who speaks"
         encoded = self._written(cast(list[Written], written), special=True)
         ends = [sample.turns[-1]["role"] == "assistant" or self._learn == "all" for sample in samples]
-        return [
-            self._ended(*cast("tuple[list[int], bytes]", one), last=end) for one, end in zip(encoded, ends, strict=True)
-        ]
+        return [[self._ended(one.ids, one.learned, last=end)] for one, end in zip(encoded, ends, strict=True)]
 
     def _pairs(self, samples: Sequence[Pair]) -> list[Outcome]:
         """Question and answer, each tokenized for itself, as at generation; the end token belongs to the answer."""
@@ -97,20 +114,20 @@ class Encoder:
         outcomes: list[Outcome] = []
         for prompt, answer in zip(asked, answers, strict=True):
             prompt = self._open(prompt)
-            ids, learned = self._ended(answer, b"\1" * len(answer), last=True)
+            ended = self._ended(answer, b"\1" * len(answer), last=True)
             first = b"\1" if self._learn == "all" else b"\0"
-            outcomes.append((prompt + ids, first * len(prompt) + learned))
+            outcomes.append([Tokens(prompt + ended.ids, first * len(prompt) + ended.learned)])
         return outcomes
 
     def _texts(self, samples: Sequence[Text]) -> list[Outcome]:
         encoded = self._tokenized([sample.text for sample in samples], special=True)["input_ids"]
         opened = [self._open(ids) for ids in encoded]
-        return [self._ended(ids, b"\1" * len(ids), last=True) for ids in opened]
+        return [[self._ended(ids, b"\1" * len(ids), last=True)] for ids in opened]
 
-    def _written(self, written: Sequence[Written], *, special: bool) -> list[Outcome]:
+    def _written(self, written: Sequence[Written], *, special: bool) -> list[Tokens]:
         """Texts with the places of their answers."""
         encoded = self._tokenized([one.text for one in written], special=special)
-        outcomes: list[Outcome] = []
+        found: list[Tokens] = []
         for index, (one, ids) in enumerate(zip(written, encoded["input_ids"], strict=True)):
             if self._learn == "all":
                 learned = b"\1" * len(ids)
@@ -128,8 +145,8 @@ class Encoder:
             if special:
                 ids = self._open(ids)
                 learned = learned[: len(ids)]
-            outcomes.append((ids, learned))
-        return outcomes
+            found.append(Tokens(ids, learned, one.shortened))
+        return found
 
     def _tokens_by_prefix(self, text: str, span: Span, ids: list[int], special: bool) -> tuple[int, int]:
         """See `tokens_of`, of a tokenizer that does not tell where its tokens come from."""
@@ -153,11 +170,11 @@ class Encoder:
         """Without the end token with which many tokenizers end what they encode: more is to follow."""
         return ids[:-1] if ids and ids[-1] == self._end else ids
 
-    def _ended(self, ids: list[int], learned: bytes, *, last: bool) -> tuple[list[int], bytes]:
+    def _ended(self, ids: list[int], learned: bytes, *, last: bool) -> Tokens:
         """With the end token, which is learned or not."""
         if self._end is None:
-            return ids, learned
-        return [*ids, self._end], learned + bytes([last])
+            return Tokens(ids, learned)
+        return Tokens([*ids, self._end], learned + bytes([last]))
 
     def _chosen_runs(self, mask: list[bool]) -> bytes:
         """A template's own mask; only its last run where the last answer is asked for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,15 @@ class EncodedExamples(Sequence[Encoded]):
     def lengths(self) -> list[int]:
         """Tokens of each example."""
         return [self.starts[at + 1] - self.starts[at] for at in self._order]
+
+    def records(self) -> list[int]:
+        """The record that each example is from, by number; the examples of one are appended one after the other."""
+        numbers, before = array("q"), b""
+        for line in io.BytesIO(self.places):
+            last = numbers[-1] if numbers else -1
+            numbers.append(last if line == before != b"\n" else last + 1)
+            before = line
+        return [numbers[at] for at in self._order]
 
     def is_whole(self) -> bool:
         """Whether it is all that was appended, in that order."""
