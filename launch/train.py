@@ -81,7 +81,7 @@ def show_data(spec: RunSpec) -> int:
     from qlora_core.training.tokenizer import load_tokenizer
 
     base = find_base(spec, to_stderr)
-    tokenizer = load_tokenizer(str(base.folder))
+    tokenizer = load_tokenizer(str(base.folder), spec.data.chat_template)
     examples, report = read_data(spec, base, tokenizer)
     print_preview(Console(), report, examples, examples.lengths, spec.recipe.seq_len, tokenizer)
     return 0

@@ -95,7 +95,7 @@ def evaluate_adapters(
     recipe = trained.base_recipe if storage == "as-trained" else recipe_of(storage)
     dtype = target_of(machine, trained.compute_dtype, 1).compute_dtype
     strategy = fitting_defaults(architecture_from_folder(base), Strategy(gradient_checkpointing=False))
-    tokenizer = load_tokenizer(str(base))
+    tokenizer = load_tokenizer(str(base), trained.adapter.chat_template())
     with examples_of(trained, questions, tokenizer, base) as examples:
         model = load_adapters(load_base(str(base), recipe, strategy, dtype, device), named(trained, others))
         found: list[Evaluated] = []

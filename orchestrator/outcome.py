@@ -98,6 +98,7 @@ def card_facts(record: RunRecord, prepared: Prepared) -> CardFacts:
         recipe=prepared.spec.recipe,
         compute_dtype=prepared.plan.target.compute_dtype,
         steps=record.total_steps,
+        chat_template=prepared.spec.data.chat_template,
         data_name=Path(prepared.spec.data.path).name,
         data=record.data,
         strategy=record.plan["strategy"],

@@ -76,7 +76,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
 
         adapter = read_adapter(Path(spec.adapter))
         check_continues(adapter, base.folder, spec.recipe)
-    tokenizer = load_tokenizer(str(base.folder))
+    tokenizer = load_tokenizer(str(base.folder), spec.data.chat_template)
     examples, data = read_data(spec, base, tokenizer)
     train, held_out = map(examples.select, split_eval(examples.records(), spec.data.eval_fraction, spec.seed))
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.

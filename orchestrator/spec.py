@@ -16,7 +16,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from clusters.errors import Problem, RequestError
 from clusters.mistakes import mistakes, shown
 from clusters.yaml_file import PlainName, parse_yaml, read_yaml
-from qlora_core.data import FormatName, Learn, has_credentials, hub_dataset, is_address, without_credentials
+from qlora_core.data import (
+    CHAT_TEMPLATE,
+    FormatName,
+    Learn,
+    has_credentials,
+    hub_dataset,
+    is_address,
+    without_credentials,
+)
 from qlora_core.huggingface.adapter_config import continued, read_config
 from qlora_core.recipe import Count, Recipe
 from qlora_core.strategy import Attention, Loss, Offload, ZeroStage
@@ -46,6 +54,13 @@ def _pattern(value: str) -> str:
     return value
 
 
+def _template(value: str) -> str:
+    """A validator: `value` is a chat template; by now a file has been read."""
+    if "{{" not in value and "{%" not in value:
+        raise ValueError("it should be a Jinja template, or the path of a file with one")
+    return value
+
+
 def _once(names: tuple[str, ...]) -> tuple[str, ...]:
     """A validator: no name comes twice."""
     if len(set(names)) < len(names):
@@ -71,6 +86,9 @@ class DataSpec(_Section):
     learn: Learn = "auto"
     """Which tokens have a loss: the assistant's answers, the completion (the last answer), or all. auto: the answers,
     and of plain text all."""
+    chat_template: Annotated[str, AfterValidator(_template)] | None = None
+    """A Jinja file, relative to the specification's folder, or the template itself, for conversations; in place of the
+    tokenizer's, which a base model's has none of. It is kept beside what is trained."""
     split: Annotated[str, Field(min_length=1)] = "train"
     """Of a folder, a dataset on disk or of the Hub."""
     config: str | None = None
@@ -207,6 +225,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     """
     fields = read_yaml(path, "run specification", START)
     problems = apply_overrides(fields, overrides) + take_adapter(fields, path.parent)
+    problems += take_template(fields, path.parent)
     problems += refuse_credentials(fields) + mistakes(RunSpec, fields)
     if problems:
         raise RequestError(problems)
@@ -257,6 +276,31 @@ def take_adapter(fields: dict[str, Any], folder: Path) -> list[Problem]:
         return continued(read_config(path), recipe, path)
     except RequestError as error:
         return list(error.problems)
+
+
+def take_template(fields: dict[str, Any], folder: Path) -> list[Problem]:
+    """Put the chat template of a file, or of the adapter to go on with, into a specification's data.
+
+    Returns:
+        What is wrong with the file.
+    """
+    data, adapter = fields.get("data"), fields.get("adapter")
+    if not isinstance(data, dict):
+        return []  # told with the other fields' mistakes
+    given = data.get("chat_template")
+    if given is None and isinstance(adapter, str) and "\0" not in adapter:
+        before = os.path.join(absolute(folder, adapter), CHAT_TEMPLATE)
+        given = before if os.path.isfile(before) else None
+    if not isinstance(given, str) or "{" in given or "\0" in given:
+        return []
+    path = Path(absolute(folder, given))
+    try:
+        data["chat_template"] = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        data["chat_template"] = None  # told here, and not again as what is no template
+        rule = f"the chat template cannot be read: {error.strerror if isinstance(error, OSError) else 'it is no text'}"
+        return [Problem("data.chat_template", str(path), rule, "Give a Jinja file, or the template itself")]
+    return []
 
 
 def absolute(folder: Path, text: str) -> str:

@@ -27,6 +27,9 @@ FormatName = Literal[
 ]
 Learn = Literal["auto", "assistant", "completion", "all"]
 
+CHAT_TEMPLATE = "chat_template.jinja"
+"""The file of a chat template beside a tokenizer or an adapter, as transformers names it."""
+
 _ADDRESS = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")  # chained ones of fsspec's too
 _FILE_NAMES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".arrow", ".txt")
 

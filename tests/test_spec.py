@@ -77,6 +77,33 @@ output: runs/guanaco-7b
     assert spec.strategy_request == StrategySpec()
 
 
+def test_a_chat_template_is_given_by_file_or_as_it_is_or_is_that_of_the_adapter(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{{ 'é' }}", encoding="utf-8")
+    assert load(MINIMAL, "data.chat_template=chat.jinja").data.chat_template == "{{ 'é' }}"
+    assert load(MINIMAL, "data.chat_template='{% if a %}b{% endif %}'").data.chat_template == "{% if a %}b{% endif %}"
+    assert load(MINIMAL).data.chat_template is None
+    (tmp_path / "before").mkdir()
+    config = {"peft_type": "LORA", "r": 8, "target_modules": "all-linear"}
+    (tmp_path / "before" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "before" / "chat_template.jinja").write_text("{{ 1 }}")
+    assert load(MINIMAL, "adapter=before").data.chat_template == "{{ 1 }}"
+    assert load(MINIMAL, "adapter=before", "data.chat_template=chat.jinja").data.chat_template == "{{ 'é' }}"
+
+
+def test_what_is_no_chat_template_is_told_with_all_else(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("hello")
+    (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe{")
+    for name, rule in (
+        ("chat.jinja", "it should be a Jinja template"),
+        ("binary.jinja", "it is no text"),
+        ("missing.jinja", "No such file"),
+        (".", "Is a directory"),
+    ):
+        found = problems(load, MINIMAL, f"data.chat_template={name}", "seed=-1")
+        assert set(found) == {"data.chat_template", "seed"}
+        assert rule in found["data.chat_template"].rule
+
+
 def test_what_is_left_out_takes_the_defaults(load: Load) -> None:
     spec = load(MINIMAL)
     assert spec.recipe == Recipe()

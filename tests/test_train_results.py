@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,26 @@ def test_adapters_on_one_base_are_compared(
     one = told("evaluate", adapters / "much", "--data", tmp_path / "one.jsonl", "--samples", 0)["evaluated"][1]
     assert one["loss"]["low"] is None
     assert one["loss"]["value"] == pytest.approx(plain_loss(model, tiny_base, json.loads(first)), abs=1e-3)
+
+
+def test_an_adapter_s_own_chat_template_is_evaluated_with_and_merged(
+    adapters: Path, tiny_base: Path, conversations: Path, tmp_path: Path
+) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_base, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    (base / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(base)
+    shutil.copytree(adapters / "much", adapter)
+    asked = ("--base", base, "--data", conversations, "--samples", 0)
+    assert "the model's tokenizer has no chat template" in refusal("evaluate", adapter, *asked)
+    (adapter / "chat_template.jinja").write_text(template)
+    with_own = told("evaluate", adapter, *asked)["evaluated"]
+    by_tokenizer = told("evaluate", adapters / "much", *asked[2:])["evaluated"]
+    assert [row["loss"] for row in with_own] == [row["loss"] for row in by_tokenizer]
+    told("export", adapter, "--merge", "--base", base, "--out", tmp_path / "merged", "--no-check")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == template
 
 
 def test_a_model_without_sdpa_is_evaluated_by_its_own_attention(

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clusters.errors import Problem, RequestError, first_line, request_error
+from qlora_core.data import CHAT_TEMPLATE
 from qlora_core.huggingface.adapter_config import CONFIG, PLAIN, changed_base, read_config
 from qlora_core.recipe import Recipe
 from qlora_core.training.model import attach_adapters
@@ -42,6 +43,11 @@ class TrainedAdapter:
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     digest: str
+
+    def chat_template(self) -> str | None:
+        """What conversations were written with that it was trained on; None for the tokenizer's."""
+        path = self.folder / CHAT_TEMPLATE
+        return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def read_adapter(folder: Path, where: str = "adapter") -> TrainedAdapter:

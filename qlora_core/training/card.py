@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from qlora_core.data import CHAT_TEMPLATE
 from qlora_core.perplexity import perplexity
 from qlora_core.recipe import Recipe
 
@@ -23,7 +24,7 @@ base = AutoModelForCausalLM.from_pretrained(
     {base!r}{revision}, dtype=torch.{compute_dtype}{quantization}
 )
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained({base!r}{revision})
+tokenizer = AutoTokenizer.from_pretrained({base!r}{revision}{template})
 ```"""
 LOADING_MODEL = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,6 +46,7 @@ class CardFacts:
     Attributes:
         base: the base model's folder, or its Hub id.
         commit: the Hub's commit of it, or None for a folder.
+        chat_template: with which conversations were written in place of the tokenizer's; None for its own.
         data_name: what the data is called.
         data: what became of it: examples, tokens, digest and so on.
         strategy: how the plan spread the step.
@@ -59,6 +61,7 @@ class CardFacts:
     recipe: Recipe
     compute_dtype: str
     steps: int
+    chat_template: str | None
     data_name: str
     data: Mapping[str, Any]
     strategy: Mapping[str, Any]
@@ -165,7 +168,9 @@ def loading(facts: CardFacts) -> str:
     quantization = QUANTIZATION.format(
         type=recipe.quantization, double=recipe.double_quantization, compute_dtype=facts.compute_dtype
     )
+    own = facts.chat_template is not None
     return LOADING.format(
+        template=f', chat_template=open("path/to/this/folder/{CHAT_TEMPLATE}").read()' if own else "",
         imported="AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if four_bit else ""),
         base=facts.base if facts.commit else f"path/to/{facts.public_base}",
         revision=f", revision={facts.commit!r}" if facts.commit else "",

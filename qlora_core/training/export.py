@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from qlora_core.data import CHAT_TEMPLATE
 from qlora_core.files import replace_folder, write_json
 from qlora_core.huggingface.adapter_config import CONFIG
 from qlora_core.training.card import CardFacts, card
@@ -13,9 +14,10 @@ from qlora_core.training.shards import copy_beside
 
 
 def export_adapter(checkpoint: Path, folder: Path, facts: CardFacts) -> None:
-    """Copy the adapter of a checkpoint to `folder`, with its card; whole or not at all."""
+    """Copy the adapter of a checkpoint to `folder`, with its card and a template of its own; whole or not at all."""
     with replace_folder(folder) as temporary:
         shutil.copytree(checkpoint / "adapter", temporary)
+        write_template(temporary, facts)
         (temporary / "README.md").write_text(card(facts), encoding="utf-8")
         name_base(temporary / CONFIG, facts.base, facts.commit)
 
@@ -28,8 +30,15 @@ def export_model(checkpoint: Path, folder: Path, base: Path, facts: CardFacts) -
     """
     with replace_folder(folder) as temporary:
         shutil.copytree(checkpoint / "model", temporary)
+        write_template(temporary, facts)
         copy_beside(base, temporary)
         (temporary / "README.md").write_text(card(facts), encoding="utf-8")
+
+
+def write_template(folder: Path, facts: CardFacts) -> None:
+    """Write the run's own chat template, where it has one, by the name under which transformers looks for it."""
+    if facts.chat_template is not None:
+        (folder / CHAT_TEMPLATE).write_text(facts.chat_template, encoding="utf-8")
 
 
 def name_base(config: Path, base: str, commit: str | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from clusters.errors import RequestError, RunFailed, first_line, request_error
+from qlora_core.data import CHAT_TEMPLATE
 from qlora_core.files import replace_folder
 from qlora_core.huggingface.adapter_config import PLAIN, changed_base
 from qlora_core.training.adapters import PREFIX, WEIGHTS, read_adapter
@@ -92,6 +94,8 @@ def merged_folder(
                 base, temporary, change=change, dtype=TORCH_DTYPES[dtype], max_shard_size=max_shard_size
             )
             copy_config(base, temporary, dtype)
+            if (template := adapter / CHAT_TEMPLATE).is_file():
+                shutil.copyfile(template, temporary / CHAT_TEMPLATE)
             copy_beside(base, temporary)
             yield temporary, Merged(layers=len(layers), shards=shards, bytes=size)
     except (OSError, SafetensorError) as error:

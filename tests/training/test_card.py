@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import ModelCard
 
 from qlora_core.recipe import Recipe
 from qlora_core.training.card import CardFacts, card
+from qlora_core.training.export import export_adapter, export_model
 
 PHASES = {"after_load": 2**30, "forward": 2**31, "backward": 3 * 2**30, "optimizer": 2**31}
 FACTS = CardFacts(
@@ -18,6 +20,7 @@ FACTS = CardFacts(
     recipe=Recipe(rank=16),
     compute_dtype="bfloat16",
     steps=120,
+    chat_template=None,
     data_name="oasst1.jsonl",
     data={"examples": 9, "format": "messages", "tokens": 900, "truncated": 1, "digest": "d1"},
     strategy={"world_size": 2, "micro_batch": 4, "attention": "sdpa"},
@@ -85,3 +88,18 @@ def test_a_model_of_which_all_weights_were_trained_is_no_adapter() -> None:
     assert (data["library_name"], data["tags"]) == ("transformers", ["base_model:finetune:org/base"])
     assert "All weights of `org/base`" in text
     assert "PeftModel" not in text
+
+
+def test_a_chat_template_of_its_own_goes_with_the_result(tmp_path: Path) -> None:
+    for name, file in (("adapter", "adapter_config.json"), ("model", "config.json"), (".", "chat_template.jinja")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / file).write_text("{}")
+    own = replace(FACTS, chat_template="{{ 'é' }}")
+    export_adapter(tmp_path, tmp_path / "a", own)
+    export_model(tmp_path, tmp_path / "m", tmp_path, own)  # the base has another
+    for folder in ("a", "m"):
+        assert (tmp_path / folder / "chat_template.jinja").read_text(encoding="utf-8") == "{{ 'é' }}"
+    assert 'chat_template=open("path/to/this/folder/chat_template.jinja").read()' in card(own)
+    export_adapter(tmp_path, tmp_path / "b", FACTS)
+    assert not (tmp_path / "b" / "chat_template.jinja").exists()
+    assert "chat_template" not in card(FACTS)

@@ -148,7 +148,7 @@ def test_published_conversations_go_through_the_chat_template_where_there_is_one
     [(text, learned)], report = read([row], tokenizer=chatty)
     assert text.startswith("<|bos|><|user|> Who is Ada?<|eos|><|assistant|> A keeper.<|eos|>")
     assert learned.startswith("A keeper.<|eos|>")
-    assert report.layout == "the tokenizer's chat template"
+    assert report.layout == "the chat template"
 
 
 def test_conversations_without_layout_want_a_chat_template(read: Read) -> None:

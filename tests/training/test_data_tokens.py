@@ -252,6 +252,13 @@ def test_an_example_for_each_answer_and_what_a_template_leaves_out_are_counted(t
     assert (len(examples), report.divided, report.shortened) == (3, 0, 2)
 
 
+def test_a_template_that_is_none_is_refused_before_any_record_is_read(tiny_base: Path) -> None:
+    assert load_tokenizer(str(tiny_base), CHATML).chat_template == CHATML
+    load_tokenizer(str(tiny_base), "{{ raise_exception('never') }}")  # what it refuses, it refuses later
+    with pytest.raises(RequestError, match=r"data\.chat_template: it is no Jinja template: .*, line 2"):
+        load_tokenizer(str(tiny_base), "{% for m in messages %}\n{{ m[ }}{% endfor %}")
+
+
 def test_what_a_turn_says_beside_its_content_reaches_the_template(tiny_base: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_base))
     tokenizer.chat_template = (

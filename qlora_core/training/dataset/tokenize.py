@@ -79,7 +79,7 @@ class Encoder:
     def _conversations(self, samples: Sequence[Conversation]) -> list[Outcome]:
         if self._template is None:
             return self._published(samples)
-        self.layout = "the tokenizer's chat template"
+        self.layout = "the chat template"
         if self._template.marks_answers and self._learn != "all":
             generated = [self._template.generated(sample.turns) for sample in samples]
             return [[Tokens(ids, self._chosen_runs(mask))] for ids, mask in generated]
@@ -100,7 +100,7 @@ class Encoder:
                 "data.format",
                 "conversations",
                 "the model's tokenizer has no chat template",
-                "Use another format or an instruct model",
+                "Give one with data.chat_template, or use another format or an instruct model",
             )
         self.layout = "the dataset's own marks of who speaks"
         encoded = self._written(cast(list[Written], written), special=True)
