@@ -56,6 +56,7 @@ class TerminalDisplay:
         self._console.print(plan_screen(plan))
         left_out = "".join(f", {part}" for part in data.left_out())
         found = f" ({data.found})" if data.found else ""
+        found += f", its columns {', '.join(data.unread)} not read" if data.unread else ""
         cut = f", {data.truncated} cut off at {plan.recipe.seq_len} tokens" if data.truncated else ""
         packed = "packed " if plan.recipe.packing else ""
         self._console.print(

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 @click.option("--adapter", "others", multiple=True, metavar="NAME=FOLDER", help="Another on the same base; repeatable.")
 @click.option("--data", help="Examples to evaluate on, as data.path says them. Default: the run's held-out ones.")
 @click.option("--format", "format_", type=click.Choice(get_args(FormatName)), default="auto", help="Of --data.")
+@click.option(
+    "--column", "columns", multiple=True, metavar="NAME=DATAS", help="What --data calls a column; see data.columns."
+)
 @click.option("--learn", type=click.Choice(get_args(Learn)), help="Tokens of --data that count. Default: the run's.")
 @click.option("--split", help="Of --data, where it has any. Default: train.")
 @click.option("--base", help="The base's folder or Hub id, where it is not the one that the adapter names.")
@@ -53,6 +56,7 @@ def evaluate(
     others: tuple[str, ...],
     data: str | None,
     format_: FormatName,
+    columns: tuple[str, ...],
     learn: Learn | None,
     split: str | None,
     base: str | None,
@@ -77,6 +81,13 @@ def evaluate(
         if not name or not path or name in named:
             raise request_error("--adapter", other, "it is no NAME=FOLDER with a new name", "Write mine=runs/mine, say")
         named[name] = Path(path)
+    renamed = {}
+    for column in columns:
+        name, _, given = column.partition("=")
+        if not name or not given or name in renamed:
+            rule = "it is no pair of a format's column, once, and the data's"
+            raise request_error("--column", column, rule, "Write prompt=question, say")
+        renamed[name] = given
     if answers is not None and answers.exists():
         raise request_error("--answers", answers, "it is there already", "Choose a folder that is not, or remove it")
     from qlora_core.quiet import quiet_libraries
@@ -102,7 +113,7 @@ def evaluate(
         {name: find_trained(where) for name, where in named.items()},
         folder,
         quantization,
-        Questions(data, seq_len, samples, answer_tokens, format_, learn, split, chosen, limit),
+        Questions(data, seq_len, samples, answer_tokens, format_, renamed, learn, split, chosen, limit),
     )
     if answers is not None:
         write_answers(evaluated, answers)

@@ -64,7 +64,7 @@ class Questions:
 
     Attributes:
         data: what `data.path` of a specification may be; None for the examples that the run held out.
-        format, learn, split: how it is read; see `DataOptions`.
+        format, columns, learn, split: how it is read; see `DataOptions`.
         samples: questions that are answered.
         answer_tokens: of the longest answer.
         tasks: of lm-evaluation-harness: names, or YAML files of one's own.
@@ -76,6 +76,7 @@ class Questions:
     samples: int
     answer_tokens: int
     format: FormatName = "auto"
+    columns: Mapping[str, str] | None = None
     learn: Learn = "auto"
     split: str | None = None
     tasks: Sequence[str] = ()
@@ -158,7 +159,9 @@ def examples_of(trained: Trained, questions: Questions, tokenizer: Any, base: Pa
         examples: Sequence[Encoded] = []
         if questions.data is not None:
             vocabulary = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config().vocab_size
-            options = DataOptions(learn=questions.learn, split=questions.split, vocab_size=vocabulary)
+            options = DataOptions(
+                learn=questions.learn, columns=questions.columns, split=questions.split, vocab_size=vocabulary
+            )
             try:
                 examples, _ = encode_file(questions.data, questions.format, tokenizer, questions.seq_len, options)
             except RequestError as error:
@@ -169,7 +172,13 @@ def examples_of(trained: Trained, questions: Questions, tokenizer: Any, base: Pa
 
 def flag(problem: Problem) -> Problem:
     """A mistake of a specification's field, told of the flag that says the same here."""
-    named = {"data.path": "--data", "data.format": "--format", "data.learn": "--learn", "data.split": "--split"}
+    named = {
+        "data.path": "--data",
+        "data.columns": "--column",
+        "data.format": "--format",
+        "data.learn": "--learn",
+        "data.split": "--split",
+    }
     return replace(problem, where=named.get(problem.where, problem.where))
 
 

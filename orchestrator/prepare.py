@@ -205,6 +205,7 @@ def read_data(spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase) -> 
     data, record = spec.data, load_record(Path(spec.output))
     options = DataOptions(
         learn=data.learn,
+        columns=data.columns,
         split=data.split if "split" in data.model_fields_set else None,
         config=data.config,
         files=data.files,

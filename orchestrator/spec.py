@@ -83,6 +83,8 @@ class DataSpec(_Section):
     specification's folder; a dataset of the Hub, ``org/name``; or an address such as ``s3://bucket/train.jsonl``."""
     format: FormatName = "auto"
     """How a record is read; auto looks at the columns of the first one, and says what it found."""
+    columns: dict[str, str] | None = None
+    """What the data calls a format's columns: ``{prompt: question, completion: response}``."""
     learn: Learn = "auto"
     """Which tokens have a loss: the assistant's answers, the completion (the last answer), or all. auto: the answers,
     and of plain text all."""

@@ -14,6 +14,7 @@ FormatName = Literal[
     "sharegpt",
     "alpaca",
     "prompt-completion",
+    "question-answer",
     "text",
     "oasst1",
     "guanaco",

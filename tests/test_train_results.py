@@ -171,6 +171,10 @@ def test_adapters_on_one_base_are_compared(
     first = conversations.read_text().splitlines()[0]
     (tmp_path / "one.jsonl").write_text(first + "\n")
     one = told("evaluate", adapters / "much", "--data", tmp_path / "one.jsonl", "--samples", 0)["evaluated"][1]
+    (tmp_path / "renamed.jsonl").write_text(first.replace('"messages"', '"turns"') + "\n")
+    renamed = ("--data", tmp_path / "renamed.jsonl", "--column", "messages=turns", "--samples", 0)
+    assert told("evaluate", adapters / "much", *renamed)["evaluated"][1] == one
+    assert "it is no pair" in refusal("evaluate", adapters / "much", *renamed, "--column", "messages=again")
     assert one["loss"]["low"] is None
     assert one["loss"]["value"] == pytest.approx(plain_loss(model, tiny_base, json.loads(first)), abs=1e-3)
 

@@ -52,6 +52,7 @@ def counts(report: DataReport, seq_len: int) -> RenderableType:
     rows = [
         ("data", report.source),
         ("format", report.format + (f": {report.found}" if report.found else "")),
+        ("not read", ", ".join(report.unread)),
         ("written with", report.layout),
         ("learned", f"{LEARN_WORDS[report.learn]}: {report.learned:,} of {report.tokens:,} tokens"),
         ("examples", f"{report.examples:,}, the longest {report.longest:,} tokens"),

@@ -254,6 +254,8 @@ def data(found: Mapping[str, Any]) -> Iterator[Section]:
             f" They are trained on in {found['rows']} sequences; were all as long as the longest, "
             f"{found['padding_percent']} % would be padding."
         )
+    if found.get("unread"):
+        said.append(f"Columns that were not read: {', '.join(found['unread'])}.")
     said += written_otherwise(found.get("divided", 0), found.get("shortened", 0))
     said += [f"Left out: {bad}" for bad in found.get("bad_records", ())]
     lengths = found.get("row_lengths")  # records of earlier versions do not have them

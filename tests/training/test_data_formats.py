@@ -257,6 +257,53 @@ def test_columns_that_fit_no_format_are_told_with_those_that_would(read: Read) -
         read([VICUNA], "share-gtp")
 
 
+# huggingface.co/datasets/databricks/databricks-dolly-15k
+DOLLY = {"instruction": "Name it.", "context": "a red fruit", "response": "An apple.", "category": "closed_qa"}
+
+
+def test_columns_of_other_names_are_read_under_a_format_s(read: Read) -> None:
+    names = {"input": "context", "output": "response"}
+    [(text, learned)], report = read([DOLLY], columns=names)
+    assert (report.format, report.unread, learned) == ("alpaca", ("category",), f"An apple.{END}")
+    assert text == read([{"instruction": "Name it.", "input": "a red fruit", "output": "An apple."}])[0][0][0]
+    # a name that is taken changes hands
+    [(text, _)], report = read([{"prompt": "x", "text": "y"}], columns={"prompt": "text", "completion": "prompt"})
+    assert (text, report.unread) == (f"y x{END}", ())
+
+
+def test_columns_that_are_not_there_are_told(read: Read) -> None:
+    with pytest.raises(RequestError, match="line 1: it has no column answer; it has instruction, context, response"):
+        read([DOLLY], columns={"output": "answer"})
+    with pytest.raises(RequestError, match=r"data\.columns: no format has a column of that name \(got outptu\)"):
+        read([DOLLY], columns={"outptu": "response"})
+
+
+def test_question_and_answer_are_a_conversation(read: Read, chatty: Any) -> None:
+    row = {"question": "Who is Ada?", "answer": "A keeper.", "level": 1}  # openai/gsm8k and many more
+    turns = [{"role": "user", "content": "Who is Ada?"}, {"role": "assistant", "content": "A keeper."}]
+    found, report = read([row], tokenizer=chatty)
+    assert (report.format, report.unread) == ("question-answer", ("level",))
+    assert found == read([{"messages": turns}], tokenizer=chatty)[0]
+    found, report = read([row | {"system": "Be kind."}], tokenizer=chatty)
+    assert report.unread == ("level",)
+    assert found == read([{"messages": [{"role": "system", "content": "Be kind."}, *turns]}], tokenizer=chatty)[0]
+    with pytest.raises(RequestError, match=r"no chat template.*data\.chat_template"):
+        read([row])
+
+
+def test_messages_may_be_json_in_a_table_of_texts(read: Read, chatty: Any) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    written = {"messages": json.dumps(turns)}
+    assert read([written], tokenizer=chatty)[0] == read([{"messages": turns}], tokenizer=chatty)[0]
+    with pytest.raises(RequestError, match="messages is no list of turns"):
+        read([{"messages": "[Hi"}], tokenizer=chatty)
+
+
+def test_half_a_surrogate_pair_is_a_bad_record(read: Read) -> None:
+    with pytest.raises(RequestError, match="line 1: its text holds half of a surrogate pair"):
+        read([{"prompt": "\ud83d", "completion": "x"}])
+
+
 def test_empty_answers_are_left_out_and_counted(read: Read, chatty: Any) -> None:
     empty = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": " "}]}
     found, report = read([VICUNA, empty], tokenizer=chatty)
@@ -278,7 +325,7 @@ def test_bad_records_are_left_out_up_to_a_limit_and_told(read: Read) -> None:
 def test_the_records_of_the_guide_are_read_by_their_presets(read: Read, chatty: Any) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     rows = dict(re.findall(r"^\| `([a-z0-9-]+)` \|[^|]*\| `(\{.*\})` \|$", guide, re.M))
-    assert set(rows) == set(FORMATS) - {"messages", "sharegpt", "prompt-completion", "text"}
+    assert set(rows) == set(FORMATS) - {"messages", "sharegpt", "prompt-completion", "question-answer", "text"}
     for name, record in rows.items():
         tree = [message("1", None, "prompter", "Hi", None)] if name == "oasst1" else []
         [(_, learned)], _ = read([*tree, json.loads(record)], name, tokenizer=chatty)

@@ -23,6 +23,7 @@ from orchestrator.record import Attempt, RunRecord, save_record
 from orchestrator.spec import load_spec
 from qlora_core.training.dataset import DataOptions, cache, encode_file
 from qlora_core.training.dataset.chat import ChatTemplate
+from qlora_core.training.dataset.report import BadRecord
 from qlora_core.training.dataset.samples import Conversation, conversation
 from qlora_core.training.dataset.tokenize import Encoder, tokens_of
 from qlora_core.training.dataset.tokens import save_examples
@@ -72,7 +73,7 @@ SYSTEM_LAST = (  # as Mistral 7B v0.3 has it: the system prompt stands before th
 MARKED = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% else %}{{ m['content'] + eos_token }}"
-    "{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
@@ -139,13 +140,14 @@ def test_a_token_that_begins_before_an_answer_is_none_of_it() -> None:
     assert tokens_of(encoding, text, (0, 6)) == (0, 3)
 
 
-SYSTEM, ASKED, ANSWERED, AGAIN, LAST = (
+TURNS: list[dict[str, Any]] = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "Hi?"},
     {"role": "assistant", "content": "<think>hm</think>Yes."},
     {"role": "user", "content": "And?"},
     {"role": "assistant", "content": "No."},
-)
+]
+SYSTEM, ASKED, ANSWERED, AGAIN, LAST = TURNS
 
 
 @pytest.mark.parametrize(
@@ -250,6 +252,29 @@ def test_an_example_for_each_answer_and_what_a_template_leaves_out_are_counted(t
     tokenizer.chat_template = ASKS_FOR_REASONING
     examples, report = encode_file(path, "auto", tokenizer, 64)
     assert (len(examples), report.divided, report.shortened) == (3, 0, 2)
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING, MARKED])
+def test_an_answer_of_weight_0_is_not_learned(tiny_base: Path, template: str) -> None:
+    tokenizer = load_tokenizer(str(tiny_base), template)
+    weighed = [ASKED, ANSWERED | {"weight": 0}, AGAIN, LAST | {"weight": 1}]
+
+    def learned(learn: str, turns: list[dict[str, Any]]) -> list[str]:
+        [outcome] = Encoder(tokenizer, learn).encode([conversation(turns, "messages")])
+        assert not isinstance(outcome, ValueError)
+        flagged = [[token for token, flag in zip(one.ids, one.learned, strict=True) if flag] for one in outcome]
+        return ["".join(tokenizer.decode(each).split()) for each in flagged]
+
+    [text] = learned("assistant", weighed)
+    assert text.startswith("No.")
+    [text] = learned("all", weighed)
+    assert "Yes." in text
+    assert learned("assistant", [ASKED, ANSWERED | {"weight": 0}]) == [""]
+
+
+def test_a_weight_between_is_a_bad_record() -> None:
+    with pytest.raises(BadRecord, match=r"the weight of turn 2 of messages is 0\.5; it may be 0 or 1"):
+        conversation([ASKED, ANSWERED | {"weight": 0.5}], "messages")
 
 
 def test_a_template_that_is_none_is_refused_before_any_record_is_read(tiny_base: Path) -> None:

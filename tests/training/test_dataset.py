@@ -103,7 +103,7 @@ def test_a_hundred_bad_lines_give_one_summary(tmp_path: Path, tokenizer: Any) ->
         (b'{"prompt": "x", "completion": 3}\n', "must be texts"),
         (b'{"prompt": "x", "completion": " "}\n', r"1 left out \(empty answer\)"),
         (b'{"prompt": "", "completion": "y"}\n', "the question is empty"),
-        (b'{"prompt": "\\ud800", "completion": "y"}\n', "line 1: it cannot be made into tokens"),
+        (b'{"prompt": "\\ud800", "completion": "y"}\n', "line 1: its text holds half of a surrogate pair"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"instruction": null, "output": "c"}\n', "must be texts"),
         (b'{"prompt": "x", "completion": "y"}\n{"prompt": "x"}\n', "line 2: format prompt-completion needs completion"),

@@ -30,6 +30,7 @@ ROWS: dict[FormatName, list[dict[str, Any]]] = {
     "sharegpt": [VICUNA],
     "alpaca": [ALPACA],
     "prompt-completion": [{"prompt": "Who is Ada?", "completion": " A keeper."}],
+    "question-answer": [{"question": "Who is Ada?", "answer": "A keeper."}],
     "text": [{"text": "Ada keeps bees."}],
     "oasst1": TREE,
     "guanaco": [GUANACO],

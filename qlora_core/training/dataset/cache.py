@@ -64,6 +64,7 @@ def key_of(
         format_,
         seq_len,
         options.learn,
+        sorted((options.columns or {}).items()),
         options.wanted_split,
         options.max_bad,
     ]
@@ -78,7 +79,7 @@ def load(folder: Path | None, key: str | None) -> tuple[EncodedExamples, DataRep
     try:
         with safe_open(path, framework="np") as file:
             fields = json.loads(file.metadata()["report"])
-            fields["bad_records"] = tuple(fields["bad_records"])
+            fields |= {name: tuple(fields[name]) for name in ("bad_records", "unread")}
             report = DataReport(**fields)
             ids, starts = array("i"), array("q")
             ids.frombytes(file.get_tensor("ids").astype(np.int32).tobytes())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, time, tzinfo
 from functools import cached_property
 from typing import Any, Self, cast
@@ -91,7 +91,8 @@ class ChatTemplate:
             self._skeletons[roles] = self._skeleton(roles)
         skeleton = self._skeletons[roles]
         answers = None if skeleton is None else placed(skeleton, turns, text)
-        return [Written(text, answers)] if answers is not None else self._by_prefixes(turns, text)
+        written = [Written(text, answers)] if answers is not None else self._by_prefixes(turns, text)
+        return weighed(turns, written)
 
     def whole(self, turns: Turns) -> str:
         """The text of a conversation, with an end if its last answer has none."""
@@ -207,6 +208,18 @@ class ChatTemplate:
             for index, (start, end) in zip(asked, written[0].answers, strict=True)
         )
         return Skeleton(pieces, tuple(stripped), reach)
+
+
+def weighed(turns: Turns, written: list[Written]) -> list[Written]:
+    """The texts of a conversation without the answers that weigh nothing; one text at least."""
+    weights = [turn.get("weight", 1) for turn in turns if turn["role"] == "assistant"]
+    if 0 not in weights:
+        return written
+    if len(written) == 1:
+        kept = tuple(answer for answer, weight in zip(written[0].answers, weights, strict=True) if weight != 0)
+        return [replace(written[0], answers=kept)]
+    left = [text for text, weight in zip(written, weights, strict=True) if weight != 0]
+    return left or [replace(written[-1], answers=())]
 
 
 def alike(left: str, right: str) -> int:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from clusters.errors import request_error
 from qlora_core.training.dataset import cache
 from qlora_core.training.dataset.chat import told_the_day
-from qlora_core.training.dataset.formats import FORMATS, Record, find_format, samples_of
+from qlora_core.training.dataset.formats import FORMATS, Record, find_format, renamed, samples_of, unread
 from qlora_core.training.dataset.options import DataOptions
 from qlora_core.training.dataset.report import BadRecord, BadRecords, DataReport, EmptyAnswer
 from qlora_core.training.dataset.samples import Sample
@@ -63,7 +63,10 @@ def encode_source(
 ) -> tuple[EncodedExamples, DataReport]:
     """See `encode_file`; one record after the other, so that memory holds tokens and never the data."""
     bad, counted = BadRecords(), itertools.count()
+    records: Iterator[tuple[str, Record | BadRecord]]
     records = (record for record, _ in zip(source.records(), counted, strict=False))
+    if options.columns:
+        records = renamed(records, options.columns)
     held, first = until_good(records)
     if first is None:
         bad_only(bad, held, options, source)
@@ -103,6 +106,7 @@ def encode_source(
         learn=learn,
         layout=encoder.layout,
         learned=examples.learned_count(),
+        unread=unread(name, first),
         divided=divided,
         shortened=shortened,
         empty_answers=empty,
@@ -117,7 +121,7 @@ def encode_source(
 
 
 def until_good(
-    records: Iterator[tuple[str, dict[str, object] | BadRecord]],
+    records: Iterator[tuple[str, Record | BadRecord]],
 ) -> tuple[list[tuple[str, Record | ValueError]], Record | None]:
     """The records up to the first that is one, and that one; None where there is none."""
     held: list[tuple[str, Record | ValueError]] = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,7 @@ class Format:
 
     Attributes:
         columns: what a record needs.
+        optional: what is read too, where a record has it.
         samples: from a record to its samples; raises BadRecord and EmptyAnswer.
         begins: how the text of the last of `columns` begins, where the columns alone do not tell.
         whole: reads all records at once instead, because samples are spread over them.
@@ -41,6 +44,7 @@ class Format:
     columns: tuple[str, ...]
     samples: Callable[[Record], Iterable[Sample]]
     begins: str = ""
+    optional: tuple[str, ...] = ()
     whole: Callable[[Iterable[tuple[str, Record]]], Iterator[tuple[str, Sample | ValueError]]] | None = None
     plain: bool = False
 
@@ -52,8 +56,21 @@ class Format:
 
 
 def messages(record: Record) -> list[Sample]:
-    """A conversation as most libraries write it."""
-    return [conversation(record["messages"], "messages")]
+    """A conversation as most libraries write it, or as JSON in a table of texts."""
+    turns = record["messages"]
+    if isinstance(turns, str):
+        with suppress(ValueError):
+            turns = json.loads(turns)
+    return [conversation(turns, "messages")]
+
+
+def question_answer(record: Record) -> list[Sample]:
+    """A conversation of two turns, perhaps after a system prompt."""
+    fields = ("system", "user", "assistant"), ("system", "question", "answer")
+    turns = [{"role": role, "content": record.get(column)} for role, column in zip(*fields, strict=True)]
+    return [
+        conversation([turn for turn in turns if turn["content"] or turn["role"] != "system"], "question and answer")
+    ]
 
 
 def alpaca(record: Record) -> list[Sample]:
@@ -87,10 +104,18 @@ def text(record: Record) -> list[Sample]:
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), messages),
     "sharegpt": Format(("conversations",), presets.sharegpt),
-    "oasst1": Format(("message_id", "parent_id", "role", "text"), lambda record: [], whole=presets.oasst1),
-    "unnatural-instructions": Format(("instruction", "instances"), presets.unnatural_instructions),
-    "alpaca": Format(("instruction", "output"), alpaca),
+    "oasst1": Format(
+        ("message_id", "parent_id", "role", "text"),
+        lambda record: [],
+        optional=("rank", "deleted"),
+        whole=presets.oasst1,
+    ),
+    "unnatural-instructions": Format(
+        ("instruction", "instances"), presets.unnatural_instructions, optional=("reformulations",)
+    ),
+    "alpaca": Format(("instruction", "output"), alpaca, optional=("input",)),
     "prompt-completion": Format(("prompt", "completion"), prompt_completion),
+    "question-answer": Format(("question", "answer"), question_answer, optional=("system",)),
     "flan-v2": Format(("inputs", "targets"), presets.flan_v2),
     "hh-rlhf": Format(("rejected", "chosen"), presets.hh_rlhf, begins="Human:"),
     "longform": Format(("input", "output"), presets.longform),
@@ -122,6 +147,38 @@ def find_format(asked: str, record: Record, source: str) -> tuple[str, str]:
     known = "; ".join(f"{name}: {', '.join(form.columns)}" for name, form in FORMATS.items())
     found = ", ".join(map(str, record)) or "(none)"
     raise request_error("data.format", f"the columns {found} in {source}", "no known format has them", f"Use {known}")
+
+
+def unread(name: str, record: Record) -> tuple[str, ...]:
+    """The columns of a record that a format does not read."""
+    form = FORMATS[name]
+    return tuple(str(column) for column in record if column not in form.columns + form.optional)
+
+
+def renamed(
+    records: Iterable[tuple[str, Record | BadRecord]], columns: Mapping[str, str]
+) -> Iterator[tuple[str, Record | BadRecord]]:
+    """Records under the names that formats have for their columns.
+
+    Args:
+        columns: the data's names, by a format's.
+
+    Raises:
+        RequestError: no format has such a column.
+    """
+    known = sorted({column for form in FORMATS.values() for column in form.columns + form.optional})
+    if unknown := [name for name in columns if name not in known]:
+        remedy = f"Write it as format's column: data's column, one of {', '.join(known)} first"
+        raise request_error("data.columns", ", ".join(unknown), "no format has a column of that name", remedy)
+    taken = set(columns.values())
+    for place, record in records:
+        if isinstance(record, BadRecord):
+            yield place, record
+        elif absent := [name for name in columns.values() if name not in record]:
+            yield place, BadRecord(f"it has no column {', '.join(absent)}; it has {', '.join(map(str, record))}")
+        else:
+            rest = {name: value for name, value in record.items() if name not in taken}
+            yield place, {**rest, **{name: record[given] for name, given in columns.items()}}
 
 
 def samples_of(

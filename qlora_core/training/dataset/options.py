@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -15,6 +16,7 @@ class DataOptions:
 
     Attributes:
         learn: assistant: every answer; completion: the last one; all: every token; auto: assistant, and for text all.
+        columns: the data's own names of columns, by the names that a format has for them.
         split: of a folder, a dataset on disk or of the Hub; None is train, where there are any.
         config: of a dataset of the Hub: its subset.
         files: a glob, of a folder or a dataset of the Hub: what is read of it.
@@ -26,6 +28,7 @@ class DataOptions:
     """
 
     learn: Learn = "auto"
+    columns: Mapping[str, str] | None = None
     split: str | None = None
     config: str | None = None
     files: str | None = None

@@ -37,7 +37,11 @@ def sharegpt(record: Record) -> list[Sample]:
     turns = record["conversations"]
     if isinstance(turns, Sequence) and all(isinstance(turn, Mapping) and "from" in turn for turn in turns):
         turns = [
-            {"role": SPEAKERS.get(str(turn["from"]).lower(), turn["from"]), "content": turn.get("value")}
+            {
+                **{key: value for key, value in turn.items() if key not in ("from", "value")},
+                "role": SPEAKERS.get(str(turn["from"]).lower(), turn["from"]),
+                "content": turn.get("value"),
+            }
             for turn in turns
         ]
     return [conversation(turns, "conversations")]

@@ -36,6 +36,7 @@ class DataReport:
         learn: which tokens are learned: assistant, completion or all.
         layout: what conversations were written with.
         learned: tokens with a loss.
+        unread: columns of the first record that the format has no use for.
         divided: conversations that became an example for each answer, since the chat template writes an answer
             otherwise once another turn follows.
         shortened: examples in whose text a part of an answer is missing, because the chat template leaves it out.
@@ -57,6 +58,7 @@ class DataReport:
     learn: str = "assistant"
     layout: str = ""
     learned: int = 0
+    unread: tuple[str, ...] = ()
     divided: int = 0
     shortened: int = 0
     empty_answers: int = 0

@@ -27,7 +27,9 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns, each with a role and a content, and what else a chat template may look at.
+    """Turns, each with a role and a content, what else a chat template may look at, and perhaps a weight.
+
+    An answer of weight 0 is not learned (OpenAI's and Mistral's formats for fine-tuning).
 
     Attributes:
         published: the same in the layout of the dataset it is from, for a tokenizer without chat template.
@@ -76,6 +78,8 @@ def conversation(turns: object, column: str, published: Written | None = None) -
             raise BadRecord(f"turn {number} of {column} is the system's, which may only be the first")
         if role == before:
             raise BadRecord(f"turns {number - 1} and {number} of {column} are both the {role}'s; they should alternate")
+        if turn.get("weight", 1) not in (0, 1, None):
+            raise BadRecord(f"the weight of turn {number} of {column} is {str(turn['weight'])[:40]}; it may be 0 or 1")
         before = role
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     if not answers:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +16,8 @@ from clusters.errors import request_error
 from qlora_core.training.dataset.chat import ChatTemplate
 from qlora_core.training.dataset.report import BadRecord
 from qlora_core.training.dataset.samples import Conversation, Pair, Sample, Span, Text, Written
+
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,8 @@ class Encoder:
         except BadRecord as error:
             return error
         except (TemplateError, ValueError, TypeError) as error:
+            if HALF_PAIR.search(json.dumps(dataclasses.asdict(sample), ensure_ascii=False)):
+                return BadRecord("its text holds half of a surrogate pair, which is no character")
             return BadRecord(f"it cannot be made into tokens: {error}")
 
     def _all(self, samples: Sequence[Sample]) -> list[Outcome]:
@@ -81,16 +88,24 @@ class Encoder:
             return self._published(samples)
         self.layout = "the chat template"
         if self._template.marks_answers and self._learn != "all":
-            generated = [self._template.generated(sample.turns) for sample in samples]
-            return [[Tokens(ids, self._chosen_runs(mask))] for ids, mask in generated]
-        if self._learn == "all":
-            written = [[Written(self._template.whole(sample.turns), ())] for sample in samples]
-        else:
-            written = [self._template.write(sample.turns) for sample in samples]
-        if self._learn == "completion":
-            written = [texts[-1:] for texts in written]
+            return [self._marked(self._template, sample) for sample in samples]
+        written = [self._texts_of(self._template, sample) for sample in samples]
         tokens = iter(self._written([one for texts in written for one in texts], special=False))
         return [[next(tokens) for _ in texts] for texts in written]
+
+    def _marked(self, template: ChatTemplate, sample: Conversation) -> Outcome:
+        """A conversation in a template that marks answers; its marks do not tell which of them weigh nothing."""
+        if any(turn.get("weight", 1) == 0 for turn in sample.turns):
+            return list(self._written(self._texts_of(template, sample), special=False))
+        ids, mask = template.generated(sample.turns)
+        return [Tokens(ids, self._chosen_runs(mask))]
+
+    def _texts_of(self, template: ChatTemplate, sample: Conversation) -> list[Written]:
+        """A conversation in its template, and what of it is looked at."""
+        if self._learn == "all":
+            return [Written(template.whole(sample.turns), ())]
+        texts = template.write(sample.turns)
+        return texts[-1:] if self._learn == "completion" else texts
 
     def _published(self, samples: Sequence[Conversation]) -> list[Outcome]:
         """Conversations in the layout of the dataset they are from, and the end token."""
