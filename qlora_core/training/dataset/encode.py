@@ -23,9 +23,9 @@ from qlora_core.training.dataset.sources import INSTEAD, Source, open_source
 from qlora_core.training.dataset.tokenize import Encoder, Outcome
 from qlora_core.training.dataset.tokens import EncodedExamples
 
-AT_ONCE = 256
+AT_ONCE = 128
 """Samples that are rendered and tokenized together."""
-THREADS = 2
+THREADS = 3
 """That render and tokenize."""
 Chunk = list[tuple[str, Sample | ValueError]]
 

@@ -222,7 +222,7 @@ def tokens_of(encoding: Any, text: str, span: Span) -> tuple[int, int]:
         at -= 1
     end = last + 1
     # the bytes of one character may be several tokens, all from the same place
-    while end < len(encoding.ids) and (chars := encoding.token_to_chars(end)) is not None and chars[0] < stop:
+    while end < len(encoding) and (chars := encoding.token_to_chars(end)) is not None and chars[0] < stop:
         if chars[0] == chars[1]:
             break
         end += 1
