@@ -6,13 +6,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from clusters.errors import request_error
+from clusters.errors import RequestError, request_error
 from orchestrator.plans import Choice
 from qlora_core.recipe import Recipe
 
 BYTES_PER_TOKEN = 4
 """Of English text, about: four characters (OpenAI, "What are tokens and how to count them?"). Code and other languages
 have fewer."""
+
+NOT_LINES = (".json", ".parquet", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".zip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +39,20 @@ def measured(path: Path, model: Path, recipe: Recipe, choices: list[Choice]) -> 
         RequestError: it cannot be read as training data.
     """
     has_tokenizer = any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    if has_tokenizer and (counted := by_tokenizer(path, model, recipe)) is not None:
-        return counted
+    instead = "exactly from a model's folder with the train extra"
+    try:
+        if has_tokenizer and (counted := by_tokenizer(path, model, recipe)) is not None:
+            return counted
+    except RequestError as error:
+        if {problem.where for problem in error.problems} != {"data.format"}:
+            raise
+        # its columns' names or a chat template, which a specification gives
+        instead = f"exactly from a run's specification: {error.problems[0].rule}"
     examples, longest = lines_of(path)
     length = min(-(-longest // BYTES_PER_TOKEN), recipe.seq_len)
     reason = (
         f"all padded to the longest of {examples:,} examples, at about {BYTES_PER_TOKEN} bytes of text a token; "
-        "exactly from a model's folder with the train extra"
+        f"{instead}"
     )
     choices.append(Choice("tokens", f"{examples * length:,}", reason))
     return Data(examples * length)
@@ -67,6 +76,11 @@ def by_tokenizer(path: Path, folder: Path, recipe: Recipe) -> Data | None:
 
 def lines_of(path: Path) -> tuple[int, int]:
     """Lines of a file that are not empty, and bytes of the longest."""
+    if path.suffix.lower() in NOT_LINES:
+        rule = (
+            f"without a model's folder and the train extra only lines of text are measured, and {path.suffix} is none"
+        )
+        raise request_error("--data", os.fspath(path), rule, "Give JSONL, or name the model by its folder")
     lines = longest = 0
     try:
         with path.open("rb") as file:

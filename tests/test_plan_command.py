@@ -406,6 +406,7 @@ def test_no_warning_without_a_reason(ask: Ask) -> None:
         ("--model 7b --cluster c.yaml", ["--cluster", "c.yaml", "no such file"]),
         ("--model 7b --cluster c.yaml --gpu t4", ["--gpu", "--cluster says"]),
         ("--model 7b --data d.jsonl", ["--data", "d.jsonl", "No such file"]),
+        ("--model 7b --data d.parquet", ["--data", "d.parquet", "only lines of text", "JSONL"]),
         ("--model 7b --data d.jsonl --tokens 5", ["--data", "one of the two"]),
         ("--model 7b --tokens many", ["--tokens", "many"]),
         ("--model 7b --tokens 0", ["--tokens", "0"]),

@@ -401,6 +401,15 @@ def test_what_is_written_is_a_run_of_that_very_plan(ask: Ask, tmp_path: Path) ->
     assert yaml.safe_load(path.read_text())["recipe"]["rank"] == 16, "left as it was"
 
 
+def test_data_that_wants_a_specification_is_told_from_its_size(ask: Ask, tmp_path: Path, tiny_base: Path) -> None:
+    rows = [json.dumps({"ask": "x" * 30, "reply": "y"})] * 5  # columns of no format
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    answer = ask("--model", str(tiny_base), "--gpu", "l4", "--data", str(tmp_path / "data.jsonl"), "--json").json
+    [choice] = [choice for choice in answer["choices"] if choice["field"] == "tokens"]
+    assert choice["value"] == f"{5 * -(-len(rows[0]) // 4):,}"  # four bytes a token
+    assert choice["reason"].endswith("exactly from a run's specification: no known format has them")
+
+
 @pytest.mark.slow
 def test_a_written_run_is_planned_by_a_dry_run_as_it_was_written(ask: Ask, tmp_path: Path) -> None:
     base = tmp_path / "base"
