@@ -132,7 +132,8 @@ def carry_out(order: Order, rank: int, device: torch.device, meter: Meter) -> No
     observer = RunObserver(order, rank)
     observer.event("phase", phase="loading the base model")
     run = prepare(order, rank, device, meter)
-    observer.event("phase", phase="resuming" if order.resume_from else "evaluating the base model")
+    first = "evaluating the base model" if len(run.eval_data) else "training"
+    observer.event("phase", phase="resuming" if order.resume_from else first)
     outcome = train(run, observer, order.resume_from)
     observer.event(
         "end",
