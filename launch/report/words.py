@@ -71,5 +71,5 @@ def written_otherwise(divided: int, shortened: int) -> list[str]:
             "once another turn follows."
         )
     if shortened:
-        said.append(f"{shortened} examples lack a part of an answer, which the chat template leaves out.")
+        said.append(f"{shortened} examples lack a part of an answer, or its tools: the chat template leaves it out.")
     return said

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import cast
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from clusters.errors import first_line, request_error
 from qlora_core.quiet import import_configurations
+from qlora_core.training.dataset.chat import TEMPLATE_ERRORS
 
 
 def load_tokenizer(model: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -42,6 +43,6 @@ def load_tokenizer(model: str, chat_template: str | None = None) -> PreTrainedTo
         except TemplateSyntaxError as error:
             rule = f"it is no Jinja template: {error.message}, line {error.lineno}"
             raise request_error("data.chat_template", chat_template.split("\n")[0][:80], rule, "Correct it") from None
-        except TemplateError:
+        except TEMPLATE_ERRORS:
             pass  # it refuses such a conversation
     return tokenizer

@@ -254,6 +254,73 @@ def test_an_example_for_each_answer_and_what_a_template_leaves_out_are_counted(t
     assert (len(examples), report.divided, report.shortened) == (3, 0, 2)
 
 
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALLING = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}],
+}
+TOOL_CHATML = (  # as Qwen's: results of tools in the user's turn
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endif %}{% for m in messages %}"
+    "{% if m['role'] == 'tool' %}{{ '<|im_start|>user\n<result>' + m['content'] + '</result>' }}"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% for call in m.tool_calls %}{{ '<call>' + call.function.name + call.function.arguments | tojson + '</call>' }}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_calls_of_tools_are_answers_and_what_tools_say_is_not(tmp_path: Path, tiny_base: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_base), TOOL_CHATML)
+    turns = [ASKED, CALLING, {"role": "tool", "content": "sunny"}, {"role": "tool", "content": "warm"}, LAST]
+    said = conversation(turns, "messages", tools=TOOLS)
+    [written] = ChatTemplate(tokenizer).write(said.turns, said.tools)
+    assert marked(written.text, written.answers) == (
+        '<|im_start|>system\n{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}'
+        "<|im_end|>\n<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
+        '[<call>weather{"city": "Rome"}</call><|im_end|>\n]'
+        "<|im_start|>user\n<result>sunny</result><|im_end|>\n<|im_start|>user\n<result>warm</result><|im_end|>\n"
+        "<|im_start|>assistant\n[No.<|im_end|>\n]"
+    )
+    # as a table has it: JSON in texts; and as ShareGPT calls it
+    path = tmp_path / "a.jsonl"
+    rows: list[dict[str, Any]] = [
+        {"messages": turns, "tools": TOOLS},
+        {"messages": json.dumps(turns), "tools": json.dumps(TOOLS)},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [one, same], report = encode_file(path, "auto", tokenizer, 512)
+    assert (one, report.unread, report.shortened) == (same, (), 0)
+    speakers = {"user": "human", "assistant": "gpt", "tool": "observation"}
+    named = [{"from": speakers[turn["role"]], **turn, "value": turn["content"]} for turn in turns]
+    path.write_text(json.dumps({"conversations": named, "tools": TOOLS}))
+    assert encode_file(path, "auto", tokenizer, 512)[0][0] == one
+    # a template that knows nothing of tools leaves them out
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for template in (CHATML, "{% for t in tools %}{{ t | tojson }}{% endfor %}" + CHATML, MARKED):
+        assert encode_file(path, "auto", load_tokenizer(str(tiny_base), template), 512)[1].shortened == 2
+    # and one that adds arguments to its text wants them as a text
+    tokenizer.chat_template = TOOL_CHATML.replace("call.function.arguments | tojson", "call.function.arguments")
+    assert ChatTemplate(tokenizer).write(said.turns, said.tools) == [written]
+
+
+@pytest.mark.parametrize(
+    ("turns", "tools", "says"),
+    [
+        ([ASKED, {"role": "tool", "content": "x"}, LAST], None, "turn 2 of messages is a tool's"),
+        ([ASKED, CALLING | {"tool_calls": "x"}], None, "tool_calls is no list"),
+        ([ASKED, CALLING | {"tool_calls": [{"function": "x"}]}], None, 'each of tool_calls needs a "function"'),
+        ([ASKED, LAST], {"name": "x"}, "tools is no list"),
+        ([ASKED, LAST], [5], 'each of tools needs a "function" with a "name"'),
+        ([ASKED, CALLING | {"tool_calls": []}], None, 'needs a "role" and a "content" text'),
+    ],
+)
+def test_calls_and_tools_that_are_none_are_bad_records(turns: list[dict[str, Any]], tools: Any, says: str) -> None:
+    with pytest.raises(BadRecord, match=says):
+        conversation(turns, "messages", tools=tools)
+
+
 @pytest.mark.parametrize("template", [CHATML, THINKING, MARKED])
 def test_an_answer_of_weight_0_is_not_learned(tiny_base: Path, template: str) -> None:
     tokenizer = load_tokenizer(str(tiny_base), template)
@@ -279,7 +346,10 @@ def test_a_weight_between_is_a_bad_record() -> None:
 
 def test_a_template_that_is_none_is_refused_before_any_record_is_read(tiny_base: Path) -> None:
     assert load_tokenizer(str(tiny_base), CHATML).chat_template == CHATML
-    load_tokenizer(str(tiny_base), "{{ raise_exception('never') }}")  # what it refuses, it refuses later
+    for fails in ("{{ raise_exception('never') }}", "{{ 1 / 0 }}", "{% for tool in tools %}{% endfor %}", "{{ a.b }}"):
+        tokenizer = load_tokenizer(str(tiny_base), fails)  # what it refuses, it refuses of each conversation
+        [outcome] = Encoder(tokenizer, "assistant").encode([Conversation([ASKED, LAST])])
+        assert isinstance(outcome, BadRecord)
     with pytest.raises(RequestError, match=r"data\.chat_template: it is no Jinja template: .*, line 2"):
         load_tokenizer(str(tiny_base), "{% for m in messages %}\n{{ m[ }}{% endfor %}")
 

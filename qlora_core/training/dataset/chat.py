@@ -16,11 +16,22 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
 from qlora_core.training.dataset.report import BadRecord
-from qlora_core.training.dataset.samples import Span, Written
+from qlora_core.training.dataset.samples import Span, Written, names, with_texts
 
 Turns = Sequence[dict[str, Any]]
+Tools = list[Any] | None
 PAD = "\u2003"
 """A space that templates do not write: what stays of it around a content tells whether the template strips it."""
+TEMPLATE_ERRORS = (
+    TemplateError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+"""What a template may end with, which is a program of its own."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -73,7 +84,7 @@ class ChatTemplate:
         self.marks_answers = isinstance(template, str) and bool(_GENERATION.search(template))
         """Whether the template itself says what the assistant generates."""
 
-    def write(self, turns: Turns) -> list[Written]:
+    def write(self, turns: Turns, tools: Tools = None) -> list[Written]:
         """The text of a conversation and its answers; an answer is what follows the prompt for it, to its turn's end.
 
         A template may write an answer otherwise once another turn follows: without its reasoning, or without its end.
@@ -85,47 +96,57 @@ class ChatTemplate:
         Raises:
             BadRecord: an answer cannot be told from its prompt.
         """
-        text = self.whole(turns)
-        roles = tuple(turn["role"] for turn in turns)
-        if roles not in self._skeletons:
-            self._skeletons[roles] = self._skeleton(roles)
-        skeleton = self._skeletons[roles]
-        answers = None if skeleton is None else placed(skeleton, turns, text)
-        written = [Written(text, answers)] if answers is not None else self._by_prefixes(turns, text)
+        text = self.whole(turns, tools)
+        answers = None
+        if tools is None and not any("tool_calls" in turn for turn in turns):
+            roles = tuple(turn["role"] for turn in turns)
+            if roles not in self._skeletons:
+                self._skeletons[roles] = self._skeleton(roles)
+            skeleton = self._skeletons[roles]
+            answers = None if skeleton is None else placed(skeleton, turns, text)
+        written = [Written(text, answers)] if answers is not None else self._by_prefixes(turns, text, tools)
         return weighed(turns, written)
 
-    def whole(self, turns: Turns) -> str:
+    def whole(self, turns: Turns, tools: Tools = None) -> str:
         """The text of a conversation, with an end if its last answer has none."""
-        text = self._rendered(turns)
+        text = self._rendered(turns, tools)
         ends = turns[-1]["role"] != "assistant" or self._closing.strip()
         return text if ends else text + self._end
 
-    def generated(self, turns: Turns) -> tuple[list[int], list[bool]]:
+    def generated(self, turns: Turns, tools: Tools = None) -> tuple[list[int], list[bool]]:
         """Token ids, and those inside the template's generation blocks, as transformers marks them.
 
         Raises:
             BadRecord: the blocks hold no token.
         """
         encoded = self._tokenizer.apply_chat_template(
-            list(turns), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            list(turns), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         mask = [bool(flag) for flag in encoded["assistant_masks"]]
         if not any(mask):
             raise BadRecord("the chat template's generation blocks hold no token of it")
         return cast(list[int], encoded["input_ids"]), mask
 
-    def _rendered(self, turns: Turns, prompt: bool = False) -> str:
-        text = self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt)
-        return cast(str, text)
+    def _rendered(self, turns: Turns, tools: Tools = None, prompt: bool = False) -> str:
+        def rendered(turns: Turns) -> str:
+            template = self._tokenizer.apply_chat_template
+            return cast(str, template(list(turns), tools=tools, tokenize=False, add_generation_prompt=prompt))
 
-    def _by_prefixes(self, turns: Turns, text: str) -> list[Written]:
+        try:
+            return rendered(turns)
+        except TypeError:  # DeepSeek's template adds arguments as they are to its text
+            return rendered([with_texts(turn) for turn in turns])
+
+    def _by_prefixes(self, turns: Turns, text: str, tools: Tools = None) -> list[Written]:
         """See `write`; each prefix is written out."""
         single, spans = [], []
         for position, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
-            prompt, answer = self._answer(turns[: position + 1])
-            shortened = "".join(turn["content"].split()) not in "".join((prompt + answer).split())
+            prompt, answer = self._answer(turns[: position + 1], tools)
+            there, answered = "".join((prompt + answer).split()), "".join(answer.split())
+            shortened = any("".join(part.split()) not in there for part in (turn["content"], *names(tools)))
+            shortened |= any("".join(name.split()) not in answered for name in names(turn.get("tool_calls")))
             single.append(Written(prompt + answer, ((len(prompt), len(prompt + answer)),), shortened))
             if not text.startswith(prompt + answer) and self._closing.removesuffix(self._end).strip():
                 answer = answer.removesuffix(self._end)  # which stands once, behind the last turn
@@ -134,27 +155,29 @@ class ChatTemplate:
             return single
         return [Written(text, tuple(cast("list[Span]", spans)), any(one.shortened for one in single))]
 
-    def _answer(self, turns: Turns) -> tuple[str, str]:
+    def _answer(self, turns: Turns, tools: Tools) -> tuple[str, str]:
         """The last turn, and all that the template writes before it where it is to be generated."""
-        upto = self.whole(turns)
+        upto = self.whole(turns, tools)
         content = turns[-1]["content"]
         content = content if content in upto else content.strip()
         if len(turns) == 1:
-            begins = self._opening if self._opening and self._opening in upto else ""
+            begins = self._opening if self._opening in upto else ""
             at = upto.find(begins or content)
-            if at < 0:
+            if at < 0 or not begins + content:
                 raise BadRecord("the chat template does not write the conversation's first answer as it is")
             return upto[: at + len(begins)], upto[at + len(begins) :]
-        prompt = self._rendered(turns[:-1], prompt=True)
+        prompt = self._rendered(turns[:-1], tools, prompt=True)
         if upto.startswith(prompt):
             return prompt, upto[len(prompt) :]
         shared = alike(prompt, upto)
-        if shared >= len(self._rendered(turns[:-1])):  # the prompt begins a reasoning, and this answer is without one
+        if shared >= len(
+            self._rendered(turns[:-1], tools)
+        ):  # the prompt begins a reasoning, and this answer is without one
             return upto[:shared], upto[shared:]
         # A system prompt that is written before the last question alone, as Mistral's: not where an answer follows.
         question = turns[-2]["content"].strip()
         at = upto.rfind(content)
-        if question and question in prompt and question in upto[: max(at, 0)]:
+        if question and content and question in prompt and question in upto[: max(at, 0)]:
             header, rest = prompt.rpartition(question)[2], upto[:at].rpartition(question)[2]
             if rest.startswith(header):
                 return prompt, upto[at - len(rest) + len(header) :]
@@ -166,7 +189,7 @@ class ChatTemplate:
         mark = "\ue000"
         try:
             text = self._rendered([{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}])
-        except TemplateError:
+        except TEMPLATE_ERRORS:
             return "unknown"
         return text.rpartition(mark)[2] if mark in text else "unknown"
 
@@ -176,7 +199,7 @@ class ChatTemplate:
         turns = [{"role": "user", "content": "a"}]
         try:
             asked, prompt = self._rendered(turns), self._rendered(turns, prompt=True)
-        except TemplateError:
+        except TEMPLATE_ERRORS:
             return ""
         return prompt[alike(asked, prompt) :]
 
@@ -187,7 +210,7 @@ class ChatTemplate:
         try:
             text = self.whole(turns)
             written = self._by_prefixes(turns, text)
-        except (BadRecord, TemplateError):  # the template looks at contents, which these are not
+        except TEMPLATE_ERRORS:  # the template looks at contents, which these are not
             return None
         if [one.text for one in written] != [text] or any(text.count(mark) != 1 for mark in marks):
             return None

@@ -61,7 +61,7 @@ def messages(record: Record) -> list[Sample]:
     if isinstance(turns, str):
         with suppress(ValueError):
             turns = json.loads(turns)
-    return [conversation(turns, "messages")]
+    return [conversation(turns, "messages", tools=record.get("tools"))]
 
 
 def question_answer(record: Record) -> list[Sample]:
@@ -88,7 +88,7 @@ def prompt_completion(record: Record) -> list[Sample]:
     """Two texts that follow each other as they are, or two lists of turns, as TRL has them."""
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return [conversation([*prompt, *completion], "prompt and completion")]
+        return [conversation([*prompt, *completion], "prompt and completion", tools=record.get("tools"))]
     return [pair(prompt, completion)]
 
 
@@ -102,8 +102,8 @@ def text(record: Record) -> list[Sample]:
 
 
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), messages),
-    "sharegpt": Format(("conversations",), presets.sharegpt),
+    "messages": Format(("messages",), messages, optional=("tools",)),
+    "sharegpt": Format(("conversations",), presets.sharegpt, optional=("tools",)),
     "oasst1": Format(
         ("message_id", "parent_id", "role", "text"),
         lambda record: [],
@@ -114,7 +114,7 @@ FORMATS: dict[str, Format] = {
         ("instruction", "instances"), presets.unnatural_instructions, optional=("reformulations",)
     ),
     "alpaca": Format(("instruction", "output"), alpaca, optional=("input",)),
-    "prompt-completion": Format(("prompt", "completion"), prompt_completion),
+    "prompt-completion": Format(("prompt", "completion"), prompt_completion, optional=("tools",)),
     "question-answer": Format(("question", "answer"), question_answer, optional=("system",)),
     "flan-v2": Format(("inputs", "targets"), presets.flan_v2),
     "hh-rlhf": Format(("rejected", "chosen"), presets.hh_rlhf, begins="Human:"),
@@ -124,7 +124,7 @@ FORMATS: dict[str, Format] = {
     "text": Format(("text",), text, plain=True),
     # named only: their columns are those of another above
     "self-instruct": Format(("prompt", "completion"), presets.self_instruct),
-    "vicuna": Format(("conversations",), presets.sharegpt),
+    "vicuna": Format(("conversations",), presets.sharegpt, optional=("tools",)),
 }
 """In the order in which they are tried."""
 

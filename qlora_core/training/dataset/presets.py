@@ -24,6 +24,8 @@ SPEAKERS = {
     "assistant": "assistant",
     "model": "assistant",
     "system": "system",
+    "tool": "tool",
+    "observation": "tool",
 }
 """ShareGPT's names of who speaks (FastChat, data/clean_sharegpt.py, and what other exports use)."""
 OASST1_COLUMNS = ("message_id", "parent_id", "role", "text", "rank", "deleted")
@@ -44,7 +46,7 @@ def sharegpt(record: Record) -> list[Sample]:
             }
             for turn in turns
         ]
-    return [conversation(turns, "conversations")]
+    return [conversation(turns, "conversations", tools=record.get("tools"))]
 
 
 def flan_v2(record: Record) -> list[Sample]:

@@ -39,7 +39,7 @@ class DataReport:
         unread: columns of the first record that the format has no use for.
         divided: conversations that became an example for each answer, since the chat template writes an answer
             otherwise once another turn follows.
-        shortened: examples in whose text a part of an answer is missing, because the chat template leaves it out.
+        shortened: examples in whose text a part of an answer, or a tool, is missing: the chat template leaves it out.
         empty_answers: left out, because the answer is empty.
         bad: left out as bad.
         bad_records: the first of them, with place and reason.

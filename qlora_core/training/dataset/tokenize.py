@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from clusters.errors import request_error
-from qlora_core.training.dataset.chat import ChatTemplate
+from qlora_core.training.dataset.chat import TEMPLATE_ERRORS, ChatTemplate
 from qlora_core.training.dataset.report import BadRecord
-from qlora_core.training.dataset.samples import Conversation, Pair, Sample, Span, Text, Written
+from qlora_core.training.dataset.samples import Conversation, Pair, Sample, Span, Text, Written, names
 
 HALF_PAIR = re.compile("[\ud800-\udfff]")
 
@@ -54,7 +54,7 @@ class Encoder:
         """
         try:
             return self._all(samples)
-        except (TemplateError, ValueError, TypeError):  # of one of them: each for itself tells which
+        except TEMPLATE_ERRORS:  # of one of them: each for itself tells which
             return [self._alone(sample) for sample in samples]
 
     def _alone(self, sample: Sample) -> Outcome:
@@ -63,7 +63,7 @@ class Encoder:
             return self._all([sample])[0]
         except BadRecord as error:
             return error
-        except (TemplateError, ValueError, TypeError) as error:
+        except TEMPLATE_ERRORS as error:
             if HALF_PAIR.search(json.dumps(dataclasses.asdict(sample), ensure_ascii=False)):
                 return BadRecord("its text holds half of a surrogate pair, which is no character")
             return BadRecord(f"it cannot be made into tokens: {error}")
@@ -97,14 +97,17 @@ class Encoder:
         """A conversation in a template that marks answers; its marks do not tell which of them weigh nothing."""
         if any(turn.get("weight", 1) == 0 for turn in sample.turns):
             return list(self._written(self._texts_of(template, sample), special=False))
-        ids, mask = template.generated(sample.turns)
-        return [Tokens(ids, self._chosen_runs(mask))]
+        ids, mask = template.generated(sample.turns, sample.tools)
+        learned = self._chosen_runs(mask)
+        called = {name for turn in sample.turns for name in names(turn.get("tool_calls"))}
+        text = self._tokenizer.decode(list(itertools.compress(ids, learned))) if called else ""
+        return [Tokens(ids, learned, any(name not in text for name in called))]
 
     def _texts_of(self, template: ChatTemplate, sample: Conversation) -> list[Written]:
         """A conversation in its template, and what of it is looked at."""
         if self._learn == "all":
-            return [Written(template.whole(sample.turns), ())]
-        texts = template.write(sample.turns)
+            return [Written(template.whole(sample.turns, sample.tools), ())]
+        texts = template.write(sample.turns, sample.tools)
         return texts[-1:] if self._learn == "completion" else texts
 
     def _published(self, samples: Sequence[Conversation]) -> list[Outcome]:
