@@ -139,21 +139,21 @@ class ChatTemplate:
 
     def _by_prefixes(self, turns: Turns, text: str, tools: Tools = None) -> list[Written]:
         """See `write`; each prefix is written out."""
-        single, spans = [], []
+        single: list[Written] = []
+        spans: list[Span | None] = []
         for position, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
             prompt, answer = self._answer(turns[: position + 1], tools)
-            there, answered = "".join((prompt + answer).split()), "".join(answer.split())
-            shortened = any("".join(part.split()) not in there for part in (turn["content"], *names(tools)))
-            shortened |= any("".join(name.split()) not in answered for name in names(turn.get("tool_calls")))
+            shortened = lacks_a_part(turn, tools, prompt, answer)
             single.append(Written(prompt + answer, ((len(prompt), len(prompt + answer)),), shortened))
             if not text.startswith(prompt + answer) and self._closing.removesuffix(self._end).strip():
                 answer = answer.removesuffix(self._end)  # which stands once, behind the last turn
             spans.append((len(prompt), len(prompt + answer)) if text.startswith(prompt + answer) else None)
-        if None in spans:
+        answers = tuple(span for span in spans if span is not None)
+        if len(answers) < len(single):
             return single
-        return [Written(text, tuple(cast("list[Span]", spans)), any(one.shortened for one in single))]
+        return [Written(text, answers, any(one.shortened for one in single))]
 
     def _answer(self, turns: Turns, tools: Tools) -> tuple[str, str]:
         """The last turn, and all that the template writes before it where it is to be generated."""
@@ -169,10 +169,8 @@ class ChatTemplate:
         prompt = self._rendered(turns[:-1], tools, prompt=True)
         if upto.startswith(prompt):
             return prompt, upto[len(prompt) :]
-        shared = alike(prompt, upto)
-        if shared >= len(
-            self._rendered(turns[:-1], tools)
-        ):  # the prompt begins a reasoning, and this answer is without one
+        shared, asked = alike(prompt, upto), self._rendered(turns[:-1], tools)
+        if shared >= len(asked):  # the prompt begins a reasoning, and this answer is without one
             return upto[:shared], upto[shared:]
         # A system prompt that is written before the last question alone, as Mistral's: not where an answer follows.
         question = turns[-2]["content"].strip()
@@ -231,6 +229,14 @@ class ChatTemplate:
             for index, (start, end) in zip(asked, written[0].answers, strict=True)
         )
         return Skeleton(pieces, tuple(stripped), reach)
+
+
+def lacks_a_part(turn: dict[str, Any], tools: Tools, prompt: str, answer: str) -> bool:
+    """Whether something of an answer, or of the tools, is not in the text: spaces aside, which templates change."""
+    there, answered = "".join((prompt + answer).split()), "".join(answer.split())
+    missing = ["".join(part.split()) not in there for part in (turn["content"], *names(tools))]
+    missing += ["".join(name.split()) not in answered for name in names(turn.get("tool_calls"))]
+    return any(missing)
 
 
 def weighed(turns: Turns, written: list[Written]) -> list[Written]:
