@@ -58,6 +58,18 @@ BIASES: dict[str, object] = {"attention_bias": True, "mlp_bias": True}
 SMALL: dict[str, list[dict[str, object]]] = {
     "llama": [{}, {"num_key_value_heads": 2, "head_dim": 16, **BIASES}, {"tie_word_embeddings": True}],
     "mistral": [{}, {"head_dim": 16, "num_key_value_heads": 2, "sliding_window": None}],
+    "ministral": [{"head_dim": 8}, {"num_key_value_heads": 2, "head_dim": 16, "layer_types": ["full_attention"] * 3}],
+    "internlm3": [{"head_dim": 8}, {"num_key_value_heads": 4, "head_dim": 16, **BIASES}],
+    "iquestcoder": [{"head_dim": 8}, {"num_key_value_heads": 2, **BIASES}],
+    "ernie4_5": [{}, {"num_key_value_heads": 4, "head_dim": 16, "use_bias": True, "tie_word_embeddings": False}],
+    "exaone4": [
+        {"num_key_value_heads": 8},
+        {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8, "num_hidden_layers": 5},
+        {"num_key_value_heads": 2, "sliding_window": None, "layer_types": ["full_attention"] * 3},
+    ],
+    "hunyuan_v1_dense": [{"head_dim": 8}, {"num_key_value_heads": 2, "head_dim": 16, "attention_bias": True}],
+    "helium": [{"num_key_value_heads": 8, "head_dim": 8}, {"num_key_value_heads": 2, "head_dim": 8, **BIASES}],
+    "jais2": [{}, {"num_key_value_heads": 2, "head_dim": 16, "attention_bias": False, "mlp_bias": False}],
     "ministral3": [{"num_key_value_heads": 2, "head_dim": 16}],
     "mixtral": [EXPERTS, EXPERTS | {"sliding_window": 8, "head_dim": 16}],
     "qwen2": [

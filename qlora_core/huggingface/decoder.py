@@ -167,7 +167,7 @@ def _window(fields: ConfigFields, window: Window | None, layers: int) -> tuple[i
         return None, 0
     if listed is not None:
         count = sum(kind == "sliding_attention" for kind in listed)
-    elif window.layers == "all":
+    elif window.layers in ("all", "listed"):
         count = layers
     elif window.layers == "late":
         count = max(0, layers - fields.count("max_window_layers", 28, least=0))

@@ -42,14 +42,14 @@ class Window:
     """Which layers attend to a sliding window.
 
     Attributes:
-        layers: all of them; those from `max_window_layers` on; every one but each `period`-th; the even ones below
-            `max_window_layers`; those without rotary positions.
+        layers: all of them; those that ``layer_types`` lists, else all; those from `max_window_layers` on; every one
+            but each `period`-th; the even ones below `max_window_layers`; those without rotary positions.
         default: transformers' window where the config has no ``sliding_window``.
         period: transformers' period where the config has no ``sliding_window_pattern``.
         switched: only with ``use_sliding_window``.
     """
 
-    layers: Literal["all", "late", "but_each_nth", "even", "no_rope"]
+    layers: Literal["all", "listed", "late", "but_each_nth", "even", "no_rope"]
     default: int | None = None
     period: int = 2
     switched: bool = False
@@ -116,7 +116,24 @@ _UNGATED = ("up_proj", "down_proj")
 
 DECODERS: dict[str, Decoder] = {
     "llama": Decoder(qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, mlp_bias=_MLP_BIAS),
+    "internlm3": Decoder(  # transformers loads it as Llama
+        kv_heads=2,
+        head_dim=128,
+        positions=32768,
+        qkv_bias=_ATTENTION_BIAS,
+        o_bias=_ATTENTION_BIAS,
+        mlp_bias=_MLP_BIAS,
+    ),
+    "iquestcoder": Decoder(  # as Llama too
+        kv_heads=8,
+        head_dim=128,
+        positions=131072,
+        qkv_bias=_ATTENTION_BIAS,
+        o_bias=_ATTENTION_BIAS,
+        mlp_bias=_MLP_BIAS,
+    ),
     "mistral": Decoder(kv_heads=8, positions=131072, window=Window("all", default=4096)),
+    "ministral": Decoder(kv_heads=8, positions=131072, window=Window("listed", default=4096)),
     "ministral3": Decoder(kv_heads=8, head_dim=128, positions=262144, window=Window("all")),
     "mixtral": Decoder(kv_heads=8, positions=131072, window=Window("all"), experts=Experts()),
     "qwen2": Decoder(kv_heads=32, positions=32768, qkv_bias=True, window=_QWEN_WINDOW),
@@ -288,6 +305,27 @@ DECODERS: dict[str, Decoder] = {
         o_bias=_ATTENTION_BIAS,
         mlp_bias=_MLP_BIAS,
         mlp_names=_UNGATED,
+        activation="relu2",
+    ),
+    "ernie4_5": Decoder(
+        kv_heads=2,
+        head_dim=128,
+        tied=True,
+        positions=131072,
+        qkv_bias=Flag("use_bias", False),
+        o_bias=Flag("use_bias", False),
+        mlp_bias=Flag("use_bias", False),
+    ),
+    "exaone4": Decoder(kv_heads=32, qk_norm="head", window=Window("but_each_nth", default=4096, period=4)),
+    "hunyuan_v1_dense": Decoder(qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, qk_norm="head"),
+    "helium": Decoder(kv_heads=20, head_dim=128, positions=4096, qkv_bias=_ATTENTION_BIAS, mlp_bias=_MLP_BIAS),
+    "jais2": Decoder(
+        positions=8192,
+        qkv_bias=Flag("attention_bias", True),
+        o_bias=Flag("attention_bias", True),
+        mlp_bias=Flag("mlp_bias", True),
+        mlp_names=_UNGATED,
+        norm="layer",
         activation="relu2",
     ),
     "nemotron": Decoder(

@@ -98,14 +98,19 @@ def self_attention(tape: Tape, layer: Layer, hidden: Tensor, positions: Position
         )
     else:
         query = linear(tape, layer, hidden, layer.qkv[0], ROW)
-        if layer.head_norms:
+        if layer.head_norms == "projected":
             query = norm(tape, layer, query, ROW.times(shape.queries))
         key = linear(tape, layer, hidden, layer.qkv[1], ROW)
-        if layer.head_norms:
+        if layer.head_norms == "projected":
             key = norm(tape, layer, key, ROW.times(shape.keys))
         value = linear(tape, layer, hidden, layer.qkv[2], ROW)
     with tape.at(*tape.where, "rotary"):
         query, key = rotated(tape, query, positions), rotated(tape, key, positions)
+    if layer.head_norms == "rotated":
+        query, key = (
+            norm(tape, layer, query, ROW.times(shape.queries)),
+            norm(tape, layer, key, ROW.times(shape.keys)),
+        )
     with tape.at(*tape.where, "attention"):
         attended, weights = attend(tape, layer.kernel, query, key, value, layer.shape, layer.stream, layer.narrow)
     return linear(tape, layer, attended, layer.output, ROW), weights

@@ -26,7 +26,7 @@ from qlora_core.memory.divided import (
 )
 from qlora_core.memory.estimate import Components, Estimate, Phase
 from qlora_core.memory.experts import Experts, Scores
-from qlora_core.memory.layer import Activation, Layer, Norm, Projection
+from qlora_core.memory.layer import Activation, HeadNorms, Layer, Norm, Projection
 from qlora_core.memory.residents import Residents, residents
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.sizes import Least, Sizes
@@ -64,8 +64,11 @@ PARTIAL_ROTARY = {
     "stablelm": ("partial_rotary_factor", 0.25),
 }
 """By model type: the config's field of the part of a head that is rotated, and its default (configuration_*.py)."""
-HEAD_NORM_FAMILIES = frozenset({"olmo3", "qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmoe"})
-"""Model types that normalise queries and keys too."""
+HEAD_NORMS: dict[str, HeadNorms] = {
+    **dict.fromkeys(("exaone4", "gemma3_text", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe"), "projected"),
+    "hunyuan_v1_dense": "rotated",
+}
+"""Model types that normalise queries and keys too: as they are projected, or after they were rotated."""
 NORMS: dict[str, Norm] = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3"), "rms_wide"),
     **dict.fromkeys(("cohere", "cohere2"), "centred"),
@@ -361,7 +364,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         activation=_activation(architecture),
         scaled=architecture.model_type in SCALED_FAMILIES,
         dropped_residual=_drops_residual(architecture),
-        head_norms=architecture.model_type in HEAD_NORM_FAMILIES,
+        head_norms=HEAD_NORMS.get(architecture.model_type, ""),
         compute=device.compute_dtype,
         stream=exact.stored_dtype(recipe, device.compute_dtype),
         lora=recipe.lora_dtype,

@@ -17,6 +17,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Storage = Literal["4bit", "8bit", "plain"]
 Activation = Literal["kernel", "relu", "relu_squared", "composed"]
+HeadNorms = Literal["", "projected", "rotated"]
+"""Where queries and keys are normalised: as they are projected (Qwen 3), or after they were rotated (Hunyuan)."""
 Norm = Literal["rms", "rms_wide", "centred", "layer", "layer_wide", "layer_narrow"]
 """How a norm is computed: RMSNorm written out in float32, which narrows before it multiplies by its weight (Llama) or
 after (Gemma), or subtracts the mean, too (Cohere); or torch's LayerNorm, which autocast makes float32, of a float32
@@ -86,7 +88,7 @@ class Layer(NamedTuple):
     activation: Activation
     scaled: bool
     dropped_residual: bool
-    head_norms: bool
+    head_norms: HeadNorms
     compute: DType
     stream: DType
     lora: DType
