@@ -19,6 +19,7 @@ from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, o
 from orchestrator.rules import (
     check_attention,
     check_even,
+    check_float16,
     check_loss,
     check_packing,
     check_strategy,
@@ -259,6 +260,10 @@ def plan_run(
     check_packing(architecture, recipe)
     check_micro_batch(request, recipe, world_size)
     question = question_of(request, architecture, planned, world_size, target)
+    if target.compute_dtype == "float16":
+        check_float16(recipe, question.strategy)
+        if world_size > 1 and request.zero_stage == "auto":
+            choices.append(Choice("zero_stage", "0", "in float16 losses are scaled, which is built without ZeRO alone"))
     check_strategy(recipe, question.strategy, "strategy.{}", [target])
     check_loss(architecture, recipe, question.strategy, "strategy.{}", [target])
     from orchestrator.reasons import hopeless, reasons
@@ -299,6 +304,8 @@ def question_of(
         open_fields -= {"offload"}  # a run offloads only where it was asked to: the host's memory is not known
     elif request.zero_stage == "auto":
         given["zero_stage"] = stage_for(request.offload)
+    if target.compute_dtype == "float16" and world_size > 1:
+        open_fields -= {"zero_stage"}  # see `check_float16`
     return Question(
         architecture,
         recipe,

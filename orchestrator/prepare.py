@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from clusters.errors import Problem, RequestError, request_error
+from clusters.errors import Problem, RequestError
 from orchestrator.base import Base, find_base
 from orchestrator.identity import identity
 from orchestrator.ledger import known_history
@@ -82,13 +82,6 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.
     machine = machine or describe()
     target = target_for(spec, machine)
-    if target.compute_dtype == "float16":
-        raise request_error(
-            "recipe.compute_dtype",
-            "float16",
-            "its gradients underflow without loss scaling, which is not built yet",
-            "Set recipe.compute_dtype to float32, or use a GPU with bfloat16",
-        )
     layout = lay_out(train.lengths, spec.recipe)
     # what is held out is evaluated one example a row
     longest = max(layout.longest, data.longest)

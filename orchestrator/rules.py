@@ -55,6 +55,28 @@ def check_strategy(recipe: Recipe, strategy: Strategy, where: str, targets: Sequ
         raise RequestError(problems)
 
 
+def check_float16(recipe: Recipe, strategy: Strategy) -> None:
+    """Raise a RequestError for what cannot be trained in float16, whose gradients vanish unless losses are scaled.
+
+    torch's GradScaler takes float32 gradients alone, and DeepSpeed has a scaler of its own, for weights of float16.
+    """
+    problems = []
+    if recipe.method == "full":
+        rule = "its weights would be float16 too, and small updates be lost"
+        problems.append(
+            Problem("recipe.method", "full", rule, "Set recipe.compute_dtype to float32, or train adapters")
+        )
+    elif recipe.lora_dtype != "float32":
+        rule = "in float16 losses are scaled, which wants the gradients of adapters in float32"
+        problems.append(Problem("recipe.lora_dtype", recipe.lora_dtype, rule, "Leave it at float32"))
+    if strategy.zero_stage:
+        rule = "in float16 losses are scaled, which is built without ZeRO alone"
+        remedy = "Leave ZeRO and offload out, or set recipe.compute_dtype to float32"
+        problems.append(Problem("strategy.zero_stage", str(strategy.zero_stage), rule, remedy))
+    if problems:
+        raise RequestError(problems)
+
+
 def check_attention(architecture: ModelArchitecture, attention: str, where: str) -> None:
     """Raise a RequestError for an attention that the model's own code has not."""
     if attention == "sdpa" and not architecture.has_sdpa:

@@ -168,7 +168,7 @@ def prepare(order: Order, rank: int, device: torch.device, meter: Meter) -> Trai
     meter.loaded(model)
     loss = SummedLoss(model, order.strategy.loss, autocast_dtype(order.recipe, order.compute_dtype))
     with meter.setup():
-        engine = build_engine(loss, order.recipe, order.strategy)
+        engine = build_engine(loss, order.recipe, order.strategy, scaled=order.compute_dtype == "float16")
     return TrainingRun(
         recipe=order.recipe,
         strategy=order.strategy,

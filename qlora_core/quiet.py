@@ -16,6 +16,8 @@ def quiet_libraries() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module=r"(torch|bitsandbytes|transformers|peft|deepspeed)(\..*)?")
+    # where the first step's scaled gradient overflows, and the optimizer is not asked
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     for name in ("bitsandbytes", "DeepSpeed", "deepspeed", "transformers", "peft", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

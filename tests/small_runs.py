@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from qlora_core.memory.measure import StorageMeter
-from qlora_core.recipe import Recipe
+from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.dataset import encode_file
 from qlora_core.training.dataset.tokens import save_examples
@@ -17,7 +17,7 @@ from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.loop import TrainingRun
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import load_base, make_trainable
+from qlora_core.training.model import autocast_dtype, load_base, make_trainable
 from qlora_core.training.restore import load_adapter
 from qlora_core.training.tokenizer import load_tokenizer
 
@@ -53,13 +53,21 @@ def encode(conversations: Path, base: Path, folder: Path) -> Path:
     return folder
 
 
-def build(base: Path, data: Path, checkpoints: Path, recipe: Recipe, resume: Path | None = None) -> TrainingRun:
+def build(
+    base: Path,
+    data: Path,
+    checkpoints: Path,
+    recipe: Recipe,
+    resume: Path | None = None,
+    compute_dtype: Dtype = "float32",
+) -> TrainingRun:
     strategy = Strategy(micro_batch=2, gradient_accumulation=2, paged_optimizer=False)
     folder = base if resume is None or recipe.method != "full" else resume / "model"
-    model = make_trainable(load_base(str(folder), recipe, strategy, "float32", CPU), recipe, seed=0)
+    model = make_trainable(load_base(str(folder), recipe, strategy, compute_dtype, CPU), recipe, seed=0)
     if resume is not None and isinstance(model, PeftModel):
         load_adapter(model, resume / "adapter")
     model.train()
+    loss = SummedLoss(model, "chunked", autocast_dtype(recipe, compute_dtype))
     return TrainingRun(
         recipe=recipe,
         strategy=strategy,
@@ -67,7 +75,7 @@ def build(base: Path, data: Path, checkpoints: Path, recipe: Recipe, resume: Pat
         total_steps=6,
         save_every=4,
         model=model,
-        engine=build_engine(SummedLoss(model, "chunked"), recipe, strategy),
+        engine=build_engine(loss, recipe, strategy, scaled=compute_dtype == "float16"),
         tokenizer=load_tokenizer(str(base)),
         train_data=Rows(Examples(data / "train.safetensors"), recipe, seed=0),
         eval_data=Examples(data / "eval.safetensors"),

@@ -57,6 +57,26 @@ def choices(plan: Plan) -> dict[str, tuple[str, str]]:
     return found
 
 
+# --- float16 ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_float16_is_planned_without_zero() -> None:
+    plan = run(gpu("t4", workers=2), 2, model=find_model("qwen2.5-0.5b"))
+    assert (plan.target.compute_dtype, plan.strategy.world_size, plan.strategy.zero_stage) == ("float16", 2, 0)
+    assert choices(plan)["zero_stage"] == ("0", "in float16 losses are scaled, which is built without ZeRO alone")
+
+
+def test_what_cannot_be_trained_in_float16_is_told_at_once() -> None:
+    narrow = {"lora_dtype": "bfloat16"}
+    with pytest.raises(RequestError) as error:
+        run(gpu("t4", workers=2), 2, recipe=narrow, strategy={"zero_stage": 2}, model=find_model("qwen2.5-0.5b"))
+    assert [problem.where for problem in error.value.problems] == ["recipe.lora_dtype", "strategy.zero_stage"]
+    with pytest.raises(RequestError, match=r"recipe\.method: its weights would be float16 too"):
+        run(gpu("t4"), recipe={"method": "full", "quantization": "none"}, model=find_model("qwen2.5-0.5b"))
+    with pytest.raises(RequestError, match=r"strategy\.zero_stage"):
+        run(gpu("t4"), strategy={"offload": "optimizer"}, model=find_model("qwen2.5-0.5b"))
+
+
 # --- compute dtype ----------------------------------------------------------------------------------------------------
 
 

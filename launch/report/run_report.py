@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -223,7 +224,12 @@ def training(events: Sequence[Mapping[str, Any]]) -> Section:
         if index % every == 0 or index == len(steps)
     ]
     columns = (" step", " loss", " learning rate", " tokens/s")
-    return Section("Training", columns, rows, draw=drawn("run", "losses", steps, evaluated(events)))
+    overflowed = sum(not math.isfinite(event.get("grad_norm", 0)) for event in steps)
+    said = (
+        f"{overflowed} steps changed no weight: their gradients, scaled for float16, overflowed; the scale was halved."
+    )
+    text = (said,) if overflowed else ()
+    return Section("Training", columns, rows, text=text, draw=drawn("run", "losses", steps, evaluated(events)))
 
 
 def evaluated(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

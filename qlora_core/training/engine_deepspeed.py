@@ -82,6 +82,8 @@ class DeepSpeedEngine:
         )[0]
         self._zero: Any = self._engine.optimizer
         self.optimizer = cast(torch.optim.Optimizer, self._zero.optimizer)
+        self.scaler = torch.amp.GradScaler(enabled=False)
+        self.overflowed = False
 
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
@@ -22,12 +23,14 @@ from qlora_core.training.optimizer_state import MASTER, OptimizerState, Span, ad
 class TorchEngine:
     """Plain torch: one process, or DistributedDataParallel over several. Every rank holds the whole optimizer state."""
 
-    def __init__(self, module: SummedLoss, recipe: Recipe, strategy: Strategy) -> None:
+    def __init__(self, module: SummedLoss, recipe: Recipe, strategy: Strategy, *, scaled: bool = False) -> None:
         self.module = module
         self._parameters = trainable(module)
         self._max_grad_norm = recipe.max_grad_norm
         self._world_size = strategy.world_size
         self.optimizer = build_optimizer(self._parameters, recipe, strategy)
+        self.scaler = torch.amp.GradScaler(next(iter(self._parameters.values())).device.type, enabled=scaled)
+        self.overflowed = False
         self._replica: nn.Module = module
         if strategy.world_size > 1:
             # The ranks start from the same seed, so nothing is broadcast: the frozen base would be tens of GB.
@@ -55,14 +58,17 @@ class TorchEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """See `Engine`."""
-        (loss * self._world_size).backward()  # type: ignore[no-untyped-call]  # DDP averages over ranks
+        self.scaler.scale(loss * self._world_size).backward()  # type: ignore[no-untyped-call]  # DDP averages over ranks
 
     def step(self) -> float:
         """See `Engine`."""
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm)
-        self.optimizer.step()
+        self.scaler.unscale_(self.optimizer)
+        norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm))
+        self.scaler.step(self.optimizer)  # not where a gradient is not finite
+        self.scaler.update()
+        self.overflowed = self.scaler.is_enabled() and not math.isfinite(norm)
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""

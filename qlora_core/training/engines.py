@@ -9,10 +9,14 @@ from qlora_core.training.engine_torch import TorchEngine
 from qlora_core.training.loss import SummedLoss
 
 
-def build_engine(module: SummedLoss, recipe: Recipe, strategy: Strategy) -> Engine:
-    """The engine that the strategy's ZeRO stage names: plain torch for 0, DeepSpeed for 1 to 3."""
+def build_engine(module: SummedLoss, recipe: Recipe, strategy: Strategy, *, scaled: bool = False) -> Engine:
+    """The engine that the strategy's ZeRO stage names: plain torch for 0, DeepSpeed for 1 to 3.
+
+    Args:
+        scaled: losses are scaled, as float16 wants it; without ZeRO only.
+    """
     if strategy.zero_stage == 0:
-        return TorchEngine(module, recipe, strategy)
+        return TorchEngine(module, recipe, strategy, scaled=scaled)
     # Imported only where it is used: it takes seconds.
     from qlora_core.training.engine_deepspeed import DeepSpeedEngine
 

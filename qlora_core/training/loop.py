@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -148,6 +148,7 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
         for group, rate in zip(run.engine.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         restore(resume_from, run.engine, rank=run.rank, layout=layout)
+        run.engine.scaler.load_state_dict(cast(dict[str, Any], context.get("loss_scale", {})))
 
     first, stop = step, False
     with writer.finishing(observer.alive):
@@ -171,7 +172,7 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
                 peaks=dataclasses.asdict(run.meter.peaks()),
                 reserved=run.meter.reserved(),
             )
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            if not math.isfinite(loss) or not (math.isfinite(norm) or can_scale_down(run.engine)):
                 raise NotFinite(
                     f"The loss of step {step} is {loss} and its gradient's norm {norm}.{culprits(run, losses)}",
                     "Look at these examples, or lower recipe.learning_rate and start anew with --fresh.",
@@ -189,6 +190,11 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
             "Raise recipe.learning_rate, or look whether recipe.lora_dtype can hold such small changes.",
         )
     return Outcome(step=step, finished=step == run.total_steps, context=context)
+
+
+def can_scale_down(engine: Engine) -> bool:
+    """Whether a gradient that is not finite may be so for its scale alone, which is halved at each."""
+    return engine.overflowed and engine.scaler.get_scale() >= 1
 
 
 def check_resumed(weights: str, context: Mapping[str, Any], resume_from: Path) -> None:
@@ -345,7 +351,7 @@ def save(run: TrainingRun, observer: Observer, writer: Writer, progress: Progres
     if is_best:
         best = {"step": step, "eval_loss": value}
     weights = run.engine.trained_weights()
-    context = {**context, "eval_after": value, "best": best}
+    context = {**context, "eval_after": value, "best": best, "loss_scale": run.engine.scaler.state_dict()}
     progress = dataclasses.replace(progress, context=context)
     writer.wait(observer.alive)
     writer.write(checkpoint.snapshot(run.engine, weights, progress, rank=run.rank, best=is_best))

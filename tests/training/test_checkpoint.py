@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import threading
@@ -61,6 +62,63 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, tiny_base: Path, data
     assert whole.context["eval_after"] < whole.context["eval_before"]
     assert resumed.context["eval_before"] == whole.context["eval_before"]
     assert resumed.context["eval_after"] == whole.context["eval_after"]
+
+
+def grad_scaler(init_scale: float) -> torch.amp.GradScaler:
+    """One whose scale falls from too large to a right one at the first overflow, and soon grows again."""
+    return torch.amp.GradScaler("cpu", init_scale=init_scale, backoff_factor=2.0**-48, growth_interval=2)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+def test_in_float16_a_gradient_that_overflows_changes_nothing_and_the_scale_goes_on_with_the_run(
+    tmp_path: Path, tiny_base: Path, data: Path
+) -> None:
+    recipe = recipe_of(optimizer="adamw")
+
+    def run(name: str, resume: Path | None = None) -> loop.TrainingRun:
+        built = build(tiny_base, data, tmp_path / name, recipe, resume, "float16")
+        built.engine.scaler = grad_scaler(2.0**60)
+        return built
+
+    watcher = Watcher()
+    whole = train(run("whole"), watcher, None)
+    steps = [event for event in watcher.events if event["event"] == "step"]
+    assert [math.isfinite(step["grad_norm"]) for step in steps] == [False] + [True] * 5
+    stopped = train(run("parts"), Watcher(stop_after=3), None)
+    assert cast(Any, stopped.context["loss_scale"])["scale"] == 2.0**13  # 2^12 after the first, doubled after two more
+    last = manifest.complete(tmp_path / "parts")[3]
+    train(run("parts", resume=last), Watcher(), last)
+    final = manifest.folder_name(6)
+    assert tensors(tmp_path / "parts" / final) == tensors(tmp_path / "whole" / final)
+
+    # beside the same run in float32, without the step that was passed over
+    again = Watcher()
+    in_float32 = build(tiny_base, data, tmp_path / "float32", recipe)
+    step_of_all = in_float32.engine.step
+
+    def step() -> float:
+        if not [event for event in again.events if event["event"] == "step"]:
+            in_float32.engine.optimizer.zero_grad(set_to_none=True)
+            return 0.0
+        return step_of_all()
+
+    in_float32.engine.step = step  # type: ignore[method-assign]
+    expected = train(in_float32, again, None)
+    losses = [event["loss"] for event in again.events if event["event"] == "step"]
+    assert [step["loss"] for step in steps] == pytest.approx(losses, rel=5e-3)
+    assert whole.context["eval_after"] == pytest.approx(expected.context["eval_after"], rel=5e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+def test_in_float16_a_gradient_that_overflows_without_a_scale_ends_the_run(
+    tmp_path: Path, tiny_base: Path, data: Path
+) -> None:
+    run = build(tiny_base, data, tmp_path, recipe_of(optimizer="adamw"), compute_dtype="float16")
+    run.engine.scaler = grad_scaler(1.0)
+    backward = run.engine.backward
+    run.engine.backward = lambda loss: backward(loss * math.inf)  # type: ignore[method-assign]
+    with pytest.raises(RunFailed, match=r"norm (inf|nan).*it is the gradient that is not"):
+        train(run, Watcher(), None)
 
 
 def test_the_rehearsal_of_the_largest_micro_batch_leaves_no_trace_but_its_peak(
