@@ -296,7 +296,7 @@ def specification(record: RunRecord) -> Iterator[Section]:
             if isinstance(value, Mapping):
                 yield from flat(value, f"{before}{name}.")
             else:
-                yield f"{before}{name}", json.dumps(value, ensure_ascii=False)
+                yield f"{before}{name}", shortened(json.dumps(value, ensure_ascii=False))
 
     rows = list(flat(record.specification))
     if rows:
