@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from clusters.errors import Problem, RequestError
 from clusters.mistakes import fields_of, mistakes
+from orchestrator.machine import describe
 from orchestrator.spec import (
     CheckpointSpec,
     ClusterSpec,
@@ -88,6 +89,21 @@ def test_a_chat_template_is_given_by_file_or_as_it_is_or_is_that_of_the_adapter(
     (tmp_path / "before" / "chat_template.jinja").write_text("{{ 1 }}")
     assert load(MINIMAL, "adapter=before").data.chat_template == "{{ 1 }}"
     assert load(MINIMAL, "adapter=before", "data.chat_template=chat.jinja").data.chat_template == "{{ 'é' }}"
+
+
+def test_a_template_and_columns_travel_with_a_job(load: Load, tmp_path: Path) -> None:
+    from launch.jobs import SPECIFICATION, fields_of, texts_of
+
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}\n{{ 'é: \"' + m.content }}\n{% endfor %}\n", encoding="utf-8"
+    )
+    spec = load(MINIMAL, "data.chat_template=chat.jinja", "data.columns={question: ask}")
+    (tmp_path / "job").mkdir()
+    written = tmp_path / "job" / SPECIFICATION
+    written.write_text(texts_of(fields_of(spec), describe())[SPECIFICATION], encoding="utf-8")
+    again = load_spec(written)
+    assert again.data.chat_template == spec.data.chat_template
+    assert again.data.columns == {"question": "ask"}
 
 
 def test_what_is_no_chat_template_is_told_with_all_else(load: Load, tmp_path: Path) -> None:
