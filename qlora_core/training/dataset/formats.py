@@ -168,7 +168,8 @@ def renamed(
     """
     known = sorted({column for form in FORMATS.values() for column in form.columns + form.optional})
     if unknown := [name for name in columns if name not in known]:
-        remedy = f"Write it as format's column: data's column, one of {', '.join(known)} first"
+        near = nearest(unknown[0], known)[0]
+        remedy = f"Did you mean {near}? The format's name stands first, the data's second; known are {', '.join(known)}"
         raise request_error("data.columns", ", ".join(unknown), "no format has a column of that name", remedy)
     taken = set(columns.values())
     for place, record in records:
