@@ -66,11 +66,10 @@ def messages(record: Record) -> list[Sample]:
 
 def question_answer(record: Record) -> list[Sample]:
     """A conversation of two turns, perhaps after a system prompt."""
-    fields = ("system", "user", "assistant"), ("system", "question", "answer")
-    turns = [{"role": role, "content": record.get(column)} for role, column in zip(*fields, strict=True)]
-    return [
-        conversation([turn for turn in turns if turn["content"] or turn["role"] != "system"], "question and answer")
-    ]
+    system = record.get("system")
+    turns = [{"role": "system", "content": system}] if system else []
+    turns += [{"role": "user", "content": record["question"]}, {"role": "assistant", "content": record["answer"]}]
+    return [conversation(turns, "question and answer")]
 
 
 def alpaca(record: Record) -> list[Sample]:

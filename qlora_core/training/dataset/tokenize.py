@@ -64,7 +64,7 @@ class Encoder:
         except BadRecord as error:
             return error
         except TEMPLATE_ERRORS as error:
-            if HALF_PAIR.search(json.dumps(dataclasses.asdict(sample), ensure_ascii=False)):
+            if HALF_PAIR.search(json.dumps(dataclasses.asdict(sample), ensure_ascii=False, default=str)):
                 return BadRecord("its text holds half of a surrogate pair, which is no character")
             return BadRecord(f"it cannot be made into tokens: {error}")
 
