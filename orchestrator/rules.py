@@ -140,6 +140,8 @@ def warnings(
     for pool in (target.pool for target in targets if target.pool is not None):
         if pool.network_bytes_per_s is None and strategy.world_size > pool.gpus_per_node:
             yield f"the network between nodes of {pool.name} is not stated: its speed is that of 10 Gbit/s"
+    if strategy.zero_stage and targets and all(target.compute_dtype == "float16" for target in targets):
+        yield "qlora-train computes in float16 without ZeRO alone: it would refuse this plan"
     without = [target.name for target in targets if not target.device.flash_attention]
     if strategy.attention == "flash_attention_2" and without:
         yield f"flash_attention_2 needs an Ampere GPU or newer, so it does not run on {', '.join(without)}"

@@ -66,6 +66,14 @@ def test_a_run_in_float16_is_planned_without_zero() -> None:
     assert choices(plan)["zero_stage"] == ("0", "in float16 losses are scaled, which is built without ZeRO alone")
 
 
+def test_a_plan_in_float16_that_would_not_be_run_says_so() -> None:
+    said = "qlora-train computes in float16 without ZeRO alone: it would refuse this plan"
+    divided, whole = Strategy(world_size=2, zero_stage=2), Strategy(world_size=2)
+    assert said in request(None, divided, gpu("t4", workers=2)).warnings
+    assert said not in request(None, divided, gpu("t4", workers=2), gpu(workers=2)).warnings
+    assert said not in request(None, whole, gpu("t4", workers=2)).warnings
+
+
 def test_what_cannot_be_trained_in_float16_is_told_at_once() -> None:
     narrow = {"lora_dtype": "bfloat16"}
     with pytest.raises(RequestError) as error:

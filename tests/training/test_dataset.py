@@ -134,7 +134,7 @@ def test_a_template_that_refuses_a_conversation_is_told_with_the_line(tmp_path: 
     strict = load_tokenizer(str(tiny_base))
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
     path = write(tmp_path / "a.jsonl", {"messages": TURNS})
-    with pytest.raises(RequestError, match="line 1: it cannot be made into tokens: roles must alternate"):
+    with pytest.raises(RequestError, match="line 1: the chat template refuses it: roles must alternate"):
         encode_file(path, "auto", strict, 512)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from clusters.errors import request_error
@@ -66,7 +67,10 @@ class Encoder:
         except TEMPLATE_ERRORS as error:
             if HALF_PAIR.search(json.dumps(dataclasses.asdict(sample), ensure_ascii=False, default=str)):
                 return BadRecord("its text holds half of a surrogate pair, which is no character")
-            return BadRecord(f"it cannot be made into tokens: {error}")
+            refused = isinstance(error, TemplateError)
+            return BadRecord(
+                f"{'the chat template refuses it' if refused else 'it cannot be made into tokens'}: {error}"
+            )
 
     def _all(self, samples: Sequence[Sample]) -> list[Outcome]:
         """All samples, or an error for one of them: the kinds apart, each tokenized at once."""
