@@ -62,6 +62,20 @@ def test_a_split_loses_nothing_and_leaves_nothing_empty(examples: int, fraction:
     assert held_out
 
 
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=2, max_size=50), fraction=st.floats(0.01, 0.99), seed=st.integers(0, 3)
+)
+def test_the_examples_of_one_record_are_held_out_together(sizes: list[int], fraction: float, seed: int) -> None:
+    records = [number for number, size in enumerate(sizes) for _ in range(size)]
+    train, held_out = split_eval(records, fraction, seed)
+    assert sorted(train + held_out) == list(range(len(records)))
+    trained, tried = {records[index] for index in train}, {records[index] for index in held_out}
+    assert trained
+    assert tried
+    assert not trained & tried
+
+
 def test_no_fraction_and_a_single_example_hold_nothing_out() -> None:
     assert split_eval(range(10), 0.0, 0) == (list(range(10)), [])
     assert split_eval(range(1), 0.5, 0) == ([0], [])
+    assert split_eval([0, 0, 0], 0.5, 0) == ([0, 1, 2], [])
