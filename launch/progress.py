@@ -58,6 +58,7 @@ class TerminalDisplay:
         found = f" ({data.found})" if data.found else ""
         found += f", its columns {', '.join(data.unread)} not read" if data.unread else ""
         cut = f", {data.truncated} cut off at {plan.recipe.seq_len} tokens" if data.truncated else ""
+        cut += f", {data.in_pieces} texts longer than {plan.recipe.seq_len} tokens in pieces" if data.in_pieces else ""
         packed = "packed " if plan.recipe.packing else ""
         self._console.print(
             f"\nData: {data.examples} examples in format {data.format}{found}, the longest {data.longest} tokens"

@@ -57,6 +57,7 @@ def counts(report: DataReport, seq_len: int) -> RenderableType:
         ("learned", f"{LEARN_WORDS[report.learn]}: {report.learned:,} of {report.tokens:,} tokens"),
         ("examples", f"{report.examples:,}, the longest {report.longest:,} tokens"),
         ("cut off", f"{report.truncated:,} at {seq_len:,} tokens"),
+        ("in pieces", f"{report.in_pieces:,} texts longer than that" if report.in_pieces else ""),
         ("left out", ", ".join(report.left_out()).replace(" left out", "") or "none"),
         *(("", bad) for bad in report.bad_records),
         *(("chat template", said) for said in written_otherwise(report.divided, report.shortened)),

@@ -260,6 +260,8 @@ def data(found: Mapping[str, Any]) -> Iterator[Section]:
             f" They are trained on in {found['rows']} sequences; were all as long as the longest, "
             f"{found['padding_percent']} % would be padding."
         )
+    if found.get("in_pieces"):
+        said.append(f"{found['in_pieces']} texts were longer than a sequence, and are learned in pieces.")
     if found.get("unread"):
         said.append(f"Columns that were not read: {', '.join(found['unread'])}.")
     said += written_otherwise(found.get("divided", 0), found.get("shortened", 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import tracemalloc
@@ -458,6 +459,22 @@ def test_data_is_encoded_once_and_again_where_anything_of_it_changes(
     tokenizer.chat_template += "{# another #}"
     encode_file(conversations, "auto", tokenizer, 64, kept)
     assert entries() == 4
+
+
+@pytest.mark.parametrize("seq_len", [2, 5, 16, 63, 64, 65])
+def test_every_token_of_a_long_text_is_learned_once(tmp_path: Path, tokenizer: Any, seq_len: int) -> None:
+    path = tmp_path / "book.jsonl"
+    texts = ["Ada keeps bees. " * 9, "Bees fly."]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    whole = [example.ids for example in encode_file(path, "auto", tokenizer, 10_000)[0]]
+    examples, report = encode_file(path, "auto", tokenizer, seq_len)
+    assert (report.truncated, report.unlearnable) == (0, 0)
+    assert report.in_pieces == sum(len(ids) > seq_len for ids in whole)
+    for number, ids in enumerate(whole):
+        parts = [each for each, record in zip(examples, examples.records(), strict=True) if record == number]
+        assert all(len(part.ids) <= seq_len and all(part.learned) for part in parts)
+        assert all(one.ids[-1] == other.ids[0] for one, other in itertools.pairwise(parts))
+        assert parts[0].ids[:1] + [token for part in parts for token in part.ids[1:]] == ids
 
 
 def test_a_damaged_entry_is_made_anew(tmp_path: Path, conversations: Path, tokenizer: Any) -> None:

@@ -20,7 +20,7 @@ from qlora_core.training.dataset.options import DataOptions
 from qlora_core.training.dataset.report import BadRecord, BadRecords, DataReport, EmptyAnswer
 from qlora_core.training.dataset.samples import Sample
 from qlora_core.training.dataset.sources import INSTEAD, Source, open_source
-from qlora_core.training.dataset.tokenize import Encoder, Outcome
+from qlora_core.training.dataset.tokenize import Encoder, Outcome, Tokens
 from qlora_core.training.dataset.tokens import EncodedExamples
 
 AT_ONCE = 128
@@ -75,7 +75,7 @@ def encode_source(
     learn = learned_part(name, options)
     encoder = Encoder(tokenizer, learn)
     examples = EncodedExamples.of()
-    truncated = unlearnable = empty = divided = shortened = 0
+    truncated = unlearnable = empty = divided = shortened = in_pieces = 0
     for place, outcome in encoded(encoder, samples_of(name, itertools.chain(held, records))):
         if isinstance(outcome, EmptyAnswer):
             empty += 1
@@ -83,6 +83,9 @@ def encode_source(
             bad.add(place, str(outcome))
         else:
             divided += len(outcome) > 1
+            if FORMATS[name].plain:
+                outcome = [piece for tokens in outcome for piece in pieces(tokens, seq_len)]
+                in_pieces += len(outcome) > 1
             for tokens in outcome:
                 # The first token has nothing before it to be predicted from, so it is never learned.
                 if 1 not in tokens.learned[1:seq_len]:
@@ -107,6 +110,7 @@ def encode_source(
         layout=encoder.layout,
         learned=examples.learned_count(),
         unread=unread(name, first),
+        in_pieces=in_pieces,
         divided=divided,
         shortened=shortened,
         empty_answers=empty,
@@ -118,6 +122,15 @@ def encode_source(
         remedy = "Raise recipe.seq_len" if unlearnable else "Check the data"
         raise request_error("data.path", source.shown, rule, remedy)
     return examples, report
+
+
+def pieces(tokens: Tokens, seq_len: int) -> Iterator[Tokens]:
+    """A text in pieces of at most `seq_len` tokens, each of which begins with the last token of the one before it.
+
+    So every token but the first is predicted once.
+    """
+    for start in range(0, max(1, len(tokens.ids) - 1), max(1, seq_len - 1)):
+        yield Tokens(tokens.ids[start : start + seq_len], tokens.learned[start : start + seq_len])
 
 
 def until_good(

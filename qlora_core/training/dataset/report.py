@@ -37,6 +37,7 @@ class DataReport:
         layout: what conversations were written with.
         learned: tokens with a loss.
         unread: columns of the first record that the format has no use for.
+        in_pieces: plain texts longer than the longest allowed sequence, which became several examples.
         divided: conversations that became an example for each answer, since the chat template writes an answer
             otherwise once another turn follows.
         shortened: examples in whose text a part of an answer, or a tool, is missing: the chat template leaves it out.
@@ -59,6 +60,7 @@ class DataReport:
     layout: str = ""
     learned: int = 0
     unread: tuple[str, ...] = ()
+    in_pieces: int = 0
     divided: int = 0
     shortened: int = 0
     empty_answers: int = 0
