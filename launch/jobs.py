@@ -215,7 +215,7 @@ def pack(spec: RunSpec, machine: Machine, folder: Path) -> None:
         RequestError: they are larger than what may travel.
     """
     fields = fields_of(spec)
-    named = {"data": spec.data.path, "model": spec.model, "adapter": spec.adapter}
+    named = {"data": spec.data.path, "eval": spec.data.eval_path, "model": spec.model, "adapter": spec.adapter}
     local = {field: Path(value) for field, value in named.items() if value is not None}
     local = {field: path for field, path in local.items() if path.is_absolute() and path.exists()}
     size = sum(map(size_of, local.values()))
@@ -235,8 +235,8 @@ def pack(spec: RunSpec, machine: Machine, folder: Path) -> None:
         else:
             shutil.copy2(path, target)
         inside = str(target.relative_to(folder))
-        if field == "data":
-            fields["data"]["path"] = inside
+        if field in ("data", "eval"):
+            fields["data"]["path" if field == "data" else "eval_path"] = inside
         else:
             fields[field] = inside
     for name, text in texts_of(fields, machine).items():

@@ -59,11 +59,12 @@ class TerminalDisplay:
         found += f", its columns {', '.join(data.unread)} not read" if data.unread else ""
         cut = f", {data.truncated} cut off at {plan.recipe.seq_len} tokens" if data.truncated else ""
         cut += f", {data.in_pieces} texts longer than {plan.recipe.seq_len} tokens in pieces" if data.in_pieces else ""
+        whence = "held out" if prepared.evaluated is None else f"of {prepared.evaluated.source} to evaluate on"
         packed = "packed " if plan.recipe.packing else ""
         self._console.print(
             f"\nData: {data.examples} examples in format {data.format}{found}, the longest {data.longest} tokens"
             f"{cut}{left_out}; "
-            f"{len(prepared.held_out)} held out. {prepared.total_steps} steps of "
+            f"{len(prepared.held_out)} {whence}. {prepared.total_steps} steps of "
             f"{plan.recipe.sequences_per_step} {packed}sequences.",
             highlight=False,
         )

@@ -126,7 +126,13 @@ def shared_volume(asked: Asked, spec: RunSpec) -> Volume | None:
     """
     if asked.form != "kuberay":
         return None  # the nodes see the folders of this machine
-    local = {"output": spec.output, "data.path": spec.data.path, "model": spec.model, "adapter": spec.adapter}
+    local = {
+        "output": spec.output,
+        "data.path": spec.data.path,
+        "data.eval_path": spec.data.eval_path,
+        "model": spec.model,
+        "adapter": spec.adapter,
+    }
     paths = {field: path for field, path in local.items() if path is not None and Path(path).is_absolute()}
     if asked.volume is None:
         remedy = "Add --volume CLAIM:MOUNT, a PersistentVolumeClaim that all nodes write, mounted here at MOUNT, too"

@@ -16,13 +16,20 @@ SAMPLED_BYTES = 2**20
 
 
 def identity(
-    spec: RunSpec, model: str, data: DataReport, compute_dtype: str, adapter: str | None = None
+    spec: RunSpec,
+    model: str,
+    data: DataReport,
+    compute_dtype: str,
+    *,
+    adapter: str | None = None,
+    evaluated: DataReport | None = None,
 ) -> dict[str, Any]:
     """Model, data, recipe and seed of a run, flat, by the specification's field paths.
 
     Args:
         model: a digest of the base model's folder, or its Hub id with the commit.
         adapter: the digest of the adapter that it starts from; None for fresh ones.
+        evaluated: what became of the examples to evaluate on; None where they are held out of the data.
     """
     return {
         "name": spec.name,
@@ -32,6 +39,7 @@ def identity(
         "data as tokens": data.token_digest,  # the tokenizer and its chat template are part of it
         "data.format": data.format,
         "data.eval_fraction": spec.data.eval_fraction,
+        "evaluated as tokens": None if evaluated is None else evaluated.token_digest,
         "seed": spec.seed,
         **{f"recipe.{name}": value for name, value in spec.recipe.to_json().items()},
         "recipe.compute_dtype": compute_dtype,

@@ -38,6 +38,8 @@ class Prepared:
 
     Attributes:
         base: the base model, on this machine.
+        data: what became of the data.
+        evaluated: of the examples to evaluate on, where these are other data.
         train, held_out: the encoded examples.
         samples: a few of the first, as text.
         layout: the rows in which the training examples lie.
@@ -49,12 +51,18 @@ class Prepared:
     plan: Plan
     machine: Machine
     data: DataReport
+    evaluated: DataReport | None
     train: EncodedExamples
     held_out: EncodedExamples
     samples: list[Shown]
     layout: Layout
     total_steps: int
     identity: dict[str, Any]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row. What is held out is evaluated one example a row."""
+        return max(self.layout.longest, longest_of(self.data, self.evaluated))
 
 
 def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, machine: Machine | None = None) -> Prepared:
@@ -78,20 +86,23 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
         check_continues(adapter, base.folder, spec.recipe)
     tokenizer = load_tokenizer(str(base.folder), spec.data.chat_template)
     examples, data = read_data(spec, base, tokenizer)
-    train, held_out = map(examples.select, split_eval(examples.records(), spec.data.eval_fraction, spec.seed))
+    if not spec.data.evaluates_other:
+        train, held_out = map(examples.select, split_eval(examples.records(), spec.data.eval_fraction, spec.seed))
+        evaluated = None
+    else:
+        train = examples
+        held_out, evaluated = read_evaluated(spec, base, tokenizer)
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.
     machine = machine or describe()
     target = target_for(spec, machine)
     layout = lay_out(train.lengths, spec.recipe)
-    # what is held out is evaluated one example a row
-    longest = max(layout.longest, data.longest)
     history = known_history(tell)
     plan = plan_run(
         spec,
         base.architecture,
         target,
         machine.devices,
-        longest=longest,
+        longest=max(layout.longest, longest_of(data, evaluated)),
         history=history,
         at_most=history.room(target, base.architecture.name, spec.recipe),
     )
@@ -101,13 +112,26 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
         plan=plan,
         machine=machine,
         data=data,
+        evaluated=evaluated,
         train=train,
         held_out=held_out,
         samples=samples(train, tokenizer),
         layout=layout,
         total_steps=spec.recipe.total_steps(len(layout.rows)),
-        identity=identity(spec, base.identity, data, target.compute_dtype, None if adapter is None else adapter.digest),
+        identity=identity(
+            spec,
+            base.identity,
+            data,
+            target.compute_dtype,
+            adapter=None if adapter is None else adapter.digest,
+            evaluated=evaluated,
+        ),
     )
+
+
+def longest_of(data: DataReport, evaluated: DataReport | None) -> int:
+    """Tokens of the longest example of a run's data."""
+    return max(data.longest, 0 if evaluated is None else evaluated.longest)
 
 
 def leaner(prepared: Prepared, at_most: int) -> Prepared | None:
@@ -176,7 +200,7 @@ def replanned(prepared: Prepared, strategy: StrategySpec, at_most: int | None = 
         architecture,
         target,
         prepared.machine.devices,
-        longest=max(prepared.layout.longest, prepared.data.longest),
+        longest=prepared.longest,
         history=history,
         at_most=history.room(target, architecture.name, spec.recipe) if at_most is None else at_most,
     )
@@ -195,8 +219,35 @@ def read_data(spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase) -> 
     Raises:
         RequestError: see `encode_file`.
     """
+    data = spec.data
+    return encode_file(data.path, data.format, tokenizer, spec.recipe.seq_len, options_of(spec, base))
+
+
+def read_evaluated(spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedExamples, DataReport]:
+    """The examples to evaluate on, where a specification gives them.
+
+    Raises:
+        RequestError: see `encode_file`.
+    """
+    data, options = spec.data, replace(options_of(spec, base), split=spec.data.eval_split)
+    if data.eval_path is not None:
+        options = replace(options, config=None, files=None, revision=None)
+    try:
+        return encode_file(data.eval_path or data.path, data.format, tokenizer, spec.recipe.seq_len, options)
+    except RequestError as error:
+        named = {
+            "data.path": "data.eval_path" if data.eval_path else "data.eval_split",
+            "data.split": "data.eval_split",
+        }
+        raise RequestError(
+            [replace(problem, where=named.get(problem.where, problem.where)) for problem in error.problems]
+        ) from None
+
+
+def options_of(spec: RunSpec, base: Base) -> DataOptions:
+    """How the data of a specification is read."""
     data, record = spec.data, load_record(Path(spec.output))
-    options = DataOptions(
+    return DataOptions(
         learn=data.learn,
         columns=data.columns,
         split=data.split if "split" in data.model_fields_set else None,
@@ -208,7 +259,6 @@ def read_data(spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase) -> 
         vocab_size=base.architecture.vocab_size,
         cache=cache_folder(),
     )
-    return encode_file(data.path, data.format, tokenizer, spec.recipe.seq_len, options)
 
 
 def first_day(record: RunRecord | None) -> date:

@@ -103,6 +103,20 @@ class DataSpec(_Section):
     """Bad records that may be left out: how many, or below 1 their fraction; with more, nothing is started."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Part of the records that is held out for evaluation, each with all of its examples."""
+    eval_path: PathText | None = None
+    """Where the examples to evaluate on lie, in place of a part of these; as ``path``, and read alike."""
+    eval_split: Annotated[str, Field(min_length=1)] | None = None
+    """The split of ``eval_path``, or else of ``path``, that is evaluated on."""
+
+    @property
+    def evaluates_other(self) -> bool:
+        """Whether the examples to evaluate on are given, and not held out."""
+        return self.eval_path is not None or self.eval_split is not None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are any."""
+        return self.evaluates_other or self.eval_fraction > 0
 
 
 class StrategySpec(_Section):
@@ -227,7 +241,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     """
     fields = read_yaml(path, "run specification", START)
     problems = apply_overrides(fields, overrides) + take_adapter(fields, path.parent)
-    problems += take_template(fields, path.parent)
+    problems += take_template(fields, path.parent) + evaluated_twice(fields)
     problems += refuse_credentials(fields) + mistakes(RunSpec, fields)
     if problems:
         raise RequestError(problems)
@@ -305,6 +319,21 @@ def take_template(fields: dict[str, Any], folder: Path) -> list[Problem]:
     return []
 
 
+def evaluated_twice(fields: dict[str, Any]) -> list[Problem]:
+    """What is wrong with a specification that holds examples out and gives others, or gives those that it learns."""
+    data = fields.get("data")
+    if not isinstance(data, dict) or (data.get("eval_path") is None and data.get("eval_split") is None):
+        return []
+    problems = []
+    if data.get("eval_fraction"):
+        rule = "the examples to evaluate on are given, so none are held out"
+        problems.append(Problem("data.eval_fraction", shown(data["eval_fraction"]), rule, "Leave one of the two out"))
+    if data.get("eval_path") is None and data["eval_split"] == data.get("split", "train"):
+        rule, remedy = "these are the examples that are trained on", "Name another split, or an eval_path"
+        problems.append(Problem("data.eval_split", shown(data["eval_split"]), rule, remedy))
+    return problems
+
+
 def absolute(folder: Path, text: str) -> str:
     """A specification's path, which is relative to its folder."""
     return os.path.realpath(os.path.join(folder, os.path.expanduser(text)))
@@ -322,7 +351,8 @@ def refuse_credentials(fields: dict[str, Any]) -> list[Problem]:
     """What is wrong with addresses that carry secrets: they would stand in records and logs. They are not shown."""
     data, checkpoints = fields.get("data"), fields.get("checkpoints")
     places = {name: fields.get(name) for name in ("model", "adapter", "output")}
-    places["data.path"] = data.get("path") if isinstance(data, dict) else None
+    for name in ("path", "eval_path"):
+        places[f"data.{name}"] = data.get(name) if isinstance(data, dict) else None
     places["checkpoints.storage"] = checkpoints.get("storage") if isinstance(checkpoints, dict) else None
     rule = "an address must not carry a user, a password, a query or a fragment"
     remedy = "Leave credentials to the environment, as the storage's own tools read them"
@@ -335,12 +365,17 @@ def refuse_credentials(fields: dict[str, Any]) -> list[Problem]:
 
 def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
     """`spec` with absolute paths; a model that is no folder there, and is not written like one, stays a name."""
-    model = absolute(folder, spec.model)
+    model, evaluated = absolute(folder, spec.model), spec.data.eval_path
     is_path = os.path.isdir(model) or spec.model.startswith(("/", "./", "../", "~"))
     return spec.model_copy(
         update={
             "model": model if is_path else spec.model,
-            "data": spec.data.model_copy(update={"path": data_path(folder, spec.data.path)}),
+            "data": spec.data.model_copy(
+                update={
+                    "path": data_path(folder, spec.data.path),
+                    "eval_path": None if evaluated is None else data_path(folder, evaluated),
+                }
+            ),
             "adapter": None if spec.adapter is None else absolute(folder, spec.adapter),
             "output": absolute(folder, spec.output),
         }

@@ -60,7 +60,7 @@ def trials_of(path: Path, overrides: Sequence[str], at_most: int | None = None) 
         except RequestError as error:
             problems |= dict.fromkeys(error.problems)
             continue
-        if not spec.data.eval_fraction:
+        if not spec.data.evaluates:
             rule = "trials are compared by their evaluation loss, and nothing is held out"
             problems[Problem("data.eval_fraction", "0", rule, "Set it to 0.02, say")] = None
         loaded.append((chosen, spec))

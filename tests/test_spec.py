@@ -91,6 +91,25 @@ def test_a_chat_template_is_given_by_file_or_as_it_is_or_is_that_of_the_adapter(
     assert load(MINIMAL, "adapter=before", "data.chat_template=chat.jinja").data.chat_template == "{{ 'é' }}"
 
 
+def test_examples_to_evaluate_on_lie_where_the_data_could(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").touch()
+    assert load(MINIMAL, "data.eval_path=held.jsonl").data.eval_path == str(tmp_path / "held.jsonl")
+    assert load(MINIMAL, "data.eval_path=s3://bucket/held.jsonl").data.eval_path == "s3://bucket/held.jsonl"
+    assert load(MINIMAL, "data.eval_path=org/name@v1").data.eval_path == "org/name@v1"
+    assert load(MINIMAL, "data.eval_split=validation").data.eval_path is None
+    found = problems(load, MINIMAL, "data.eval_path=s3://user:secret@bucket/held.jsonl")
+    assert "secret" not in str(found)
+
+
+def test_examples_are_either_held_out_or_given(load: Load) -> None:
+    found = problems(load, MINIMAL, "data.eval_path=held.jsonl", "data.eval_fraction=0.1", "seed=-1")
+    assert set(found) == {"data.eval_fraction", "seed"}
+    assert "none are held out" in found["data.eval_fraction"].rule
+    assert load(MINIMAL, "data.eval_path=held.jsonl", "data.eval_fraction=0").data.eval_fraction == 0
+    assert "trained on" in problems(load, MINIMAL, "data.eval_split=train")["data.eval_split"].rule
+    assert "trained on" in problems(load, MINIMAL, "data.eval_split=a", "data.split=a")["data.eval_split"].rule
+
+
 def test_a_template_and_columns_travel_with_a_job(load: Load, tmp_path: Path) -> None:
     from launch.jobs import SPECIFICATION, fields_of, texts_of
 

@@ -260,6 +260,11 @@ def data(found: Mapping[str, Any]) -> Iterator[Section]:
             f" They are trained on in {found['rows']} sequences; were all as long as the longest, "
             f"{found['padding_percent']} % would be padding."
         )
+    if other := found.get("evaluated"):
+        said.append(
+            f"Evaluated on {other['examples']} examples of {other['source']}, {other['tokens']} tokens; "
+            f"{other['truncated']} truncated, {other['bad']} left out as bad."
+        )
     if found.get("in_pieces"):
         said.append(f"{found['in_pieces']} texts were longer than a sequence, and are learned in pieces.")
     if found.get("unread"):

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from clusters.errors import RequestError
 from orchestrator.base import find_base
-from orchestrator.prepare import read_data
+from orchestrator.prepare import prepare, read_data
 from orchestrator.record import Attempt, RunRecord, save_record
 from orchestrator.spec import load_spec
 from qlora_core.training.dataset import DataOptions, cache, encode_file
@@ -387,6 +387,41 @@ def test_a_template_that_writes_the_date_writes_that_of_the_run_s_first_day(
     facts: dict[str, Any] = {"id": "1", "name": "a", "identity": {}, "total_steps": 1}
     save_record(RunRecord(**facts, plan={}, data={}, predicted={}, attempts=[started]), Path(spec.output))
     assert first().startswith("01Feb2020")
+
+
+def test_examples_to_evaluate_on_may_be_other_data(tmp_path: Path, tiny_base: Path, conversations: Path) -> None:
+    lines = conversations.read_text().splitlines()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines[:20]))
+    (tmp_path / "data" / "validation.jsonl").write_text("\n".join(lines[20:25]))
+    longer = json.dumps({"messages": [ASKED, {"role": "assistant", "content": "Yes. " * 30}]})
+    (tmp_path / "held.jsonl").write_text(longer)
+    fields = {
+        "name": "a",
+        "model": str(tiny_base),
+        "data": {"path": "data"},
+        "output": "out",
+        "recipe": {"seq_len": 128},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(fields))
+
+    def prepared(*overrides: str) -> Any:
+        return prepare(load_spec(tmp_path / "run.yaml", overrides))
+
+    held_out, split, other = prepared(), prepared("data.eval_split=validation"), prepared("data.eval_path=held.jsonl")
+    assert [len(each.train) for each in (held_out, split, other)] == [19, 20, 20]
+    assert [len(each.held_out) for each in (held_out, split, other)] == [1, 5, 1]
+    whole, _ = encode_file(tmp_path / "data" / "validation.jsonl", "auto", load_tokenizer(str(tiny_base)), 128)
+    assert list(split.held_out) == list(whole)
+    # memory is planned for what is evaluated, too
+    assert other.longest == len(other.held_out[0].ids) > held_out.longest
+    identities = [each.identity["evaluated as tokens"] for each in (held_out, split, other)]
+    assert identities[0] is None
+    assert len(set(identities)) == 3
+    with pytest.raises(RequestError, match=r"data\.eval_split"):
+        prepared("data.eval_split=test")
+    with pytest.raises(RequestError, match=r"data\.eval_path.*missing\.jsonl"):
+        prepared("data.eval_path=missing.jsonl")
 
 
 def test_a_template_s_own_marks_say_what_is_generated(tmp_path: Path, tiny_base: Path) -> None:
