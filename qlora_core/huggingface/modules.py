@@ -55,6 +55,10 @@ _FALCON = Modules(
 MODULES: dict[str, Modules] = {
     "mixtral": replace(_LLAMA, beside=_EXPERTS),
     "qwen2_moe": replace(_LLAMA, beside=(*_EXPERTS, "mlp.shared_expert.act_fn")),
+    "exaone4": _NORMED_AFTER,
+    "hunyuan_v1_dense": replace(
+        _LLAMA, beside=(*_LLAMA.beside, "self_attn.query_layernorm", "self_attn.key_layernorm")
+    ),
     "qwen3": replace(_LLAMA, beside=(*_LLAMA.beside, *_QUERY_AND_KEY)),
     "qwen3_moe": replace(_LLAMA, beside=(*_EXPERTS, *_QUERY_AND_KEY)),
     "gemma2": replace(_LLAMA, beside=(*_LLAMA.beside, *_AROUND)),
