@@ -261,9 +261,7 @@ def plan_run(
     check_micro_batch(request, recipe, world_size)
     question = question_of(request, architecture, planned, world_size, target)
     if target.compute_dtype == "float16":
-        check_float16(recipe, question.strategy)
-        if world_size > 1 and request.zero_stage == "auto":
-            choices.append(Choice("zero_stage", "0", "in float16 losses are scaled, which is built without ZeRO alone"))
+        check_float16(recipe)
     check_strategy(recipe, question.strategy, "strategy.{}", [target])
     check_loss(architecture, recipe, question.strategy, "strategy.{}", [target])
     from orchestrator.reasons import hopeless, reasons
@@ -304,8 +302,6 @@ def question_of(
         open_fields -= {"offload"}  # a run offloads only where it was asked to: the host's memory is not known
     elif request.zero_stage == "auto":
         given["zero_stage"] = stage_for(request.offload)
-    if target.compute_dtype == "float16" and world_size > 1:
-        open_fields -= {"zero_stage"}  # see `check_float16`
     return Question(
         architecture,
         recipe,

@@ -55,26 +55,17 @@ def check_strategy(recipe: Recipe, strategy: Strategy, where: str, targets: Sequ
         raise RequestError(problems)
 
 
-def check_float16(recipe: Recipe, strategy: Strategy) -> None:
+def check_float16(recipe: Recipe) -> None:
     """Raise a RequestError for what cannot be trained in float16, whose gradients vanish unless losses are scaled.
 
-    torch's GradScaler takes float32 gradients alone, and DeepSpeed has a scaler of its own, for weights of float16.
+    torch's GradScaler takes gradients of float32 alone.
     """
-    problems = []
     if recipe.method == "full":
-        rule = "its weights would be float16 too, and small updates be lost"
-        problems.append(
-            Problem("recipe.method", "full", rule, "Set recipe.compute_dtype to float32, or train adapters")
-        )
-    elif recipe.lora_dtype != "float32":
+        rule, remedy = "its weights would be float16 too, and small updates be lost", "or train adapters"
+        raise request_error("recipe.method", "full", rule, f"Set recipe.compute_dtype to float32, {remedy}")
+    if recipe.lora_dtype != "float32":
         rule = "in float16 losses are scaled, which wants the gradients of adapters in float32"
-        problems.append(Problem("recipe.lora_dtype", recipe.lora_dtype, rule, "Leave it at float32"))
-    if strategy.zero_stage:
-        rule = "in float16 losses are scaled, which is built without ZeRO alone"
-        remedy = "Leave ZeRO and offload out, or set recipe.compute_dtype to float32"
-        problems.append(Problem("strategy.zero_stage", str(strategy.zero_stage), rule, remedy))
-    if problems:
-        raise RequestError(problems)
+        raise request_error("recipe.lora_dtype", recipe.lora_dtype, rule, "Leave it at float32")
 
 
 def check_attention(architecture: ModelArchitecture, attention: str, where: str) -> None:
@@ -140,8 +131,6 @@ def warnings(
     for pool in (target.pool for target in targets if target.pool is not None):
         if pool.network_bytes_per_s is None and strategy.world_size > pool.gpus_per_node:
             yield f"the network between nodes of {pool.name} is not stated: its speed is that of 10 Gbit/s"
-    if strategy.zero_stage and targets and all(target.compute_dtype == "float16" for target in targets):
-        yield "qlora-train computes in float16 without ZeRO alone: it would refuse this plan"
     without = [target.name for target in targets if not target.device.flash_attention]
     if strategy.attention == "flash_attention_2" and without:
         yield f"flash_attention_2 needs an Ampere GPU or newer, so it does not run on {', '.join(without)}"

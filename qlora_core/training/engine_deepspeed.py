@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -60,7 +61,7 @@ def deepspeed_config(recipe: Recipe, strategy: Strategy, trainable: int) -> dict
 class DeepSpeedEngine:
     """ZeRO over the trainable weights (1, 2), or over the quantized base too (3). See `engine.Engine`."""
 
-    def __init__(self, module: SummedLoss, recipe: Recipe, strategy: Strategy) -> None:
+    def __init__(self, module: SummedLoss, recipe: Recipe, strategy: Strategy, *, scaled: bool = False) -> None:
         if get_accelerator().device_name() == "cpu":
             avoid_compiling()
         deepspeed_logger.setLevel(logging.WARNING)
@@ -82,7 +83,8 @@ class DeepSpeedEngine:
         )[0]
         self._zero: Any = self._engine.optimizer
         self.optimizer = cast(torch.optim.Optimizer, self._zero.optimizer)
-        self.scaler = torch.amp.GradScaler(enabled=False)
+        # its scale and its rules; DeepSpeed itself unscales the gradients, and makes no step where they overflow
+        self.scaler = torch.amp.GradScaler("cpu", enabled=scaled)
         self.overflowed = False
 
     @contextmanager
@@ -108,12 +110,17 @@ class DeepSpeedEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """See `Engine`."""
+        self._zero.loss_scaler.cur_scale = self.scaler.get_scale()
         self._engine.backward(loss * self._undo_mean)
 
     def step(self) -> float:
         """See `Engine`."""
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        norm = float(self._engine.get_global_grad_norm())
+        if self.scaler.is_enabled():
+            self.overflowed = not math.isfinite(norm)
+            self.scaler.load_state_dict(next_scale(self.scaler.state_dict(), self.overflowed))
+        return norm
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
@@ -198,6 +205,15 @@ class DeepSpeedEngine:
                 first, last = max(low, offset), min(high, offset + parameter.numel())
                 if first < last:
                     yield Span(names[id(parameter)], first - offset, last - first, slot, first - low)
+
+
+def next_scale(state: Mapping[str, Any], overflowed: bool) -> dict[str, Any]:
+    """The state of a GradScaler after a step, as its `update` makes it, which only knows gradients that it unscaled."""
+    good = 0 if overflowed else state["_growth_tracker"] + 1
+    factor = state["backoff_factor"] if overflowed else 1.0
+    if good == state["growth_interval"]:
+        good, factor = 0, state["growth_factor"]
+    return {**state, "scale": state["scale"] * factor, "_growth_tracker": good}
 
 
 def divide(module: nn.Module, config: dict[str, Any]) -> None:

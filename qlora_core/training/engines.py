@@ -13,11 +13,11 @@ def build_engine(module: SummedLoss, recipe: Recipe, strategy: Strategy, *, scal
     """The engine that the strategy's ZeRO stage names: plain torch for 0, DeepSpeed for 1 to 3.
 
     Args:
-        scaled: losses are scaled, as float16 wants it; without ZeRO only.
+        scaled: losses are scaled, as float16 wants it.
     """
     if strategy.zero_stage == 0:
         return TorchEngine(module, recipe, strategy, scaled=scaled)
     # Imported only where it is used: it takes seconds.
     from qlora_core.training.engine_deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(module, recipe, strategy)
+    return DeepSpeedEngine(module, recipe, strategy, scaled=scaled)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import socket
 import subprocess
@@ -52,7 +54,7 @@ def learn(spec):
     recipe = Recipe(**spec["recipe"])
     strategy = Strategy(world_size=world, micro_batch=spec["micro_batch"], zero_stage=spec["stage"],
                         gradient_accumulation=recipe.sequences_per_step // world // spec["micro_batch"],
-                        paged_optimizer=False)
+                        offload=spec["offload"], paged_optimizer=False)
     cpu = torch.device("cpu")
     model = make_trainable(load_base(spec["base"], recipe, strategy, spec["dtype"], cpu), recipe, 0)
     model.train()
@@ -60,9 +62,11 @@ def learn(spec):
     rank = int(os.environ.get("RANK", 0))
     run = TrainingRun(recipe=recipe, strategy=strategy, seed=0, total_steps=9, save_every=9, model=model,
                       engine=build_engine(SummedLoss(model, "chunked", autocast_dtype(recipe, spec["dtype"])), recipe,
-                                          strategy),
+                                          strategy, scaled=spec["dtype"] == "float16"),
                       tokenizer=load_tokenizer(spec["base"]), train_data=Rows(data, recipe, 0), eval_data=data,
                       meter=StorageMeter(), device=cpu, rank=rank, checkpoints=Path("none"), facts={})
+    if spec["dtype"] == "float16":  # at the first step the scale is far too large, then right
+        run.engine.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-48, growth_interval=1)
     steps, gradients, optimize = [], {}, run.engine.step
     def optimize_noting():
         if not gradients:
@@ -90,7 +94,7 @@ def learn(spec):
     packed = [p for p in model.parameters() if type(p).__name__ == "Params4bit"]
     result = {"share": sum(getattr(p, "ds_tensor", p).numel() for p in packed) /
               sum(getattr(p, "ds_numel", p.numel()) for p in packed) if packed else 0,
-              "alive": alive, "steps": steps, "after": after, "spans": spans,
+              "scale": run.engine.scaler.get_scale(), "alive": alive, "steps": steps, "after": after, "spans": spans,
               "numel": {n: w.numel() for n, w in weights.items()},
               "sum": float(sum(w.double().sum() for w in weights.values()))}
     Path(spec["out"], f"{rank}.json").write_text(json.dumps(result))
@@ -125,6 +129,7 @@ class Learning(NamedTuple):
     sequences: int = 8
     dtype: str = "float32"
     method: str = "qlora"
+    offload: str = "none"
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -162,6 +167,7 @@ def learn(folder: Path, base: Path, data: Path, world_size: int, ways: list[Lear
             "micro_batch": way.micro_batch,
             "steps": STEPS,
             "dtype": way.dtype,
+            "offload": way.offload,
             "recipe": way.recipe,
         }
         for out, way in zip(outs, ways, strict=True)
@@ -206,6 +212,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, encoded: Pa
         Learning(),
         Learning(method="full"),
         Learning(dtype="bfloat16"),
+        Learning(dtype="float16"),
         *(Learning(micro_batch=size, sequences=32) for size in (32, 8)),
     ]
     return learn(tmp_path_factory.mktemp("alone"), tiny_base, encoded, 1, ways)
@@ -215,9 +222,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, encoded: Pa
 def together(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, encoded: Path) -> dict[Learning, Learned]:
     """What two ranks learn. ZeRO-3 comes last: it replaces torch's linear function for the rest of its process."""
     ways = [Learning(micro_batch=4, sequences=32), Learning(0)]
-    ways += [Learning(stage, dtype="bfloat16") for stage in (0, 1, 2)]
+    ways += [Learning(stage, dtype=dtype) for stage in (0, 1, 2) for dtype in ("bfloat16", "float16")]
+    ways += [Learning(2, dtype="float16", offload="optimizer")]
     ways += [Learning(stage, optimizer) for stage in (1, 2, 3) for optimizer in ("adamw", "adamw_8bit")]
-    ways += [Learning(3, dtype="bfloat16")]
+    ways += [Learning(3, dtype=dtype) for dtype in ("bfloat16", "float16")]
+    ways += [Learning(3, dtype="float16", offload="all")]
     ways += [Learning(stage, method="full") for stage in (1, 2, 3)]
     return learn(tmp_path_factory.mktemp("together"), tiny_base, encoded, 2, ways)
 
@@ -261,6 +270,44 @@ def test_two_ranks_learn_what_one_process_learns_under_autocast(
     [one], ranks = alone[Learning(dtype="bfloat16")].ranks, together[Learning(stage, dtype="bfloat16")].ranks
     assert_alike(ranks, one, 2**-8, 2**-6)
     assert ranks[0]["sum"] == ranks[1]["sum"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer"), (3, "all")]
+)
+def test_two_ranks_scale_their_losses_in_float16_as_one_process_does(
+    stage: int, offload: str, alone: dict[Learning, Learned], together: dict[Learning, Learned]
+) -> None:
+    """The first step overflows and changes nothing; then the scale falls by 2^48, and doubles after each good step."""
+    [one] = copy.deepcopy(alone[Learning(dtype="float16")].ranks)
+    ranks = copy.deepcopy(together[Learning(stage, dtype="float16", offload=offload)].ranks)
+    for each in (one, *ranks):
+        assert [math.isfinite(norm) for _, norm in each["steps"]] == [False, True, True]
+        each["steps"][0][1] = 0.0  # infinite, or no number at all
+    assert one["steps"][0][0] == pytest.approx(one["steps"][1][0], rel=0.2)
+    assert_alike(ranks, one, 2**-9, 2**-7)
+    assert [rank["scale"] for rank in ranks] == [2.0**14] * 2
+    assert ranks[0]["sum"] == ranks[1]["sum"]
+
+
+def test_the_scale_under_zero_goes_as_torch_s_scaler_has_it() -> None:
+    import random
+
+    import torch
+
+    from qlora_core.training.engine_deepspeed import next_scale
+
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    scaler, draw = torch.amp.GradScaler("cpu", growth_interval=3), random.Random(0)
+    scaler.scale(torch.zeros(()))
+    for _ in range(50):
+        overflows, before = draw.random() < 0.3, scaler.state_dict()
+        weight.grad = torch.full((1,), math.inf if overflows else 1.0)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.state_dict() == next_scale(before, overflows)
 
 
 def test_a_batch_of_32_has_the_gradient_of_8_by_4_and_of_2_ranks_by_4_by_4(
