@@ -63,12 +63,13 @@ class TorchEngine:
     def step(self) -> float:
         """See `Engine`."""
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm))
+        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._max_grad_norm)
         self.scaler.step(self.optimizer)  # not where a gradient is not finite
         self.scaler.update()
-        self.overflowed = self.scaler.is_enabled() and not math.isfinite(norm)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        value = float(norm)  # waits for the device, which has all of the step's work by now
+        self.overflowed = self.scaler.is_enabled() and not math.isfinite(value)
+        return value
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
