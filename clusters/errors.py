@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 
@@ -51,6 +51,12 @@ class RequestError(Exception):
     def at(self, where: str) -> RequestError:
         """The same mistakes, told of the field or flag by which the value came."""
         return RequestError([replace(problem, where=where) for problem in self.problems])
+
+    def named(self, names: Mapping[str, str]) -> RequestError:
+        """The same mistakes, those of the fields in `names` told of what is called so where the person wrote it."""
+        return RequestError(
+            [replace(problem, where=names.get(problem.where, problem.where)) for problem in self.problems]
+        )
 
 
 class Conflicting(ValueError):

@@ -75,19 +75,10 @@ def evaluate(
     Each comes with its 95 % interval over examples, beside that of the base without the adapter.
     """
     command.require_train_extra("qlora-train evaluate")
-    named = {}
-    for other in others:
-        name, _, path = other.partition("=")
-        if not name or not path or name in named:
-            raise request_error("--adapter", other, "it is no NAME=FOLDER with a new name", "Write mine=runs/mine, say")
-        named[name] = Path(path)
-    renamed = {}
-    for column in columns:
-        name, _, given = column.partition("=")
-        if not name or not given or name in renamed:
-            rule = "it is no pair of a format's column, once, and the data's"
-            raise request_error("--column", column, rule, "Write prompt=question, say")
-        renamed[name] = given
+    rule = "it is no NAME=FOLDER with a new name"
+    named = {name: Path(path) for name, path in pairs("--adapter", others, rule, "Write mine=runs/mine, say").items()}
+    rule = "it is no pair of a format's column, once, and the data's"
+    renamed = pairs("--column", columns, rule, "Write prompt=question, say")
     if answers is not None and answers.exists():
         raise request_error("--answers", answers, "it is there already", "Choose a folder that is not, or remove it")
     from qlora_core.quiet import quiet_libraries
@@ -123,6 +114,17 @@ def evaluate(
     else:
         show(evaluated)
     return 0
+
+
+def pairs(flag: str, given: Sequence[str], rule: str, remedy: str) -> dict[str, str]:
+    """What a repeated NAME=VALUE flag says; one that is none, or whose name was there, breaks `rule`."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if not name or not value or name in found:
+            raise request_error(flag, text, rule, remedy)
+        found[name] = value
+    return found
 
 
 def write_answers(evaluated: Sequence[Evaluated], folder: Path) -> None:

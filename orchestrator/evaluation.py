@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig
 
-from clusters.errors import Problem, RequestError, request_error
+from clusters.errors import RequestError, request_error
 from orchestrator.machine import describe, target_of
 from orchestrator.planner import fitting_defaults
 from orchestrator.trained import Trained
@@ -56,6 +56,16 @@ class Evaluated:
     change: Interval | None
     answers: list[Answer]
     tasks: dict[str, dict[str, float]]
+
+
+FLAGS = {
+    "data.path": "--data",
+    "data.columns": "--column",
+    "data.format": "--format",
+    "data.learn": "--learn",
+    "data.split": "--split",
+}
+"""A specification's fields by the flags that say the same here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,21 +175,9 @@ def examples_of(trained: Trained, questions: Questions, tokenizer: Any, base: Pa
             try:
                 examples, _ = encode_file(questions.data, questions.format, tokenizer, questions.seq_len, options)
             except RequestError as error:
-                raise RequestError([flag(problem) for problem in error.problems]) from None
+                raise error.named(FLAGS) from None
         save_examples(examples, Path(folder) / "examples.safetensors")
         yield Examples(Path(folder) / "examples.safetensors")
-
-
-def flag(problem: Problem) -> Problem:
-    """A mistake of a specification's field, told of the flag that says the same here."""
-    named = {
-        "data.path": "--data",
-        "data.columns": "--column",
-        "data.format": "--format",
-        "data.learn": "--learn",
-        "data.split": "--split",
-    }
-    return replace(problem, where=named.get(problem.where, problem.where))
 
 
 @contextmanager

@@ -61,8 +61,8 @@ class Prepared:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row. What is held out is evaluated one example a row."""
-        return max(self.layout.longest, longest_of(self.data, self.evaluated))
+        """Tokens of the longest row."""
+        return longest_row(self.layout, self.data, self.evaluated)
 
 
 def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, machine: Machine | None = None) -> Prepared:
@@ -102,7 +102,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
         base.architecture,
         target,
         machine.devices,
-        longest=max(layout.longest, longest_of(data, evaluated)),
+        longest=longest_row(layout, data, evaluated),
         history=history,
         at_most=history.room(target, base.architecture.name, spec.recipe),
     )
@@ -129,9 +129,9 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
     )
 
 
-def longest_of(data: DataReport, evaluated: DataReport | None) -> int:
-    """Tokens of the longest example of a run's data."""
-    return max(data.longest, 0 if evaluated is None else evaluated.longest)
+def longest_row(layout: Layout, data: DataReport, evaluated: DataReport | None) -> int:
+    """Tokens of the longest row of a run. What is held out is evaluated one example a row."""
+    return max(layout.longest, data.longest, 0 if evaluated is None else evaluated.longest)
 
 
 def leaner(prepared: Prepared, at_most: int) -> Prepared | None:
@@ -235,13 +235,8 @@ def read_evaluated(spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase
     try:
         return encode_file(data.eval_path or data.path, data.format, tokenizer, spec.recipe.seq_len, options)
     except RequestError as error:
-        named = {
-            "data.path": "data.eval_path" if data.eval_path else "data.eval_split",
-            "data.split": "data.eval_split",
-        }
-        raise RequestError(
-            [replace(problem, where=named.get(problem.where, problem.where)) for problem in error.problems]
-        ) from None
+        path = "data.eval_path" if data.eval_path else "data.eval_split"
+        raise error.named({"data.path": path, "data.split": "data.eval_split"}) from None
 
 
 def options_of(spec: RunSpec, base: Base) -> DataOptions:

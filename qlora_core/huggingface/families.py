@@ -8,7 +8,7 @@ Routers and experts are no such modules since transformers 5: they are bare (3-D
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 
@@ -113,25 +113,12 @@ _MLP_BIAS = Flag("mlp_bias", False)
 _USE_BIAS = Flag("use_bias", True)
 _QWEN_WINDOW = Window("late", default=4096, switched=True)
 _UNGATED = ("up_proj", "down_proj")
+_LLAMA = Decoder(qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, mlp_bias=_MLP_BIAS)
 
 DECODERS: dict[str, Decoder] = {
-    "llama": Decoder(qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, mlp_bias=_MLP_BIAS),
-    "internlm3": Decoder(  # transformers loads it as Llama
-        kv_heads=2,
-        head_dim=128,
-        positions=32768,
-        qkv_bias=_ATTENTION_BIAS,
-        o_bias=_ATTENTION_BIAS,
-        mlp_bias=_MLP_BIAS,
-    ),
-    "iquestcoder": Decoder(  # as Llama too
-        kv_heads=8,
-        head_dim=128,
-        positions=131072,
-        qkv_bias=_ATTENTION_BIAS,
-        o_bias=_ATTENTION_BIAS,
-        mlp_bias=_MLP_BIAS,
-    ),
+    "llama": _LLAMA,
+    "internlm3": replace(_LLAMA, kv_heads=2, head_dim=128, positions=32768),  # transformers loads it as Llama
+    "iquestcoder": replace(_LLAMA, kv_heads=8, head_dim=128, positions=131072),  # as Llama too
     "mistral": Decoder(kv_heads=8, positions=131072, window=Window("all", default=4096)),
     "ministral": Decoder(kv_heads=8, positions=131072, window=Window("listed", default=4096)),
     "ministral3": Decoder(kv_heads=8, head_dim=128, positions=262144, window=Window("all")),
@@ -241,7 +228,7 @@ DECODERS: dict[str, Decoder] = {
         mlp_bias=_MLP_BIAS,
         window=Window("no_rope", switched=True),
     ),
-    "granite": Decoder(qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, mlp_bias=_MLP_BIAS),
+    "granite": _LLAMA,
     "granitemoe": Decoder(qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, experts=Experts()),
     "cohere": Decoder(
         tied=True,

@@ -23,8 +23,6 @@ class Engine(Protocol):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     """Scales losses, so that gradients do not vanish in float16; it does nothing where it is not enabled."""
-    overflowed: bool
-    """Whether the scaled gradient of the last step was not finite, so that the step changed no weight."""
 
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         """The forward and backward pass of one micro-batch run inside; `last` of its optimizer step or not."""

@@ -85,7 +85,6 @@ class DeepSpeedEngine:
         self.optimizer = cast(torch.optim.Optimizer, self._zero.optimizer)
         # its scale and its rules; DeepSpeed itself unscales the gradients, and makes no step where they overflow
         self.scaler = torch.amp.GradScaler("cpu", enabled=scaled)
-        self.overflowed = False
 
     @contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
@@ -118,8 +117,7 @@ class DeepSpeedEngine:
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         if self.scaler.is_enabled():
-            self.overflowed = not math.isfinite(norm)
-            self.scaler.load_state_dict(next_scale(self.scaler.state_dict(), self.overflowed))
+            self.scaler.load_state_dict(next_scale(self.scaler.state_dict(), not math.isfinite(norm)))
         return norm
 
     def trained_weights(self) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
@@ -30,7 +29,6 @@ class TorchEngine:
         self._world_size = strategy.world_size
         self.optimizer = build_optimizer(self._parameters, recipe, strategy)
         self.scaler = torch.amp.GradScaler(next(iter(self._parameters.values())).device.type, enabled=scaled)
-        self.overflowed = False
         self._replica: nn.Module = module
         if strategy.world_size > 1:
             # The ranks start from the same seed, so nothing is broadcast: the frozen base would be tens of GB.
@@ -67,9 +65,7 @@ class TorchEngine:
         self.scaler.step(self.optimizer)  # not where a gradient is not finite
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        value = float(norm)  # waits for the device, which has all of the step's work by now
-        self.overflowed = self.scaler.is_enabled() and not math.isfinite(value)
-        return value
+        return float(norm)
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""

@@ -172,7 +172,7 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
                 peaks=dataclasses.asdict(run.meter.peaks()),
                 reserved=run.meter.reserved(),
             )
-            if not math.isfinite(loss) or not (math.isfinite(norm) or can_scale_down(run.engine)):
+            if not math.isfinite(loss) or not (math.isfinite(norm) or can_scale_down(run.engine.scaler)):
                 raise NotFinite(
                     f"The loss of step {step} is {loss} and its gradient's norm {norm}.{culprits(run, losses)}",
                     "Look at these examples, or lower recipe.learning_rate and start anew with --fresh.",
@@ -192,9 +192,9 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
     return Outcome(step=step, finished=step == run.total_steps, context=context)
 
 
-def can_scale_down(engine: Engine) -> bool:
+def can_scale_down(scaler: torch.amp.GradScaler) -> bool:
     """Whether a gradient that is not finite may be so for its scale alone, which is halved at each."""
-    return engine.overflowed and engine.scaler.get_scale() >= 1
+    return scaler.is_enabled() and scaler.get_scale() >= 1
 
 
 def check_resumed(weights: str, context: Mapping[str, Any], resume_from: Path) -> None:
