@@ -7,7 +7,7 @@ import json
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -171,13 +171,18 @@ def field_path(model: type[BaseModel], detail: ErrorDetails) -> Path:
     """The field's path as the person wrote it, without pydantic's names for members of unions and without indices."""
     path: list[str] = []
     inner: Section | None = model
+    named = False
     for part in detail["loc"]:
         if inner is None:
             break
         known = fields_of(inner)
-        if part in known:
+        if named:
+            path.append(str(part))
+            named = False
+        elif part in known:
             path.append(str(part))
             inner = section_class(known[str(part)])
+            named = are_named(known[str(part)])
         elif part is detail["loc"][-1] and detail["type"] in (*UNKNOWN, "invalid_key"):
             path.append(str(part))
     return tuple(path)
@@ -186,16 +191,24 @@ def field_path(model: type[BaseModel], detail: ErrorDetails) -> Path:
 def section(model: Section, path: Path) -> Section:
     """The class of the section at `path`."""
     for part in path:
-        model = section_class(fields_of(model)[part]) or model
+        if part in (known := fields_of(model)):  # else it is the name of one of several
+            model = section_class(known[part]) or model
     return model
 
 
 def section_class(annotation: Any) -> Section | None:
-    """The section's class behind an annotation such as ``Literal["auto"] | StrategySpec``, if there is one."""
-    for member in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(member, type) and (issubclass(member, BaseModel) or dataclasses.is_dataclass(member)):
-            return member
-    return None
+    """The section's class behind an annotation such as ``Literal["auto"] | StrategySpec``, if there is one.
+
+    Of sections under names of their own, ``dict[str, DatasetSpec]``, the class of each.
+    """
+    if isinstance(annotation, type) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
+        return annotation
+    return next((found for found in map(section_class, get_args(annotation)) if found is not None), None)
+
+
+def are_named(annotation: Any) -> bool:
+    """Whether sections stand there under names of their own."""
+    return get_origin(annotation) is dict or any(map(are_named, get_args(annotation)))
 
 
 def fields_of(section: Section) -> dict[str, Any]:

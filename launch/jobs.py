@@ -29,6 +29,7 @@ from clusters.errors import RequestError, first_line, request_error
 from launch.report.words import gib
 from orchestrator.machine import Machine, machine_of_pool
 from orchestrator.order import WAITING
+from orchestrator.places import places, put
 from orchestrator.plans import Plan
 from orchestrator.ray_nodes import cluster_of, gpus_of, types_of
 from orchestrator.record import load_record
@@ -215,30 +216,25 @@ def pack(spec: RunSpec, machine: Machine, folder: Path) -> None:
         RequestError: they are larger than what may travel.
     """
     fields = fields_of(spec)
-    named = {"data": spec.data.path, "eval": spec.data.eval_path, "model": spec.model, "adapter": spec.adapter}
-    local = {field: Path(value) for field, value in named.items() if value is not None}
-    local = {field: path for field, path in local.items() if path.is_absolute() and path.exists()}
+    local = {place: Path(text) for place, text in places(fields).items() if place != ("output",)}
+    local = {place: path for place, path in local.items() if path.is_absolute() and path.exists()}
     size = sum(map(size_of, local.values()))
     if size > TRAVELS_BYTES:
-        large = max(local, key=lambda field: size_of(local[field]))
+        large = max(local, key=lambda place: size_of(local[place]))
         raise request_error(
-            large,
+            ".".join(large),
             local[large],
             f"{size / 1e6:,.0f} MB would have to travel, and at most {TRAVELS_BYTES / 1e6:.0f} MB do",
             "Put it on storage that all nodes see, and name it by an address (s3://...) or a Hub id",
         )
-    for field, path in local.items():
-        target = folder / field / path.name
+    for place, path in local.items():
+        target = folder / ".".join(place) / path.name
         target.parent.mkdir()
         if path.is_dir():
             shutil.copytree(path, target)
         else:
             shutil.copy2(path, target)
-        inside = str(target.relative_to(folder))
-        if field in ("data", "eval"):
-            fields["data"]["path" if field == "data" else "eval_path"] = inside
-        else:
-            fields[field] = inside
+        put(fields, place, str(target.relative_to(folder)))
     for name, text in texts_of(fields, machine).items():
         (folder / name).write_text(text, encoding="utf-8")
 

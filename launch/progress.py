@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launch.report.terminal import measured_table, plan_screen
-from launch.report.words import gib, written_otherwise
+from launch.report.words import gib, mixture, written_otherwise
 from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord
 from orchestrator.trackers import FILE_NAME
+from qlora_core.data import in_an_epoch
 from qlora_core.perplexity import perplexity
 
 LINE_SECONDS = 15.0
@@ -63,12 +64,12 @@ class TerminalDisplay:
         packed = "packed " if plan.recipe.packing else ""
         self._console.print(
             f"\nData: {data.examples} examples in format {data.format}{found}, the longest {data.longest} tokens"
-            f"{cut}{left_out}; "
+            f"{in_an_epoch(data.times)}{cut}{left_out}; "
             f"{len(prepared.held_out)} {whence}. {prepared.total_steps} steps of "
             f"{plan.recipe.sequences_per_step} {packed}sequences.",
             highlight=False,
         )
-        for said in written_otherwise(data.divided, data.shortened):
+        for said in (*mixture(prepared.datasets), *written_otherwise(data.divided, data.shortened)):
             self.note(said)
         self._bar.start()
 

@@ -14,6 +14,7 @@ from clusters.errors import Problem, RequestError, request_error
 from clusters.workload import Volume, Workload, nodes_for
 from launch import jobs
 from orchestrator.machine import Machine, describe, machine_of_pool
+from orchestrator.places import places
 from orchestrator.plans import Plan
 from orchestrator.prepare import Prepared
 from orchestrator.spec import RunSpec
@@ -126,14 +127,7 @@ def shared_volume(asked: Asked, spec: RunSpec) -> Volume | None:
     """
     if asked.form != "kuberay":
         return None  # the nodes see the folders of this machine
-    local = {
-        "output": spec.output,
-        "data.path": spec.data.path,
-        "data.eval_path": spec.data.eval_path,
-        "model": spec.model,
-        "adapter": spec.adapter,
-    }
-    paths = {field: path for field, path in local.items() if path is not None and Path(path).is_absolute()}
+    paths = {".".join(place): path for place, path in places(spec.model_dump()).items() if Path(path).is_absolute()}
     if asked.volume is None:
         remedy = "Add --volume CLAIM:MOUNT, a PersistentVolumeClaim that all nodes write, mounted here at MOUNT, too"
         raise request_error("output", spec.output, "a pod sees no folder of this machine", remedy)

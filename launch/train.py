@@ -78,12 +78,15 @@ def show_data(spec: RunSpec) -> int:
     from launch.report.preview import print_preview
     from orchestrator.base import find_base
     from orchestrator.prepare import read_data
+    from qlora_core.training.dataset.mixing import together
     from qlora_core.training.tokenizer import load_tokenizer
 
     base = find_base(spec, to_stderr)
     tokenizer = load_tokenizer(str(base.folder), spec.data.chat_template)
-    examples, report = read_data(spec, base, tokenizer)
-    print_preview(Console(), report, examples, examples.lengths, spec.recipe.seq_len, tokenizer)
+    found = read_data(spec, base, tokenizer)
+    examples = together([examples for examples, _ in found.values()])
+    reports = {name: report for name, (_, report) in found.items()}
+    print_preview(Console(), reports, examples, examples.lengths, spec.recipe.seq_len, tokenizer)
     return 0
 
 

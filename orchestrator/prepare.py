@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ from orchestrator.machine import Machine, describe, target_of
 from orchestrator.planner import divisors, plan_run
 from orchestrator.plans import Plan, Target
 from orchestrator.record import RunRecord, load_record
-from orchestrator.spec import RunSpec, StrategySpec
+from orchestrator.spec import DatasetSpec, RunSpec, StrategySpec
 from orchestrator.targets import check_targets
 from orchestrator.trackers import missing
 from qlora_core.data import hub_dataset
 from qlora_core.training.dataset import DataOptions, DataReport, encode_file
 from qlora_core.training.dataset.cache import cache_folder
+from qlora_core.training.dataset.mixing import combined, divide, together
 from qlora_core.training.dataset.tokens import EncodedExamples
 from qlora_core.training.layout import Layout, lay_out
-from qlora_core.training.sampling import split_eval
 from qlora_core.training.shown import Shown, samples
 from qlora_core.training.tokenizer import load_tokenizer
 
@@ -38,9 +38,10 @@ class Prepared:
 
     Attributes:
         base: the base model, on this machine.
-        data: what became of the data.
+        data: what became of the data, of several datasets as of one.
+        datasets: what became of each, by its name and as a record has it, where there are several.
         evaluated: of the examples to evaluate on, where these are other data.
-        train, held_out: the encoded examples.
+        train, held_out: the encoded examples; of an epoch, and those that are evaluated on.
         samples: a few of the first, as text.
         layout: the rows in which the training examples lie.
         total_steps: optimizer steps of the whole run.
@@ -51,6 +52,7 @@ class Prepared:
     plan: Plan
     machine: Machine
     data: DataReport
+    datasets: dict[str, dict[str, Any]]
     evaluated: DataReport | None
     train: EncodedExamples
     held_out: EncodedExamples
@@ -85,13 +87,14 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
         adapter = read_adapter(Path(spec.adapter))
         check_continues(adapter, base.folder, spec.recipe)
     tokenizer = load_tokenizer(str(base.folder), spec.data.chat_template)
-    examples, data = read_data(spec, base, tokenizer)
-    if not spec.data.evaluates_other:
-        train, held_out = map(examples.select, split_eval(examples.records(), spec.data.eval_fraction, spec.seed))
-        evaluated = None
-    else:
-        train = examples
-        held_out, evaluated = read_evaluated(spec, base, tokenizer)
+    learned = read_data(spec, base, tokenizer)
+    data = combined([report for _, report in learned.values()])
+    evaluated, fraction = None, 0 if spec.data.evaluates_other else spec.data.eval_fraction
+    train, held_out = divide(list(learned.values()), fraction, spec.seed)
+    if spec.data.evaluates_other:
+        others = read_evaluated(spec, base, tokenizer)
+        held_out = together([examples for examples, _ in others])
+        evaluated = combined([report for _, report in others])
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.
     machine = machine or describe()
     target = target_for(spec, machine)
@@ -112,6 +115,7 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
         plan=plan,
         machine=machine,
         data=data,
+        datasets={name: asdict(report) for name, (_, report) in learned.items() if spec.data.datasets is not None},
         evaluated=evaluated,
         train=train,
         held_out=held_out,
@@ -213,47 +217,62 @@ def target_for(spec: RunSpec, machine: Machine) -> Target:
     return target_of(machine, spec.recipe.compute_dtype, workers if isinstance(workers, int) else 1)
 
 
-def read_data(spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedExamples, DataReport]:
-    """The data of a specification as tokens of its model.
+def read_data(
+    spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, tuple[EncodedExamples, DataReport]]:
+    """The datasets of a specification as tokens of its model, by their names.
 
     Raises:
-        RequestError: see `encode_file`.
+        RequestError: see `encode_file`; what is wrong with each of them.
     """
-    data = spec.data
-    return encode_file(data.path, data.format, tokenizer, spec.recipe.seq_len, options_of(spec, base))
+    found: dict[str, tuple[EncodedExamples, DataReport]] = {}
+    problems: list[Problem] = []
+    for name, dataset in spec.data.learned.items():
+        try:
+            found[name] = encoded(spec, base, tokenizer, dataset)
+        except RequestError as error:
+            section = f"data.datasets.{name}" if name else "data"
+            fields = {f"data.{field}": f"{section}.{field}" for field in DatasetSpec.model_fields}
+            problems += error.named(fields).problems
+    if problems:
+        raise RequestError(problems)
+    return found
 
 
-def read_evaluated(spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedExamples, DataReport]:
+def read_evaluated(
+    spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[EncodedExamples, DataReport]]:
     """The examples to evaluate on, where a specification gives them.
 
     Raises:
         RequestError: see `encode_file`.
     """
-    data, options = spec.data, replace(options_of(spec, base), split=spec.data.eval_split)
-    if data.eval_path is not None:
-        options = replace(options, config=None, files=None, revision=None)
     try:
-        return encode_file(data.eval_path or data.path, data.format, tokenizer, spec.recipe.seq_len, options)
+        return [encoded(spec, base, tokenizer, dataset) for dataset in spec.data.evaluated]
     except RequestError as error:
-        path = "data.eval_path" if data.eval_path else "data.eval_split"
+        path = "data.eval_path" if spec.data.eval_path else "data.eval_split"
         raise error.named({"data.path": path, "data.split": "data.eval_split"}) from None
 
 
-def options_of(spec: RunSpec, base: Base) -> DataOptions:
-    """How the data of a specification is read."""
-    data, record = spec.data, load_record(Path(spec.output))
-    return DataOptions(
-        learn=data.learn,
-        columns=data.columns,
-        split=data.split if "split" in data.model_fields_set else None,
-        config=data.config,
-        files=data.files,
-        revision=data.revision or commit_before(spec, record),
-        max_bad=data.max_bad,
+def encoded(
+    spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase, dataset: DatasetSpec
+) -> tuple[EncodedExamples, DataReport]:
+    """One dataset of a specification as tokens of its model."""
+    record = load_record(Path(spec.output))
+    options = DataOptions(
+        learn=dataset.learn,
+        columns=dataset.columns,
+        split=dataset.split,
+        config=dataset.config,
+        files=dataset.files,
+        revision=dataset.revision or commit_before(dataset.path, record),
+        max_bad=dataset.max_bad,
         day=first_day(record),
         vocab_size=base.architecture.vocab_size,
         cache=cache_folder(),
     )
+    examples, report = encode_file(dataset.path, dataset.format, tokenizer, spec.recipe.seq_len, options)
+    return examples, replace(report, times=dataset.times)
 
 
 def first_day(record: RunRecord | None) -> date:
@@ -263,13 +282,17 @@ def first_day(record: RunRecord | None) -> date:
     return datetime.fromisoformat(record.attempts[0].started).date()
 
 
-def commit_before(spec: RunSpec, record: RunRecord | None) -> str | None:
-    """The commit of the Hub's dataset that the run in the output folder was started with, if it is of that dataset."""
-    hub = hub_dataset(spec.data.path)
+def commit_before(path: str, record: RunRecord | None) -> str | None:
+    """The commit of the Hub's dataset at `path` that the run of that record was started with, if it had that one."""
+    hub = hub_dataset(path)
     if hub is None or hub.revision is not None or record is None:
         return None
-    repo, _, rest = str(record.identity.get("data", "")).partition("@")
-    return rest.split(" ")[0] or None if repo == hub.repo else None
+    evaluated = record.data.get("evaluated") or {}
+    for digest in f"{record.identity.get('data')}; {evaluated.get('digest')}".split("; "):
+        repo, _, rest = digest.partition("@")
+        if repo == hub.repo:
+            return rest.split(" ")[0] or None
+    return None
 
 
 def refuse_unbuilt(spec: RunSpec) -> None:

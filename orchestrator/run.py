@@ -272,6 +272,7 @@ def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> R
         "predicted": predicted(plan),
         "data": {
             **dataclasses.asdict(prepared.data),
+            "datasets": prepared.datasets,
             "evaluated": None if prepared.evaluated is None else dataclasses.asdict(prepared.evaluated),
             "rows": len(prepared.layout.rows),
             "padding_percent": round(100 * prepared.layout.waste, 2),

@@ -16,15 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from clusters.errors import Problem, RequestError
 from clusters.mistakes import mistakes, shown
 from clusters.yaml_file import PlainName, parse_yaml, read_yaml
-from qlora_core.data import (
-    CHAT_TEMPLATE,
-    FormatName,
-    Learn,
-    has_credentials,
-    hub_dataset,
-    is_address,
-    without_credentials,
-)
+from orchestrator.places import absolute, refuse_credentials, resolve
+from qlora_core.data import CHAT_TEMPLATE, FormatName, Learn, is_address
 from qlora_core.huggingface.adapter_config import continued, read_config
 from qlora_core.recipe import Count, Recipe
 from qlora_core.strategy import Attention, Loss, Offload, ZeroStage
@@ -75,12 +68,9 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataSpec(_Section):
-    """What the model learns from."""
+class _Reading(_Section):
+    """How one dataset is read and learned from."""
 
-    path: PathText
-    """A file of JSON lines, JSON, CSV or Parquet, a folder of these, a dataset saved to disk, relative to the
-    specification's folder; a dataset of the Hub, ``org/name``; or an address such as ``s3://bucket/train.jsonl``."""
     format: FormatName = "auto"
     """How a record is read; auto looks at the columns of the first one, and says what it found."""
     columns: dict[str, str] | None = None
@@ -88,11 +78,8 @@ class DataSpec(_Section):
     learn: Learn = "auto"
     """Which tokens have a loss: the assistant's answers, the completion (the last answer), or all. auto: the answers,
     and of plain text all."""
-    chat_template: Annotated[str, AfterValidator(_template)] | None = None
-    """A Jinja file, relative to the specification's folder, or the template itself, for conversations; in place of the
-    tokenizer's, which a base model's has none of. It is kept beside what is trained."""
-    split: Annotated[str, Field(min_length=1)] = "train"
-    """Of a folder, a dataset on disk or of the Hub."""
+    split: Annotated[str, Field(min_length=1)] | None = None
+    """Of a folder, a dataset on disk or of the Hub; train, where nothing is said and there are any."""
     config: str | None = None
     """Of a dataset of the Hub: its subset."""
     files: Annotated[str, AfterValidator(_pattern)] | None = None
@@ -101,12 +88,51 @@ class DataSpec(_Section):
     """Of a dataset of the Hub: a branch, a tag or a commit. A run goes on with the commit that it started with."""
     max_bad: Annotated[float, Field(ge=0)] = 0
     """Bad records that may be left out: how many, or below 1 their fraction; with more, nothing is started."""
+    times: Annotated[float, Field(gt=0, le=1000)] = 1
+    """How often an epoch has its examples: 2 is each of them twice, 0.1 a tenth of them, drawn by the seed."""
+
+
+class DatasetSpec(_Reading):
+    """One of several datasets that the model learns from."""
+
+    path: PathText
+    """Where it lies, as ``data.path`` says it."""
+
+
+class DataSpec(_Reading):
+    """What the model learns from: one dataset, or several."""
+
+    path: PathText | None = None
+    """A file of JSON lines, JSON, CSV or Parquet, a folder of these, a dataset saved to disk, relative to the
+    specification's folder; a dataset of the Hub, ``org/name``; or an address such as ``s3://bucket/train.jsonl``."""
+    datasets: Annotated[dict[PlainName, DatasetSpec], Field(min_length=1)] | None = None
+    """Several datasets in place of one, each under a name of its own; then nothing is said of one beside them."""
+    chat_template: Annotated[str, AfterValidator(_template)] | None = None
+    """A Jinja file, relative to the specification's folder, or the template itself, for conversations; in place of the
+    tokenizer's, which a base model's has none of. It is kept beside what is trained."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """Part of the records that is held out for evaluation, each with all of its examples."""
+    """Part of each dataset's records that is held out for evaluation, each with all of its examples."""
     eval_path: PathText | None = None
     """Where the examples to evaluate on lie, in place of a part of these; as ``path``, and read alike."""
     eval_split: Annotated[str, Field(min_length=1)] | None = None
-    """The split of ``eval_path``, or else of ``path``, that is evaluated on."""
+    """The split of ``eval_path``, or else of each dataset, that is evaluated on."""
+
+    @property
+    def learned(self) -> dict[str, DatasetSpec]:
+        """The datasets that are learned from, by name; the only one has none."""
+        if self.datasets is not None:
+            return self.datasets
+        return {"": DatasetSpec(**{name: getattr(self, name) for name in DatasetSpec.model_fields})}
+
+    @property
+    def evaluated(self) -> list[DatasetSpec]:
+        """The datasets to evaluate on, where these are given; one with a path of its own is read as the data is."""
+        if self.eval_path is not None:
+            alike = {name: getattr(self, name) for name in ("format", "columns", "learn", "max_bad")}
+            return [DatasetSpec(path=self.eval_path, split=self.eval_split, **alike)]
+        if self.eval_split is not None:
+            return [one.model_copy(update={"split": self.eval_split, "times": 1}) for one in self.learned.values()]
+        return []
 
     @property
     def evaluates_other(self) -> bool:
@@ -241,11 +267,12 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     """
     fields = read_yaml(path, "run specification", START)
     problems = apply_overrides(fields, overrides) + take_adapter(fields, path.parent)
-    problems += take_template(fields, path.parent) + evaluated_twice(fields)
+    problems += take_template(fields, path.parent) + one_or_several(fields) + evaluated_twice(fields)
     problems += refuse_credentials(fields) + mistakes(RunSpec, fields)
     if problems:
         raise RequestError(problems)
-    return resolve_paths(RunSpec.model_validate(fields), path.parent)
+    resolve(fields, path.parent)
+    return RunSpec.model_validate(fields)
 
 
 def apply_overrides(fields: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
@@ -319,6 +346,22 @@ def take_template(fields: dict[str, Any], folder: Path) -> list[Problem]:
     return []
 
 
+def one_or_several(fields: dict[str, Any]) -> list[Problem]:
+    """What is wrong with a specification that names no data, or says of several datasets what each says itself."""
+    data = fields.get("data")
+    if not isinstance(data, dict):
+        return []  # told with the other fields' mistakes
+    if data.get("datasets") is None:
+        missing = data.get("path") is None
+        return [Problem("data.path", "", "it is required", "Add it, or several under data.datasets")] if missing else []
+    rule = "several datasets are given, and each says this itself"
+    return [
+        Problem(f"data.{name}", shown(data[name]), rule, f"Move it to data.datasets.NAME.{name}, or leave it out")
+        for name in DatasetSpec.model_fields
+        if data.get(name) is not None
+    ]
+
+
 def evaluated_twice(fields: dict[str, Any]) -> list[Problem]:
     """What is wrong with a specification that holds examples out and gives others, or gives those that it learns."""
     data = fields.get("data")
@@ -328,65 +371,19 @@ def evaluated_twice(fields: dict[str, Any]) -> list[Problem]:
     if data.get("eval_fraction"):
         rule = "the examples to evaluate on are given, so none are held out"
         problems.append(Problem("data.eval_fraction", shown(data["eval_fraction"]), rule, "Leave one of the two out"))
-    if data.get("eval_path") is None and data["eval_split"] == data.get("split", "train"):
+    datasets = data.get("datasets")
+    learned = [each for each in datasets.values() if isinstance(each, dict)] if isinstance(datasets, dict) else [data]
+    if data.get("eval_path") is None and any(data["eval_split"] == (one.get("split") or "train") for one in learned):
         rule, remedy = "these are the examples that are trained on", "Name another split, or an eval_path"
         problems.append(Problem("data.eval_split", shown(data["eval_split"]), rule, remedy))
     return problems
-
-
-def absolute(folder: Path, text: str) -> str:
-    """A specification's path, which is relative to its folder."""
-    return os.path.realpath(os.path.join(folder, os.path.expanduser(text)))
-
-
-def data_path(folder: Path, text: str) -> str:
-    """Where a specification's data lies: an absolute path; an address or a dataset of the Hub as it is."""
-    if is_address(text):
-        return text
-    path = absolute(folder, text)
-    return text if not os.path.exists(path) and hub_dataset(text) is not None else path
-
-
-def refuse_credentials(fields: dict[str, Any]) -> list[Problem]:
-    """What is wrong with addresses that carry secrets: they would stand in records and logs. They are not shown."""
-    data, checkpoints = fields.get("data"), fields.get("checkpoints")
-    places = {name: fields.get(name) for name in ("model", "adapter", "output")}
-    for name in ("path", "eval_path"):
-        places[f"data.{name}"] = data.get(name) if isinstance(data, dict) else None
-    places["checkpoints.storage"] = checkpoints.get("storage") if isinstance(checkpoints, dict) else None
-    rule = "an address must not carry a user, a password, a query or a fragment"
-    remedy = "Leave credentials to the environment, as the storage's own tools read them"
-    return [
-        Problem(name, without_credentials(text), rule, remedy)
-        for name, text in places.items()
-        if isinstance(text, str) and is_address(text) and has_credentials(text)
-    ]
-
-
-def resolve_paths(spec: RunSpec, folder: Path) -> RunSpec:
-    """`spec` with absolute paths; a model that is no folder there, and is not written like one, stays a name."""
-    model, evaluated = absolute(folder, spec.model), spec.data.eval_path
-    is_path = os.path.isdir(model) or spec.model.startswith(("/", "./", "../", "~"))
-    return spec.model_copy(
-        update={
-            "model": model if is_path else spec.model,
-            "data": spec.data.model_copy(
-                update={
-                    "path": data_path(folder, spec.data.path),
-                    "eval_path": None if evaluated is None else data_path(folder, evaluated),
-                }
-            ),
-            "adapter": None if spec.adapter is None else absolute(folder, spec.adapter),
-            "output": absolute(folder, spec.output),
-        }
-    )
 
 
 def schema() -> dict[str, Any]:
     """The JSON schema of a run specification, for editors; it describes every field."""
     document = RunSpec.model_json_schema()
     strategy_and_where = (StrategySpec, ClusterSpec, CheckpointSpec, RecoverySpec)
-    for section in (RunSpec, DataSpec, Recipe, *strategy_and_where, EvaluationSpec, TrackingSpec):
+    for section in (RunSpec, DataSpec, DatasetSpec, Recipe, *strategy_and_where, EvaluationSpec, TrackingSpec):
         described = document if section is RunSpec else document["$defs"][section.__name__]
         for name, text in field_docs(section).items():
             described["properties"][name]["description"] = text
@@ -395,8 +392,9 @@ def schema() -> dict[str, Any]:
 
 def field_docs(section: type[Any]) -> dict[str, str]:
     """The docstring under each field of a class; pydantic could read them too, but would do so at every start."""
+    inherited = field_docs(_Reading) if issubclass(section, _Reading) and section is not _Reading else {}
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
-    return {
+    return inherited | {
         field.target.id: inspect.cleandoc(doc.value.value)
         for field, doc in itertools.pairwise(getattr(definition, "body", ()))
         if isinstance(field, ast.AnnAssign)

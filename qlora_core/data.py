@@ -53,6 +53,11 @@ def without_credentials(address: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{re.split('[?#]', rest)[0]}"
 
 
+def in_an_epoch(times: float) -> str:
+    """How often an epoch has examples, as it is said behind them; nothing for once."""
+    return "" if times == 1 else f", {times:g} times an epoch"
+
+
 def hub_dataset(text: str) -> HubId | None:
     """The dataset of the Hub that `text` is written like, ``org/name`` or ``org/name@revision``.
 

@@ -16,7 +16,7 @@ from launch.report.words import visible
 from launch.train import train
 from orchestrator.prepare import commit_before
 from orchestrator.record import RunRecord, new_id
-from orchestrator.spec import RunSpec, load_spec
+from orchestrator.spec import load_spec
 from qlora_core.training.dataset.tokens import Encoded
 from qlora_core.training.shown import chosen, samples
 from qlora_core.training.tokenizer import load_tokenizer
@@ -87,13 +87,14 @@ def test_addresses_and_datasets_of_the_hub_stay_as_they_are_and_secrets_are_refu
 
 
 def test_a_run_goes_on_with_the_commit_of_the_dataset_that_it_started_with(tmp_path: Path) -> None:
-    spec: RunSpec = load_spec(specification(tmp_path, path="org/name"))
-    assert commit_before(spec, None) is None
-    identity = {"data": "org/name@" + "ab" * 20 + " config=default split=train"}
+    assert commit_before("org/name", None) is None
+    identity = {"data": "0123; org/name@" + "ab" * 20 + " config=default split=train x2"}
     fields: dict[str, Any] = {"plan": {}, "data": {}, "predicted": {}}
     record = RunRecord(id=new_id(), name="x", identity=identity, total_steps=1, **fields)
-    assert commit_before(spec, record) == "ab" * 20
-    assert commit_before(load_spec(specification(tmp_path, path="org/other")), record) is None
+    assert commit_before("org/name", record) == "ab" * 20
+    record.data["evaluated"] = {"digest": "org/held@" + "cd" * 20 + " config=default split=test"}
+    assert commit_before("org/held", record) == "cd" * 20
+    assert [commit_before(path, record) for path in ("org/other", "org/name@main", "a.jsonl")] == [None, None, None]
 
 
 def test_samples_are_the_text_of_the_beginning_the_middle_and_the_end(tiny_base: Path) -> None:

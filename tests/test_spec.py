@@ -20,6 +20,7 @@ from orchestrator.machine import describe
 from orchestrator.spec import (
     CheckpointSpec,
     ClusterSpec,
+    DatasetSpec,
     DataSpec,
     RunSpec,
     StrategySpec,
@@ -108,6 +109,76 @@ def test_examples_are_either_held_out_or_given(load: Load) -> None:
     assert load(MINIMAL, "data.eval_path=held.jsonl", "data.eval_fraction=0").data.eval_fraction == 0
     assert "trained on" in problems(load, MINIMAL, "data.eval_split=train")["data.eval_split"].rule
     assert "trained on" in problems(load, MINIMAL, "data.eval_split=a", "data.split=a")["data.eval_split"].rule
+
+
+SEVERAL = """
+name: demo
+model: base
+data:
+  datasets:
+    chats: {path: chats.jsonl}
+    code.v2: {path: "s3://bucket/code.parquet", format: alpaca, times: 2.5}
+output: runs/demo
+"""
+
+
+def test_several_datasets_lie_where_one_could(load: Load, tmp_path: Path) -> None:
+    spec = load(SEVERAL, "data.datasets.more.path=org/name", "data.datasets.chats.learn=completion")
+    assert {name: (one.path, one.times) for name, one in spec.data.learned.items()} == {
+        "chats": (str(tmp_path / "chats.jsonl"), 1),
+        "code.v2": ("s3://bucket/code.parquet", 2.5),
+        "more": ("org/name", 1),
+    }
+    assert spec.data.path is None
+    assert spec.data.evaluates
+
+
+def test_what_is_wrong_with_several_datasets_is_told_of_each(load: Load) -> None:
+    found = problems(
+        load,
+        """
+name: demo
+model: base
+data:
+  format: alpaca
+  path: all.jsonl
+  eval_split: held
+  datasets:
+    a: {path: a.jsonl, times: 0}
+    b: {format: alpca, spilt: x}
+    c: {path: "s3://key:hush@bucket/c.jsonl"}
+    d: d.jsonl
+    "e/f": {path: e.jsonl}
+    g: {path: g, split: held}
+output: runs/demo
+""",
+    )
+    assert set(found) == {
+        "data.format",
+        "data.path",
+        "data.eval_split",
+        "data.datasets.a.times",
+        "data.datasets.b.path",
+        "data.datasets.b.format",
+        "data.datasets.b.spilt",
+        "data.datasets.c.path",
+        "data.datasets.d",
+        "data.datasets.e/f",
+    }
+    assert "hush" not in str(found)
+    assert found["data.datasets.b.path"].rule == "it is required"
+    assert found["data.datasets.b.spilt"].remedy == "Did you mean split?"
+    assert found["data.datasets.b.format"].remedy == "Did you mean alpaca?"
+    assert found["data.datasets.d"].rule == "it should be a section of fields"
+    assert "each says this itself" in found["data.format"].rule
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [("{}", "data.path"), ("{datasets: {}}", "data.datasets"), ("{datasets: [a.jsonl]}", "data.datasets")],
+)
+def test_there_is_a_dataset(load: Load, data: str, where: str) -> None:
+    assert where in problems(load, f"name: demo\nmodel: base\ndata: {data}\noutput: runs/demo\n")
 
 
 def test_a_template_and_columns_travel_with_a_job(load: Load, tmp_path: Path) -> None:
@@ -432,7 +503,7 @@ def test_a_number_too_large_to_print_is_refused(load: Load) -> None:
 
 # --- the schema -------------------------------------------------------------------------------------------------------
 
-SECTIONS: tuple[type[Any], ...] = (RunSpec, DataSpec, Recipe, StrategySpec, ClusterSpec, CheckpointSpec)
+SECTIONS: tuple[type[Any], ...] = (RunSpec, DataSpec, DatasetSpec, Recipe, StrategySpec, ClusterSpec, CheckpointSpec)
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -212,11 +212,28 @@ def test_what_travels_is_the_specification_the_machine_and_what_is_local(
     folder.mkdir()
     pack(spec, CPUS, folder)
     there = load_spec(folder / "run.yaml")
-    assert Path(there.data.path).read_bytes() == conversations.read_bytes()
+    assert Path(there.data.learned[""].path).read_bytes() == conversations.read_bytes()
     assert (Path(there.model) / "config.json").read_bytes() == (tiny_base / "config.json").read_bytes()
     assert there.output == spec.output
     assert there.recipe == spec.recipe
     assert json.loads((folder / "machine.json").read_text())["devices"] == 2
+
+
+def test_each_of_several_datasets_travels(tmp_path: Path, tiny_base: Path, conversations: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(f"{name}\n")
+    run = run_of(tmp_path, tiny_base, conversations, steps=2)
+    fields = yaml.safe_load(run.specification.read_text())
+    datasets = {"a": {"path": "a/train.jsonl", "times": 2}, "b": {"path": "b/train.jsonl"}, "c": {"path": "org/name"}}
+    run.specification.write_text(yaml.safe_dump(fields | {"data": {"datasets": datasets}}))
+    folder = tmp_path / "travels"
+    folder.mkdir()
+    pack(load_spec(run.specification), CPUS, folder)
+    there = load_spec(folder / "run.yaml").data.learned
+    assert [Path(there[name].path).read_text() for name in ("a", "b")] == ["a\n", "b\n"]
+    assert there["a"].times == 2
+    assert there["c"].path == "org/name"
 
 
 def test_an_adapter_travels_too(tmp_path: Path, tiny_base: Path, conversations: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -12,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.report.terminal import Bar
-from launch.report.words import visible, written_otherwise
+from launch.report.words import mixture, visible, written_otherwise
+from qlora_core.data import in_an_epoch
 from qlora_core.training import layout
 from qlora_core.training.dataset import DataReport
 from qlora_core.training.dataset.tokens import Encoded
@@ -26,14 +28,18 @@ LEARN_WORDS = {"assistant": "the answers", "completion": "the last answer", "all
 
 def print_preview(
     console: Console,
-    report: DataReport,
+    reports: Mapping[str, DataReport],
     examples: Sequence[Encoded],
     lengths: Sequence[int],
     seq_len: int,
     tokenizer: Any,
 ) -> None:
-    """Print counts, a histogram of the lengths, and samples from the data's beginning, middle and end."""
-    console.print(Group(counts(report, seq_len), histogram(lengths)), highlight=False, markup=False, emoji=False)
+    """Print each dataset's counts, a histogram of the lengths, and samples from beginning, middle and end."""
+    tables = [counts(report, seq_len) for report in reports.values()]
+    if len(tables) > 1:
+        shares = mixture({name: asdict(report) for name, report in reports.items()})
+        tables = [part for said, table in zip(shares, tables, strict=True) for part in (Text(said), table, Text())]
+    console.print(Group(*tables, histogram(lengths)), highlight=False, markup=False, emoji=False)
     console.print(
         "\n+ is learned; - is not, its label is -100. | stands between tokens.", highlight=False, markup=False
     )
@@ -47,10 +53,10 @@ def print_preview(
 
 
 def counts(report: DataReport, seq_len: int) -> RenderableType:
-    """What was found, and what became of it."""
+    """What was found in a dataset, and what became of it."""
     table = Table.grid(padding=(0, 2))
     rows = [
-        ("data", report.source),
+        ("data", report.source + in_an_epoch(report.times)),
         ("format", report.format + (f": {report.found}" if report.found else "")),
         ("not read", ", ".join(report.unread)),
         ("written with", report.layout),

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from launch.report.components import COMPONENT_TITLES, GROUPS
 from launch.report.document import DRAWS, Document, Section, drawn, write
 from launch.report.terminal import memory_rows
-from launch.report.words import error, gib, time_words, visible, written_otherwise
+from launch.report.words import error, gib, mixture, time_words, visible, written_otherwise
 from orchestrator.record import SAMPLES_NAME, RunRecord
+from qlora_core.data import in_an_epoch
 from qlora_core.perplexity import perplexity
 
 if TYPE_CHECKING:  # it imports transformers
@@ -251,8 +252,9 @@ def data(found: Mapping[str, Any]) -> Iterator[Section]:
     """What became of the data."""
     said = [
         f"{found['examples']} examples in format {found['format']}, {found['tokens']} tokens, the longest "
-        f"{found['longest']}; {found['truncated']} truncated, {found['unlearnable']} left out because nothing to learn "
-        f"was within the length, {found.get('empty_answers', 0)} because the answer is empty, {found.get('bad', 0)} as "
+        f"{found['longest']}{in_an_epoch(found.get('times', 1))}; {found['truncated']} truncated, "
+        f"{found['unlearnable']} left out because nothing to learn was within the length, "
+        f"{found.get('empty_answers', 0)} because the answer is empty, {found.get('bad', 0)} as "
         "bad."
     ]
     if "rows" in found:
@@ -260,6 +262,7 @@ def data(found: Mapping[str, Any]) -> Iterator[Section]:
             f" They are trained on in {found['rows']} sequences; were all as long as the longest, "
             f"{found['padding_percent']} % would be padding."
         )
+    said += mixture(found.get("datasets", {}))
     if other := found.get("evaluated"):
         said.append(
             f"Evaluated on {other['examples']} examples of {other['source']}, {other['tokens']} tokens; "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clusters.gpu import GIB, MIB
+from qlora_core.data import in_an_epoch
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -56,6 +58,20 @@ def time_words(seconds: float) -> str:
 def visible(text: str) -> str:
     """Text on one line: line breaks and other control characters, which could steer a terminal, are written out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def mixture(datasets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What each of several datasets contributes, in sentences.
+
+    Args:
+        datasets: by name, `qlora_core.training.dataset.DataReport` as a run's record has it.
+    """
+    learned = {name: one["learned"] * one["times"] for name, one in datasets.items()}
+    return [
+        f"{name}: {one['examples']} examples in format {one['format']}{in_an_epoch(one['times'])}; "
+        f"{learned[name] / sum(learned.values()):.1%} of the learned tokens."
+        for name, one in datasets.items()
+    ]
 
 
 def written_otherwise(divided: int, shortened: int) -> list[str]:

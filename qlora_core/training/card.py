@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from qlora_core.data import CHAT_TEMPLATE
+from qlora_core.data import CHAT_TEMPLATE, in_an_epoch
 from qlora_core.perplexity import perplexity
 from qlora_core.recipe import Recipe
 
@@ -47,8 +47,7 @@ class CardFacts:
         base: the base model's folder, or its Hub id.
         commit: the Hub's commit of it, or None for a folder.
         chat_template: with which conversations were written in place of the tokenizer's; None for its own.
-        data_name: what the data is called.
-        data: what became of it: examples, tokens, digest and so on.
+        datasets: by what each is called, what became of it: examples, tokens, digest and so on.
         strategy: how the plan spread the step.
         predicted, measured: bytes of the fullest rank, by phase and at the peak, and seconds of a step.
         results: evaluation before and after.
@@ -62,8 +61,7 @@ class CardFacts:
     compute_dtype: str
     steps: int
     chat_template: str | None
-    data_name: str
-    data: Mapping[str, Any]
+    datasets: Mapping[str, Mapping[str, Any]]
     strategy: Mapping[str, Any]
     predicted: Mapping[str, Any]
     measured: Mapping[str, Any] | None
@@ -138,11 +136,13 @@ def evaluation(results: Mapping[str, Any]) -> str:
 
 def data(facts: CardFacts) -> str:
     """What it learned from, by name, size and digest."""
-    known = facts.data
-    return (
-        f"## Data\n\n`{facts.data_name}`: {known['examples']} examples in format {known['format']}, {known['tokens']} "
-        f"tokens; {known['truncated']} cut off at {facts.recipe.seq_len} tokens. SHA-256 `{known['digest']}`."
-    )
+    said = [
+        f"`{name}`: {known['examples']} examples in format {known['format']}, {known['tokens']} tokens; "
+        f"{known['truncated']} cut off at {facts.recipe.seq_len} tokens{in_an_epoch(known['times'])}. "
+        f"SHA-256 `{known['digest']}`."
+        for name, known in facts.datasets.items()
+    ]
+    return "\n\n".join(["## Data", *said])
 
 
 def measurements(predicted: Mapping[str, Any], measured: Mapping[str, Any] | None) -> str:

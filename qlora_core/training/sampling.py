@@ -67,6 +67,14 @@ def split_eval(records: Sequence[int], fraction: float, seed: int) -> tuple[list
     return [at for at in indexes if records[at] not in held_out], [at for at in indexes if records[at] in held_out]
 
 
+def repeated(indexes: Sequence[int], times: float, seed: str) -> list[int]:
+    """`indexes` so often. What a whole number leaves over is drawn by the seed; there is at least one in the end."""
+    rounds = int(times)
+    part = max(0 if rounds else 1, round(len(indexes) * (times - rounds)))
+    drawn = random.Random(seed).sample(range(len(indexes)), part)
+    return [*indexes] * rounds + [indexes[at] for at in sorted(drawn)]
+
+
 def micro_batches(
     rows: Sequence[int], lengths: Sequence[int], *, rank: int, world_size: int, micro_batch: int
 ) -> list[list[int]]:

@@ -21,8 +21,9 @@ FACTS = CardFacts(
     compute_dtype="bfloat16",
     steps=120,
     chat_template=None,
-    data_name="oasst1.jsonl",
-    data={"examples": 9, "format": "messages", "tokens": 900, "truncated": 1, "digest": "d1"},
+    datasets={
+        "oasst1.jsonl": {"examples": 9, "format": "messages", "tokens": 900, "truncated": 1, "digest": "d1", "times": 1}
+    },
     strategy={"world_size": 2, "micro_batch": 4, "attention": "sdpa"},
     predicted={"phases": PHASES, "allocated_bytes": 3 * 2**30, "step_seconds": 1.5},
     measured={

@@ -380,7 +380,7 @@ def test_a_template_that_writes_the_date_writes_that_of_the_run_s_first_day(
 
     def first() -> str:
         found = find_base(spec, lambda text: None)
-        return str(tokenizer.decode(read_data(spec, found, tokenizer)[0][0].ids)).replace(" ", "")
+        return str(tokenizer.decode(read_data(spec, found, tokenizer)[""][0][0].ids)).replace(" ", "")
 
     assert first().startswith(datetime.now(UTC).strftime("%d%b%Y"))
     started = Attempt(started="2020-02-01T23:59:59+00:00", from_step=0)

@@ -118,6 +118,31 @@ def test_a_run_learns_from_it(tmp_path: Path, tiny_base: Path, format_: FormatNa
     assert prepared.data.format == format_
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_run_learns_from_all_of_them_together(tmp_path: Path, tiny_base: Path, packing: bool) -> None:
+    datasets = {}
+    for number, format_ in enumerate(ROWS):
+        (tmp_path / format_).mkdir()
+        write_spec(tmp_path / format_, tiny_base, format_)
+        datasets[format_] = {"path": f"{format_}/rows.jsonl", "format": format_, "times": 1 + number / 4}
+    path = write_spec(tmp_path, tiny_base, "text")
+    fields = yaml.safe_load(path.read_text())
+    fields["data"] = {"datasets": datasets, "eval_fraction": 0.1}
+    fields["recipe"]["packing"] = packing
+    path.write_text(yaml.safe_dump(fields))
+    spec = load_spec(path)
+    prepared = prepare(spec)
+    output = Path(spec.output)
+    output.mkdir()
+    open_record(prepared, None, output)
+    watch = Watch()
+    cpu = torch.device("cpu")
+    train(build(order_of(prepared, output, None), 0, cpu, meter_for(cpu)), watch, None)
+    assert len(watch.losses) == STEPS
+    assert watch.losses[-1] < watch.losses[0]
+
+
 @pytest.mark.grid
 @pytest.mark.xdist_group("workers")
 @pytest.mark.parametrize("format_", ROWS)

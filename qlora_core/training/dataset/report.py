@@ -44,6 +44,7 @@ class DataReport:
         empty_answers: left out, because the answer is empty.
         bad: left out as bad.
         bad_records: the first of them, with place and reason.
+        times: how often an epoch has these examples.
     """
 
     format: str
@@ -66,6 +67,7 @@ class DataReport:
     empty_answers: int = 0
     bad: int = 0
     bad_records: tuple[str, ...] = ()
+    times: float = 1
 
     def left_out(self) -> list[str]:
         """What is not trained on, and why, in words; nothing where all is."""

@@ -97,7 +97,7 @@ class EncodedExamples(Sequence[Encoded]):
 
     def is_whole(self) -> bool:
         """Whether it is all that was appended, in that order."""
-        return self._order == range(len(self.starts) - 1)
+        return len(self) == len(self.starts) - 1 and all(index == at for index, at in enumerate(self._order))
 
     def learned_count(self) -> int:
         """Tokens with a loss: all learned but the first of an example, which nothing predicts."""
