@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launch.report.terminal import measured_table, plan_screen
-from launch.report.words import gib, mixture, written_otherwise
+from launch.report.words import ending, gib, mixture, written_otherwise
 from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord
 from orchestrator.trackers import FILE_NAME
@@ -138,6 +138,8 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
             f"perplexity {perplexity(before):.2f} and {perplexity(after):.2f}",
             highlight=False,
         )
+    for said in ending(results, record.attempts[-1].to_step, record.total_steps) if record.status == "complete" else ():
+        console.print(said, highlight=False, markup=False)
     for first, last in zip(results.get("answers_before", []), results.get("answers_after", []), strict=False):
         console.print(f"\n  asked     {first['question']}", highlight=False, markup=False)
         console.print(f"  expected  {first['expected']}", highlight=False, markup=False)

@@ -1,8 +1,8 @@
 """A second home for checkpoints in object storage: they outlive the machine, and a run goes on from them elsewhere.
 
 The process that was started copies them, in a thread of its own: workers need no credentials, and no step waits. Below
-the address lies a folder with the run's name, in it the checkpoints as they lie in the output folder, each with its
-manifest uploaded last, and in the end the result.
+the address lies a folder with the run's name, in it the last few checkpoints and the best as they lie in the output
+folder, each with its manifest uploaded last, and in the end the result.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Offsite:
         self._thread.start()
 
     def fetch(self, checkpoints: Path, identity: Mapping[str, Any]) -> Path | None:
-        """Copy the newest valid checkpoint here, if there is none as new; returns where it lies.
+        """Copy the newest valid checkpoint here, and the best, if there is none as new; returns where it lies.
 
         Raises:
             RequestError: the storage cannot be read, or another run's checkpoints lie there.
@@ -71,16 +71,23 @@ class Offsite:
                 if step <= newest_here:
                     return None
                 checkpoints.mkdir(parents=True, exist_ok=True)
-                try:
-                    with replace_folder(checkpoints / there[step]) as temporary:
-                        self._filesystem.get(f"{self._root}/{there[step]}/", f"{temporary}/", recursive=True)
-                        fields = manifest.check(temporary)
-                        check_same(fields["identity"], identity, f"{self._address}/{there[step]}")
-                except (InvalidCheckpoint, FileNotFoundError) as error:
-                    self._tell(f"The checkpoint {there[step]} in {self._address} was passed over: {error}.")
-                    continue
-                return checkpoints / there[step]
+                if self._get(there[step], checkpoints, identity):
+                    if self._filesystem.exists(f"{self._root}/{manifest.BEST}/{manifest.FILE_NAME}"):
+                        self._get(manifest.BEST, checkpoints, identity)
+                    return checkpoints / there[step]
         return None
+
+    def _get(self, name: str, checkpoints: Path, identity: Mapping[str, Any]) -> bool:
+        """Copy a checkpoint of that name here; whether it is whole."""
+        try:
+            with replace_folder(checkpoints / name) as temporary:
+                self._filesystem.get(f"{self._root}/{name}/", f"{temporary}/", recursive=True)
+                fields = manifest.check(temporary)
+                check_same(fields["identity"], identity, f"{self._address}/{name}")
+        except (InvalidCheckpoint, FileNotFoundError) as error:
+            self._tell(f"The checkpoint {name} in {self._address} was passed over: {error}.")
+            return False
+        return True
 
     def keep(self, folder: Path) -> None:
         """Copy a folder there, soon; a checkpoint lets older ones go."""

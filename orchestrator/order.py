@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
@@ -37,6 +37,7 @@ class Order:
         wait_seconds: how long it waits for devices that others use; None: without end.
         model_name: what others load the base by: the folder, its address, or the Hub id.
         model_commit: of the Hub's repository; None for any other.
+        patience, result: see `TrainingRun`.
         more_workers: the numbers with which the run could go on if as many devices came back.
     """
 
@@ -62,6 +63,8 @@ class Order:
     rendezvous: Path | None
     predicted: Mapping[str, Any]
     eval_every: int | None = None
+    patience: int | None = None
+    result: Literal["last", "best"] = "last"
     more_workers: tuple[int, ...] = ()
     accelerator_type: str | None = None
     wait_seconds: float | None = None

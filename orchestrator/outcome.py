@@ -16,7 +16,7 @@ from orchestrator.record import RunRecord, Status, now
 from qlora_core.perplexity import perplexity
 from qlora_core.training.card import CardFacts
 from qlora_core.training.export import export_adapter, export_model
-from qlora_core.training.manifest import folder_name, load_facts, newest_valid
+from qlora_core.training.manifest import after_step, folder_name, load_facts, newest_valid
 
 
 def result_folder(prepared: Prepared, output: Path) -> Path:
@@ -65,7 +65,18 @@ def finish(record: RunRecord, end: Mapping[str, Any], prepared: Prepared, output
     if not end["finished"]:
         return
     checkpoint = output / "checkpoints" / folder_name(reached)
-    folder, facts = result_folder(prepared, output), card_facts(record, prepared)
+    best = record.results.get("best")
+    if prepared.spec.evaluation.result == "best" and best is not None and best["step"] != reached:
+        if (found := after_step(output / "checkpoints", best["step"])) is None:
+            raise RunFailed(
+                f"The checkpoint after step {best['step']}, which had the lowest evaluation loss, is not there whole.",
+                "Start the same run again with evaluation.result=last: the last checkpoint is there.",
+            )
+        checkpoint = found
+        record.results |= {"eval_after": best["eval_loss"]}
+        record.results |= {**perplexities(record.results), "result_step": best["step"]}
+    folder = result_folder(prepared, output)
+    facts = card_facts(record, prepared, record.results.get("result_step", reached))
     try:
         if prepared.spec.recipe.method == "full":
             export_model(checkpoint, folder, prepared.base.folder, facts)
@@ -89,15 +100,15 @@ def perplexities(context: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def card_facts(record: RunRecord, prepared: Prepared) -> CardFacts:
-    """What the result's card tells of its run."""
+def card_facts(record: RunRecord, prepared: Prepared, steps: int) -> CardFacts:
+    """What the result's card tells of its run; the result is what was learned in `steps`."""
     return CardFacts(
         name=record.name,
         base=prepared.base.name,
         commit=prepared.base.commit,
         recipe=prepared.spec.recipe,
         compute_dtype=prepared.plan.target.compute_dtype,
-        steps=record.total_steps,
+        steps=steps,
         chat_template=prepared.spec.data.chat_template,
         datasets=record.data["datasets"] or {Path(prepared.spec.data.learned[""].path).name: record.data},
         strategy=record.plan["strategy"],

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from clusters.errors import Problem, RequestError
+from clusters.errors import Problem, RequestError, request_error
 from orchestrator.base import Base, find_base
 from orchestrator.identity import identity
 from orchestrator.ledger import known_history
@@ -95,6 +95,10 @@ def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, mach
         others = read_evaluated(spec, base, tokenizer)
         held_out = together([examples for examples, _ in others])
         evaluated = combined([report for _, report in others])
+    if not held_out and (spec.evaluation.patience is not None or spec.evaluation.result == "best"):
+        rule = "nothing is held out, and evaluation.patience and evaluation.result=best go by that"
+        remedy = "Raise it, give data.eval_path or data.eval_split, or leave the others out"
+        raise request_error("data.eval_fraction", str(spec.data.eval_fraction), rule, remedy)
     # The workers of a running Ray are planned as this machine's, which is one of its nodes: see docs/running.md.
     machine = machine or describe()
     target = target_for(spec, machine)

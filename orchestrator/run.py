@@ -36,7 +36,7 @@ from orchestrator.tracking import tracked
 from qlora_core.files import write_json
 from qlora_core.training.dataset.tokens import save_examples
 from qlora_core.training.layout import histogram
-from qlora_core.training.manifest import folder_name, load_facts, newest_valid, put_aside
+from qlora_core.training.manifest import BEST, folder_name, is_best, load_facts, newest_valid, put_aside
 
 
 class Display(Protocol):
@@ -147,7 +147,9 @@ def run_to_end(prepared: Prepared, record: RunRecord, output: Path, display: Dis
                     display.event(event)
                     track(event)
                     if storage is not None and event["event"] == "checkpoint":
-                        storage.keep(Path(event["path"]))
+                        storage.keep(checkpoint := Path(event["path"]))
+                        if is_best(checkpoint):
+                            storage.keep(checkpoint.with_name(BEST))
 
                 following = attempt_once(prepared, record, since, output, display, interrupt, on_event)
         if following is not None:  # somebody asked to stop while it waited
@@ -322,6 +324,8 @@ def order_of(
         total_steps=prepared.total_steps,
         save_every=spec.checkpoints.every_steps,
         eval_every=spec.evaluation.every_steps,
+        patience=spec.evaluation.patience,
+        result=spec.evaluation.result,
         keep=spec.checkpoints.keep,
         examples=output / "data",
         checkpoints=output / "checkpoints",

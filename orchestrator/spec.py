@@ -198,10 +198,14 @@ class CheckpointSpec(_Section):
 
 
 class EvaluationSpec(_Section):
-    """When the held-out examples are looked at, besides before the run and at each checkpoint."""
+    """When the held-out examples are looked at, besides before the run and at each checkpoint, and what follows."""
 
     every_steps: Count | None = None
     """Optimizer steps between two evaluations; nothing leaves it at the checkpoints."""
+    patience: Count | None = None
+    """So many checkpoints in a row without a lower loss end the run; nothing: it takes all its steps."""
+    result: Literal["last", "best"] = "last"
+    """Which checkpoint becomes the result: the last, or the one with the lowest loss."""
 
 
 class RecoverySpec(_Section):

@@ -176,6 +176,8 @@ def prepare(order: Order, rank: int, device: torch.device, meter: Meter) -> Trai
         total_steps=order.total_steps,
         save_every=order.save_every,
         eval_every=order.eval_every,
+        patience=order.patience,
+        result=order.result,
         model=model,
         engine=engine,
         tokenizer=load_tokenizer(str(here)),

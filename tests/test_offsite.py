@@ -80,6 +80,18 @@ def test_the_last_few_are_there_and_come_back_whole(tmp_path: Path, bucket: str,
     assert told == []
 
 
+def test_the_best_comes_along(tmp_path: Path, bucket: str, told: list[str]) -> None:
+    folders = [make(tmp_path / "here", step) for step in (10, 20, 30)]
+    best = folders[0].rename(tmp_path / "here" / manifest.BEST)
+    storage = stored(bucket, told, best, *folders[1:])
+    assert names(bucket) == {"best", "step-00000020", "step-00000030"}
+    storage.fetch(tmp_path / "elsewhere", IDENTITY)
+    assert manifest.after_step(tmp_path / "elsewhere", 10) == tmp_path / "elsewhere" / manifest.BEST
+    assert manifest.after_step(tmp_path / "elsewhere", 30) == tmp_path / "elsewhere" / "step-00000030"
+    assert manifest.after_step(tmp_path / "elsewhere", 20) is None
+    assert told == []
+
+
 def test_what_was_harmed_there_is_passed_over(tmp_path: Path, bucket: str, told: list[str]) -> None:
     storage = stored(bucket, told, make(tmp_path / "here", 10), make(tmp_path / "here", 20))
     key = f"{bucket}/runs/tiny/step-00000020/optimizer-00000.safetensors"

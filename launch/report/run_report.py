@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from launch.report.components import COMPONENT_TITLES, GROUPS
 from launch.report.document import DRAWS, Document, Section, drawn, write
 from launch.report.terminal import memory_rows
-from launch.report.words import error, gib, mixture, time_words, visible, written_otherwise
+from launch.report.words import ending, error, gib, mixture, time_words, visible, written_otherwise
 from orchestrator.record import SAMPLES_NAME, RunRecord
 from qlora_core.data import in_an_epoch
 from qlora_core.perplexity import perplexity
@@ -106,6 +106,8 @@ def result(record: RunRecord) -> Section:
             f"Evaluation loss on held-out examples: {before:.4f} before, {after:.4f} after; perplexity "
             f"{perplexity(before):.2f} and {perplexity(after):.2f}."
         )
+    if record.status == "complete":
+        said += ending(results, record.attempts[-1].to_step, record.total_steps)
     said += [f"Adapter: {record.adapter}"] if record.adapter else []
     said += [f"Model: {record.weights}"] if record.weights else []
     answers = [

@@ -74,6 +74,27 @@ def mixture(datasets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def ending(results: Mapping[str, Any], last: int | None, total: int) -> list[str]:
+    """What the evaluations decided of a run that is complete, or left to be decided, in sentences.
+
+    Args:
+        results: those of its record.
+        last: the step that it came to.
+        total: its steps.
+    """
+    said = []
+    if last is not None and last < total:
+        so_often = f"{results['not_lower']} checkpoint(s)"
+        said.append(f"It ended after step {last} of {total}: the evaluation loss was not lower at {so_often}.")
+    best = results.get("best")
+    if "result_step" in results:
+        said.append(f"The result is of step {results['result_step']}, whose evaluation loss was the lowest.")
+    elif best is not None and best["eval_loss"] < results["eval_after"]:
+        lower = f"{best['eval_loss']:.4f}, after step {best['step']}"
+        said.append(f"The evaluation loss was lower, {lower}: that checkpoint is kept as checkpoints/best.")
+    return said
+
+
 def written_otherwise(divided: int, shortened: int) -> list[str]:
     """What a chat template made of conversations, in sentences; nothing where it wrote them as they are.
 

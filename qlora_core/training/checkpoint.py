@@ -37,12 +37,7 @@ from torch import nn
 from clusters.errors import NEEDS_A_PERSON, StorageFailed, first_line
 from qlora_core.files import publish_folder, replace_folder, sync
 from qlora_core.training.engine import Engine
-from qlora_core.training.manifest import (
-    described,
-    folder_name,
-    retire,
-    write_manifest,
-)
+from qlora_core.training.manifest import BEST, described, folder_name, is_best, retire, write_manifest
 from qlora_core.training.optimizer_state import OptimizerState
 
 SHARD_SIZE = "5GB"
@@ -266,8 +261,10 @@ def from_rank(temporary: Path, rank: int) -> str:
 
 
 def keep_best(path: Path) -> None:
-    """Copy a checkpoint to ``best`` beside it, so that it outlives the last few."""
-    with replace_folder(path.with_name("best")) as temporary:
+    """Copy a checkpoint to ``best`` beside it, unless it is that one, so that it outlives the last few."""
+    if is_best(path):
+        return
+    with replace_folder(path.with_name(BEST)) as temporary:
         shutil.copytree(path, temporary)
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,8 @@ class TrainingRun:
         total_steps: optimizer steps of the whole run.
         save_every: steps between two checkpoints; one more is written at the end. Each comes with an evaluation.
         eval_every: steps between two evaluations besides; None for no others.
+        patience: checkpoints in a row without a lower evaluation loss that end the run; None: it takes all its steps.
+        result: whose answers are taken in the end: the last checkpoint's, or those of the best.
         facts: what identifies the run inside its checkpoints.
         keep: valid checkpoints that stay.
         attempt: the number of this try of the run.
@@ -84,6 +86,8 @@ class TrainingRun:
     keep: int = 2
     attempt: int = 1
     eval_every: int | None = None
+    patience: int | None = None
+    result: Literal["last", "best"] = "last"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,9 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
         progress = load_progress(resume_from)
         step, context = progress.step, progress.context
         check_resumed(weights, context, resume_from)
+        best = cast(dict[str, Any] | None, context.get("best"))
+        if run.rank == 0 and best is not None and best["step"] == step:
+            checkpoint.keep_best(resume_from)  # its writer may have ended before it did
         scheduler.load_state_dict(progress.scheduler)
         for group, rate in zip(run.engine.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -152,7 +159,7 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
 
     first, stop = step, False
     with writer.finishing(observer.alive):
-        while step < run.total_steps and not stop:
+        while not (ended := is_at_end(run, step, context)) and not stop:
             if step == first + 1:  # the optimizer's state is there now, and the largest micro-batch must fit beside it
                 rehearse(run, observer)
             started = time.perf_counter()
@@ -178,18 +185,21 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
                     "Look at these examples, or lower recipe.learning_rate and start anew with --fresh.",
                 )
             if step == run.total_steps or stop or step % run.save_every == 0:
-                if step == run.total_steps:
-                    context["answers_after"] = answers(run)
                 context = save(run, observer, writer, Progress(step, scheduler.state_dict(), context))
             elif run.eval_every is not None and step % run.eval_every == 0:
                 observer.event("eval", step=step, **measures(evaluate(run, observer)))
             writer.check()
-    if step == run.total_steps and writer.digest == context["weights_at_start"]:
+    if ended and writer.digest == context["weights_at_start"]:
         raise RunFailed(
             f"All {step} steps were done, and the trained weights are what they were before the first.",
             "Raise recipe.learning_rate, or look whether recipe.lora_dtype can hold such small changes.",
         )
-    return Outcome(step=step, finished=step == run.total_steps, context=context)
+    return Outcome(step=step, finished=ended, context=context)
+
+
+def is_at_end(run: TrainingRun, step: int, context: Mapping[str, Any]) -> bool:
+    """Whether all steps are done, or the evaluation loss was not lower at as many checkpoints as are waited for."""
+    return step == run.total_steps or (run.patience is not None and context.get("not_lower", 0) >= run.patience)
 
 
 def can_scale_down(scaler: torch.amp.GradScaler) -> bool:
@@ -339,19 +349,26 @@ def save(run: TrainingRun, observer: Observer, writer: Writer, progress: Progres
         NotFinite: the evaluation's loss is not finite.
         StorageFailed: the checkpoint before could not be written.
     """
-    step, context = progress.step, progress.context
+    step, context = progress.step, dict(progress.context)
     value = evaluate(run, observer)
     if value is not None and not math.isfinite(value):
         raise NotFinite(
             f"The loss on the held-out examples is {value} after step {step}, so that step was not saved.",
             "Lower recipe.learning_rate and start anew with --fresh; the last checkpoint is from before.",
         )
-    best = context.get("best")
-    is_best = value is not None and (best is None or value < best["eval_loss"])
+    best = context.setdefault("best", None)
+    # what an interrupt saves between two checkpoints is no candidate: a run without it must end alike
+    due = step == run.total_steps or step % run.save_every == 0
+    is_best = due and value is not None and (best is None or value < best["eval_loss"])
     if is_best:
-        best = {"step": step, "eval_loss": value}
+        context["best"], context["not_lower"] = {"step": step, "eval_loss": value}, 0
+    elif due and value is not None:
+        context["not_lower"] = context.get("not_lower", 0) + 1
+    is_result = is_best if run.result == "best" else is_at_end(run, step, context)
+    if is_result:
+        context["answers_after"] = answers(run)
     weights = run.engine.trained_weights()
-    context = {**context, "eval_after": value, "best": best, "loss_scale": run.engine.scaler.state_dict()}
+    context |= {"eval_after": value, "loss_scale": run.engine.scaler.state_dict()}
     progress = dataclasses.replace(progress, context=context)
     writer.wait(observer.alive)
     writer.write(checkpoint.snapshot(run.engine, weights, progress, rank=run.rank, best=is_best))

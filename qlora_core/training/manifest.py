@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +24,8 @@ FORMAT_VERSION = 2
 REQUIRED = {"format_version", "step", "world_size", "identity", "scheduler", "context", "layout", "files"}
 """What a manifest must hold."""
 FOLDER = re.compile(r"step-(\d{8})")
+BEST = "best"
+"""The copy of the checkpoint with the lowest evaluation loss."""
 UNFINISHED = re.compile(r"\.(step-\d{8})\..*tmp")
 
 
@@ -163,6 +166,22 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[Skipped]]:
         else:
             return folder, skipped
     return None, skipped
+
+
+def after_step(checkpoints: Path, step: int) -> Path | None:
+    """The checkpoint after `step` steps, as the best or among the last few; None where none that is whole is there."""
+    for folder in (checkpoints / BEST, checkpoints / folder_name(step)):
+        with suppress(InvalidCheckpoint, RunFailed):
+            if check(folder)["step"] == step:
+                return folder
+    return None
+
+
+def is_best(folder: Path) -> bool:
+    """Whether the copy beside a checkpoint that is kept as the best is one of it."""
+    with suppress(InvalidCheckpoint, RunFailed):
+        return bool(read_manifest(folder.with_name(BEST)) == read_manifest(folder))
+    return False
 
 
 def put_aside(skipped: Skipped) -> Path:
