@@ -12,7 +12,7 @@ from benchmarks.accuracy import document, plots
 from benchmarks.accuracy.explanations import far_rows, inputs_kept
 from benchmarks.accuracy.paper import TOLERANCE, PaperNumber, paper_numbers
 from benchmarks.accuracy.published import Tier, fits, listed, request_of, scored
-from benchmarks.accuracy.rows import PublishedRow, published_rows
+from benchmarks.accuracy.rows import LATER, PublishedRow, published_rows
 from benchmarks.accuracy.shapes import UNSEEN, architecture_named
 from benchmarks.accuracy.stacks import STACKS, stack_of
 
@@ -48,6 +48,17 @@ def test_rows_with_a_figure_are_listed_for_few_reasons_only() -> None:
 def test_the_median_error_is_at_most_six_per_cent() -> None:
     assert len(scored()) >= 50
     assert median(abs(one.error) for one in scored()) <= 6
+
+
+def test_rows_that_were_looked_up_later_are_predicted_as_well() -> None:
+    later = {one.row.id: one for one in scored(LATER)}
+    assert len(later) == 4
+    assert {one.tier for one in later.values()} == {"reserved"}
+    assert median(abs(one.error) for one in later.values()) <= 6
+    assert all(abs(one.error) <= 15 for one in later.values())
+    dora = later["peft-mmqa-lora-rank32-dora"]
+    assert dora.predicted > later["peft-mmqa-lora-rank32"].predicted
+    assert not {row.id for row in published_rows()} & later.keys()
 
 
 def test_every_row_beyond_fifteen_per_cent_is_explained() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.accuracy.rows import PublishedRow, published_rows
+from benchmarks.accuracy.rows import PUBLISHED, PublishedRow, published_rows
 from benchmarks.accuracy.shapes import architecture_named
 from benchmarks.accuracy.stacks import Stack, stack_of
 from clusters.gpu import find_gpu
@@ -43,6 +44,7 @@ GPUS = (
     ("A100-SXM4-40GB", "a100-40gb"),
     ("A100 40GB", "a100-40gb"),
     ("H100", "h100-80gb"),
+    ("L40S", "l40s"),
     ("T4", "t4"),
 )
 """The GPU by the first of these names found in the row; else an A100."""
@@ -172,6 +174,7 @@ def request_of(row: PublishedRow, stack: Stack) -> Request:
         "targets": targets,
         "lora_dtype": stack.lora_dtype,
         "dropout": _dropout(row, stack),
+        "use_dora": "use_dora True" in row.notes,
         "upcast": upcast,
         "autocast": stack.autocast,
         "optimizer": optimizer,
@@ -286,10 +289,10 @@ def predicted_bytes(asked: Request, stack: Stack) -> int:
 
 
 @cache
-def scored() -> tuple[Scored, ...]:
-    """All rows that are scored, in the order of the file."""
+def scored(path: Path = PUBLISHED) -> tuple[Scored, ...]:
+    """All rows of a file that are scored, in its order."""
     found: list[Scored] = []
-    for row in published_rows():
+    for row in published_rows(path):
         stack = stack_of(row.id)
         if stack is None or why_listed(row) is not None:
             continue

@@ -1,4 +1,4 @@
-"""The published figures as data: one row of tests/data/measured/published.csv, its units turned into bytes."""
+"""The published figures as data: one row of a file in tests/data/measured, its units turned into bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "tests" / "data" / "measured" / "published.csv"
+LATER = PUBLISHED.with_name("later.csv")
+"""Rows that were looked up when the memory model was done."""
 
 UNITS = {"GiB": 1024**3, "GiB (reported as 72840 MB)": 1024**3, "GiB (reported as 81076 MB)": 1024**3, "GB": 1000**3}
 """Bytes of each unit that the rows are given in."""
@@ -57,9 +59,9 @@ class PublishedRow:
 
 
 @cache
-def published_rows() -> tuple[PublishedRow, ...]:
+def published_rows(path: Path = PUBLISHED) -> tuple[PublishedRow, ...]:
     """All rows, in the order of the file."""
-    with PUBLISHED.open(newline="") as file:
+    with path.open(newline="") as file:
         return tuple(
             PublishedRow(
                 id=row["id"],
