@@ -11,6 +11,8 @@ EAGER_ONLY = frozenset({"bloom", "codegen", "gemma2", "gpt_oss", "gptj", "mpt"})
 MIXES_PACKED = frozenset({"bloom", "falcon", "gpt_oss", "mpt", "opt"})
 """Model types whose code makes its attention mask without the positions (transformers 5.23, the calls of
 create_causal_mask in their modeling_*.py), so that packed examples would see each other."""
+ALWAYS_MASKED = frozenset({"falcon"})
+"""Model types that hand sdpa a mask also where it is just causal (transformers 5.23, `allow_is_causal_skip=False`)."""
 DROPS_ATTENTION = frozenset({"gpt2", "gpt_bigcode"})
 """Model types that drop out a tenth of attention's weights unless the config says otherwise (configuration_*.py)."""
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -116,6 +118,15 @@ class ModelArchitecture:
     def has_sdpa(self) -> bool:
         """Whether transformers computes its attention with torch's scaled_dot_product_attention."""
         return self.model_type not in EAGER_ONLY
+
+    @property
+    def shares_one_key_head(self) -> bool:
+        """Whether its code hands torch's scaled_dot_product_attention one key head and does not say that it is shared.
+
+        So does Falcon's with ``multi_query`` (transformers 5.23, models/falcon/modeling_falcon.py).
+        """
+        expands = self.config.get("new_decoder_architecture", False)
+        return self.model_type == "falcon" and not expands and self.num_kv_heads == 1 < self.num_heads
 
     @property
     def drops_attention(self) -> bool:

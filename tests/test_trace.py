@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_formula import TINY, measured_second_step, recipe, tiny_folder
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig
 
 from benchmarks.accuracy import grid
 from benchmarks.accuracy.grid import Combination, combinations, figures
@@ -68,6 +68,41 @@ def test_a_real_step_on_this_cpu_needs_what_the_trace_says(
         for phase in ("after_load", "forward", "backward"):
             assert getattr(said, phase) == pytest.approx(getattr(real, phase), rel=0.01), phase
             assert getattr(by_formula, phase) == pytest.approx(getattr(real, phase), rel=0.02), phase
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"new_decoder_architecture": True, "num_kv_heads": 2}], ids=["one key", "grouped"]
+)
+@pytest.mark.parametrize("strategy", [Strategy(micro_batch=2, gradient_checkpointing=False), Strategy(micro_batch=2)])
+def test_so_does_falcon_which_masks_always_and_does_not_say_that_heads_share_a_key(
+    tmp_path: Path, keys: dict[str, Any], strategy: Strategy
+) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 2048, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = FalconConfig(**sizes, **keys)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    strategy = dataclasses.replace(strategy, paged_optimizer=False)
+    asked = recipe(rank=16, seq_len=128, method="lora", quantization="none")
+    real = measured_second_step(tmp_path, asked, strategy, "bfloat16")
+    architecture = architecture_from_config(config.to_dict(), name=f"falcon {keys}", source="a test")
+    request = architecture, asked, strategy, Device(kind="cpu", compute_dtype="bfloat16")
+    by_trace, by_formula = trace.estimate(*request).gpu.phases, formula.estimate(*request).gpu.phases
+    for phase in ("after_load", "forward", "backward"):
+        assert getattr(by_trace, phase) == pytest.approx(getattr(real, phase), rel=0.002), phase
+        assert getattr(by_formula, phase) == pytest.approx(getattr(real, phase), rel=0.01), phase
+
+
+def test_where_cudnn_does_not_come_first_falcon_holds_all_scores() -> None:
+    asked, strategy = recipe(rank=64, seq_len=2048), Strategy()
+    architecture = find_model("falcon-7b")
+    before, cudnn = (
+        formula.estimate(architecture, asked, strategy, dataclasses.replace(A100, compute_capability=capability)).gpu
+        for capability in ((8, 0), (9, 0))
+    )
+    # in float32: the softmax's result and, while it is differentiated, its gradient
+    scores = architecture.num_heads * 2048 * 2048 * 4
+    assert before.phases.backward - cudnn.phases.backward > 2 * scores
+    eager = dataclasses.replace(strategy, attention="eager")
+    assert before.phases.backward > formula.estimate(architecture, asked, eager, A100).gpu.phases.backward
 
 
 # --- forty real steps on a T4; the whole table is docs/accuracy.md's --------------------------------------------------

@@ -15,8 +15,8 @@ from qlora_core.memory.tape import DType, Gradients, Size, Tape, Tensor
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 
-AttentionKernel = Literal["eager", "flash", "efficient", "masked", "math", "flash_cpu"]
-"""masked: the memory-efficient one with a mask that is not just causal."""
+AttentionKernel = Literal["eager", "flash", "efficient", "masked", "math", "masked_math", "flash_cpu"]
+"""masked, masked_math: the memory-efficient one and the math kernel with a mask of their own."""
 
 
 def is_masked(architecture: ModelArchitecture, seq_len: int, packing: bool) -> bool:
@@ -30,17 +30,20 @@ def kernel_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
 
     transformers hands grouped keys over as they are (integrations/sdpa_attention.py, use_gqa_in_sdpa), and the
     memory-efficient kernel takes none (PyTorch 2.13, sdp_utils.cpp): then the math kernel runs, with all scores. So it
-    does on a CPU, whose flash kernel knows no dropout (sdp_utils_cpp.cpp).
+    does on a CPU, whose flash kernel knows no dropout (sdp_utils_cpp.cpp). One key head that is not said to be shared
+    is taken by cuDNN's kernel alone, which is asked first on sm90 and sm100 and after the math kernel elsewhere
+    (sdp_utils.cpp, check_prefer_cudnn_attention), and counted as flash.
     """
     if strategy.attention == "eager":
         return "eager"
+    refused = architecture.shares_one_key_head and strategy.attention == "sdpa"
     if device.kind == "cpu":
-        return "math" if architecture.drops_attention else "flash_cpu"
+        return "math" if architecture.drops_attention or refused else "flash_cpu"
     wide = device.compute_dtype == "float32" or (recipe.upcast == "peft" and not recipe.under_autocast)
-    if device.flash_attention and not wide:
+    if device.flash_attention and not wide and (not refused or device.compute_capability in CUDNN_FIRST):
         return "flash"
     grouped = architecture.num_heads != architecture.num_kv_heads and architecture.head_dim <= LARGEST_GROUPED_HEAD
-    return "math" if grouped and not device.keys_expanded else "efficient"
+    return "math" if refused or (grouped and not device.keys_expanded) else "efficient"
 
 
 class Heads(NamedTuple):
@@ -66,6 +69,8 @@ class Heads(NamedTuple):
     dropped: bool = False
 
 
+CUDNN_FIRST = ((9, 0), (10, 0))
+"""Compute capabilities on which cuDNN's attention comes before all others."""
 LARGEST_GROUPED_HEAD = 256
 """transformers expands grouped keys itself where heads are larger (integrations/sdpa_attention.py)."""
 ROW = Size(per_token=1)
@@ -94,8 +99,8 @@ def attend(
         key, value = repeated(tape, key, shape), repeated(tape, value, shape)
     if kernel == "eager":
         return eager(tape, query, key, value, shape, mask, narrow)
-    if kernel == "math":
-        return math(tape, query, key, value, shape), None
+    if kernel in ("math", "masked_math"):
+        return math(tape, query, key, value, shape, masked=kernel == "masked_math"), None
     attended = fused(tape, kernel, query, key, value, shape)
     # flash lays its result out as the queries are, and those that were put together lie head by head
     return (op.clone(tape, attended) if kernel == "flash" and shape.partial else attended), None
@@ -202,20 +207,30 @@ def softmax_with_sinks(tape: Tape, x: Tensor, shape: Heads) -> Tensor:
     return op.slice_of(tape, tape.apply((x,), wide, dtype, of_softmax, saves_output=True), scores)
 
 
-def math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads) -> Tensor:
-    """PyTorch's own composition, in float32 (aten/src/ATen/native/transformers/attention.cpp, ..._attention_math)."""
+def math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads, *, masked: bool) -> Tensor:
+    """PyTorch's own composition, in float32 (aten/src/ATen/native/transformers/attention.cpp, ..._attention_math).
+
+    Args:
+        masked: a mask is given, of booleans; with one key head, which is copied out to all where there are sequences to
+            fold with.
+    """
     numel, dtype, several = SCORE.times(shape.queries), query.dtype, not shape.single_sequence
+    bias = tape.new(SCORE, dtype) if masked else None
     query, key, value = (op.cast(tape, x, "float32") for x in (query, key, value))
     query = op.scale(tape, query)
+    if masked:
+        key = op.scale(tape, key)
     key, value = repeated(tape, key, shape), repeated(tape, value, shape)
-    key = op.scale(tape, key)
-    mask = tape.new(SCORE, "float32")
-    weights = op.batched_matmul(tape, query, key, numel, (several, False, False))  # the mask is added in place
+    if not masked:
+        key = op.scale(tape, key)
+    mask = None if masked else tape.new(SCORE, "float32")
+    spread = masked and several
+    weights = op.batched_matmul(tape, query, key, numel, (several, spread, False))  # the mask is added in place
     weights = op.safe_softmax(tape, weights)
     if shape.dropped:
         weights = op.dropout(tape, weights, shape.cuda)
-    attended = op.batched_matmul(tape, weights, value, query.numel, (False, False, False))
-    del mask
+    attended = op.batched_matmul(tape, weights, value, query.numel, (False, spread, False))
+    del mask, bias
     narrow = op.cast(tape, attended, dtype)
     unused = op.cast(tape, weights, dtype)
     del unused

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache, partial
 from operator import attrgetter
 from typing import Any, Literal
 
-from qlora_core.architecture import Linear, ModelArchitecture
+from qlora_core.architecture import ALWAYS_MASKED, Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, Heads, is_masked, kernel_of
 from qlora_core.memory.device import Device
@@ -34,7 +34,7 @@ from qlora_core.memory.step import Handling, Logits, Step, undivided
 from qlora_core.memory.timeline import course as parts_of
 from qlora_core.memory.timeline import timeline
 from qlora_core.recipe import Recipe
-from qlora_core.strategy import Strategy
+from qlora_core.strategy import Attention, Strategy
 
 ENDLESS = 2**40
 """A length beyond every sliding window, and a number of ranks beyond every other."""
@@ -149,8 +149,8 @@ def segments(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
 class Prepared:
     """A recipe and a strategy whose micro-batch and sequence length are open.
 
-    Two kinds of each are prepared apart, when they are first asked for: a micro-batch of 1 needs fewer copies in eager
-    attention, and with packing or from a sliding window on there are masks.
+    Two kinds of each are prepared apart, when they are first asked for: a micro-batch of 1 needs fewer copies where
+    attention folds sequences and heads, and with packing or from a sliding window on there are masks.
 
     Raises:
         ValueError: by its methods; nothing is trained.
@@ -160,7 +160,7 @@ class Prepared:
         self, architecture: ModelArchitecture, recipe: dict[str, Any], strategy: dict[str, Any], device: Device
     ) -> None:
         self._architecture, self._recipe, self._strategy, self._device = architecture, recipe, strategy, device
-        self._single_is_special = strategy["attention"] == "eager"
+        self._single_is_special = folds_sequences(architecture, strategy["attention"])
         self._steps: dict[tuple[bool, bool], tuple[Step, Residents]] = {}
         self._least: dict[tuple[bool, bool], Least | None] = {}
         self._of_kind: dict[tuple[bool, bool], Sizes] = {}
@@ -288,8 +288,8 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
     """What the timeline of a step depends on, out of all that is given."""
     layer = _layer_of(architecture, recipe, strategy, device)
     # while they are checkpointed, all layers keep the same
-    unlike = None
-    if layer.kernel == "masked" and not recipe.packing and not strategy.gradient_checkpointing:
+    unlike, by_window = None, layer.kernel == "masked" and not recipe.packing and architecture.sliding_layers > 0
+    if by_window and not strategy.gradient_checkpointing:
         unlike = layer._replace(kernel=kernel_of(architecture, recipe, strategy, device))
     shard = shard_of(architecture, recipe, strategy, device)
     stage, several = strategy.zero_stage, strategy.gradient_accumulation > 1
@@ -345,7 +345,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
             architecture.num_heads,
             architecture.num_kv_heads,
             architecture.head_dim,
-            strategy.micro_batch == 1 and strategy.attention == "eager",
+            strategy.micro_batch == 1 and folds_sequences(architecture, strategy.attention),
             device.kind == "cuda",
             architecture.config.get("attn_logit_softcapping") is not None,
             _rotates_partly(architecture),
@@ -377,6 +377,11 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         divided=strategy.zero_stage == 3,
         kernel=kernel_in_use(architecture, recipe, strategy, device),
     )
+
+
+def folds_sequences(architecture: ModelArchitecture, attention: Attention) -> bool:
+    """Whether attention makes the sequences' heads one dimension, which is a view of one sequence and else a copy."""
+    return attention == "eager" or (attention == "sdpa" and architecture.shares_one_key_head)
 
 
 def _masks(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy) -> int:
@@ -418,8 +423,8 @@ def kernel_in_use(
     mask decide, and what the others keep is counted beside theirs (`step_of`).
     """
     kernel = kernel_of(architecture, recipe, strategy, device)
-    if strategy.attention == "sdpa" and recipe.packing:
-        return "masked"
+    if strategy.attention == "sdpa" and (recipe.packing or architecture.model_type in ALWAYS_MASKED):
+        return "masked_math" if kernel == "math" and architecture.shares_one_key_head else "masked"
     if strategy.attention != "sdpa" or kernel == "flash_cpu" or not is_masked(architecture, recipe.seq_len, False):
         return kernel
     scores = kernel == "math" and architecture.sliding_layers < architecture.num_layers

@@ -362,7 +362,7 @@ def attention(
     query, key, value = narrowed(query), narrowed(key), narrowed(value)
     if attn_mask is not None:
         attn_mask = narrowed(attn_mask)
-    if kernel == "math" and attn_mask is None:
+    if kernel == "math" and (attn_mask is None or (query.shape[1] != key.shape[1] and not enable_gqa)):
         return composed(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))

@@ -239,7 +239,7 @@ def _mask(tape: Tape, step: Step) -> Tensor | None:
     layer = step.layer
     if layer.kernel == "eager":
         return tape.new(Size(per_score=step.masks), layer.stream)
-    return tape.new(Size(per_score=step.masks), "bool") if layer.kernel == "masked" else None
+    return tape.new(Size(per_score=step.masks), "bool") if layer.kernel in ("masked", "masked_math") else None
 
 
 def embedding(tape: Tape, step: Step) -> Tensor:
