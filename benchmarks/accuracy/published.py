@@ -199,6 +199,7 @@ def request_of(row: PublishedRow, stack: Stack) -> Request:
         emptied_after_load=False,
         output_held=stack.output_held,
         plain_autocast=True,
+        keys_expanded=stack.own_models,
     )
     return Request(architecture, Recipe(**fields), strategy, device, _tier(row), gpu.usable_bytes)
 

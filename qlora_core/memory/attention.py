@@ -36,7 +36,7 @@ def kernel_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     """
     if strategy.attention == "eager":
         return "eager"
-    refused = architecture.shares_one_key_head and strategy.attention == "sdpa"
+    refused = architecture.shares_one_key_head and strategy.attention == "sdpa" and not device.keys_expanded
     if device.kind == "cpu":
         return "math" if architecture.drops_attention or refused else "flash_cpu"
     wide = device.compute_dtype == "float32" or (recipe.upcast == "peft" and not recipe.under_autocast)
@@ -216,22 +216,33 @@ def math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads, *,
     """
     numel, dtype, several = SCORE.times(shape.queries), query.dtype, not shape.single_sequence
     bias = tape.new(SCORE, dtype) if masked else None
-    query, key, value = (op.cast(tape, x, "float32") for x in (query, key, value))
-    query = op.scale(tape, query)
-    if masked:
-        key = op.scale(tape, key)
-    key, value = repeated(tape, key, shape), repeated(tape, value, shape)
-    if not masked:
-        key = op.scale(tape, key)
+    query_acc, key_acc, value_acc = (op.cast(tape, x, "float32") for x in (query, key, value))
+    query = op.scale(tape, query_acc)
     mask = None if masked else tape.new(SCORE, "float32")
-    spread = masked and several
-    weights = op.batched_matmul(tape, query, key, numel, (several, spread, False))  # the mask is added in place
+    if masked:
+        scaled = repeated(tape, op.scale(tape, key_acc), shape)
+        spread_value = repeated(tape, value_acc, shape)
+        spread_key = None
+    else:
+        spread_key, spread_value = spread(tape, key_acc, shape), spread(tape, value_acc, shape)
+        scaled = op.scale(tape, spread_key)
+    folded = masked and several
+    weights = op.batched_matmul(tape, query, scaled, numel, (several, folded, False))  # the mask is added in place
+    del scaled
     weights = op.safe_softmax(tape, weights)
     if shape.dropped:
         weights = op.dropout(tape, weights, shape.cuda)
-    attended = op.batched_matmul(tape, weights, value, query.numel, (False, spread, False))
-    del mask, bias
+    attended = op.batched_matmul(tape, weights, spread_value, query.numel, (False, folded, False))
     narrow = op.cast(tape, attended, dtype)
     unused = op.cast(tape, weights, dtype)
-    del unused
+    del mask, bias, unused, query_acc, key_acc, value_acc, spread_key, spread_value  # locals of that function
     return op.clone(tape, narrow)
+
+
+def spread(tape: Tape, x: Tensor, shape: Heads) -> Tensor:
+    """Keys or values copied out to all query heads, one head's too (repeat_interleave)."""
+    if shape.queries == shape.keys:
+        return x
+    numel, dtype = x.numel, x.dtype
+    wide = ROW.times(shape.queries * shape.dim)
+    return tape.apply((x,), wide, dtype, lambda gradient, saved: (tape.new(numel, dtype),))

@@ -30,7 +30,8 @@ class Device:
             (training/loss.py, SummedLoss).
         warmed_up: from_pretrained loads straight onto the device, for which transformers asks for all the memory at
             once first (modeling_utils.py, caching_allocator_warmup); not so where a loaded model is moved there.
-        keys_expanded: grouped keys and values are copied out to all heads before scaled_dot_product_attention.
+        keys_expanded: grouped keys and values are spread out to all heads before scaled_dot_product_attention, whose
+            mask is just causal: older transformers, and other code than its own.
         loading_threads: how many threads bring weights while others are quantized: none since transformers 5.17.
     """
 

@@ -69,6 +69,8 @@ HEAD_NORMS: dict[str, HeadNorms] = {
     "hunyuan_v1_dense": "rotated",
 }
 """Model types that normalise queries and keys too: as they are projected, or after they were rotated."""
+HEAD_NORMS_IF = {"cohere": "use_qk_norm", "phi": "qk_layernorm", "stablelm": "qk_layernorm"}
+"""Those that do so as they are projected, if this field of their config says so."""
 NORMS: dict[str, Norm] = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3"), "rms_wide"),
     **dict.fromkeys(("cohere", "cohere2"), "centred"),
@@ -364,7 +366,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         activation=_activation(architecture),
         scaled=architecture.model_type in SCALED_FAMILIES,
         dropped_residual=_drops_residual(architecture),
-        head_norms=HEAD_NORMS.get(architecture.model_type, ""),
+        head_norms=_head_norms(architecture),
         compute=device.compute_dtype,
         stream=exact.stored_dtype(recipe, device.compute_dtype),
         lora=recipe.lora_dtype,
@@ -377,6 +379,13 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         divided=strategy.zero_stage == 3,
         kernel=kernel_in_use(architecture, recipe, strategy, device),
     )
+
+
+def _head_norms(architecture: ModelArchitecture) -> HeadNorms:
+    """Where queries and keys are normalised."""
+    if architecture.config.get(HEAD_NORMS_IF.get(architecture.model_type, "")):
+        return "projected"
+    return HEAD_NORMS.get(architecture.model_type, "")
 
 
 def folds_sequences(architecture: ModelArchitecture, attention: Attention) -> bool:
@@ -423,9 +432,10 @@ def kernel_in_use(
     mask decide, and what the others keep is counted beside theirs (`step_of`).
     """
     kernel = kernel_of(architecture, recipe, strategy, device)
-    if strategy.attention == "sdpa" and (recipe.packing or architecture.model_type in ALWAYS_MASKED):
+    always = architecture.model_type in ALWAYS_MASKED and not device.keys_expanded
+    if strategy.attention == "sdpa" and (recipe.packing or always):
         return "masked_math" if kernel == "math" and architecture.shares_one_key_head else "masked"
-    if strategy.attention != "sdpa" or kernel == "flash_cpu" or not is_masked(architecture, recipe.seq_len, False):
+    if strategy.attention != "sdpa" or not is_masked(architecture, recipe.seq_len, False):
         return kernel
     scores = kernel == "math" and architecture.sliding_layers < architecture.num_layers
     return "math" if scores and strategy.gradient_checkpointing else "masked"
