@@ -219,10 +219,9 @@ def math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads, *,
     query_acc, key_acc, value_acc = (op.cast(tape, x, "float32") for x in (query, key, value))
     query = op.scale(tape, query_acc)
     mask = None if masked else tape.new(SCORE, "float32")
+    spread_key = spread_value = None
     if masked:
         scaled = repeated(tape, op.scale(tape, key_acc), shape)
-        spread_value = repeated(tape, value_acc, shape)
-        spread_key = None
     else:
         spread_key, spread_value = spread(tape, key_acc, shape), spread(tape, value_acc, shape)
         scaled = op.scale(tape, spread_key)
@@ -232,6 +231,8 @@ def math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads, *,
     weights = op.safe_softmax(tape, weights)
     if shape.dropped:
         weights = op.dropout(tape, weights, shape.cuda)
+    if spread_value is None:  # the product itself spreads it, and sums its gradient at once
+        spread_value = repeated(tape, value_acc, shape)
     attended = op.batched_matmul(tape, weights, spread_value, query.numel, (False, folded, False))
     narrow = op.cast(tape, attended, dtype)
     unused = op.cast(tape, weights, dtype)

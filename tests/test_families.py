@@ -1,0 +1,87 @@
+"""A real step of each family of models on this CPU, beside what the trace and the formula say of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_architecture import COMMON, SMALL
+from test_formula import measured_second_step, recipe
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_core.huggingface.config import architecture_from_config
+from qlora_core.memory import formula, trace
+from qlora_core.memory.device import Device
+from qlora_core.strategy import Strategy
+
+SIZES: dict[str, int] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 256),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner"), 512),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 512),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers"), 3),
+    "vocab_size": 2048,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 256,
+    "head_dim": 32,
+    "rotary_dim": 16,
+    "sliding_window": 64,
+}
+"""Large enough that what a layer needs counts; the kinds stay those of test_architecture.py."""
+FURTHER: dict[str, tuple[float, str]] = {
+    "bloom": (0.04, "its scores are added up in one operator"),
+    "codegen": (0.055, "attention in float32"),
+    "gptj": (0.03, "attention in float32"),
+    "gemma3_text-0": (0.03, "queries' and keys' norms"),
+    "gemma3_text-1": (0.03, "queries' and keys' norms"),
+    "gpt_bigcode-0": (0.025, "attention's dropout"),
+    "falcon-0": (0.07, "one key head's gradient"),
+    "falcon-1": (0.04, "ALiBi"),
+    "falcon-4": (0.06, "one key head's gradient"),
+}
+"""Where the formula is further off than two per cent, how far, and at what."""
+CASES = [
+    pytest.param(family, changes, id=f"{family}-{number}", marks=() if chosen % 4 == 0 else pytest.mark.grid)
+    for chosen, (family, number, changes) in enumerate(
+        (family, number, changes) for family, several in SMALL.items() for number, changes in enumerate(several)
+    )
+]
+
+
+def scaled(changes: Mapping[str, object]) -> dict[str, Any]:
+    """A config of test_architecture.py with these sizes, where it has them."""
+    base = {} if {"n_embd", "d_model"} & changes.keys() else COMMON
+    fields = {**base, **changes}
+    for name, size in SIZES.items():
+        if isinstance(fields.get(name), int):
+            fields[name] = size
+    kinds = fields.get("layer_types")
+    return {**fields, "layer_types": list(itertools.islice(kinds, 3))} if isinstance(kinds, list) else fields
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_a_real_step_needs_what_the_trace_says_and_nearly_what_the_formula_does(
+    tmp_path: Path, request: pytest.FixtureRequest, family: str, changes: Mapping[str, object]
+) -> None:
+    config = AutoConfig.for_model(family, **scaled(changes))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    name = request.node.callspec.id
+    architecture = architecture_from_config(config.to_dict(), name=f"{name} on a CPU", source="a test")
+    strategy = Strategy(
+        micro_batch=2,
+        gradient_checkpointing=False,
+        attention="sdpa" if architecture.has_sdpa else "eager",
+        loss="chunked" if architecture.plain_logits else "full",
+        paged_optimizer=False,
+    )
+    asked = recipe(rank=16, seq_len=128, method="lora", quantization="none")
+    real = measured_second_step(tmp_path, asked, strategy, "bfloat16")
+    said_of = architecture, asked, strategy, Device(kind="cpu", compute_dtype="bfloat16")
+    by_trace, by_formula = trace.estimate(*said_of).gpu.phases, formula.estimate(*said_of).gpu.phases
+    tolerance, _why = FURTHER.get(name, FURTHER.get(family, (0.02, "")))
+    for phase in ("after_load", "forward", "backward"):
+        assert getattr(by_trace, phase) == pytest.approx(getattr(real, phase), rel=0.003), phase
+        assert getattr(by_formula, phase) == pytest.approx(getattr(real, phase), rel=tolerance), phase
