@@ -31,6 +31,7 @@ FUSED_BACKWARD = 2.5
 "FlashAttention-2", section 4.1)."""
 FUSED: frozenset[AttentionKernel] = frozenset({"flash", "efficient", "masked", "flash_cpu"})
 SKIPPING: frozenset[AttentionKernel] = FUSED - {"masked"}
+WIDE: frozenset[AttentionKernel] = frozenset({"math", "masked_math"})
 READ_PER_WRITTEN = 2
 """Bytes moved for each one that is written: a kernel reads about what it writes."""
 MOVED_PER_SUM = 3
@@ -115,7 +116,7 @@ def _work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, d
         fixed=fixed - wide_fixed,
         wide_fixed=wide_fixed,
         attention=scores * (1 + again + backward) / (CAUSAL if kernel in SKIPPING else 1),
-        wide_attention=kernel == "math" or (stream == "float32" and not recipe.under_autocast),
+        wide_attention=kernel in WIDE or (stream == "float32" and not recipe.under_autocast),
         fused=kernel in FUSED,
         moved=made.written.plus(outputs.times(-1)).times(READ_PER_WRITTEN).plus(made.summed.times(MOVED_PER_SUM)),
         dequantized=made.dequantized,

@@ -59,9 +59,9 @@ CPU = """## On a CPU
 and follows every tensor: the formula has to be within 2 % of each rank's peak. So it has with the optimizer or all
 offloaded: on a CPU that stays in the same memory, and host and device are held to it together.
 
-`tests/test_families.py` does the same on one process with each family that can be planned, 100 small configs, all activations
-kept: the trace has to be within 0.3 % of each phase's peak. The formula is within 2 %, but for the families that stand there
-with how far they are off: BLOOM, CodeGen, GPT-J, Gemma 3, GPT-BigCode and the first Falcon, 2.5 to 7 %.
+`tests/test_families.py` does the same on one process with each family that can be planned, 100 small configs, all
+activations kept: the trace has to be within 0.3 % of each phase's peak. The formula is within 2 %, but for the families
+that stand there with how far they are off: BLOOM, CodeGen, GPT-J, Gemma 3, GPT-BigCode and the first Falcon, 2.5 to 7 %.
 """
 
 
