@@ -61,7 +61,7 @@ offloaded: on a CPU that stays in the same memory, and host and device are held 
 
 `tests/test_families.py` does the same on one process with each family that can be planned, 100 small configs, all
 activations kept: the trace has to be within 0.3 % of each phase's peak. The formula is within 2 %, but for the families
-that stand there with how far they are off: BLOOM, CodeGen, GPT-J, Gemma 3, GPT-BigCode and the first Falcon, 2.5 to 7 %.
+that stand there with how far they are off, 2.5 to 7 %: BLOOM, CodeGen, GPT-J, Gemma 3, GPT-BigCode, the first Falcon.
 """
 
 
