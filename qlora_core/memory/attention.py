@@ -102,8 +102,9 @@ def attend(
     if kernel in ("math", "masked_math"):
         return math(tape, query, key, value, shape, masked=kernel == "masked_math"), None
     attended = fused(tape, kernel, query, key, value, shape)
-    # flash lays its result out as the queries are, and those that were put together lie head by head
-    return (op.clone(tape, attended) if kernel == "flash" and shape.partial else attended), None
+    # flash, which on a CPU takes masks too, lays its result out as the queries are: if put together, head by head
+    by_head = shape.partial and (kernel == "flash" or not shape.cuda)
+    return (op.clone(tape, attended) if by_head else attended), None
 
 
 def repeated(tape: Tape, x: Tensor, shape: Heads) -> Tensor:
