@@ -185,7 +185,7 @@ def test_what_no_pod_would_see_is_refused_all_at_once(render: Render, run: Run, 
     assert "Add --volume CLAIM:MOUNT" in str(missing)
     elsewhere = render("kuberay", "--volume", "runs:/mnt/runs").exception
     assert isinstance(elsewhere, RequestError)
-    assert [problem.where for problem in elsewhere.problems] == ["output", "data.path", "model"]
+    assert {problem.where for problem in elsewhere.problems} == {"output", "data.path", "model"}
     for wrong in ("runs", "runs:mnt", "Ru ns:/mnt"):
         assert "it is no CLAIM:MOUNT" in str(render("kuberay", "--volume", wrong).exception)
 
