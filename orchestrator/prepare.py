@@ -231,9 +231,10 @@ def read_data(
     """
     found: dict[str, tuple[EncodedExamples, DataReport]] = {}
     problems: list[Problem] = []
+    record = load_record(Path(spec.output))
     for name, dataset in spec.data.learned.items():
         try:
-            found[name] = encoded(spec, base, tokenizer, dataset)
+            found[name] = encoded(spec, base, tokenizer, dataset, record)
         except RequestError as error:
             section = f"data.datasets.{name}" if name else "data"
             fields = {f"data.{field}": f"{section}.{field}" for field in DatasetSpec.model_fields}
@@ -251,18 +252,18 @@ def read_evaluated(
     Raises:
         RequestError: see `encode_file`.
     """
+    record = load_record(Path(spec.output))
     try:
-        return [encoded(spec, base, tokenizer, dataset) for dataset in spec.data.evaluated]
+        return [encoded(spec, base, tokenizer, dataset, record) for dataset in spec.data.evaluated]
     except RequestError as error:
         path = "data.eval_path" if spec.data.eval_path else "data.eval_split"
         raise error.named({"data.path": path, "data.split": "data.eval_split"}) from None
 
 
 def encoded(
-    spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase, dataset: DatasetSpec
+    spec: RunSpec, base: Base, tokenizer: PreTrainedTokenizerBase, dataset: DatasetSpec, record: RunRecord | None
 ) -> tuple[EncodedExamples, DataReport]:
-    """One dataset of a specification as tokens of its model."""
-    record = load_record(Path(spec.output))
+    """One dataset of a specification as tokens of its model; `record` is that of the run in its output folder."""
     options = DataOptions(
         learn=dataset.learn,
         columns=dataset.columns,

@@ -78,6 +78,7 @@ class ModelArchitecture:
         activation: the MLP's activation, as transformers names it.
         norm: "rms" is written out in Python over a float32 copy (Llama's and its like), "layer" is one torch kernel.
         norms_per_layer: norms of one layer that are hidden_size wide.
+        head_norms: queries and keys are normalised too.
         config: the raw fields, for the trace.
     """
 
@@ -108,6 +109,7 @@ class ModelArchitecture:
     activation: str = "silu"
     norm: Literal["rms", "layer"] = "rms"
     norms_per_layer: int = 2
+    head_norms: bool = False
     config: Mapping[str, object] = field(default_factory=dict, repr=False, compare=False)
 
     def __hash__(self) -> int:
@@ -118,6 +120,11 @@ class ModelArchitecture:
     def has_sdpa(self) -> bool:
         """Whether transformers computes its attention with torch's scaled_dot_product_attention."""
         return self.model_type not in EAGER_ONLY
+
+    @property
+    def is_always_masked(self) -> bool:
+        """Whether sdpa is handed a mask also where it is just causal."""
+        return self.model_type in ALWAYS_MASKED
 
     @property
     def shares_one_key_head(self) -> bool:

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 from test_architecture import COMMON, SMALL
-from test_formula import measured_second_step, recipe
+from test_formula import measured_second_step, recipe, strategy_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_core.huggingface.config import architecture_from_config
 from qlora_core.memory import formula, trace
 from qlora_core.memory.device import Device
-from qlora_core.strategy import Strategy
 
 SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 256),
@@ -71,13 +70,7 @@ def test_a_real_step_needs_what_the_trace_says_and_nearly_what_the_formula_does(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     name = request.node.callspec.id.removesuffix(f"-{method}")
     architecture = architecture_from_config(config.to_dict(), name=f"{name} on a CPU", source="a test")
-    strategy = Strategy(
-        micro_batch=2,
-        gradient_checkpointing=False,
-        attention="sdpa" if architecture.has_sdpa else "eager",
-        loss="chunked" if architecture.plain_logits else "full",
-        paged_optimizer=False,
-    )
+    strategy = strategy_of(architecture, gradient_checkpointing=False)
     fields = {"autocast": True} if method == "qlora" else {"method": method, "quantization": "none"}
     asked = recipe(rank=16, seq_len=128, **fields)
     real = measured_second_step(tmp_path, asked, strategy, "bfloat16")

@@ -44,6 +44,17 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe(**fields)
 
 
+def strategy_of(architecture: ModelArchitecture, **changes: Any) -> Strategy:
+    """Without paging, with the attention and the loss that there are for this architecture."""
+    fields: dict[str, Any] = {
+        "micro_batch": 2,
+        "attention": "sdpa" if architecture.has_sdpa else "eager",
+        "loss": "chunked" if architecture.plain_logits else "full",
+        "paged_optimizer": False,
+    }
+    return Strategy(**{**fields, **changes})
+
+
 # --- real steps on this CPU -------------------------------------------------------------------------------------------
 
 TINY = LlamaConfig(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_formula import TINY, measured_second_step, recipe, tiny_folder
+from test_formula import TINY, measured_second_step, recipe, strategy_of, tiny_folder
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig
 
 from benchmarks.accuracy import grid
@@ -224,13 +224,7 @@ def test_the_formula_says_what_the_trace_says_of_each_family(family: str) -> Non
             rank=16,
             autocast=quantized,
         )
-        strategy = Strategy(
-            micro_batch=2,
-            gradient_checkpointing=checkpointing,
-            attention="sdpa" if architecture.has_sdpa else "eager",
-            loss="chunked" if architecture.plain_logits else "full",
-            paged_optimizer=False,
-        )
+        strategy = strategy_of(architecture, gradient_checkpointing=checkpointing)
         request = architecture, asked, strategy, A100
         by_trace, by_formula = trace.estimate(*request).gpu.phases, formula.estimate(*request).gpu.phases
         for phase in ("forward", "backward", "optimizer"):
@@ -245,7 +239,7 @@ def test_the_formula_says_what_the_trace_says_of_shared_keys_on_a_t4(family: str
     config = AutoConfig.for_model(family, **{**SMALL, "num_key_value_heads": keys}, head_dim=64).to_dict()
     architecture = architecture_from_config(config, name=f"{family} of {keys}", source="a test")
     for checkpointing in (True, False):
-        strategy = Strategy(micro_batch=2, gradient_checkpointing=checkpointing, paged_optimizer=False)
+        strategy = strategy_of(architecture, gradient_checkpointing=checkpointing)
         request = architecture, recipe(rank=16), strategy, T4
         by_trace, by_formula = trace.estimate(*request).gpu.phases, formula.estimate(*request).gpu.phases
         for phase in ("forward", "backward"):

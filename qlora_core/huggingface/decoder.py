@@ -30,7 +30,8 @@ def build(fields: ConfigFields, model_type: str, family: Decoder) -> ModelArchit
     window, windowed_layers = _window(fields, family.window, layers)
 
     linears = _attention(fields, family, hidden, heads * head_dim, kv_heads * head_dim)
-    other = norms * norm_width + _qk_norms(fields, family, heads, kv_heads, head_dim) + (heads if family.sinks else 0)
+    head_norms = _qk_norms(fields, family, heads, kv_heads, head_dim)
+    other = norms * norm_width + head_norms + (heads if family.sinks else 0)
     experts = per_token = expert_size = expert_parameters = shared_size = 0
     if family.experts is None:
         intermediate = fields.size("intermediate_size")
@@ -82,6 +83,7 @@ def build(fields: ConfigFields, model_type: str, family: Decoder) -> ModelArchit
         activation=activation,
         norm="rms" if family.norm == "rms" else "layer",
         norms_per_layer=norms,
+        head_norms=head_norms > 0,
         config=dict(fields.raw),
     )
 

@@ -109,15 +109,13 @@ def attend(
 
 def repeated(tape: Tape, x: Tensor, shape: Heads) -> Tensor:
     """repeat_kv: keys or values copied out to all query heads; the gradient is summed back."""
-    if shape.queries == shape.keys:
-        return x
-    numel, dtype, wide = x.numel, x.dtype, ROW.times(shape.queries * shape.dim)
-    if shape.keys == 1:  # one head's view is as good as a copy for all
-        view = x.alias(wide)
-        if x.node is not None:
-            view.node = tape.node((x,), lambda gradient: (tape.new(numel, dtype),))
-        return view
-    return tape.apply((x,), wide, dtype, lambda gradient, saved: (tape.new(numel, dtype),))
+    if shape.keys > 1 or shape.queries == 1:
+        return spread(tape, x, shape)
+    numel, dtype = x.numel, x.dtype
+    view = x.alias(ROW.times(shape.queries * shape.dim))  # one head's is as good as a copy for all
+    if x.node is not None:
+        view.node = tape.node((x,), lambda gradient: (tape.new(numel, dtype),))
+    return view
 
 
 def fused(tape: Tape, kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, shape: Heads) -> Tensor:
@@ -220,29 +218,27 @@ def math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads, *,
     query_acc, key_acc, value_acc = (op.cast(tape, x, "float32") for x in (query, key, value))
     query = op.scale(tape, query_acc)
     mask = None if masked else tape.new(SCORE, "float32")
-    spread_key = spread_value = None
-    if masked:
-        scaled = repeated(tape, op.scale(tape, key_acc), shape)
-    else:
-        spread_key, spread_value = spread(tape, key_acc, shape), spread(tape, value_acc, shape)
-        scaled = op.scale(tape, spread_key)
+    key, value = (key_acc, value_acc) if masked else (spread(tape, x, shape) for x in (key_acc, value_acc))
+    scaled = op.scale(tape, key)
+    if masked:  # the products spread one key head themselves, and sum its gradient at once
+        scaled = repeated(tape, scaled, shape)
     folded = masked and several
     weights = op.batched_matmul(tape, query, scaled, numel, (several, folded, False))  # the mask is added in place
     del scaled
     weights = op.safe_softmax(tape, weights)
     if shape.dropped:
         weights = op.dropout(tape, weights, shape.cuda)
-    if spread_value is None:  # the product itself spreads it, and sums its gradient at once
-        spread_value = repeated(tape, value_acc, shape)
-    attended = op.batched_matmul(tape, weights, spread_value, query.numel, (False, folded, False))
+    if masked:
+        value = repeated(tape, value, shape)
+    attended = op.batched_matmul(tape, weights, value, query.numel, (False, folded, False))
     narrow = op.cast(tape, attended, dtype)
     unused = op.cast(tape, weights, dtype)
-    del mask, bias, unused, query_acc, key_acc, value_acc, spread_key, spread_value  # locals of that function
+    del mask, bias, unused, query_acc, key_acc, value_acc, key, value  # locals of that function
     return op.clone(tape, narrow)
 
 
 def spread(tape: Tape, x: Tensor, shape: Heads) -> Tensor:
-    """Keys or values copied out to all query heads, one head's too (repeat_interleave)."""
+    """Keys or values copied out to all query heads, one head's too (repeat_interleave); the gradient is summed back."""
     if shape.queries == shape.keys:
         return x
     numel, dtype = x.numel, x.dtype

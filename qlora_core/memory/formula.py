@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache, partial
 from operator import attrgetter
 from typing import Any, Literal
 
-from qlora_core.architecture import ALWAYS_MASKED, Linear, ModelArchitecture
+from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, Heads, is_masked, kernel_of
 from qlora_core.memory.device import Device
@@ -64,13 +64,8 @@ PARTIAL_ROTARY = {
     "stablelm": ("partial_rotary_factor", 0.25),
 }
 """By model type: the config's field of the part of a head that is rotated, and its default (configuration_*.py)."""
-HEAD_NORMS: dict[str, HeadNorms] = {
-    **dict.fromkeys(("exaone4", "gemma3_text", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe"), "projected"),
-    "hunyuan_v1_dense": "rotated",
-}
-"""Model types that normalise queries and keys too: as they are projected, or after they were rotated."""
-HEAD_NORMS_IF = {"cohere": "use_qk_norm", "phi": "qk_layernorm", "stablelm": "qk_layernorm"}
-"""Those that do so as they are projected, if this field of their config says so."""
+ROTATED_FIRST = frozenset({"hunyuan_v1_dense"})
+"""Model types that normalise queries and keys after these were rotated; others do so as they are projected."""
 NORMS: dict[str, Norm] = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3"), "rms_wide"),
     **dict.fromkeys(("cohere", "cohere2"), "centred"),
@@ -382,10 +377,10 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
 
 
 def _head_norms(architecture: ModelArchitecture) -> HeadNorms:
-    """Where queries and keys are normalised."""
-    if architecture.config.get(HEAD_NORMS_IF.get(architecture.model_type, "")):
-        return "projected"
-    return HEAD_NORMS.get(architecture.model_type, "")
+    """Where queries and keys are normalised, if they are."""
+    if not architecture.head_norms:
+        return ""
+    return "rotated" if architecture.model_type in ROTATED_FIRST else "projected"
 
 
 def folds_sequences(architecture: ModelArchitecture, attention: Attention) -> bool:
@@ -432,7 +427,7 @@ def kernel_in_use(
     mask decide, and what the others keep is counted beside theirs (`step_of`).
     """
     kernel = kernel_of(architecture, recipe, strategy, device)
-    always = architecture.model_type in ALWAYS_MASKED and not device.keys_expanded
+    always = architecture.is_always_masked and not device.keys_expanded
     if strategy.attention == "sdpa" and (recipe.packing or always):
         return "masked_math" if kernel == "math" and architecture.shares_one_key_head else "masked"
     if strategy.attention != "sdpa" or not is_masked(architecture, recipe.seq_len, False):

@@ -16,7 +16,7 @@ import torch
 import yaml
 from test_data_formats import ALPACA, CHIP2, FLAN, GUANACO, HH, LONGFORM, SELF_INSTRUCT, TREE, UNNATURAL, VICUNA
 
-from orchestrator.prepare import prepare
+from orchestrator.prepare import Prepared, prepare
 from orchestrator.run import open_record, order_of
 from orchestrator.spec import load_spec
 from orchestrator.worker import prepare as build
@@ -97,6 +97,18 @@ def write_spec(folder: Path, base: Path, format_: FormatName) -> Path:
     return path
 
 
+def carried_out(specification: Path) -> tuple[Prepared, list[float]]:
+    """A run as it was prepared, and the losses of its steps."""
+    prepared = prepare(load_spec(specification))
+    output = Path(prepared.spec.output)
+    output.mkdir()
+    open_record(prepared, None, output)
+    watch = Watch()
+    cpu = torch.device("cpu")
+    train(build(order_of(prepared, output, None), 0, cpu, meter_for(cpu)), watch, None)
+    return prepared, watch.losses
+
+
 def test_all_formats_are_here() -> None:
     assert set(ROWS) == set(get_args(FormatName)) - {"auto"}
 
@@ -104,17 +116,10 @@ def test_all_formats_are_here() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("format_", ROWS)
 def test_a_run_learns_from_it(tmp_path: Path, tiny_base: Path, format_: FormatName) -> None:
-    spec = load_spec(write_spec(tmp_path, tiny_base, format_))
-    prepared = prepare(spec)
-    output = Path(spec.output)
-    output.mkdir()
-    open_record(prepared, None, output)
-    watch = Watch()
-    cpu = torch.device("cpu")
-    train(build(order_of(prepared, output, None), 0, cpu, meter_for(cpu)), watch, None)
-    assert len(watch.losses) == STEPS
-    assert all(math.isfinite(loss) for loss in watch.losses)
-    assert watch.losses[-1] < watch.losses[0]
+    prepared, losses = carried_out(write_spec(tmp_path, tiny_base, format_))
+    assert len(losses) == STEPS
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
     assert prepared.data.format == format_
 
 
@@ -131,16 +136,9 @@ def test_a_run_learns_from_all_of_them_together(tmp_path: Path, tiny_base: Path,
     fields["data"] = {"datasets": datasets, "eval_fraction": 0.1}
     fields["recipe"]["packing"] = packing
     path.write_text(yaml.safe_dump(fields))
-    spec = load_spec(path)
-    prepared = prepare(spec)
-    output = Path(spec.output)
-    output.mkdir()
-    open_record(prepared, None, output)
-    watch = Watch()
-    cpu = torch.device("cpu")
-    train(build(order_of(prepared, output, None), 0, cpu, meter_for(cpu)), watch, None)
-    assert len(watch.losses) == STEPS
-    assert watch.losses[-1] < watch.losses[0]
+    _, losses = carried_out(path)
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.grid
