@@ -11,7 +11,7 @@ from orchestrator.plans import Choice, Target
 from orchestrator.question import Candidate, of_length
 from orchestrator.rules import can_be_divided
 from qlora_core.architecture import ModelArchitecture
-from qlora_core.recipe import Dtype, Recipe
+from qlora_core.recipe import LARGEST, Dtype, Recipe
 from qlora_core.strategy import Offload, ZeroStage
 
 Fits = Callable[[Candidate, Target, bool], bool]
@@ -146,10 +146,11 @@ def on_more(asked: Candidate, target: Target) -> Iterator[Candidate]:
             if recipe.sequences_per_step % (world * strategy.micro_batch) == 0:
                 accumulation = recipe.sequences_per_step // (world * strategy.micro_batch)
                 tokens = recipe.tokens_per_step
-            yield Candidate(
-                of_length(recipe, recipe.seq_len, tokens),
-                replace(strategy, world_size=world, zero_stage=stage, gradient_accumulation=accumulation),
-            )
+            if tokens <= LARGEST:
+                yield Candidate(
+                    of_length(recipe, recipe.seq_len, tokens),
+                    replace(strategy, world_size=world, zero_stage=stage, gradient_accumulation=accumulation),
+                )
         world *= 2
 
 

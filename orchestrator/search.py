@@ -320,7 +320,7 @@ def leanest(question: Question, candidate: Candidate) -> Candidate:
 
 
 def leanest_of_all(question: Question, place: Place) -> Candidate:
-    """The candidate of a place that comes nearest to fitting."""
+    """The candidate of a place that comes nearest to fitting; what is asked for, where a step there would be too large."""
     judge = Judge(question, place)
     lean = dict.fromkeys(leanest(question, candidate) for candidate in candidates(question, place))
 
@@ -328,7 +328,7 @@ def leanest_of_all(question: Question, place: Place) -> Candidate:
         needed, target = judge.needed(candidate)
         return needed.gpu.process_bytes - target.usable_bytes
 
-    return min(lean, key=missing)
+    return min(lean, key=missing, default=Candidate(question.recipe, question.strategy))
 
 
 def longest(question: Question, place: Place, judge: Judge, sure: bool) -> Candidate | None:

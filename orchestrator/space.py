@@ -11,7 +11,7 @@ from orchestrator.devices import pool_target
 from orchestrator.plans import Target
 from orchestrator.question import Candidate, Place, Question, of_length
 from orchestrator.rules import can_be_divided, why_not_liger
-from qlora_core.recipe import Recipe
+from qlora_core.recipe import LARGEST, Recipe
 from qlora_core.strategy import Attention, Loss, Offload, ZeroStage
 
 LARGEST_MICRO_BATCH = 16
@@ -152,7 +152,15 @@ def shardings(question: Question, world: int) -> list[tuple[ZeroStage, Offload]]
 
 
 def micro_batches(question: Question, shape: Candidate, world: int) -> list[tuple[int, int]]:
-    """Micro-batches to try, each with the gradient accumulation that makes the step whole; the largest first."""
+    """Micro-batches to try, each with the gradient accumulation that makes the step whole; the largest first.
+
+    None of a step that is larger than a recipe may have.
+    """
+    most = LARGEST // (shape.recipe.seq_len * world)
+    return [(size, several) for size, several in _whole_steps(question, shape, world) if size * several <= most]
+
+
+def _whole_steps(question: Question, shape: Candidate, world: int) -> list[tuple[int, int]]:
     given = shape.strategy
     if "micro_batch" not in question.open or question.objective == "longest":
         size = 1 if "micro_batch" in question.open else given.micro_batch

@@ -20,7 +20,9 @@ ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Schedule = Literal["constant", "linear", "cosine"]
 Upcast = Literal["none", "peft"]
-Count = Annotated[int, Bounds(ge=1, le=2**40)]
+LARGEST = 2**40
+"""No count of a recipe is larger."""
+Count = Annotated[int, Bounds(ge=1, le=LARGEST)]
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -369,3 +369,18 @@ def check_command(arguments: list[str]) -> tuple[int, str, str]:
 @settings(max_examples=100, deadline=None)
 def test_a_command_line_is_answered_or_refused(arguments: list[str]) -> None:
     check_command(arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--gpus 8 --seq-len 100000000000 --objective fastest --gpu h200",
+        "--seq-len 1000000000000 --objective fastest",
+        "--micro-batch 1000 --seq-len 1000000000 --objective fewest-gpus --gpu h200",
+        "--micro-batch 100000 --seq-len 10000000 --compare t4,h200",
+    ],
+)
+def test_a_step_that_more_gpus_would_make_larger_than_any_may_be_is_not_among_the_ways_to_run(arguments: str) -> None:
+    code, printed, _ = check_command(["--model", "7b", *arguments.split()])
+    assert code == 1
+    assert printed.startswith("DOES NOT FIT")
