@@ -320,7 +320,7 @@ def leanest(question: Question, candidate: Candidate) -> Candidate:
 
 
 def leanest_of_all(question: Question, place: Place) -> Candidate:
-    """The candidate of a place that comes nearest to fitting; what is asked for, where a step there would be too large."""
+    """The candidate of a place that comes nearest to fitting; what is asked, where each step there is too large."""
     judge = Judge(question, place)
     lean = dict.fromkeys(leanest(question, candidate) for candidate in candidates(question, place))
 
