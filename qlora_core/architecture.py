@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 EAGER_ONLY = frozenset({"bloom", "codegen", "gemma2", "gpt_oss", "gptj", "mpt"})
@@ -51,6 +51,30 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Tower:
+    """What a model that sees has beside its language model. Trained on text, it is loaded, and does nothing.
+
+    Attributes:
+        model_type: transformers' type of the whole model; `ModelArchitecture.model_type` is its language model's.
+        linears: its linear layers, `count` of them in all; bitsandbytes replaces these too.
+        other_parameters: parameters that are in none of their weights (biases, norms, embeddings, the projector).
+        buffer_bytes: tables beside its weights.
+        config: the whole model's raw fields, for the trace.
+    """
+
+    model_type: str
+    linears: tuple[Linear, ...]
+    other_parameters: int
+    buffer_bytes: int
+    config: Mapping[str, object] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def parameters(self) -> int:
+        """All its parameters."""
+        return sum(linear.weight_numel * linear.count for linear in self.linears) + self.other_parameters
+
+
+@dataclass(frozen=True, slots=True)
 class ModelArchitecture:
     """A decoder-only transformer as the memory model sees it. All decoder layers are alike.
 
@@ -79,7 +103,8 @@ class ModelArchitecture:
         norm: "rms" is written out in Python over a float32 copy (Llama's and its like), "layer" is one torch kernel.
         norms_per_layer: norms of one layer that are hidden_size wide.
         head_norms: queries and keys are normalised too.
-        config: the raw fields, for the trace.
+        tower: what a model that sees has beside the decoder; None for the others.
+        config: the raw fields.
     """
 
     name: str
@@ -110,11 +135,27 @@ class ModelArchitecture:
     norm: Literal["rms", "layer"] = "rms"
     norms_per_layer: int = 2
     head_norms: bool = False
+    tower: Tower | None = None
     config: Mapping[str, object] = field(default_factory=dict, repr=False, compare=False)
 
     def __hash__(self) -> int:
         """Of what tells models apart: a search asks for it all the time."""
         return hash((self.name, self.hidden_size, self.num_layers, self.vocab_size))
+
+    @property
+    def whole_type(self) -> str:
+        """The model type of the checkpoint: where modules are depends on it."""
+        return self.tower.model_type if self.tower else self.model_type
+
+    @property
+    def whole_config(self) -> Mapping[str, object]:
+        """The checkpoint's config, from which transformers builds the model."""
+        return self.tower.config if self.tower else self.config
+
+    @property
+    def language_model(self) -> ModelArchitecture:
+        """Without what does nothing on text."""
+        return replace(self, tower=None) if self.tower else self
 
     @property
     def has_sdpa(self) -> bool:
@@ -161,6 +202,12 @@ class ModelArchitecture:
         """Elements of an output head of its own: 0 when tied."""
         return 0 if self.tied_embeddings else self.vocab_size * self.hidden_size
 
+    def all_linears(self) -> Iterator[tuple[Linear, int]]:
+        """Every linear layer, with how many of it the whole model has; the output head is none of them."""
+        yield from ((linear, self.num_layers * linear.count) for linear in self.linears)
+        if self.tower:
+            yield from ((linear, linear.count) for linear in self.tower.linears)
+
     @property
     def linear_parameters(self) -> int:
         """Elements of all linear weights of all layers, without biases."""
@@ -176,4 +223,5 @@ class ModelArchitecture:
             + self.embedding_parameters
             + self.head_parameters
             + self.other_parameters
+            + (self.tower.parameters if self.tower else 0)
         )

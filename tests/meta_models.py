@@ -11,6 +11,17 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_core.architecture import ModelArchitecture
 
+SIGLIP: dict[str, object] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+"""A small vision tower."""
+
 
 def on_meta(fields: dict[str, Any]) -> Any:
     """The model that transformers builds from `fields`, without memory for its weights."""
@@ -19,9 +30,13 @@ def on_meta(fields: dict[str, Any]) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
+def layers_of(model: Any) -> torch.nn.ModuleList:
+    """The decoder's layers."""
+    return next(module for module in model.get_decoder().modules() if isinstance(module, torch.nn.ModuleList))
+
+
 def linears_of_a_layer(model: Any) -> list[Counter[tuple[str, int, int, bool]]]:
     """For each decoder layer: (module's last name, in, out, has a bias) of its linear modules."""
-    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     return [
         Counter(
             (name.rsplit(".", 1)[-1], *reversed(module.weight.shape), module.bias is not None)
@@ -30,7 +45,7 @@ def linears_of_a_layer(model: Any) -> list[Counter[tuple[str, int, int, bool]]]:
             for name, module in layer.named_modules()
             if isinstance(module, (torch.nn.Linear, Conv1D))
         )
-        for layer in layers
+        for layer in layers_of(model)
     ]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from meta_models import assert_same, on_meta
+from meta_models import SIGLIP, assert_same, layers_of, on_meta
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +24,7 @@ from qlora_core.architecture import EAGER_ONLY
 from qlora_core.huggingface.config import architecture_from_config, architecture_from_folder
 from qlora_core.huggingface.families import DECODERS
 from qlora_core.huggingface.older_decoders import OLDER
+from qlora_core.huggingface.seeing import SEEING
 from qlora_core.memory.bytes import buffer_bytes
 
 COMMON: dict[str, object] = {
@@ -96,6 +97,14 @@ SMALL: dict[str, list[dict[str, object]]] = {
     ],
     "gemma2": [{}, {"head_dim": 16, "num_key_value_heads": 2, **BIASES}],
     "gemma3_text": [{}, {"sliding_window_pattern": 2}, {"head_dim": 16, **BIASES}],
+    "gemma3": [
+        {"text_config": COMMON | {"head_dim": 16}, "vision_config": SIGLIP},
+        {
+            "text_config": COMMON | {"sliding_window_pattern": 2, "head_dim": 8, **BIASES},
+            "vision_config": SIGLIP | {"vision_use_head": True, "num_channels": 1},
+            "tie_word_embeddings": False,
+        },
+    ],
     "phi": [{}, {"qk_layernorm": True, "num_key_value_heads": 2}],
     "phi3": [{}, {"num_key_value_heads": 2, "sliding_window": 8, "tie_word_embeddings": True}],
     "stablelm": [
@@ -138,7 +147,7 @@ SMALL: dict[str, list[dict[str, object]]] = {
         {"ffn_dim": 100, "layer_norm_elementwise_affine": False},
     ],
 }
-OWN_NAMES = {"gpt2", "gpt_bigcode", "gptj", "codegen", "mpt"}
+OWN_NAMES = {"gemma3", "gpt2", "gpt_bigcode", "gptj", "codegen", "mpt"}
 CASES = [
     pytest.param(model_type, ({} if model_type in OWN_NAMES else COMMON) | extra, id=f"{model_type}-{number}")
     for model_type, variants in SMALL.items()
@@ -154,7 +163,7 @@ def test_it_is_known_which_attention_transformers_has(model_type: str) -> None:
 
 
 def test_every_model_type_has_a_case() -> None:
-    assert set(SMALL) == {*DECODERS, *OLDER}
+    assert set(SMALL) == {*DECODERS, *OLDER, *SEEING}
 
 
 @pytest.mark.parametrize(("model_type", "fields"), CASES)
@@ -169,7 +178,7 @@ def test_tables_beside_the_weights_are_counted(model_type: str, fields: dict[str
     built = sum(buffer.nbytes for buffer in on_meta({"model_type": model_type, **fields}).buffers())
     # frequencies of rotary embedding and a factor are not: some KB at most
     assert 0 <= built - buffer_bytes(architecture) < 4096
-    assert (buffer_bytes(architecture) > 0) == (model_type in ("codegen", "gpt_bigcode", "gptj"))
+    assert (buffer_bytes(architecture) > 0) == (model_type in ("codegen", "gemma3", "gpt_bigcode", "gptj"))
 
 
 @pytest.mark.parametrize(("model_type", "fields"), CASES)
@@ -183,7 +192,7 @@ def test_it_is_what_a_saved_config_says(model_type: str, fields: dict[str, Any],
 @pytest.mark.parametrize(("model_type", "fields"), CASES)
 def test_windows_are_transformers_windows(model_type: str, fields: dict[str, Any]) -> None:
     architecture = architecture_from_config({"model_type": model_type, **fields}, name="small", source="test")
-    config = AutoConfig.for_model(model_type, **fields)
+    config = AutoConfig.for_model(model_type, **fields).get_text_config()
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None) or None
     count = (kinds or ["sliding_attention"] * architecture.num_layers).count("sliding_attention") if window else 0
@@ -200,10 +209,10 @@ def test_quantized_are_the_modules_that_bitsandbytes_replaces(model_type: str, f
         quantization_config=BitsAndBytesConfig(load_in_4bit=True),
     )
     names = [name for name, module in replaced.named_modules() if type(module).__name__ == "Linear4bit"]
-    expected = Counter(linear.name for linear in architecture.linears if linear.quantized)
-    assert Counter(name.rsplit(".", 1)[-1] for name in names) == Counter(
-        {name: count * architecture.num_layers for name, count in expected.items()}
-    )
+    expected = Counter[str]()
+    for linear, count in architecture.all_linears():
+        expected[linear.name] += count * linear.quantized
+    assert Counter(name.rsplit(".", 1)[-1] for name in names) == +expected
 
 
 @pytest.mark.parametrize(("model_type", "fields"), CASES)
@@ -213,7 +222,7 @@ def test_linears_come_in_the_order_of_the_forward_pass(model_type: str, fields: 
     config = AutoConfig.for_model(model_type, **fields)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    layer = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))[0]
+    layer = layers_of(model)[0]
     ran: list[tuple[str, int]] = []
     for name, module in layer.named_modules():
         if isinstance(module, (torch.nn.Linear, Conv1D)):
@@ -228,6 +237,20 @@ def test_linears_come_in_the_order_of_the_forward_pass(model_type: str, fields: 
 
 
 LLAMA: dict[str, object] = {"model_type": "llama", **COMMON}
+
+
+def test_what_is_wrong_with_either_part_is_reported_at_once() -> None:
+    fields = {
+        "model_type": "gemma3",
+        "text_config": {"num_hidden_layers": 0},
+        "vision_config": {"patch_size": "14"},
+        "tie_word_embeddings": "no",
+    }
+    assert {problem.where.removeprefix("bad/config.json: ") for problem in refused(fields).problems} == {
+        "text_config: num_hidden_layers",
+        "vision_config: patch_size",
+        "tie_word_embeddings",
+    }
 
 
 def refused(fields: dict[str, Any]) -> RequestError:
@@ -272,7 +295,9 @@ def test_wrong_values_are_refused_by_name(field: str, value: object, says: str) 
         ({"model_type": "lama"}, "Nearest known: llama"),
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "marian", "is_encoder_decoder": True}, "encoder-decoder"),
-        ({"model_type": "llava", "vision_config": {"depth": 2}}, "see or hear"),
+        ({"model_type": "llava", "vision_config": {"depth": 2}}, "only gemma3 is modelled"),
+        ({"model_type": "gemma3", "vision_config": {"model_type": "clip"}}, "must be siglip_vision_model"),
+        ({"model_type": "gemma3", "text_config": 7}, "must be an object"),
         ({"model_type": "mamba"}, "state-space"),
         ({"model_type": "deepseek_v3"}, "not all alike"),
         (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "quantized otherwise"),
@@ -330,7 +355,7 @@ def test_a_folder_that_holds_no_model_is_one_clear_error(tmp_path: Path) -> None
 OTHER_FIELDS = (
     "num_key_value_heads head_dim layer_types use_sliding_window sliding_window sliding_window_pattern "
     "max_window_layers no_rope_layers mlp_only_layers decoder_sparse_step quantization_config "
-    "vision_config attention_bias ffn_dim hidden_act tie_word_embeddings num_kv_heads multi_query "
+    "text_config vision_config attention_bias ffn_dim hidden_act tie_word_embeddings num_kv_heads multi_query "
     "new_decoder_architecture shared_expert_intermediate_size per_layer_config"
 )
 NAMES = st.sampled_from(sorted({*COMMON, *GPT2, *EXPERTS, *OTHER_FIELDS.split()}))

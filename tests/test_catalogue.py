@@ -29,6 +29,11 @@ EXACT = {
     "pythia-12b": 11_846_072_320,
     # Black et al. 2022 (arXiv 2204.06745), section 2.
     "gpt-neox-20b": 20_554_567_680,
+    # Hugging Face's pages of the models: "tensors" of the safetensors, as the Hub counts them.
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-4b": 4_300_079_472,
+    "gemma-3-12b": 12_187_325_040,
+    "gemma-3-27b": 27_432_406_640,
     # Radford et al. 2019, as counted from the published checkpoint: 124M.
     "gpt2": 124_439_808,
 }

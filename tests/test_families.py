@@ -35,6 +35,8 @@ FURTHER: dict[str, tuple[float, float, str]] = {
     "gptj": (0.03, 0.17, "attention in float32"),
     "gemma3_text-0": (0.03, 0.03, "queries' and keys' norms"),
     "gemma3_text-1": (0.03, 0.03, "queries' and keys' norms"),
+    "gemma3-0": (0.03, 0.03, "queries' and keys' norms"),
+    "gemma3-1": (0.03, 0.03, "queries' and keys' norms"),
     "gpt_bigcode-0": (0.025, 0.02, "attention's dropout"),
     "falcon-0": (0.07, 0.075, "one key head's gradient"),
     "falcon-1": (0.04, 0.05, "ALiBi"),
@@ -51,6 +53,8 @@ CASES = [
 
 def scaled(changes: Mapping[str, object]) -> dict[str, Any]:
     """A config of test_architecture.py with these sizes, where it has them."""
+    if isinstance(text := changes.get("text_config"), dict):
+        return {**changes, "text_config": scaled(text)}
     base = {} if {"n_embd", "d_model"} & changes.keys() else COMMON
     fields = {**base, **changes}
     for name, size in SIZES.items():

@@ -15,7 +15,7 @@ from clusters.errors import RequestError
 from orchestrator.targets import check_targets
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.huggingface.config import architecture_from_config
-from qlora_core.huggingface.modules import in_layer, not_linear
+from qlora_core.huggingface.modules import in_layer, modules_of, not_linear
 from qlora_core.memory.bytes import trainable_tensors
 from qlora_core.recipe import Recipe, RecipeError
 from qlora_core.targets import split
@@ -60,15 +60,15 @@ def refusal(family: str, asked: Recipe) -> str:
 def test_linears_have_the_names_that_transformers_gives_their_modules(family: str) -> None:
     architecture, model = architecture_of(family), on_meta(FIELDS[family])
     head = model.get_output_embeddings()
+    tower = modules_of(architecture.whole_type).tower
+    there = {name: module for name, module in model.named_modules() if name and not name.startswith(tower)}
     expected = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+        name for name, module in there.items() if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
     }
     layers = range(architecture.num_layers)
     assert expected == {in_layer(linear.path, number) for linear in architecture.linears for number in layers}
     # of StableLM's norms, one a head, the first stands for all
-    others = {re.sub(r"norms\.\d+", "norms.0", name) for name, _ in model.named_modules() if name} - expected
+    others = {re.sub(r"norms\.\d+", "norms.0", name) for name in there} - expected
     assert others <= set(not_linear(architecture))
 
 
@@ -97,6 +97,8 @@ def test_linears_have_the_names_that_transformers_gives_their_modules(family: st
         ("gpt_neox-0", (r".*attention\.(query_key_value|dense)",)),
         ("qwen2_moe-0", (r".*shared_expert\.(gate|up|down)_proj",)),
         ("qwen2_moe-0", ("gate_proj",)),
+        ("gemma3-0", ("q_proj", "v_proj")),  # SigLIP's have these names too
+        ("gemma3-1", (r".*self_attn\..*_proj", "down_proj")),
         ("granitemoe-0", (r".*\.q_proj",)),
         ("mixtral-0", (r".*\.(q|k|v|o)_proj",)),
         ("mixtral-0", (r".*\.w[123]",)),

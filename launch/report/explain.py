@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.plans import Plan
+from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.formula import estimate
 from qlora_core.recipe import DTYPE_BYTES
@@ -77,7 +78,7 @@ def base_lines(plan: Plan) -> list[str]:
     products = " + ".join(
         f"{out} x {into}" if count == 1 else f"{count} x {out} x {into}" for (out, into), count in shapes.items()
     )
-    total = architecture.linear_parameters
+    in_layers, total = architecture.linear_parameters, linear_weights(architecture)
     item = DTYPE_BYTES[exact.stored_dtype(recipe, plan.target.compute_dtype)]
     stored = {
         "nf4": f"nf4 packs two weights into a byte: {number(total)} / 2",
@@ -85,12 +86,19 @@ def base_lines(plan: Plan) -> list[str]:
         "int8": f"int8 takes a byte for each: {number(total)} x 1",
         "none": f"each takes {item} bytes: {number(total)} x {item}",
     }[recipe.quantization]
+    idle = [f"The vision tower has {number(total - in_layers)} more: it is loaded, and idles on text."]
     return [
         f"The linear layers: {architecture.num_layers} layers x",
         f"  ({products})",
-        f"  = {number(total)} weights.",
+        f"  = {number(in_layers)} weights.",
+        *(idle if architecture.tower else ()),
         f"{stored}{unreplaced(plan)}.",
     ]
+
+
+def linear_weights(architecture: ModelArchitecture) -> int:
+    """Weights of all linear layers but the output head."""
+    return sum(linear.weight_numel * count for linear, count in architecture.all_linears())
 
 
 def unreplaced(plan: Plan) -> str:
@@ -109,10 +117,9 @@ def constant_lines(plan: Plan) -> list[str]:
     if recipe.quantization == "int8":
         return ["One float32 for each row of a weight."]
     blocks = sum(
-        exact.absmax_count(linear.weight_numel, recipe.block_size) * linear.count
-        for linear in plan.architecture.linears
+        exact.absmax_count(linear.weight_numel, recipe.block_size) * count
+        for linear, count in plan.architecture.all_linears()
     )
-    blocks *= plan.architecture.num_layers
     first = f"Each block of {recipe.block_size} weights shares one absmax constant: {number(blocks)} constants."
     if not recipe.double_quantization:
         return [
@@ -141,7 +148,7 @@ def unquantized_lines(plan: Plan) -> list[str]:
         f"Token embedding: {number(architecture.vocab_size)} x {architecture.hidden_size}"
         f" = {number(architecture.embedding_parameters)} weights;",
         f"  {head}.",
-        f"Norms, biases and the like: the rest of {number(architecture.parameters - architecture.linear_parameters)}.",
+        f"Norms, biases and the like: the rest of {number(architecture.parameters - linear_weights(architecture))}.",
         f"Each takes the {DTYPE_BYTES[dtype]} bytes of {dtype}{why}.",
     ]
 

@@ -20,6 +20,7 @@ from launch.listing import parameters
 from launch.report.components import COMPONENT_TITLES
 from launch.report.words import error, gib, time_words
 from orchestrator.plans import Duration, Plan, Verdict
+from qlora_core.architecture import ModelArchitecture
 from qlora_core.step_time import StepTime
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def request_table(plan: Plan) -> Table:
 
 def request_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """What was asked, and what was chosen for it, each with its name."""
-    yield "model", f"{plan.architecture.name}, {parameters(plan.architecture.parameters)} parameters"
+    yield "model", model_words(plan.architecture)
     yield "base", base_words(plan)
     yield "trained", trained_words(plan)
     yield "step", step_words(plan)
@@ -135,6 +136,14 @@ def request_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "whole run", duration_words(plan.duration)
     for choice in plan.choices:
         yield choice.field.replace("_", " "), f"{choice.value}: {choice.reason}"
+
+
+def model_words(architecture: ModelArchitecture) -> str:
+    """The model and its size, and what of it idles."""
+    words = f"{architecture.name}, {parameters(architecture.parameters)} parameters"
+    if tower := architecture.tower:
+        words += f", {parameters(tower.parameters)} of them for images, which idle on text"
+    return words
 
 
 def speed_words(step: StepTime) -> str:

@@ -12,6 +12,7 @@ from qlora_core.huggingface.decoder import build
 from qlora_core.huggingface.families import DECODERS
 from qlora_core.huggingface.fields import ConfigFields
 from qlora_core.huggingface.older_decoders import OLDER
+from qlora_core.huggingface.seeing import SEEING
 
 LARGEST_CONFIG_BYTES = 10 * 1024**2
 """No config.json is larger; a weights file given by mistake is."""
@@ -29,10 +30,12 @@ def architecture_from_config(fields: Mapping[str, object], *, name: str, source:
     Raises:
         RequestError: the model is of a kind that cannot be modelled, or fields are missing or wrong (all at once).
     """
-    known = sorted((*DECODERS, *OLDER))
+    known = sorted((*DECODERS, *OLDER, *SEEING))
     _refuse_other_kinds(fields, source, known)
     model_type = str(fields["model_type"])
     reader = ConfigFields(fields, name=name, source=source)
+    if model_type in SEEING:
+        return SEEING[model_type](reader)
     if model_type in DECODERS:
         return build(reader, model_type, DECODERS[model_type])
     return OLDER[model_type](reader)
@@ -119,7 +122,7 @@ _REASONS = {
 
 
 def _refuse_other_kinds(fields: Mapping[str, object], source: str, known: list[str]) -> None:
-    """Raise for what is no decoder-only language model with layers all alike, or is already quantized otherwise."""
+    """Raise for what has no decoder with layers all alike that is known, or is already quantized otherwise."""
     model_type = fields.get("model_type")
     where = f"{source}: model_type"
     if not isinstance(model_type, str) or not model_type:
@@ -131,9 +134,12 @@ def _refuse_other_kinds(fields: Mapping[str, object], source: str, known: list[s
             where, shown, "an encoder-decoder is not a causal language model", "Choose a decoder-only model"
         )
     part = next((part for part in _OTHER_PARTS if fields.get(part)), None)
-    if part is not None:
+    if part is not None and model_type not in SEEING:
         raise request_error(
-            f"{source}: {part}", shown, "models that see or hear are not modelled", "Choose its text-only sibling"
+            f"{source}: {part}",
+            shown,
+            f"of the models that see or hear, only {', '.join(SEEING)} is modelled, trained on text",
+            "Choose that, or a text-only model",
         )
     if fields.get("per_layer_config"):
         raise request_error(f"{source}: per_layer_config", shown, _MIXED, "Choose another model")

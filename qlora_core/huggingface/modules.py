@@ -5,6 +5,7 @@ Source: the modelling classes of transformers 5.23.0 (``transformers/models/TYPE
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ class Modules:
         attention, mlp: what holds their linears in a layer; nothing where the layer itself does.
         beside: the other modules of a layer, of every variant that a config can ask for.
         outside: the other modules outside the layers; the token embedding first.
+        tower: what belongs to no language model, where the model sees.
     """
 
     layers: str = "model.layers"
@@ -30,6 +32,7 @@ class Modules:
     mlp: str = "mlp"
     beside: tuple[str, ...] = ("mlp.act_fn", "input_layernorm", "post_attention_layernorm")
     outside: tuple[str, ...] = ("model.embed_tokens", "model.norm", "model.rotary_emb")
+    tower: tuple[str, ...] = ()
 
 
 _LLAMA = Modules()
@@ -39,6 +42,7 @@ _NORMED_AFTER = replace(
     _LLAMA, beside=("mlp.act_fn", "post_attention_layernorm", "post_feedforward_layernorm", *_QUERY_AND_KEY)
 )
 _EXPERTS = ("mlp.gate", "mlp.experts", "mlp.experts.act_fn", "input_layernorm", "post_attention_layernorm")
+_GEMMA3 = replace(_LLAMA, beside=(*_LLAMA.beside, *_AROUND, *_QUERY_AND_KEY))
 _GPT2 = Modules(
     "transformer.h",
     "attn",
@@ -62,7 +66,13 @@ MODULES: dict[str, Modules] = {
     "qwen3": replace(_LLAMA, beside=(*_LLAMA.beside, *_QUERY_AND_KEY)),
     "qwen3_moe": replace(_LLAMA, beside=(*_EXPERTS, *_QUERY_AND_KEY)),
     "gemma2": replace(_LLAMA, beside=(*_LLAMA.beside, *_AROUND)),
-    "gemma3_text": replace(_LLAMA, beside=(*_LLAMA.beside, *_AROUND, *_QUERY_AND_KEY)),
+    "gemma3": replace(
+        _GEMMA3,
+        layers="model.language_model.layers",
+        outside=tuple(name.replace("model.", "model.language_model.") for name in _LLAMA.outside),
+        tower=("model.vision_tower", "model.multi_modal_projector"),
+    ),
+    "gemma3_text": _GEMMA3,
     "phi": replace(
         _LLAMA,
         beside=(
@@ -193,7 +203,7 @@ def in_layer(path: str, number: int) -> str:
 
 def not_linear(architecture: ModelArchitecture) -> Iterator[str]:
     """The names of all modules but the layers' linears: containers, norms, activations, embeddings, output head."""
-    modules = modules_of(architecture.model_type)
+    modules = modules_of(architecture.whole_type)
     first = f"{modules.layers}.0"
     beside = [f"{first}.{name}" for name in modules.beside]
     inside = {
@@ -205,6 +215,12 @@ def not_linear(architecture: ModelArchitecture) -> Iterator[str]:
     of_layer = [first, *beside, *sorted(parent for parent in inside if parent.startswith(f"{first}."))]
     for number in range(architecture.num_layers):
         yield from (in_layer(f"{name}.", number)[:-1] for name in of_layer)
+
+
+def tower_expression(model_type: str) -> str | None:
+    """What matches the names of all modules that belong to no language model; None where there are none."""
+    tower = modules_of(model_type).tower
+    return "|".join(rf"{re.escape(name)}\..*" for name in tower) or None
 
 
 def _above(path: str) -> Iterator[str]:

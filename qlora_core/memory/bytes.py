@@ -86,8 +86,10 @@ def weights(architecture: ModelArchitecture, recipe: Recipe, compute: Dtype) -> 
         smaller = norms // pieces
         other.append((smaller * item, layers * (pieces - 1)))
         other.append(((norms - smaller * (pieces - 1)) * item, layers))
-    for linear in architecture.linears:
-        numel, count = linear.weight_numel, layers * linear.count
+    if architecture.tower:
+        other.append((architecture.tower.other_parameters * item, 1))
+    for linear, count in architecture.all_linears():
+        numel = linear.weight_numel
         if recipe.quantization == "none":
             base.append((numel * item, count))
         elif not is_quantized(linear, recipe):
@@ -105,10 +107,10 @@ def weights(architecture: ModelArchitecture, recipe: Recipe, compute: Dtype) -> 
 
 
 def buffer_bytes(architecture: ModelArchitecture) -> int:
-    """Bytes of the tables that some older models keep beside their weights; no rank is without all of them.
+    """Bytes of the tables that some models keep beside their weights; no rank is without all of them.
 
-    GPT-BigCode has a causal mask, GPT-J and CodeGen sines and cosines in each layer (modeling_*.py); of the others what
-    there is has a few numbers.
+    A vision tower numbers its patches; GPT-BigCode has a causal mask, GPT-J and CodeGen sines and cosines in each layer
+    (modeling_*.py); of the others what there is has a few numbers.
     """
     positions = architecture.max_position_embeddings
     if architecture.model_type == "gpt_bigcode":
@@ -117,7 +119,7 @@ def buffer_bytes(architecture: ModelArchitecture) -> int:
         rotated = architecture.config.get("rotary_dim", 64)
         width = rotated if isinstance(rotated, int) else architecture.hidden_size
         return 4 * architecture.num_layers * positions * width
-    return 0
+    return architecture.tower.buffer_bytes if architecture.tower else 0
 
 
 def is_target(linear: Linear, recipe: Recipe) -> bool:
@@ -170,6 +172,7 @@ def expert_ranks(architecture: ModelArchitecture, recipe: Recipe) -> tuple[int, 
 
 
 def _all_tensors(architecture: ModelArchitecture) -> Iterator[tuple[int, int]]:
+    """What method full trains: of a model that sees, the language model."""
     layers = architecture.num_layers
     yield architecture.embedding_parameters, 1
     yield architecture.head_parameters, 1

@@ -147,7 +147,7 @@ def gathered(architecture: ModelArchitecture, recipe: Recipe, device: Device, go
     """
     item = DTYPE_BYTES[exact.stored_dtype(recipe, device.compute_dtype)]
     lora_item = DTYPE_BYTES[recipe.lora_dtype]
-    weights = exact.weights(architecture, recipe, device.compute_dtype)
+    weights = exact.weights(architecture.language_model, recipe, device.compute_dtype)
     base_item = 1 if weights.constants else item
     fetched = [(size, base_item, count) for size, count in weights.base]
     fetched += [(size, item, count) for size, count in weights.unquantized]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -19,7 +19,7 @@ from qlora_core.memory.recorder import Recorder
 from qlora_core.memory.replay import EMPTY_CACHE, WEIGHT, WEIGHTS_LOADED
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.training.model import TORCH_DTYPES, attach_adapters, quantization_config, trainable
+from qlora_core.training.model import TORCH_DTYPES, attach_adapters, quantization_config, train_all, trainable
 
 
 def load(
@@ -31,7 +31,7 @@ def load(
     given back at once, so that it is cached; then each weight in the order of its name, quantized before the next.
     """
     dtype = TORCH_DTYPES[device.compute_dtype]
-    fields = dict(architecture.config)
+    fields = dict(architecture.whole_config)
     config = AutoConfig.for_model(**fields)
     with torch.device("meta"):
         base: Any = AutoModelForCausalLM.from_config(
@@ -53,13 +53,12 @@ def load(
         _upcast(base, recorder)
     if device.emptied_after_load:
         recorder.mark(EMPTY_CACHE)
-    if recipe.method != "full":
-        base.requires_grad_(False)
+    base.requires_grad_(False)
     base.config.use_cache = False
     if strategy.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.method == "full":
-        return cast(nn.Module, base)
+        return train_all(base)
     if recipe.upcast == "peft" and strategy.gradient_checkpointing:
         base.enable_input_require_grads()
     return _adapted(base, recipe, dtype, recorder)

@@ -7,6 +7,7 @@ the rest to go on alike.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -125,27 +126,34 @@ def constants_of(linear: Linear, loading: Loading) -> tuple[int, ...]:
     return exact.constant_tensors(linear.weight_numel, loading.block_size, loading.double_quantization)
 
 
+def weight_of(linear: Linear, loading: Loading) -> Weight:
+    """One of the weights of `linear`."""
+    bias = linear.out_features * loading.item if linear.bias else 0
+    return Weight(linear.weight_numel, bias, constants_of(linear, loading))
+
+
 @lru_cache(maxsize=64)
 def _base(architecture: ModelArchitecture, loading: Loading, layers: int) -> Loaded:
     """The base model, as if it had so many layers."""
     memory = CachingAllocator()
     item = loading.item
     plain = _unquantized(architecture, item)
-    weights = [
-        Weight(
-            linear.weight_numel,
-            linear.out_features * item if linear.bias else 0,
-            constants_of(linear, loading),
-        )
+    of_layer = [
+        weight_of(linear, loading)
         for linear in sorted(architecture.linears, key=lambda each: (each.part == "attention", each.name))
         for _ in range(linear.count)
     ]
+    tower = architecture.tower
+    beside = [weight_of(linear, loading) for linear in tower.linears for _ in range(linear.count)] if tower else []
     per_byte = 1 if loading.quantization == "int8" else 2
-    # transformers asks for that of each quantized element, whatever it comes in (quantized_element_size)
-    of_layer = sum(weight.numel // per_byte if weight.constants else weight.numel * item for weight in weights)
     requested = 0
     if loading.warmed_up:
-        memory.release(memory.allocate(max(sum(plain) + layers * of_layer, 1)))
+        # transformers asks for that of each quantized element, whatever it comes in (quantized_element_size)
+        in_linears = sum(
+            weight.numel // per_byte if weight.constants else weight.numel * item
+            for weight in (*of_layer * layers, *beside)
+        )
+        memory.release(memory.allocate(max(sum(plain) + in_linears, 1)))
     held = []
 
     def keep(size: int) -> None:
@@ -153,11 +161,7 @@ def _base(architecture: ModelArchitecture, loading: Loading, layers: int) -> Loa
         requested += size
         held.append((memory.allocate(size), size))
 
-    before, norms, after = plain[:-2], plain[-2], plain[-1]
-    for size in before:
-        if size:
-            keep(size)
-    for _ in range(layers):
+    def keep_all(weights: Iterable[Weight]) -> None:
         for numel, bias, constants in weights:
             if bias:
                 keep(bias)
@@ -177,10 +181,20 @@ def _base(architecture: ModelArchitecture, loading: Loading, layers: int) -> Loa
                 for size in constants:
                     keep(size)
             memory.release(value)
+
+    before, norms, after, idle = plain[:-3], *plain[-3:]
+    for size in before:
+        if size:
+            keep(size)
+    for _ in range(layers):
+        keep_all(of_layer)
         if norms:
             keep(norms)
     if after:
         keep(after)
+    keep_all(beside)
+    if idle:
+        keep(idle)
     if loading.upcast == "peft" and item == 2:
         for index, (block, size) in enumerate(held):
             if size in plain or loading.quantization == "none":
@@ -193,10 +207,11 @@ def _base(architecture: ModelArchitecture, loading: Loading, layers: int) -> Loa
 
 
 def _unquantized(architecture: ModelArchitecture, item: int) -> list[int]:
-    """Bytes of the output head and the embedding, of one layer's norms together, and of what comes last."""
+    """Bytes of the output head and the embedding, of one layer's norms together, of the last norm, of a tower's."""
     return [
         architecture.head_parameters * item,
         architecture.embedding_parameters * item,
         architecture.layer_other_parameters * item,
         architecture.other_parameters * item,
+        architecture.tower.other_parameters * item if architecture.tower else 0,
     ]

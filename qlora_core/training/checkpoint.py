@@ -274,7 +274,7 @@ def snapshot(
     """Copy this rank's part of a checkpoint.
 
     Args:
-        weights: what `engine.trained_weights()` gave.
+        weights: what `engine.saved_weights()` gave.
     """
     return Snapshot(progress, weights if rank == 0 else {}, engine.optimizer_state(), random_state(), best)
 

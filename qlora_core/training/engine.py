@@ -39,8 +39,8 @@ class Engine(Protocol):
     def step(self) -> float:
         """Clip, update the weights, clear the gradient. Returns the gradient's global norm before clipping."""
 
-    def trained_weights(self) -> dict[str, torch.Tensor]:
-        """Copies of all trained parameters on the CPU, whole; every rank must call it."""
+    def saved_weights(self) -> dict[str, torch.Tensor]:
+        """Copies on the CPU of what a checkpoint holds (`model.saved`), whole; every rank must call it."""
 
     def optimizer_state(self) -> OptimizerState:
         """A copy of this rank's optimizer state; empty where another rank holds the same."""

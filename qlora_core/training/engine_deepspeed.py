@@ -22,7 +22,7 @@ from qlora_core.memory.sharding import bucket_elements
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import trainable
+from qlora_core.training.model import saved, trainable
 from qlora_core.training.optimizer import build_optimizer
 from qlora_core.training.optimizer_state import MASTER, OptimizerState, Span, add_slot, restore_state
 
@@ -120,12 +120,12 @@ class DeepSpeedEngine:
             self.scaler.load_state_dict(next_scale(self.scaler.state_dict(), not math.isfinite(norm)))
         return norm
 
-    def trained_weights(self) -> dict[str, torch.Tensor]:
+    def saved_weights(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
         if self._stage < 3:
-            return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
+            return {name: parameter.detach().to("cpu", copy=True) for name, parameter in saved(self.module).items()}
         weights = {}
-        for name, parameter in self._parameters.items():
+        for name, parameter in saved(self.module).items():
             # small ones are whole, and would be divided at the end, only to be fetched again by the next step
             is_whole = cast(Any, parameter).ds_status == ZeroParamStatus.AVAILABLE
             with nullcontext() if is_whole else deepspeed.zero.GatheredParameters([parameter]):

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.model import trainable
+from qlora_core.training.model import saved, trainable
 from qlora_core.training.optimizer import build_optimizer, place_in_groups
 from qlora_core.training.optimizer_state import MASTER, OptimizerState, Span, add_slot, restore_state
 
@@ -67,9 +67,9 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def trained_weights(self) -> dict[str, torch.Tensor]:
+    def saved_weights(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in saved(self.module).items()}
 
     def optimizer_state(self) -> OptimizerState:
         """See `Engine`."""

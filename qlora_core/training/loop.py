@@ -136,7 +136,7 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
         attempt=run.attempt,
         on_saved=observer.checkpoint_saved,
     )
-    weights = weights_digest(run.engine.trained_weights())
+    weights = weights_digest(run.engine.saved_weights())
     scheduler = build_scheduler(run.engine.optimizer, run.recipe, run.total_steps)
     if resume_from is None:
         before = evaluate(run, observer)
@@ -367,7 +367,7 @@ def save(run: TrainingRun, observer: Observer, writer: Writer, progress: Progres
     is_result = is_best if run.result == "best" else is_at_end(run, step, context)
     if is_result:
         context["answers_after"] = answers(run)
-    weights = run.engine.trained_weights()
+    weights = run.engine.saved_weights()
     context |= {"eval_after": value, "loss_scale": run.engine.scaler.state_dict()}
     progress = dataclasses.replace(progress, context=context)
     writer.wait(observer.alive)

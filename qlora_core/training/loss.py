@@ -93,7 +93,7 @@ class SummedLoss(nn.Module):
         learned_BS = labels_BS != IGNORED
         hidden_NH = hidden_BSH[:, :-1][learned_BS]
         del hidden_BSH  # or it would lie beside the logits
-        head, change = transformer.get_output_embeddings(), LogitChange.of(transformer.config)
+        head, change = transformer.get_output_embeddings(), LogitChange.of(transformer.config.get_text_config())
         return chunked_cross_entropy(head, hidden_NH, labels_BS[learned_BS], change, self.fused)
 
 

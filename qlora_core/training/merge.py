@@ -22,6 +22,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.pytorch_utils import Conv1D
 
 from clusters.errors import RequestError, RunFailed, first_line, request_error
@@ -124,13 +126,14 @@ def plan_merge(base: Path, adapter: Path) -> dict[str, Layer]:
     check_shapes(model, read.shapes, base, adapter)
     if deeper := unadapted_above(model, config):
         raise another_base(base, adapter, f"it stops below {deeper[0]}, the first of {len(deeper)} further layers")
-    stored, prefix = stored_shapes(base), f"{skeleton.base_model_prefix}."
+    stored = stored_shapes(base)
+    prefix, names = f"{skeleton.base_model_prefix}.", stored_names(skeleton, stored)
     layers, refused = {}, []
     for path, module in adapted(model):
         layer = module.get_base_layer()
         # Files that were saved from the model without its head lack the first part of the names.
-        name = next((known for known in (path, path.removeprefix(prefix)) if f"{known}.weight" in stored), path)
-        weight = f"{name}.weight"
+        full, short = f"{path}.weight", f"{path.removeprefix(prefix)}.weight"
+        weight = names.get(full) or names.get(short) or full
         if not isinstance(layer, nn.Linear | Conv1D | nn.Embedding):
             refused.append(f"{path} is a {type(layer).__name__} to peft, which is not merged by itself")
         elif layer in tied:
@@ -147,6 +150,12 @@ def plan_merge(base: Path, adapter: Path) -> dict[str, Layer]:
         remedy = "Merge it in one piece with peft's merge_and_unload, or serve the adapter as it is"
         raise request_error("base", base, f"the adapter cannot be merged layer by layer: {refused[0]}{more}", remedy)
     return layers
+
+
+def stored_names(skeleton: Any, stored: Iterable[str]) -> dict[str, str]:
+    """The names in a model's files by those that its modules give them: transformers renames some as it loads."""
+    renamings = [each for each in get_model_conversion_mapping(skeleton) if isinstance(each, WeightRenaming)]
+    return {apply_renamings(name, renamings): name for name in stored}
 
 
 def adapted(model: PeftModel) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.neftune import neftune_post_forward_hook
 
+from qlora_core.huggingface.modules import modules_of, tower_expression
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.targets import for_peft
@@ -108,10 +109,18 @@ def make_trainable(base: nn.Module, recipe: Recipe, seed: int) -> nn.Module:
     With method full the weights, their gradients and torch's optimizer state have the dtype that the base was loaded
     in, as the memory model has it; ZeRO keeps float32 masters beside weights of 16 bits.
     """
-    model = base.requires_grad_(True) if recipe.method == "full" else attach_adapters(base, recipe, seed)
+    model = train_all(base) if recipe.method == "full" else attach_adapters(base, recipe, seed)
     if recipe.neftune_alpha:
         add_noise(model, recipe.neftune_alpha)
     return model
+
+
+def train_all(base: nn.Module) -> nn.Module:
+    """`base` with all weights trained that text leads through: those of a vision tower would get no gradient."""
+    base.requires_grad_(True)
+    for name in modules_of(cast(Any, base).config.model_type).tower:
+        base.get_submodule(name).requires_grad_(False)
+    return base
 
 
 def add_noise(model: nn.Module, alpha: float) -> None:
@@ -132,6 +141,8 @@ def attach_adapters(base: nn.Module, recipe: Recipe, seed: int) -> PeftModel:
         lora_alpha=cast(int, recipe.alpha),
         lora_dropout=recipe.dropout,
         target_modules=for_peft(recipe.targets),
+        # text does not lead through a vision tower: its adapters would get no gradient, for which DDP would wait
+        exclude_modules=tower_expression(cast(Any, base).config.model_type),
         use_rslora=recipe.use_rslora,
         use_dora=recipe.use_dora,
         task_type="CAUSAL_LM",
@@ -143,6 +154,12 @@ def attach_adapters(base: nn.Module, recipe: Recipe, seed: int) -> PeftModel:
     for parameter in trainable(model).values():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def saved(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What a checkpoint holds, by name: what is trained, or without adapters the whole model, a frozen tower too."""
+    adapted = any(isinstance(part, PeftModel) for part in module.modules())
+    return trainable(module) if adapted else dict(module.named_parameters())
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

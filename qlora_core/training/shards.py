@@ -21,6 +21,8 @@ from qlora_core.files import write_json
 INDEX = "model.safetensors.index.json"
 COPIED = (
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -263,4 +263,4 @@ def test_a_run_that_learns_nothing_fails_loudly(
     with pytest.raises(RunFailed, match="the trained weights are what they were before the first"):
         train(run, Watcher(), None)
     assert complete(tmp_path)  # what there is stays, to be looked at
-    assert torch.isfinite(next(iter(run.engine.trained_weights().values()))).all()
+    assert torch.isfinite(next(iter(run.engine.saved_weights().values()))).all()

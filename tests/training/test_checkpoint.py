@@ -16,8 +16,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from meta_models import SIGLIP
+from peft import PeftModel
 from safetensors import safe_open
 from small_runs import Watcher, build, encode, recipe_of, tensors
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from clusters.errors import RunFailed
 from qlora_core import files
@@ -25,6 +28,7 @@ from qlora_core.training import checkpoint, loop, manifest
 from qlora_core.training.dataset.tokens import Encoded, save_examples
 from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.loop import train
+from qlora_core.training.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -62,6 +66,38 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, tiny_base: Path, data
     assert whole.context["eval_after"] < whole.context["eval_before"]
     assert resumed.context["eval_before"] == whole.context["eval_before"]
     assert resumed.context["eval_after"] == whole.context["eval_after"]
+
+
+def test_a_model_that_sees_keeps_its_tower(tmp_path: Path, tiny_base: Path, data: Path) -> None:
+    """Whether all of its language model is trained, or adapters on that; what comes out loads as the base does."""
+    tokenizer = load_tokenizer(str(tiny_base))
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(Gemma3Config(text_config={**text, **heads}, vision_config=SIGLIP)).save_pretrained(
+        base
+    )
+    tokenizer.save_pretrained(base)
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+
+    full = recipe_of(method="full", quantization="none", learning_rate=1e-3)
+    end = train(build(base, data, tmp_path / "full", full), Watcher(), None)
+    assert end.context["eval_after"] < end.context["eval_before"]
+    saved = tmp_path / "full" / manifest.folder_name(6) / "model"
+    after = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).state_dict()
+    assert after.keys() == before.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith(("model.vision_tower", "model.multi_modal_projector"))}
+
+    train(build(base, data, tmp_path / "lora", recipe_of(targets="all-linear")), Watcher(), None)
+    adapter = tmp_path / "lora" / manifest.folder_name(6) / "adapter"
+    fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(fresh, adapter)
+    trained = {name.partition(".lora_")[0] for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert len(trained) == 2 * 7
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in trained)
+    assert all(weight.any() for name, weight in adapted.named_parameters() if "lora_B" in name)
 
 
 def grad_scaler(init_scale: float) -> torch.amp.GradScaler:
@@ -161,7 +197,7 @@ def test_it_holds_the_trainable_state_and_no_base_weight(tmp_path: Path, tiny_ba
         names = list(file.keys())
     assert names
     assert all("lora_" in name for name in names)
-    trained = sum(parameter.numel() for parameter in run.engine.trained_weights().values())
+    trained = sum(parameter.numel() for parameter in run.engine.saved_weights().values())
     assert sum(map(len, tensors(folder).values())) <= 20 * trained  # 4 weight + 8 Adam + headers
     spans = json.loads((folder / "rank-00000.json").read_text())["spans"]
     assert sum(numel for _, _, numel, _, _ in spans) == trained
@@ -273,7 +309,7 @@ def test_a_run_that_fails_does_not_wait_for_ranks_that_are_gone(
     run = build(tiny_base, data, tmp_path, recipe_of())
     writer = checkpoint.Writer(tmp_path, run.model, rank=0, world_size=2, facts={}, keep=2)
     progress = checkpoint.Progress(step=4, scheduler={}, context={})
-    part = checkpoint.snapshot(run.engine, run.engine.trained_weights(), progress, rank=0, best=False)
+    part = checkpoint.snapshot(run.engine, run.engine.saved_weights(), progress, rank=0, best=False)
 
     def fails() -> None:
         with writer.finishing(lambda: None):

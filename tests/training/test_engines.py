@@ -88,7 +88,7 @@ def learn(spec):
     alive = sum(loss() is not None for loss in losses)
     gc.enable()
     after = eval_loss(run.engine.module, data, pad_token=0, micro_batch=3, rank=rank, world_size=world, device=cpu)
-    weights = run.engine.trained_weights()
+    weights = run.engine.saved_weights()
     spans = [list(vars(s).values()) if hasattr(s, "__dict__") else [s.parameter, s.parameter_start, s.numel, s.slot,
              s.slot_start] for s in run.engine.optimizer_state().spans]
     packed = [p for p in model.parameters() if type(p).__name__ == "Params4bit"]
