@@ -46,6 +46,12 @@ def kernel_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     return "math" if refused or (grouped and not device.keys_expanded) else "efficient"
 
 
+Scores = Literal["plain", "shared", "biased", "summed", "wide"]
+"""Eager scores q k / sqrt(D) + mask; where ALiBi makes a mask for each head that all layers share (Falcon); with ALiBi
+added in float32, and then filled by a mask (MPT); with ALiBi added by the product itself (BLOOM); or of float32 queries
+and keys (GPT-J, CodeGen)."""
+
+
 class Heads(NamedTuple):
     """The shape of attention: query heads, key and value heads, their dimension; and where it runs.
 
@@ -56,6 +62,7 @@ class Heads(NamedTuple):
         partial: only part of a head is rotated, and put together with the rest again.
         sinks: each head's softmax has a learned score beside those of the keys (gpt-oss).
         dropped: attention's weights are dropped out.
+        scores: how eager attention makes them.
     """
 
     queries: int
@@ -67,6 +74,7 @@ class Heads(NamedTuple):
     partial: bool = False
     sinks: bool = False
     dropped: bool = False
+    scores: Scores = "plain"
 
 
 CUDNN_FIRST = ((9, 0), (10, 0))
@@ -86,12 +94,14 @@ def attend(
     shape: Heads,
     mask: DType,
     narrow: DType | None,
+    shared: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """[T, h*D], [T, k*D], [T, k*D] -> [T, h*D] and, from eager attention, the weights [B, h, S, S].
 
     Args:
         mask: the dtype of what is added to eager scores.
         narrow: autocast's dtype; None without.
+        shared: the mask of all layers.
     """
     if kernel != "eager":
         query, key, value = (op.narrowed(tape, x, narrow) for x in (query, key, value))
@@ -101,7 +111,7 @@ def attend(
         return eager(tape, query, key, value, shape, mask, narrow)
     if kernel in ("math", "masked_math"):
         return math(tape, query, key, value, shape, masked=kernel == "masked_math"), None
-    attended = fused(tape, kernel, query, key, value, shape)
+    attended = fused(tape, kernel, query, key, value, shape, shared)
     # flash, which on a CPU takes masks too, lays its result out as the queries are: if put together, head by head
     by_head = shape.partial and (kernel == "flash" or not shape.cuda)
     return (op.clone(tape, attended) if by_head else attended), None
@@ -118,8 +128,16 @@ def repeated(tape: Tape, x: Tensor, shape: Heads) -> Tensor:
     return view
 
 
-def fused(tape: Tape, kernel: AttentionKernel, query: Tensor, key: Tensor, value: Tensor, shape: Heads) -> Tensor:
-    """One kernel that never holds the scores: it keeps inputs, output and a float32 logsumexp per head.
+def fused(
+    tape: Tape,
+    kernel: AttentionKernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shape: Heads,
+    shared: Tensor | None,
+) -> Tensor:
+    """One kernel that never holds the scores: it keeps inputs, mask, output and a float32 logsumexp per head.
 
     Backward (ATen/native/transformers/cuda/attention_backward.cu, flash_attn/flash_api.cpp) it needs a float32 row sum
     per head; flash also a float32 accumulator of the query's gradient and, for grouped keys, the gradients of the
@@ -128,7 +146,9 @@ def fused(tape: Tape, kernel: AttentionKernel, query: Tensor, key: Tensor, value
     wide = ROW.times(shape.queries * shape.dim)
     rows = ROW.times(shape.queries)
     biases: tuple[Tensor, ...] = ()
-    if kernel == "masked":
+    if shape.scores == "shared" and shared is not None:
+        biases = (shared,)  # taken as it is
+    elif kernel == "masked":
         inverted = tape.new(SCORE, "bool")  # of the mask that all layers share
         biases = (tape.new(SCORE, query.dtype),)
         del inverted
@@ -157,18 +177,38 @@ def eager(
     """softmax(q k / sqrt(D) + mask) v with all scores [B, h, S, S] in memory, as transformers writes it."""
     several, grouped = not shape.single_sequence, shape.queries != shape.keys
     numel, dtype = SCORE.times(shape.queries), query.dtype
+    if shape.scores == "wide":
+        query, key = op.cast(tape, query, "float32"), op.cast(tape, key, "float32")
+    elif shape.scores == "summed" and several:
+        query, key, value = (op.clone(tape, x) for x in (query, key, value))  # folded before, and locals from then on
+        several = False
     # [B, h, S, D] as a view of [B, S, h, D] folds to [B*h, S, D] without a copy for one sequence only
-    weights = op.scale(tape, product(tape, query, key, numel, (several, several and not grouped, False), narrow))
+    weights = scores = product(tape, query, key, numel, (several, several and not grouped, False), narrow)
+    if shape.scores != "summed":
+        weights = op.scale(tape, weights)
+        del scores
     if shape.capped:
         weights = op.soft_capped(tape, weights)
-    weights = op.add(tape, weights, Tensor(None, numel, mask))
+    if shape.scores == "biased":
+        weights = op.add(tape, weights, Tensor(None, numel, "float32"))
+        weights = scores = op.scale(tape, weights)  # filled by the mask, which takes as much
+    else:
+        weights = op.add(tape, weights, Tensor(None, numel, mask))
     if shape.sinks:
         weights = softmax_with_sinks(tape, weights, shape)
     else:
-        weights = op.cast(tape, op.softmax(tape, weights, shape.cuda), dtype)
+        # where it is not asked for float32, CUDA's autocast makes it that, and a CPU's leaves it narrow
+        result: DType = weights.dtype if shape.scores == "wide" and not shape.cuda else "float32"
+        probabilities = op.softmax(tape, weights, shape.cuda, result)
+        if shape.scores == "wide":
+            del weights  # two statements there, and one elsewhere
+        weights = op.cast(tape, probabilities, dtype)
+        del probabilities
     if shape.dropped:
         weights = op.dropout(tape, weights, shape.cuda)
     attended = product(tape, weights, value, query.numel, (False, several and not grouped, several), narrow)
+    if shape.scores in ("biased", "summed"):
+        del scores  # a local of those functions
     return op.clone(tape, attended), weights
 
 
@@ -223,9 +263,10 @@ def math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads, *,
     if masked:  # the products spread one key head themselves, and sum its gradient at once
         scaled = repeated(tape, scaled, shape)
     folded = masked and several
-    weights = op.batched_matmul(tape, query, scaled, numel, (several, folded, False))  # the mask is added in place
+    # queries that were put together of two parts lie head by head; the mask is added in place
+    weights = op.batched_matmul(tape, query, scaled, numel, (several and not shape.partial, folded, False))
     del scaled
-    weights = op.safe_softmax(tape, weights)
+    weights = op.safe_softmax(tape, weights, shape.cuda)
     if shape.dropped:
         weights = op.dropout(tape, weights, shape.cuda)
     if masked:

@@ -19,11 +19,13 @@ from qlora_core.memory.tape import Size, Tape, Tensor
 
 
 @module
-def decoder_layer(tape: Tape, layer: Layer, positions: Positions, hidden: Tensor) -> Tensor:
-    """[T, H] -> [T, H]."""
+def decoder_layer(tape: Tape, layer: Layer, positions: Positions, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[T, H] -> [T, H], and eager attention's weights."""
     residual = hidden
-    hidden = norm(tape, layer, hidden, ROW)
-    attended, _weights = self_attention(tape, layer, hidden, positions)  # transformers, too, lets the weights live on
+    if not layer.norms_after:
+        hidden = norm(tape, layer, hidden, ROW)
+    normed = hidden if layer.holds_normed else None
+    attended, weights = self_attention(tape, layer, hidden, positions)  # transformers, too, lets the weights live on
     if layer.dropped_residual:
         attended = op.dropout(tape, attended, layer.shape.cuda)
     if layer.parallel:
@@ -32,25 +34,28 @@ def decoder_layer(tape: Tape, layer: Layer, positions: Positions, hidden: Tensor
         fed = feed_forward(tape, layer, hidden)
         if layer.dropped_residual:
             fed = op.dropout(tape, fed, layer.shape.cuda)
-        return op.add(tape, residual, op.add(tape, attended, fed))
-    hidden = norm(tape, layer, attended, ROW) if layer.norms == 4 else attended
-    del attended
+        return op.add(tape, residual, op.add(tape, attended, fed)), weights
+    hidden = norm(tape, layer, attended, ROW) if layer.norms == 4 or layer.norms_after else attended
+    if not layer.holds_attended:
+        del attended
     if layer.scaled:
         hidden = op.scale(tape, hidden)
     hidden = op.add(tape, residual, hidden)
     residual = hidden
-    hidden = norm(tape, layer, hidden, ROW)
+    if not layer.norms_after:
+        hidden = norm(tape, layer, hidden, ROW)
     if layer.experts is not None:
         hidden = mixture(tape, layer, layer.experts, hidden)
     else:
         hidden = feed_forward(tape, layer, hidden)
+    del normed
     if layer.dropped_residual:
         hidden = op.dropout(tape, hidden, layer.shape.cuda)
-    if layer.norms == 4:
+    if layer.norms == 4 or layer.norms_after:
         hidden = norm(tape, layer, hidden, ROW)
     if layer.scaled:
         hidden = op.scale(tape, hidden)
-    return op.add(tape, residual, hidden)
+    return op.add(tape, residual, hidden), weights
 
 
 @module
@@ -91,7 +96,8 @@ def self_attention(tape: Tape, layer: Layer, hidden: Tensor, positions: Position
     """[T, H] -> [T, H], and eager attention's weights; queries are [T, h*D], keys and values [T, k*D]."""
     shape = layer.shape
     if len(layer.qkv) == 1:
-        query, key, value = op.split(
+        cut = op.split if layer.splits else op.slices
+        query, key, value = cut(
             tape,
             linear(tape, layer, hidden, layer.qkv[0], ROW),
             [ROW.times(heads * shape.dim) for heads in (shape.queries, shape.keys, shape.keys)],
@@ -104,16 +110,25 @@ def self_attention(tape: Tape, layer: Layer, hidden: Tensor, positions: Position
         if layer.head_norms == "projected":
             key = norm(tape, layer, key, ROW.times(shape.keys))
         value = linear(tape, layer, hidden, layer.qkv[2], ROW)
-    with tape.at(*tape.where, "rotary"):
-        query, key = rotated(tape, query, positions), rotated(tape, key, positions)
+    if layer.head_norms == "together":
+        query, key = normalised(tape, layer, query, key)
+    if layer.rotary:
+        with tape.at(*tape.where, "rotary"):
+            query, key = rotated(tape, query, positions), rotated(tape, key, positions)
     if layer.head_norms == "rotated":
-        query, key = (
-            norm(tape, layer, query, ROW.times(shape.queries)),
-            norm(tape, layer, key, ROW.times(shape.keys)),
-        )
+        query, key = normalised(tape, layer, query, key)
     with tape.at(*tape.where, "attention"):
-        attended, weights = attend(tape, layer.kernel, query, key, value, layer.shape, layer.stream, layer.narrow)
+        attended, weights = attend(
+            tape, layer.kernel, query, key, value, layer.shape, layer.stream, layer.narrow, positions.mask
+        )
     return linear(tape, layer, attended, layer.output, ROW), weights
+
+
+def normalised(tape: Tape, layer: Layer, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, head by head."""
+    shape = layer.shape
+    query = norm(tape, layer, query, ROW.times(shape.queries))
+    return query, norm(tape, layer, key, ROW.times(shape.keys))
 
 
 def rotated(tape: Tape, x: Tensor, positions: Positions) -> Tensor:
@@ -146,7 +161,7 @@ def feed_forward(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
         return linear(tape, layer, activated(tape, layer, linear(tape, layer, x, into[0], ROW)), down, ROW)
     if len(into) == 1:
         half = ROW.times(into[0].out_features // 2)
-        gate, up = op.split(tape, linear(tape, layer, x, into[0], ROW), [half, half])
+        gate, up = op.slices(tape, linear(tape, layer, x, into[0], ROW), [half, half])
         product = op.multiply(tape, activated(tape, layer, gate), up)
         del gate, up
         return linear(tape, layer, product, down, ROW)
@@ -175,7 +190,7 @@ def activated(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
             return op.square(tape, op.cast(tape, x, "float32") if layer.autocast and layer.shape.cuda else x)
         if layer.activation == "composed":
             return op.composed_gelu(tape, x, layer.autocast and layer.shape.cuda)
-        return op.activation(tape, x)
+        return op.bloom_gelu(tape, x) if layer.activation == "bloom" else op.activation(tape, x)
 
 
 @module

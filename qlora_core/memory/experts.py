@@ -23,7 +23,7 @@ from qlora_core.memory.tape import DType, Gradients, Size, Tape, Tensor
 
 ROW = Size(per_token=1)
 """One element per token."""
-Scores = Literal["softmax_wide", "softmax", "top_k_wide", "top_k"]
+RouterScores = Literal["softmax_wide", "softmax", "top_k_wide", "top_k"]
 """How a router weighs experts: by a softmax over all whose result stays float32 (Mixtral) or is narrowed (Qwen, OLMoE);
 or over the chosen ones, of float32 logits (Granite) or not (gpt-oss)."""
 
@@ -48,7 +48,7 @@ class Experts(NamedTuple):
     inner: int
     number: int
     per_token: int
-    scores: Scores
+    scores: RouterScores
     normalised: bool
     router_rank: int
     gate_up_rank: int
@@ -234,13 +234,13 @@ def grouped(tape: Tape, experts: Experts, x: Tensor, weight: Tensor, rows: Size,
 
 def _gate(tape: Tape, x: Tensor, half: Size, activated: Callable[[Tensor], Tensor]) -> Tensor:
     """act(gate) * up, of gate and up beside each other."""
-    gate, up = op.chunk(tape, x, half)
+    gate, up = op.split(tape, x, [half, half])
     return op.multiply(tape, activated(gate), up)
 
 
 def clamped_gate(tape: Tape, x: Tensor, half: Size, activated: Callable[[Tensor], Tensor]) -> Tensor:
     """gpt-oss: (up + 1) * gate * sigmoid(alpha * gate), both clamped, which alternate in x."""
-    gate, up = op.split(tape, x, [half, half])
+    gate, up = op.slices(tape, x, [half, half])
     gate = op.clamp(tape, gate, 1)
     up = op.clamp(tape, up, 2)
     glu = op.multiply(tape, gate, op.sigmoid(tape, op.scale(tape, gate)))

@@ -163,12 +163,45 @@ def composed_gelu(tape: Tape, x: Tensor, wide_power: bool) -> Tensor:
     With `wide_power` autocast computes the power in float32.
     """
     half = scale(tape, x)
-    cube = square(tape, cast(tape, x, "float32") if wide_power else x)
-    inner = scale(tape, add(tape, x, scale(tape, cube)))
-    tanh = tape.apply(
-        (inner,), x.numel, inner.dtype, lambda gradient, saved: (tape.new(gradient.numel, gradient.dtype),), (), True
+    # one expression, in which nothing has a name
+    return multiply(
+        tape,
+        half,
+        clone(
+            tape,
+            tanh(
+                tape,
+                scale(
+                    tape,
+                    add(tape, x, scale(tape, square(tape, cast(tape, x, "float32") if wide_power else x))),
+                ),
+            ),
+        ),
     )
-    return multiply(tape, half, clone(tape, tanh))
+
+
+def tanh(tape: Tape, x: Tensor) -> Tensor:
+    """Keeps its result."""
+    return tape.apply(
+        (x,), x.numel, x.dtype, lambda gradient, saved: (tape.new(gradient.numel, gradient.dtype),), (), True
+    )
+
+
+def bloom_gelu(tape: Tape, x: Tensor) -> Tensor:
+    """The same as a function of its own, which keeps its input only (models/bloom/modeling_bloom.py, GeLUFunction)."""
+
+    def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
+        made = [tape.new(x_numel, x_dtype) for _ in range(5)]
+        made.clear()
+        slope = tape.new(x_numel, x_dtype)
+        of_x = tape.new(x_numel, x_dtype)
+        del slope
+        return (of_x,)
+
+    x_numel, x_dtype = x.numel, x.dtype
+    made = [tape.new(x_numel, x_dtype) for _ in range(4)]
+    made.clear()
+    return tape.apply((x,), x_numel, x_dtype, backward, (x,))
 
 
 def dropout(tape: Tape, x: Tensor, on_cuda: bool) -> Tensor:
@@ -275,7 +308,7 @@ def rotate_half(tape: Tape, x: Tensor) -> Tensor:
     return tape.apply((negative, first), x.numel, x.dtype, backward)
 
 
-def split(tape: Tape, x: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
+def slices(tape: Tape, x: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
     """X cut along its features: views, whose gradients are each written into zeros as large as x."""
     return [slice_of(tape, x, size) for size in sizes]
 
@@ -289,23 +322,24 @@ def slice_of(tape: Tape, x: Tensor, numel: Size) -> Tensor:
     return part
 
 
-def chunk(tape: Tape, x: Tensor, half: Size) -> tuple[Tensor, Tensor]:
-    """X.chunk(2): views, whose gradients wait for each other and are then written side by side."""
+def split(tape: Tape, x: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
+    """X.split(sizes) or X.chunk(n): views, whose gradients wait for each other and are then written side by side."""
     whole = x.numel
-    first, second = x.alias(half), x.alias(half)
+    parts = [x.alias(size) for size in sizes]
     arrived: list[Tensor] = []
 
     def backward(gradient: Tensor) -> Gradients:
         arrived.append(gradient)
-        if len(arrived) < 2:
+        if len(arrived) < len(sizes):
             return (None,)
         joined = tape.new(whole, gradient.dtype)
         arrived.clear()
         return (joined,)
 
     if x.node is not None:
-        first.node, second.node = tape.node((x,), backward), tape.node((x,), backward)
-    return first, second
+        for part in parts:
+            part.node = tape.node((x,), backward)
+    return parts
 
 
 def clamp(tape: Tape, x: Tensor, bounds: int) -> Tensor:
@@ -357,42 +391,43 @@ def gather_rows(tape: Tape, x: Tensor, numel: Size) -> Tensor:
     return tape.apply((x,), numel, x.dtype, lambda gradient, saved: (tape.new(whole, gradient.dtype),))
 
 
-def softmax(tape: Tape, x: Tensor, cuda: bool) -> Tensor:
-    """Softmax with a float32 result.
+def softmax(tape: Tape, x: Tensor, cuda: bool, result: DType = "float32") -> Tensor:
+    """Softmax whose result is float32, or narrow as its input is.
 
     On CUDA float16 scores are widened inside the kernel, and so is the gradient narrowed; all others, bfloat16 too, are
     widened beforehand (aten/src/ATen/native/SoftMax.cpp). Backward CUDA computes grad * output first (cuda/SoftMax.cu,
     softmax_backward_cuda_out).
     """
     if not (cuda and x.dtype == "float16"):
-        x = cast(tape, x, "float32")
+        x = cast(tape, x, result)
     dtype = x.dtype
 
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
-        result = tape.new(gradient.numel, dtype)
-        product = tape.new(gradient.numel, "float32") if cuda else None
+        of_x = tape.new(gradient.numel, dtype)
+        product = tape.new(gradient.numel, result) if cuda else None
         del product
-        return (result,)
+        return (of_x,)
 
-    return tape.apply((x,), x.numel, "float32", backward, saves_output=True)
+    return tape.apply((x,), x.numel, result, backward, saves_output=True)
 
 
 def soft_capped(tape: Tape, x: Tensor) -> Tensor:
-    """tanh(x / cap) * cap; tanh keeps its result."""
+    """tanh(x / cap) * cap."""
     x = scale(tape, x)
-    x = tape.apply(
-        (x,), x.numel, x.dtype, lambda gradient, saved: (tape.new(gradient.numel, gradient.dtype),), (), True
-    )
+    x = tanh(tape, x)
     return scale(tape, x)
 
 
-def safe_softmax(tape: Tape, x: Tensor) -> Tensor:
-    """aten::_safe_softmax of float32 scores: softmax, then zeros for rows that are masked throughout."""
-    plain, masked = tape.new(x.numel, x.dtype), tape.new(x.numel, "bool")
+def safe_softmax(tape: Tape, x: Tensor, cuda: bool) -> Tensor:
+    """aten::_safe_softmax of float32 scores: softmax, then zeros for rows that are masked throughout.
+
+    What it makes on the way is within one operator, where the storage tracker on a CPU does not see it.
+    """
+    plain, masked = (tape.new(x.numel, x.dtype), tape.new(x.numel, "bool")) if cuda else (None, None)
 
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
         result = tape.new(gradient.numel, gradient.dtype)
-        product = tape.new(gradient.numel, gradient.dtype)
+        product = tape.new(gradient.numel, gradient.dtype) if cuda else None
         del product
         return (result,)
 

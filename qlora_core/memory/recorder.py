@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 from unittest import mock
@@ -322,7 +322,7 @@ def chosen_operators(kernel: AttentionKernel, on_cuda: bool) -> Iterator[None]:
         kernel: the attention kernel of scaled_dot_product_attention.
         on_cuda: a CPU computes softmax and dropout as meta does.
     """
-    softmax, dropout = F.softmax, F.dropout
+    softmax = F.softmax
 
     def fused_softmax(x: torch.Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> torch.Tensor:
         # widened inside the kernel, for float16 only (aten/src/ATen/native/SoftMax.cpp)
@@ -330,16 +330,16 @@ def chosen_operators(kernel: AttentionKernel, on_cuda: bool) -> Iterator[None]:
             return cast(torch.Tensor, aten._softmax(x, dim, True))
         return softmax(x, dim, _stacklevel, dtype)
 
-    def native_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-        if training and p > 0:  # keeps a byte mask
-            return cast(torch.Tensor, aten.native_dropout(x, p, True)[0])
-        return dropout(x, p, training, inplace)
+    def native_dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+        return cast(torch.Tensor, aten.native_dropout(x, p, True)[0]) if train and p > 0 else x  # keeps a byte mask
 
-    with (
-        mock.patch.object(F, "scaled_dot_product_attention", partial(attention, kernel)),
-        mock.patch.object(F, "softmax", fused_softmax if on_cuda else softmax),
-        mock.patch.object(F, "dropout", native_dropout if on_cuda else dropout),
-    ):
+    with ExitStack() as stack:
+        if on_cuda:  # attention that is composed of operators calls it from C++
+            library = cast(Any, torch.library.Library)("aten", "IMPL", "AutogradMeta")
+            stack.callback(library._destroy)
+            library.impl("dropout", native_dropout)
+            stack.enter_context(mock.patch.object(F, "softmax", fused_softmax))
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", partial(attention, kernel)))
         yield
 
 

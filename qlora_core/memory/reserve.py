@@ -46,7 +46,7 @@ class Fragmentation(NamedTuple):
     high: int
 
 
-CHECKPOINTED = Fragmentation(-10, 40, 205)
+CHECKPOINTED = Fragmentation(0, 45, 205)
 KEPT = Fragmentation(-25, 5, 65)
 """Without gradient checkpointing, where most of what a step allocates stays to the backward pass."""
 

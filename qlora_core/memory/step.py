@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from qlora_core.memory import operators as op
@@ -15,6 +16,7 @@ from qlora_core.memory.layer import ROW, WRITTEN_OUT, Layer, Positions, module, 
 from qlora_core.memory.tape import (
     ITEMSIZE,
     Change,
+    Gradients,
     Room,
     Size,
     Tape,
@@ -49,6 +51,10 @@ class Step(NamedTuple):
         masks: how many attention masks there are where the kernel takes any: of layers with a sliding window, and of
             those without.
         vocab: V.
+        positions: rows of a table of learned positions; 0 without.
+        normed_embedding: what the layers begin with is normalised.
+        dropped_embedding: what the layers begin with passes a dropout of the base model's own.
+        returns_weights: layers return attention's weights beside their output.
         tied: the output head is the token embedding.
         checkpointing: gradient checkpointing of each layer.
         input_needs_gradient: the embedding's output is made a leaf (enable_input_require_grads).
@@ -74,6 +80,10 @@ class Step(NamedTuple):
     unlike_layers: int
     masks: int
     vocab: int
+    positions: int
+    normed_embedding: bool
+    dropped_embedding: bool
+    returns_weights: bool
     tied: bool
     checkpointing: bool
     input_needs_gradient: bool
@@ -215,12 +225,25 @@ def decoder(tape: Tape, step: Step, marks: list[int]) -> Tensor:
         hidden = embedded = embedding(tape, step)
         if layer.scaled:
             hidden = embedded = op.scale(tape, embedded)
+        if step.positions:
+            hidden, learned = with_positions(tape, step, embedded)
+        if step.normed_embedding:
+            hidden = norm(tape, layer, embedded, ROW)
+        if step.dropped_embedding:
+            hidden = op.dropout(tape, hidden, layer.shape.cuda)
         positions = Positions(
             tape.new(Size(per_position=layer.shape.dim), layer.stream),
             tape.new(Size(per_position=layer.shape.dim), layer.stream),
             _mask(tape, step),
         )
-    run = partial(decoder_layer, tape, layer, positions)
+    returned: list[Tensor | None] = []
+
+    def run(hidden: Tensor) -> Tensor:
+        hidden, weights = decoder_layer(tape, layer, positions, hidden)
+        if step.returns_weights and tape.where[0] == "forward":
+            returned[:] = [weights]  # until the next layer has returned
+        return hidden
+
     for name in (FIRST, LAST) if step.layers > 1 else (LAST,):
         with tape.at("forward", name):
             if step.reentrant:
@@ -230,13 +253,18 @@ def decoder(tape: Tape, step: Step, marks: list[int]) -> Tensor:
         marks.append(len(tape.log))
     with tape.at("forward", "final norm"):
         hidden = norm(tape, layer, hidden, ROW)
+    returned.clear()
     del embedded  # transformers' inputs_embeds lives as long as its forward pass
+    if step.positions:
+        del learned
     return hidden
 
 
 def _mask(tape: Tape, step: Step) -> Tensor | None:
     """The mask that layers share: added to eager scores, or of booleans."""
     layer = step.layer
+    if layer.shape.scores == "shared":
+        return tape.new(Size(per_score=layer.shape.queries), layer.stream)
     if layer.kernel == "eager":
         return tape.new(Size(per_score=step.masks), layer.stream)
     return tape.new(Size(per_score=step.masks), "bool") if layer.kernel in ("masked", "masked_math") else None
@@ -254,6 +282,18 @@ def embedding(tape: Tape, step: Step) -> Tensor:
     )
     weight_numel = weight.numel
     return tape.leaf(output, "activations") if step.input_needs_gradient and not layer.trained else output
+
+
+def with_positions(tape: Tape, step: Step, embedded: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of embedding and learned positions [S, H], and these, which live as long as the decoder runs."""
+    layer = step.layer
+    weight = parameter(tape, layer, step.positions * layer.hidden, layer.stream)
+    rows = tape.new(Size(per_position=layer.hidden), layer.stream)
+
+    def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
+        return gradient.alias(), tape.new(weight.numel, gradient.dtype) if layer.trained else None
+
+    return tape.apply((embedded, weight), embedded.numel, layer.stream, backward), rows
 
 
 @module
