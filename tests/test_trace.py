@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
+from test_architecture import SMALL as FAMILIES
+from test_families import scaled
 from test_formula import TINY, measured_second_step, recipe, strategy_of, tiny_folder
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig
 
@@ -19,10 +22,11 @@ from clusters.errors import RequestError
 from qlora_core.catalogue import find_model
 from qlora_core.huggingface.config import architecture_from_config
 from qlora_core.huggingface.families import DECODERS
+from qlora_core.huggingface.older_decoders import OLDER
 from qlora_core.memory import formula, reserve, trace
 from qlora_core.memory.allocator import AllocatorSettings
 from qlora_core.memory.device import MIB, Device
-from qlora_core.memory.replay import Allocated, Marked, Released, loaded_by_threads, replay
+from qlora_core.memory.replay import Allocated, Marked, Released, loaded_by_threads, replay, second_step
 from qlora_core.strategy import Strategy
 
 __all__ = ["tiny_folder"]
@@ -229,6 +233,50 @@ def test_the_formula_says_what_the_trace_says_of_each_family(family: str) -> Non
         by_trace, by_formula = trace.estimate(*request).gpu.phases, formula.estimate(*request).gpu.phases
         for phase in ("forward", "backward", "optimizer"):
             assert getattr(by_formula, phase) == pytest.approx(getattr(by_trace, phase), rel=0.015), (method, phase)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", [A100, T4], ids=["a100", "t4"])
+@pytest.mark.parametrize("family", OLDER)
+def test_the_formula_says_what_the_trace_says_of_older_families(family: str, device: Device) -> None:
+    """Theirs have no rotary embedding, or ALiBi, learned positions, dropouts, and scores of their own."""
+    for number, changes in enumerate(FAMILIES[family]):
+        config = AutoConfig.for_model(family, **scaled(changes)).to_dict()
+        architecture = architecture_from_config(config, name=f"{family}-{number}", source="a test")
+        for method, checkpointing in itertools.product(("qlora", "full"), (True, False)):
+            quantized = method == "qlora"
+            asked = recipe(
+                method=method,
+                quantization="nf4" if quantized else "none",
+                double_quantization=quantized,
+                rank=16,
+                seq_len=512,
+            )
+            request = architecture, asked, strategy_of(architecture, gradient_checkpointing=checkpointing), device
+            by_trace, by_formula = trace.estimate(*request).gpu, formula.estimate(*request).gpu
+            case = number, method, checkpointing
+            assert by_formula.allocated_bytes == pytest.approx(by_trace.allocated_bytes, rel=0.016), case
+
+
+@pytest.mark.slow
+def test_dropout_of_composed_attention_keeps_a_byte_for_each_score() -> None:
+    """As CUDA's native_dropout does, which at::dropout chooses there (aten/src/ATen/native/Dropout.cpp)."""
+    fields = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 160}
+    config = AutoConfig.for_model("gpt_bigcode", **fields, attn_pdrop=0.1, bos_token_id=1, eos_token_id=2).to_dict()
+    architecture = architecture_from_config(config, name="one layer", source="a test")
+    asked = recipe(rank=4, seq_len=96, tokens_per_step=192)
+    strategy = strategy_of(architecture, gradient_checkpointing=False, micro_batch=2)
+    events = trace.record(architecture, asked, strategy, T4).events
+    scores = 2 * 4 * 96 * 96
+    forward = itertools.takewhile(lambda event: event != Marked("backward"), events[second_step(events) :])
+    alive: dict[int, int] = {}
+    for event in forward:
+        if isinstance(event, Allocated):
+            alive[event.number] = event.size
+        elif isinstance(event, Released):
+            alive.pop(event.number, None)
+    kept = [size for size in alive.values() if size in (scores, 4 * scores)]
+    assert sorted(kept) == [scores, 4 * scores, 4 * scores]  # what is dropped; the softmax, and what of it is left
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import operators as op
 from qlora_core.memory.device import Device
+from qlora_core.memory.families import Scores
 from qlora_core.memory.tape import DType, Gradients, Size, Tape, Tensor
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
@@ -44,12 +45,6 @@ def kernel_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         return "flash"
     grouped = architecture.num_heads != architecture.num_kv_heads and architecture.head_dim <= LARGEST_GROUPED_HEAD
     return "math" if refused or (grouped and not device.keys_expanded) else "efficient"
-
-
-Scores = Literal["plain", "shared", "biased", "summed", "wide"]
-"""Eager scores q k / sqrt(D) + mask; where ALiBi makes a mask for each head that all layers share (Falcon); with ALiBi
-added in float32, and then filled by a mask (MPT); with ALiBi added by the product itself (BLOOM); or of float32 queries
-and keys (GPT-J, CodeGen)."""
 
 
 class Heads(NamedTuple):

@@ -14,7 +14,8 @@ from qlora_core.memory import operators as op
 from qlora_core.memory.adapter import adapter, with_magnitude
 from qlora_core.memory.attention import attend
 from qlora_core.memory.experts import Experts, compute, route
-from qlora_core.memory.layer import ROW, WRITTEN_OUT, Layer, Positions, Projection, module, parameter
+from qlora_core.memory.families import WRITTEN_OUT
+from qlora_core.memory.layer import ROW, Layer, Positions, Projection, module, parameter
 from qlora_core.memory.tape import Size, Tape, Tensor
 
 
@@ -22,9 +23,9 @@ from qlora_core.memory.tape import Size, Tape, Tensor
 def decoder_layer(tape: Tape, layer: Layer, positions: Positions, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     """[T, H] -> [T, H], and eager attention's weights."""
     residual = hidden
-    if not layer.norms_after:
+    if not layer.family.norms_after:
         hidden = norm(tape, layer, hidden, ROW)
-    normed = hidden if layer.holds_normed else None
+    normed = hidden if layer.family.holds_normed else None
     attended, weights = self_attention(tape, layer, hidden, positions)  # transformers, too, lets the weights live on
     if layer.dropped_residual:
         attended = op.dropout(tape, attended, layer.shape.cuda)
@@ -35,14 +36,14 @@ def decoder_layer(tape: Tape, layer: Layer, positions: Positions, hidden: Tensor
         if layer.dropped_residual:
             fed = op.dropout(tape, fed, layer.shape.cuda)
         return op.add(tape, residual, op.add(tape, attended, fed)), weights
-    hidden = norm(tape, layer, attended, ROW) if layer.norms == 4 or layer.norms_after else attended
-    if not layer.holds_attended:
+    hidden = norm(tape, layer, attended, ROW) if layer.norms == 4 or layer.family.norms_after else attended
+    if not layer.family.holds_attended:
         del attended
-    if layer.scaled:
+    if layer.family.scaled:
         hidden = op.scale(tape, hidden)
     hidden = op.add(tape, residual, hidden)
     residual = hidden
-    if not layer.norms_after:
+    if not layer.family.norms_after:
         hidden = norm(tape, layer, hidden, ROW)
     if layer.experts is not None:
         hidden = mixture(tape, layer, layer.experts, hidden)
@@ -51,9 +52,9 @@ def decoder_layer(tape: Tape, layer: Layer, positions: Positions, hidden: Tensor
     del normed
     if layer.dropped_residual:
         hidden = op.dropout(tape, hidden, layer.shape.cuda)
-    if layer.norms == 4 or layer.norms_after:
+    if layer.norms == 4 or layer.family.norms_after:
         hidden = norm(tape, layer, hidden, ROW)
-    if layer.scaled:
+    if layer.family.scaled:
         hidden = op.scale(tape, hidden)
     return op.add(tape, residual, hidden), weights
 
@@ -96,7 +97,7 @@ def self_attention(tape: Tape, layer: Layer, hidden: Tensor, positions: Position
     """[T, H] -> [T, H], and eager attention's weights; queries are [T, h*D], keys and values [T, k*D]."""
     shape = layer.shape
     if len(layer.qkv) == 1:
-        cut = op.split if layer.splits else op.slices
+        cut = op.split if layer.family.splits else op.slices
         query, key, value = cut(
             tape,
             linear(tape, layer, hidden, layer.qkv[0], ROW),

@@ -16,16 +16,14 @@ Shapes: T tokens, E experts, k experts of a token, N rows (T*k), H hidden, F fee
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from qlora_core.memory import operators as op
+from qlora_core.memory.families import RouterScores
 from qlora_core.memory.tape import DType, Gradients, Size, Tape, Tensor
 
 ROW = Size(per_token=1)
 """One element per token."""
-RouterScores = Literal["softmax_wide", "softmax", "top_k_wide", "top_k"]
-"""How a router weighs experts: by a softmax over all whose result stays float32 (Mixtral) or is narrowed (Qwen, OLMoE);
-or over the chosen ones, of float32 logits (Granite) or not (gpt-oss)."""
 
 
 class Experts(NamedTuple):

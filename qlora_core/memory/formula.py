@@ -7,7 +7,6 @@ sequence length (`sizes.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import cached_property, lru_cache, partial
 from operator import attrgetter
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
-from qlora_core.memory.attention import AttentionKernel, Heads, Scores, is_masked, kernel_of
+from qlora_core.memory.attention import AttentionKernel, Heads, is_masked, kernel_of
 from qlora_core.memory.device import Device
 from qlora_core.memory.divided import (
     fetched_ahead,
@@ -26,8 +25,9 @@ from qlora_core.memory.divided import (
     trained_outside,
 )
 from qlora_core.memory.estimate import Components, Estimate, Phase
-from qlora_core.memory.experts import Experts, RouterScores
-from qlora_core.memory.layer import Activation, HeadNorms, Layer, Norm, Projection
+from qlora_core.memory.experts import Experts
+from qlora_core.memory.families import Dropout, family_of
+from qlora_core.memory.layer import Activation, Layer, Projection
 from qlora_core.memory.residents import Residents, residents
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.sizes import Least, Sizes
@@ -41,72 +41,6 @@ ENDLESS = 2**40
 """A length beyond every sliding window, and a number of ranks beyond every other."""
 COMPOSED_ACTIVATIONS = frozenset({"gelu_new", "gelu_fast", "gelu_accurate"})
 """GELUs that transformers writes out in Python (activations.py)."""
-RESIDUAL_DROPOUT = {
-    "codegen": ("resid_pdrop", 0.0),
-    "falcon": ("hidden_dropout", 0.0),
-    "gpt2": ("resid_pdrop", 0.1),
-    "gpt_bigcode": ("resid_pdrop", 0.1),
-    "gpt_neox": ("hidden_dropout", 0.0),
-    "gptj": ("resid_pdrop", 0.0),
-    "opt": ("dropout", 0.1),
-    "phi": ("resid_pdrop", 0.0),
-    "phi3": ("resid_pdrop", 0.0),
-    "seed_oss": ("residual_dropout", 0.1),
-    "stablelm": ("hidden_dropout", 0.0),
-    "starcoder2": ("residual_dropout", 0.0),
-}
-"""By model type: the config's field and its default (transformers 5.23, configuration_*.py)."""
-EMBEDDING_DROPOUT = {
-    "codegen": ("embd_pdrop", 0.0),
-    "gpt2": ("embd_pdrop", 0.1),
-    "gpt_bigcode": ("embd_pdrop", 0.1),
-    "gpt_neox": ("hidden_dropout", 0.0),
-    "gptj": ("embd_pdrop", 0.0),
-    "phi": ("embd_pdrop", 0.0),
-    "starcoder2": ("embedding_dropout", 0.0),
-}
-"""The same of what the layers begin with."""
-PARTIAL_ROTARY = {
-    "glm": ("partial_rotary_factor", 0.5),
-    "glm4": ("partial_rotary_factor", 0.5),
-    "gpt_neox": ("rotary_pct", 0.25),
-    "nemotron": ("partial_rotary_factor", 0.5),
-    "phi": ("partial_rotary_factor", 0.5),
-    "stablelm": ("partial_rotary_factor", 0.25),
-}
-"""By model type: the config's field of the part of a head that is rotated, and its default (configuration_*.py)."""
-LEARNED_POSITIONS = frozenset({"gpt2", "gpt_bigcode", "opt"})
-"""Model types that add an embedding of positions to that of tokens."""
-UNROTATED = frozenset({"bloom", "gpt2", "gpt_bigcode", "mpt", "opt"})
-"""Model types without rotary embedding; Falcon is without where it has ALiBi."""
-SCORES: dict[str, Scores] = {"bloom": "summed", "codegen": "wide", "gptj": "wide", "mpt": "biased"}
-"""By model type, where eager attention makes them otherwise than Llama's (modeling_*.py)."""
-HELD_FAMILIES = frozenset({"bloom", "falcon", "gpt2", "gpt_bigcode", "mpt", "stablelm"})
-"""Model types whose layers hold on to attention's output after it was added (modeling_*.py)."""
-RETURNING_FAMILIES = frozenset({"bloom", "codegen", "falcon", "gptj", "mpt"})
-"""Model types whose layers return attention's weights, which live on until the next layer has returned."""
-NORMED_FAMILIES = frozenset({"falcon", "stablelm"})
-"""Model types that hold on to what attention was computed of, too."""
-SPLIT_FAMILIES = frozenset({"gpt2", "gpt_bigcode", "gpt_neox", "mpt"})
-"""Model types that split or chunk the product of their fused projection (modeling_*.py)."""
-HEAD_NORMS: dict[str, HeadNorms] = {
-    **dict.fromkeys(("cohere", "exaone4", "gemma3_text", "phi", "stablelm"), "together"),
-    "hunyuan_v1_dense": "rotated",
-}
-"""By model type, where it is not as each is projected (modeling_*.py, the classes *Attention)."""
-NORMS: dict[str, Norm] = {
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3"), "rms_wide"),
-    **dict.fromkeys(("cohere", "cohere2"), "centred"),
-    "nemotron": "layer_narrow",
-    "olmo": "layer_wide",
-}
-"""By model type, where it is not what the architecture says (modeling_*.py, the classes *Norm*)."""
-NORMED_AFTER = frozenset({"exaone4", "olmo2", "olmo3"})
-"""Model types that normalise outputs of attention and feed-forward, and not what these begin with."""
-SCALED_FAMILIES = frozenset({"granite", "granitemoe"})
-"""Model types whose embedding and residuals are multiplied by numbers of the config."""
-ROUTER_SCORES: dict[str, RouterScores] = {"mixtral": "softmax_wide", "granitemoe": "top_k_wide", "gpt_oss": "top_k"}
-"""By model type, where it is not Qwen's (transformers 5.23, modeling_*.py, the classes *TopKRouter)."""
 
 
 def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Estimate:
@@ -330,10 +264,8 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
         unlike_layers=architecture.num_layers - architecture.sliding_layers if unlike is not None else 0,
         masks=_masks(architecture, recipe, strategy),
         vocab=architecture.vocab_size,
-        positions=architecture.max_position_embeddings if architecture.model_type in LEARNED_POSITIONS else 0,
-        normed_embedding=architecture.model_type == "bloom",
-        dropped_embedding=_drops(architecture, EMBEDDING_DROPOUT),
-        returns_weights=architecture.model_type in RETURNING_FAMILIES,
+        positions=architecture.max_position_embeddings if layer.family.learned_positions else 0,
+        dropped_embedding=_drops(architecture, layer.family.embedding_dropout),
         tied=architecture.tied_embeddings,
         checkpointing=strategy.gradient_checkpointing,
         # transformers' gradient_checkpointing_enable sees to it (modeling_utils.py)
@@ -370,6 +302,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
     shared = [linear for linear in architecture.linears if linear.part == "shared_expert"]
     feed_forward = shared[:3] or [linear for linear in architecture.linears if linear.part == "mlp"]
     project = partial(_projection, recipe)
+    family = family_of(architecture.model_type)
     has_alibi = architecture.model_type == "falcon" and bool(architecture.config.get("alibi"))
     return Layer(
         hidden=architecture.hidden_size,
@@ -383,7 +316,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
             _rotates_partly(architecture),
             architecture.model_type == "gpt_oss",
             architecture.drops_attention,
-            "shared" if has_alibi else SCORES.get(architecture.model_type, "plain"),
+            "shared" if has_alibi else family.scores,
         ),
         qkv=tuple(map(project, attention[:-1])),
         output=project(attention[-1]),
@@ -392,17 +325,13 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         parallel=architecture.parallel_attention,
         experts=_experts(architecture, recipe, device),
         shared_gate=next(map(project, shared[3:]), None),
-        norm=NORMS.get(architecture.model_type, architecture.norm),
+        norm=family.norm or architecture.norm,
         norms=architecture.norms_per_layer,
-        norms_after=architecture.model_type in NORMED_AFTER,
         activation=_activation(architecture),
-        scaled=architecture.model_type in SCALED_FAMILIES,
-        holds_attended=architecture.model_type in HELD_FAMILIES,
-        holds_normed=architecture.model_type in NORMED_FAMILIES,
-        splits=architecture.model_type in SPLIT_FAMILIES,
-        rotary=architecture.model_type not in UNROTATED and not has_alibi,
-        dropped_residual=_drops(architecture, RESIDUAL_DROPOUT),
-        head_norms=_head_norms(architecture),
+        family=family,
+        rotary=family.rotary and not has_alibi,
+        dropped_residual=_drops(architecture, family.residual_dropout),
+        head_norms=family.head_norms if architecture.head_norms else None,
         compute=device.compute_dtype,
         stream=exact.stored_dtype(recipe, device.compute_dtype),
         lora=recipe.lora_dtype,
@@ -415,13 +344,6 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         divided=strategy.zero_stage == 3,
         kernel=kernel_in_use(architecture, recipe, strategy, device),
     )
-
-
-def _head_norms(architecture: ModelArchitecture) -> HeadNorms:
-    """Where queries and keys are normalised, if they are."""
-    if not architecture.head_norms:
-        return ""
-    return HEAD_NORMS.get(architecture.model_type, "projected")
 
 
 def folds_sequences(architecture: ModelArchitecture, attention: Attention) -> bool:
@@ -445,18 +367,16 @@ def _activation(architecture: ModelArchitecture) -> Activation:
     return "composed" if architecture.activation in COMPOSED_ACTIVATIONS else "kernel"
 
 
-def _drops(architecture: ModelArchitecture, dropouts: Mapping[str, tuple[str, float]]) -> bool:
-    """Whether the base model has that one of these dropouts that its type has, while it is trained."""
-    field, default = dropouts.get(architecture.model_type, ("", 0.0))
-    return bool(architecture.config.get(field, default))
+def _drops(architecture: ModelArchitecture, dropout: Dropout) -> bool:
+    """Whether the base model has that dropout while it is trained."""
+    return bool(architecture.config.get(dropout.field, dropout.default))
 
 
 def _rotates_partly(architecture: ModelArchitecture) -> bool:
     """Whether rotary embedding leaves part of each head alone, or (Phi-3) is written as if it might."""
-    if architecture.model_type == "phi3":
-        return True
-    name, default = PARTIAL_ROTARY.get(architecture.model_type, ("partial_rotary_factor", 1.0))
-    return architecture.config.get(name, default) != 1.0
+    family = family_of(architecture.model_type)
+    name, default = family.rotated_part
+    return family.written_for_a_part or architecture.config.get(name, default) != 1.0
 
 
 def kernel_in_use(
@@ -490,7 +410,7 @@ def _experts(architecture: ModelArchitecture, recipe: Recipe, device: Device) ->
     """The mixture of experts of a layer, if it has one."""
     if not architecture.experts:
         return None
-    scores = ROUTER_SCORES.get(architecture.model_type, "softmax")
+    scores = family_of(architecture.model_type).router_scores
     router_rank, gate_up_rank, down_rank = exact.expert_ranks(architecture, recipe)
     return Experts(
         hidden=architecture.hidden_size,

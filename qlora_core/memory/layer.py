@@ -11,20 +11,13 @@ from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 from qlora_core.memory.attention import AttentionKernel, Heads
 from qlora_core.memory.experts import Experts
+from qlora_core.memory.families import Family, HeadNorms, Norm
 from qlora_core.memory.tape import DType, Size, Tape, Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Storage = Literal["4bit", "8bit", "plain"]
 Activation = Literal["kernel", "relu", "relu_squared", "composed", "bloom"]
-HeadNorms = Literal["", "projected", "together", "rotated"]
-"""Where queries and keys are normalised: each as it is projected (Qwen 3), once all are (Gemma 3), or after they were
-rotated (Hunyuan)."""
-Norm = Literal["rms", "rms_wide", "centred", "layer", "layer_wide", "layer_narrow"]
-"""How a norm is computed: RMSNorm written out in float32, which narrows before it multiplies by its weight (Llama) or
-after (Gemma), or subtracts the mean, too (Cohere); or torch's LayerNorm, which autocast makes float32, of a float32
-copy (OLMo), or as autocast does not see it (Nemotron)."""
-WRITTEN_OUT: tuple[Norm, ...] = ("rms", "rms_wide", "centred")
 
 ROW = Size(per_token=1)
 """One element per token."""
@@ -66,12 +59,8 @@ class Layer(NamedTuple):
         norm: how its norms are computed.
         norms: norms of a layer: four where the outputs of attention and feed-forward are normalised too (Gemma 2, 3);
             in a parallel layer one or two.
-        norms_after: only the outputs are normalised (OLMo 2).
         activation: how it is computed.
-        scaled: what is added to the residual stream, and the embedding, are multiplied by a number (Granite).
-        holds_attended, holds_normed: attention's output, and what it was computed of, have names of their own, and live
-            as long as the layer runs.
-        splits: a fused projection's product is split into queries, keys and values; else they are slices of it.
+        family: what else of the model type's code decides memory.
         rotary: queries and keys are rotated by their positions.
         dropped_residual: what is added to the residual stream passes a dropout of the base model's own.
         widens: peft gives the inputs of adapters the dtype of their weights.
@@ -91,15 +80,11 @@ class Layer(NamedTuple):
     shared_gate: Projection | None
     norm: Norm
     norms: int
-    norms_after: bool
     activation: Activation
-    scaled: bool
-    holds_attended: bool
-    holds_normed: bool
-    splits: bool
+    family: Family
     rotary: bool
     dropped_residual: bool
-    head_norms: HeadNorms
+    head_norms: HeadNorms | None
     compute: DType
     stream: DType
     lora: DType

@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 from qlora_core.memory import operators as op
 from qlora_core.memory.decoder import decoder_layer, norm
 from qlora_core.memory.experts import trainable_numel
-from qlora_core.memory.layer import ROW, WRITTEN_OUT, Layer, Positions, module, parameter
+from qlora_core.memory.families import WRITTEN_OUT
+from qlora_core.memory.layer import ROW, Layer, Positions, module, parameter
 from qlora_core.memory.tape import (
     ITEMSIZE,
     Change,
@@ -52,9 +53,7 @@ class Step(NamedTuple):
             those without.
         vocab: V.
         positions: rows of a table of learned positions; 0 without.
-        normed_embedding: what the layers begin with is normalised.
         dropped_embedding: what the layers begin with passes a dropout of the base model's own.
-        returns_weights: layers return attention's weights beside their output.
         tied: the output head is the token embedding.
         checkpointing: gradient checkpointing of each layer.
         input_needs_gradient: the embedding's output is made a leaf (enable_input_require_grads).
@@ -81,9 +80,7 @@ class Step(NamedTuple):
     masks: int
     vocab: int
     positions: int
-    normed_embedding: bool
     dropped_embedding: bool
-    returns_weights: bool
     tied: bool
     checkpointing: bool
     input_needs_gradient: bool
@@ -223,11 +220,11 @@ def decoder(tape: Tape, step: Step, marks: list[int]) -> Tensor:
     layer = step.layer
     with tape.at("forward", "embedding"):
         hidden = embedded = embedding(tape, step)
-        if layer.scaled:
+        if layer.family.scaled:
             hidden = embedded = op.scale(tape, embedded)
         if step.positions:
             hidden, learned = with_positions(tape, step, embedded)
-        if step.normed_embedding:
+        if layer.family.normed_embedding:
             hidden = norm(tape, layer, embedded, ROW)
         if step.dropped_embedding:
             hidden = op.dropout(tape, hidden, layer.shape.cuda)
@@ -240,7 +237,7 @@ def decoder(tape: Tape, step: Step, marks: list[int]) -> Tensor:
 
     def run(hidden: Tensor) -> Tensor:
         hidden, weights = decoder_layer(tape, layer, positions, hidden)
-        if step.returns_weights and tape.where[0] == "forward":
+        if layer.family.returns_weights and tape.where[0] == "forward":
             returned[:] = [weights]  # until the next layer has returned
         return hidden
 
