@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 EAGER_ONLY = frozenset({"bloom", "codegen", "gemma2", "gpt_oss", "gptj", "mpt"})
 """Model types whose attention has no sdpa form (transformers 5.23: `_supports_sdpa` of their classes)."""
@@ -50,8 +50,7 @@ class Linear:
         return self.in_features * self.out_features
 
 
-@dataclass(frozen=True, slots=True)
-class Tower:
+class Tower(NamedTuple):
     """What a model that sees has beside its language model. Trained on text, it is loaded, and does nothing.
 
     Attributes:
@@ -66,7 +65,7 @@ class Tower:
     linears: tuple[Linear, ...]
     other_parameters: int
     buffer_bytes: int
-    config: Mapping[str, object] = field(default_factory=dict, repr=False, compare=False)
+    config: Mapping[str, object]
 
     @property
     def parameters(self) -> int:

@@ -47,7 +47,7 @@ def gemma3(fields: ConfigFields) -> ModelArchitecture:
         decoder = build(text, "gemma3_text", DECODERS["gemma3_text"])
     except RequestError as error:
         problems += error.problems
-    tower = _siglip(seen, decoder.hidden_size if decoder else 1)
+    tower = _siglip(seen, decoder.hidden_size if decoder else 1)._replace(model_type="gemma3", config=dict(fields.raw))
     for part in (fields, seen):
         try:
             part.check()
@@ -55,8 +55,7 @@ def gemma3(fields: ConfigFields) -> ModelArchitecture:
             problems += error.problems
     if decoder is None or problems:
         raise RequestError(problems)
-    whole = replace(tower, model_type="gemma3", config=dict(fields.raw))
-    return replace(decoder, linears=placed("gemma3", decoder.linears), tower=whole)
+    return replace(decoder, linears=placed("gemma3", decoder.linears), tower=tower)
 
 
 SEEING: dict[str, Callable[[ConfigFields], ModelArchitecture]] = {"gemma3": gemma3}
@@ -94,4 +93,5 @@ def _siglip(fields: ConfigFields, text_hidden: int) -> Tower:
     head = hidden + 4 * hidden * (hidden + 1) if has_head else 0
     projector = hidden * text_hidden + hidden
     other = biases + norms + embeddings + head + projector
-    return Tower("siglip_vision_model", linears, other, buffer_bytes=8 * positions)  # their numbers, int64
+    of_numbers = 8 * positions  # int64
+    return Tower("siglip_vision_model", linears, other, of_numbers, fields.raw)

@@ -25,13 +25,6 @@ RouterScores = Literal["softmax_wide", "softmax", "top_k_wide", "top_k"]
 or over the chosen ones, of float32 logits (Granite) or not (gpt-oss)."""
 
 
-class Dropout(NamedTuple):
-    """A dropout of the base model's own: the config's field and its default."""
-
-    field: str = ""
-    default: float = 0.0
-
-
 class Family(NamedTuple):
     """What of a model type's code decides memory.
 
@@ -47,7 +40,8 @@ class Family(NamedTuple):
         splits: a fused projection's product is split or chunked; else queries, keys and values are slices of it.
         scaled: what is added to the residual stream, and the embedding, are multiplied by a number of the config.
         normed_embedding: what the layers begin with is normalised.
-        embedding_dropout, residual_dropout: of what the layers begin with, and of what they add.
+        embedding_dropout, residual_dropout: the config's field of the base model's own dropout of what the layers begin
+            with and of what they add, and its default.
         holds_attended, holds_normed: attention's output, and what it was computed of, have names of their own, and live
             as long as the layer runs.
         returns_weights: layers return attention's weights, which live on until the next layer has returned.
@@ -65,8 +59,8 @@ class Family(NamedTuple):
     splits: bool = False
     scaled: bool = False
     normed_embedding: bool = False
-    embedding_dropout: Dropout = Dropout()
-    residual_dropout: Dropout = Dropout()
+    embedding_dropout: tuple[str, float] = ("", 0.0)
+    residual_dropout: tuple[str, float] = ("", 0.0)
     holds_attended: bool = False
     holds_normed: bool = False
     returns_weights: bool = False
@@ -80,14 +74,14 @@ _GPT2 = Family(
     rotary=False,
     learned_positions=True,
     splits=True,
-    embedding_dropout=Dropout("embd_pdrop", 0.1),
-    residual_dropout=Dropout("resid_pdrop", 0.1),
+    embedding_dropout=("embd_pdrop", 0.1),
+    residual_dropout=("resid_pdrop", 0.1),
     holds_attended=True,
 )
 _GPTJ = Family(
     scores="wide",
-    embedding_dropout=Dropout("embd_pdrop"),
-    residual_dropout=Dropout("resid_pdrop"),
+    embedding_dropout=("embd_pdrop", 0.0),
+    residual_dropout=("resid_pdrop", 0.0),
     returns_weights=True,
 )
 
@@ -98,7 +92,7 @@ FAMILIES: dict[str, Family] = {
     "cohere2": _COHERE,
     "exaone4": Family(norms_after=True, head_norms="together"),
     "falcon": Family(
-        residual_dropout=Dropout("hidden_dropout"), holds_attended=True, holds_normed=True, returns_weights=True
+        residual_dropout=("hidden_dropout", 0.0), holds_attended=True, holds_normed=True, returns_weights=True
     ),
     "gemma": Family(norm="rms_wide"),
     "gemma2": Family(norm="rms_wide"),
@@ -110,8 +104,8 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         rotated_part=("rotary_pct", 0.25),
         splits=True,
-        embedding_dropout=Dropout("hidden_dropout"),
-        residual_dropout=Dropout("hidden_dropout"),
+        embedding_dropout=("hidden_dropout", 0.0),
+        residual_dropout=("hidden_dropout", 0.0),
     ),
     "gpt_oss": Family(router_scores="top_k"),
     "gptj": _GPTJ,
@@ -124,23 +118,23 @@ FAMILIES: dict[str, Family] = {
     "olmo": Family(norm="layer_wide"),
     "olmo2": _OLMO2,
     "olmo3": _OLMO2,
-    "opt": Family(rotary=False, learned_positions=True, residual_dropout=Dropout("dropout", 0.1)),
+    "opt": Family(rotary=False, learned_positions=True, residual_dropout=("dropout", 0.1)),
     "phi": Family(
         head_norms="together",
         rotated_part=("partial_rotary_factor", 0.5),
-        embedding_dropout=Dropout("embd_pdrop"),
-        residual_dropout=Dropout("resid_pdrop"),
+        embedding_dropout=("embd_pdrop", 0.0),
+        residual_dropout=("resid_pdrop", 0.0),
     ),
-    "phi3": Family(written_for_a_part=True, residual_dropout=Dropout("resid_pdrop")),
-    "seed_oss": Family(residual_dropout=Dropout("residual_dropout", 0.1)),
+    "phi3": Family(written_for_a_part=True, residual_dropout=("resid_pdrop", 0.0)),
+    "seed_oss": Family(residual_dropout=("residual_dropout", 0.1)),
     "stablelm": Family(
         head_norms="together",
         rotated_part=("partial_rotary_factor", 0.25),
-        residual_dropout=Dropout("hidden_dropout"),
+        residual_dropout=("hidden_dropout", 0.0),
         holds_attended=True,
         holds_normed=True,
     ),
-    "starcoder2": Family(embedding_dropout=Dropout("embedding_dropout"), residual_dropout=Dropout("residual_dropout")),
+    "starcoder2": Family(embedding_dropout=("embedding_dropout", 0.0), residual_dropout=("residual_dropout", 0.0)),
 }
 
 

@@ -26,7 +26,7 @@ from qlora_core.memory.divided import (
 )
 from qlora_core.memory.estimate import Components, Estimate, Phase
 from qlora_core.memory.experts import Experts
-from qlora_core.memory.families import Dropout, family_of
+from qlora_core.memory.families import family_of
 from qlora_core.memory.layer import Activation, Layer, Projection
 from qlora_core.memory.residents import Residents, residents
 from qlora_core.memory.sharding import bucket_elements
@@ -367,9 +367,9 @@ def _activation(architecture: ModelArchitecture) -> Activation:
     return "composed" if architecture.activation in COMPOSED_ACTIVATIONS else "kernel"
 
 
-def _drops(architecture: ModelArchitecture, dropout: Dropout) -> bool:
-    """Whether the base model has that dropout while it is trained."""
-    return bool(architecture.config.get(dropout.field, dropout.default))
+def _drops(architecture: ModelArchitecture, dropout: tuple[str, float]) -> bool:
+    """Whether the base model has that dropout, a field of its config and the default, while it is trained."""
+    return bool(architecture.config.get(*dropout))
 
 
 def _rotates_partly(architecture: ModelArchitecture) -> bool:
