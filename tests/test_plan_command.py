@@ -576,6 +576,15 @@ def test_the_explanation_does_the_arithmetic_in_words(ask: Ask) -> None:
     assert "CUDA context" in sections["From tensors to the device"]
 
 
+def test_of_a_model_that_sees_the_part_that_idles_is_named(ask: Ask) -> None:
+    answer = ask("--model", "gemma-3-4b", "--gpu", "a100-40gb", "--explain")
+    text = " ".join(answer.out.split())
+    assert "4.30 B parameters, 419.8 M of them for images, which idle on text" in text
+    assert "3,208,642,560 weights" in text  # 34 x 2560 x (2 x 2048 + 2 x 1024 + 3 x 10240)
+    assert "vision tower has 411,070,464 more" in text  # 27 x 1152 x (4 x 1152 + 2 x 4304)
+    assert "56,558,016 constants" in text  # both, in blocks of 64
+
+
 def test_the_explanation_names_every_component_that_takes_memory(ask: Ask) -> None:
     for arguments in ("--model 7b --gpus 4 --zero-stage 3", "--model 13b --method full", "--model gpt2 --gpu cpu"):
         answer = ask(*arguments.split(), "--explain", "--json").json
