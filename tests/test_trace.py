@@ -243,7 +243,8 @@ def test_the_formula_says_what_the_trace_says_of_older_families(family: str, dev
     for number, changes in enumerate(FAMILIES[family]):
         config = AutoConfig.for_model(family, **scaled(changes)).to_dict()
         architecture = architecture_from_config(config, name=f"{family}-{number}", source="a test")
-        for method, checkpointing in itertools.product(("qlora", "full"), (True, False)):
+        ways = (("qlora", False), ("qlora", True), ("full", False))
+        for (method, autocast), checkpointing in itertools.product(ways, (True, False)):
             quantized = method == "qlora"
             asked = recipe(
                 method=method,
@@ -251,11 +252,12 @@ def test_the_formula_says_what_the_trace_says_of_older_families(family: str, dev
                 double_quantization=quantized,
                 rank=16,
                 seq_len=512,
+                autocast=autocast,
             )
             request = architecture, asked, strategy_of(architecture, gradient_checkpointing=checkpointing), device
             by_trace, by_formula = trace.estimate(*request).gpu, formula.estimate(*request).gpu
-            case = number, method, checkpointing
-            assert by_formula.allocated_bytes == pytest.approx(by_trace.allocated_bytes, rel=0.016), case
+            case = number, method, autocast, checkpointing
+            assert by_formula.allocated_bytes == pytest.approx(by_trace.allocated_bytes, rel=0.022), case
 
 
 @pytest.mark.slow

@@ -316,29 +316,29 @@ def know_bitsandbytes() -> None:
 def chosen_operators(kernel: AttentionKernel, on_cuda: bool) -> Iterator[None]:
     """Let torch's functions call the operators that they choose on a device where they choose others on meta.
 
-    Replaced in torch.nn.functional, because a TorchFunctionMode is off while autograd recomputes a checkpoint.
+    Not by a TorchFunctionMode, which is off while autograd recomputes a checkpoint. Softmax and dropout are replaced
+    where they are made of other operators: autocast and composed attention call them from C++.
 
     Args:
         kernel: the attention kernel of scaled_dot_product_attention.
         on_cuda: a CPU computes softmax and dropout as meta does.
     """
-    softmax = F.softmax
 
-    def fused_softmax(x: torch.Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> torch.Tensor:
+    def softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         # widened inside the kernel, for float16 only (aten/src/ATen/native/SoftMax.cpp)
         if dtype == torch.float32 and x.dtype == torch.float16:
             return cast(torch.Tensor, aten._softmax(x, dim, True))
-        return softmax(x, dim, _stacklevel, dtype)
+        return cast(torch.Tensor, aten._softmax(x if dtype is None else x.to(dtype), dim, False))
 
     def native_dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
         return cast(torch.Tensor, aten.native_dropout(x, p, True)[0]) if train and p > 0 else x  # keeps a byte mask
 
     with ExitStack() as stack:
-        if on_cuda:  # attention that is composed of operators calls it from C++
+        if on_cuda:
             library = cast(Any, torch.library.Library)("aten", "IMPL", "AutogradMeta")
             stack.callback(library._destroy)
+            library.impl("softmax.int", softmax)
             library.impl("dropout", native_dropout)
-            stack.enter_context(mock.patch.object(F, "softmax", fused_softmax))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", partial(attention, kernel)))
         yield
 
