@@ -177,18 +177,22 @@ def eager(
     elif shape.scores == "summed" and several:
         query, key, value = (op.clone(tape, x) for x in (query, key, value))  # folded before, and locals from then on
         several = False
+    named: list[Tensor] = []  # what has a name of its own there, and lives as long as the function runs
     # [B, h, S, D] as a view of [B, S, h, D] folds to [B*h, S, D] without a copy for one sequence only
-    weights = scores = product(tape, query, key, numel, (several, several and not grouped, False), narrow)
-    if shape.scores != "summed":
+    weights = product(tape, query, key, numel, (several, several and not grouped, False), narrow)
+    if shape.scores == "summed":
+        named.append(weights)
+    else:
         weights = op.scale(tape, weights)
-        del scores
     if shape.capped:
         weights = op.soft_capped(tape, weights)
     if shape.scores == "biased":
         weights = op.add(tape, weights, Tensor(None, numel, "float32"))
-        weights = scores = op.scale(tape, weights)  # filled by the mask, which takes as much
+        weights = op.scale(tape, weights)  # filled by the mask, which takes as much
     else:
         weights = op.add(tape, weights, Tensor(None, numel, mask))
+    if shape.scores in ("biased", "summed"):
+        named.append(weights)
     if shape.sinks:
         weights = softmax_with_sinks(tape, weights, shape)
     else:
@@ -202,8 +206,7 @@ def eager(
     if shape.dropped:
         weights = op.dropout(tape, weights, shape.cuda)
     attended = product(tape, weights, value, query.numel, (False, several and not grouped, several), narrow)
-    if shape.scores in ("biased", "summed"):
-        del scores  # a local of those functions
+    named.clear()
     return op.clone(tape, attended), weights
 
 
