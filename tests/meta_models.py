@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
 
 from qlora_core.architecture import ModelArchitecture
@@ -21,6 +21,14 @@ SIGLIP: dict[str, object] = {
     "vision_use_head": False,
 }
 """A small vision tower."""
+
+
+def small_gemma3(vocab_size: int) -> Gemma3ForConditionalGeneration:
+    """A random one that sees; its files give its modules other names than it does."""
+    text = {"vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config={**text, **heads}, vision_config=SIGLIP))
 
 
 def on_meta(fields: dict[str, Any]) -> Any:

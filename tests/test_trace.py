@@ -27,6 +27,7 @@ from qlora_core.memory import formula, reserve, trace
 from qlora_core.memory.allocator import AllocatorSettings
 from qlora_core.memory.device import MIB, Device
 from qlora_core.memory.replay import Allocated, Marked, Released, loaded_by_threads, replay, second_step
+from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 
 __all__ = ["tiny_folder"]
@@ -210,6 +211,15 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+def recipe_of(method: str, **changes: Any) -> Recipe:
+    """QLoRA of rank 16, or the training of all weights in 16 bit."""
+    quantized = method == "qlora"
+    quantization = {"quantization": "nf4" if quantized else "none", "double_quantization": quantized}
+    return recipe(method=method, rank=16, **quantization, **changes)
+
+
 DENSE = [name for name, family in DECODERS.items() if family.experts is None]
 
 
@@ -220,14 +230,7 @@ def test_the_formula_says_what_the_trace_says_of_each_family(family: str) -> Non
     config = AutoConfig.for_model(family, **SMALL, head_dim=64).to_dict()  # Ministral's wants it said
     architecture = architecture_from_config(config, name=family, source="a test")
     for method, checkpointing in (("qlora", False), ("full", True)):
-        quantized = method == "qlora"
-        asked = recipe(
-            method=method,
-            quantization="nf4" if quantized else "none",
-            double_quantization=quantized,
-            rank=16,
-            autocast=quantized,
-        )
+        asked = recipe_of(method, autocast=method == "qlora")
         strategy = strategy_of(architecture, gradient_checkpointing=checkpointing)
         request = architecture, asked, strategy, A100
         by_trace, by_formula = trace.estimate(*request).gpu.phases, formula.estimate(*request).gpu.phases
@@ -245,15 +248,7 @@ def test_the_formula_says_what_the_trace_says_of_older_families(family: str, dev
         architecture = architecture_from_config(config, name=f"{family}-{number}", source="a test")
         ways = (("qlora", False), ("qlora", True), ("full", False))
         for (method, autocast), checkpointing in itertools.product(ways, (True, False)):
-            quantized = method == "qlora"
-            asked = recipe(
-                method=method,
-                quantization="nf4" if quantized else "none",
-                double_quantization=quantized,
-                rank=16,
-                seq_len=512,
-                autocast=autocast,
-            )
+            asked = recipe_of(method, seq_len=512, autocast=autocast)
             request = architecture, asked, strategy_of(architecture, gradient_checkpointing=checkpointing), device
             by_trace, by_formula = trace.estimate(*request).gpu, formula.estimate(*request).gpu
             case = number, method, autocast, checkpointing

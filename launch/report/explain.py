@@ -86,12 +86,12 @@ def base_lines(plan: Plan) -> list[str]:
         "int8": f"int8 takes a byte for each: {number(total)} x 1",
         "none": f"each takes {item} bytes: {number(total)} x {item}",
     }[recipe.quantization]
-    idle = [f"The vision tower has {number(total - in_layers)} more: it is loaded, and idles on text."]
+    idle = f"The vision tower has {number(total - in_layers)} more: it is loaded, and idles on text."
     return [
         f"The linear layers: {architecture.num_layers} layers x",
         f"  ({products})",
         f"  = {number(in_layers)} weights.",
-        *(idle if architecture.tower else ()),
+        *([idle] if architecture.tower else ()),
         f"{stored}{unreplaced(plan)}.",
     ]
 

@@ -47,7 +47,7 @@ def gemma3(fields: ConfigFields) -> ModelArchitecture:
         decoder = build(text, "gemma3_text", DECODERS["gemma3_text"])
     except RequestError as error:
         problems += error.problems
-    tower = _siglip(seen, decoder.hidden_size if decoder else 1)._replace(model_type="gemma3", config=dict(fields.raw))
+    tower = Tower("gemma3", *_siglip(seen, decoder.hidden_size if decoder else 1), dict(fields.raw))
     for part in (fields, seen):
         try:
             part.check()
@@ -73,8 +73,8 @@ def _part(fields: ConfigFields, name: str) -> Mapping[str, object]:
     return value
 
 
-def _siglip(fields: ConfigFields, text_hidden: int) -> Tower:
-    """SigLIP's encoder and the projection of what it sees to `text_hidden` features."""
+def _siglip(fields: ConfigFields, text_hidden: int) -> tuple[tuple[Linear, ...], int, int]:
+    """SigLIP's encoder and the projection of what it sees to `text_hidden` features: what a `Tower` has of them."""
     hidden, inner = fields.count("hidden_size", 768), fields.count("intermediate_size", 3072)
     layers = fields.count("num_hidden_layers", 12)
     image, patch = fields.count("image_size", 224), fields.count("patch_size", 16)
@@ -92,6 +92,4 @@ def _siglip(fields: ConfigFields, text_hidden: int) -> Tower:
     # the head asks with one vector; its attention is torch's own, whose projections bitsandbytes leaves alone
     head = hidden + 4 * hidden * (hidden + 1) if has_head else 0
     projector = hidden * text_hidden + hidden
-    other = biases + norms + embeddings + head + projector
-    of_numbers = 8 * positions  # int64
-    return Tower("siglip_vision_model", linears, other, of_numbers, fields.raw)
+    return linears, biases + norms + embeddings + head + projector, 8 * positions  # their numbers, int64

@@ -57,7 +57,7 @@ class Heads(NamedTuple):
         partial: only part of a head is rotated, and put together with the rest again.
         sinks: each head's softmax has a learned score beside those of the keys (gpt-oss).
         dropped: attention's weights are dropped out.
-        scores: how eager attention makes them.
+        scores: how they are made, and with which mask.
     """
 
     queries: int

@@ -13,6 +13,7 @@ Norm = Literal["rms", "rms_wide", "centred", "layer", "layer_wide", "layer_narro
 after (Gemma), or subtracts the mean, too (Cohere); or torch's LayerNorm, which autocast makes float32, of a float32
 copy (OLMo), or as autocast does not see it (Nemotron)."""
 WRITTEN_OUT: tuple[Norm, ...] = ("rms", "rms_wide", "centred")
+Activation = Literal["kernel", "relu", "relu_squared", "composed", "bloom"]
 HeadNorms = Literal["projected", "together", "rotated"]
 """Where queries and keys are normalised: each as it is projected (Qwen 3), once all are (Gemma 3), or after they were
 rotated (Hunyuan)."""
@@ -30,6 +31,7 @@ class Family(NamedTuple):
 
     Attributes:
         norm: how norms are computed; None: as the architecture says.
+        activation: how it is computed; None: as its name says.
         norms_after: only the outputs of attention and feed-forward are normalised.
         head_norms: where queries and keys are.
         rotary: queries and keys are rotated by their positions; Falcon's are not where it has ALiBi.
@@ -48,6 +50,7 @@ class Family(NamedTuple):
     """
 
     norm: Norm | None = None
+    activation: Activation | None = None
     norms_after: bool = False
     head_norms: HeadNorms = "projected"
     rotary: bool = True
@@ -86,7 +89,14 @@ _GPTJ = Family(
 )
 
 FAMILIES: dict[str, Family] = {
-    "bloom": Family(rotary=False, scores="summed", normed_embedding=True, holds_attended=True, returns_weights=True),
+    "bloom": Family(
+        activation="bloom",
+        rotary=False,
+        scores="summed",
+        normed_embedding=True,
+        holds_attended=True,
+        returns_weights=True,
+    ),
     "codegen": _GPTJ,
     "cohere": _COHERE,
     "cohere2": _COHERE,

@@ -26,8 +26,8 @@ from qlora_core.memory.divided import (
 )
 from qlora_core.memory.estimate import Components, Estimate, Phase
 from qlora_core.memory.experts import Experts
-from qlora_core.memory.families import family_of
-from qlora_core.memory.layer import Activation, Layer, Projection
+from qlora_core.memory.families import Activation, family_of
+from qlora_core.memory.layer import Layer, Projection
 from qlora_core.memory.residents import Residents, residents
 from qlora_core.memory.sharding import bucket_elements
 from qlora_core.memory.sizes import Least, Sizes
@@ -327,7 +327,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         shared_gate=next(map(project, shared[3:]), None),
         norm=family.norm or architecture.norm,
         norms=architecture.norms_per_layer,
-        activation=_activation(architecture),
+        activation=family.activation or _activation(architecture),
         family=family,
         rotary=family.rotary and not has_alibi,
         dropped_residual=_drops(architecture, family.residual_dropout),
@@ -358,8 +358,7 @@ def _masks(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy) 
 
 
 def _activation(architecture: ModelArchitecture) -> Activation:
-    if architecture.model_type == "bloom":
-        return "bloom"
+    """How that of the config's name is computed."""
     if architecture.activation == "relu":
         return "relu"
     if architecture.activation == "relu2":

@@ -11,13 +11,12 @@ from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 from qlora_core.memory.attention import AttentionKernel, Heads
 from qlora_core.memory.experts import Experts
-from qlora_core.memory.families import Family, HeadNorms, Norm
+from qlora_core.memory.families import Activation, Family, HeadNorms, Norm
 from qlora_core.memory.tape import DType, Size, Tape, Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Storage = Literal["4bit", "8bit", "plain"]
-Activation = Literal["kernel", "relu", "relu_squared", "composed", "bloom"]
 
 ROW = Size(per_token=1)
 """One element per token."""

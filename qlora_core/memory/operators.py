@@ -163,21 +163,14 @@ def composed_gelu(tape: Tape, x: Tensor, wide_power: bool) -> Tensor:
     With `wide_power` autocast computes the power in float32.
     """
     half = scale(tape, x)
-    # one expression, in which nothing has a name
-    return multiply(
-        tape,
-        half,
-        clone(
-            tape,
-            tanh(
-                tape,
-                scale(
-                    tape,
-                    add(tape, x, scale(tape, square(tape, cast(tape, x, "float32") if wide_power else x))),
-                ),
-            ),
-        ),
-    )
+    # one name for all: in its one expression nothing outlives the operator that takes it
+    inner = square(tape, cast(tape, x, "float32") if wide_power else x)
+    inner = scale(tape, inner)
+    inner = add(tape, x, inner)
+    inner = scale(tape, inner)
+    inner = tanh(tape, inner)
+    inner = clone(tape, inner)
+    return multiply(tape, half, inner)
 
 
 def tanh(tape: Tape, x: Tensor) -> Tensor:

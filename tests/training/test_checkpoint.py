@@ -16,11 +16,11 @@ from typing import Any, cast
 
 import pytest
 import torch
-from meta_models import SIGLIP
+from meta_models import small_gemma3
 from peft import PeftModel
 from safetensors import safe_open
 from small_runs import Watcher, build, encode, recipe_of, tensors
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import AutoModelForCausalLM
 
 from clusters.errors import RunFailed
 from qlora_core import files
@@ -71,13 +71,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, tiny_base: Path, data
 def test_a_model_that_sees_keeps_its_tower(tmp_path: Path, tiny_base: Path, data: Path) -> None:
     """Whether all of its language model is trained, or adapters on that; what comes out loads as the base does."""
     tokenizer = load_tokenizer(str(tiny_base))
-    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     base = tmp_path / "base"
-    torch.manual_seed(0)
-    Gemma3ForConditionalGeneration(Gemma3Config(text_config={**text, **heads}, vision_config=SIGLIP)).save_pretrained(
-        base
-    )
+    small_gemma3(len(tokenizer)).save_pretrained(base)
     tokenizer.save_pretrained(base)
     before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
 

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from meta_models import SIGLIP
+from meta_models import small_gemma3
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -68,15 +66,6 @@ def by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     return whole
 
 
-def seeing() -> Gemma3ForConditionalGeneration:
-    """One whose files give its modules other names than it does."""
-    torch.manual_seed(0)
-    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    return Gemma3ForConditionalGeneration(
-        Gemma3Config(text_config={**text, "num_attention_heads": 4, "num_key_value_heads": 2}, vision_config=SIGLIP)
-    )
-
-
 PAIR = ["q_proj", "v_proj"]
 GPT2 = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)
 
@@ -99,7 +88,7 @@ GPT2 = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)
         (lambda: llama(tie_word_embeddings=True), {}),
         (lambda: llama(attention_bias=True), {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
         (lambda: GPT2LMHeadModel(GPT2), {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-        (seeing, {}),
+        (lambda: small_gemma3(96), {}),
     ],
     ids=["LoRA", "rsLoRA", "DoRA", "patterns", "tied", "embeddings", "Conv1D", "vision"],
 )
