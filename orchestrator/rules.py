@@ -128,6 +128,11 @@ def warnings(
             f"seq-len {recipe.seq_len} is longer than the {architecture.max_position_embeddings} positions that "
             f"{architecture.name} was trained for; its position embedding would have to be stretched"
         )
+    if architecture.delta_net is not None and any(target.device.kind == "cuda" for target in targets):
+        yield (
+            f"the linear attention of {architecture.name} is counted as transformers' own code computes it: "
+            "where flash-linear-attention and causal-conv1d are installed, steps need less memory and are faster"
+        )
     for pool in (target.pool for target in targets if target.pool is not None):
         if pool.network_bytes_per_s is None and strategy.world_size > pool.gpus_per_node:
             yield f"the network between nodes of {pool.name} is not stated: its speed is that of 10 Gbit/s"

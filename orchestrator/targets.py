@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from clusters.errors import Problem, RequestError, nearest
 from qlora_core.architecture import ModelArchitecture
-from qlora_core.huggingface.modules import in_layer, not_linear
+from qlora_core.huggingface.modules import in_layer, layers_of, not_linear
 from qlora_core.recipe import Recipe
 from qlora_core.targets import EXPERT_TARGETS, chosen, chosen_experts, expert_paths, is_name
 
@@ -24,11 +24,16 @@ def check_targets(architecture: ModelArchitecture, recipe: Recipe, where: str = 
 def _problems(architecture: ModelArchitecture, target: str, where: str) -> Iterator[Problem]:
     """What is wrong with one target; the first thing that is."""
     paths = {linear.path: linear.name for linear in architecture.linears}
-    paths |= {path: name for name, path in expert_paths(architecture.model_type)}
+    layers = {linear.path: layers_of(architecture, linear) for linear in architecture.linears}
+    for name, path in expert_paths(architecture.model_type):
+        paths[path], layers[path] = name, list(range(architecture.num_layers))
     names = list(dict.fromkeys(paths.values()))
-    alike = is_name(target) and not any(part.isdigit() for part in target.split("."))
-    numbers = range(1 if alike else architecture.num_layers)
-    where_chosen = {path: [number for number in numbers if chosen((target,), in_layer(path, number))] for path in paths}
+    if is_name(target) and not any(part.isdigit() for part in target.split(".")):
+        layers = {path: numbers[:1] for path, numbers in layers.items()}  # it is the same in all of them
+    where_chosen = {
+        path: [number for number in numbers if chosen((target,), in_layer(path, number))]
+        for path, numbers in layers.items()
+    }
     if not any(where_chosen.values()):
         if is_name(target):
             near = nearest(target, names, limit=1, cutoff=0.5)
@@ -37,11 +42,11 @@ def _problems(architecture: ModelArchitecture, target: str, where: str) -> Itera
             yield Problem(where, target, rule, f"{hint}It has {', '.join(names)}")
         else:
             rule = f"it is a regular expression, and matches the whole name of no linear layer of {architecture.name}"
-            yield Problem(where, target, rule, f"Those of the first layer are {', '.join(paths)}")
+            yield Problem(where, target, rule, f"Those of the first layers are {', '.join(paths)}")
         return
-    if part := next((path for path, found in where_chosen.items() if 0 < len(found) < len(numbers)), None):
+    if part := next((path for path, found in where_chosen.items() if 0 < len(found) < len(layers[path])), None):
         rule = (
-            f"it chooses {paths[part]} in {len(where_chosen[part])} of {len(numbers)} layers, "
+            f"it chooses {paths[part]} in {len(where_chosen[part])} of {len(layers[part])} layers, "
             "and what layers need that are not alike is not modelled"
         )
         yield Problem(where, target, rule, rf"Let it match all layers, as .*\.{paths[part]} does")

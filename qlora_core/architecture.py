@@ -8,9 +8,10 @@ from typing import Literal, NamedTuple
 
 EAGER_ONLY = frozenset({"bloom", "codegen", "gemma2", "gpt_oss", "gptj", "mpt"})
 """Model types whose attention has no sdpa form (transformers 5.23: `_supports_sdpa` of their classes)."""
-MIXES_PACKED = frozenset({"bloom", "falcon", "gpt_oss", "mpt", "opt"})
+MIXES_PACKED = frozenset({"bloom", "falcon", "gpt_oss", "mpt", "opt", "qwen3_5_moe_text", "qwen3_5_text"})
 """Model types whose code makes its attention mask without the positions (transformers 5.23, the calls of
-create_causal_mask in their modeling_*.py), so that packed examples would see each other."""
+create_causal_mask in their modeling_*.py), or does not begin linear attention anew with each example, so that packed
+examples would see each other."""
 ALWAYS_MASKED = frozenset({"falcon"})
 """Model types that hand sdpa a mask also where it is just causal (transformers 5.23, `allow_is_causal_skip=False`)."""
 DROPS_ATTENTION = frozenset({"gpt2", "gpt_bigcode"})
@@ -21,7 +22,7 @@ LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One linear layer of a decoder layer (or `count` alike ones): an ``nn.Linear`` or a GPT-2 ``Conv1D``.
+    """A linear layer of a decoder layer (or `count` alike ones of a period): an ``nn.Linear`` or a GPT-2 ``Conv1D``.
 
     Routers and experts of transformers 5 are bare parameters, and counted in `layer_other_parameters`.
 
@@ -30,24 +31,46 @@ class Linear:
         in_features, out_features: its weight is [out_features, in_features].
         bias: whether it has a bias of out_features.
         part: where it works, for the order of activations.
-        count: how many of it one decoder layer has (experts).
+        count: how many of it a period of decoder layers has.
         quantized: whether bitsandbytes replaces it: its type must *be* nn.Linear or Conv1D (Falcon's is a subclass).
-        path: its module's name in the model's first decoder layer, ``model.layers.0.self_attn.q_proj``.
+        within: which layers of a period have it.
+        path: its module's name in the first of these, ``model.layers.0.self_attn.q_proj``.
     """
 
     name: str
     in_features: int
     out_features: int
     bias: bool = False
-    part: Literal["attention", "mlp", "router", "expert", "shared_expert"] = "attention"
+    part: Literal["attention", "linear_attention", "mlp", "router", "expert", "shared_expert"] = "attention"
     count: int = 1
     quantized: bool = True
+    within: tuple[int, ...] = (0,)
     path: str = ""
 
     @property
     def weight_numel(self) -> int:
         """Elements of one weight."""
         return self.in_features * self.out_features
+
+
+class DeltaNet(NamedTuple):
+    """Linear attention by the gated delta rule, in all layers of a period but the last (Qwen 3.5).
+
+    Attributes:
+        key_heads, value_heads, key_dim, value_dim: each key head serves value_heads / key_heads value heads.
+        kernel: tokens that its causal convolution sees.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+    @property
+    def convolved(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 class Tower(NamedTuple):
@@ -75,7 +98,9 @@ class Tower(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelArchitecture:
-    """A decoder-only transformer as the memory model sees it. All decoder layers are alike.
+    """A decoder-only transformer as the memory model sees it. All its periods of decoder layers are alike.
+
+    A period is one layer, but where layers of several kinds take turns.
 
     Attributes:
         name: the catalogue's name, the folder or the Hub id it was asked for by.
@@ -85,9 +110,9 @@ class ModelArchitecture:
             them.
         max_position_embeddings: positions the model was trained for.
         tied_embeddings: the output head shares the embedding's weight.
-        linears: the linear layers of ONE decoder layer, in the order of the forward pass; not the output head.
-        layer_other_parameters: parameters of one decoder layer that are in no linear weight or linear bias (norms,
-            routers, 3-D experts); they are never quantized.
+        linears: the linear layers of ONE period, in the order of the forward pass; not the output head.
+        layer_other_parameters: parameters of one period that are in no linear weight or linear bias (norms, routers,
+            3-D experts, convolutions); they are never quantized.
         other_parameters: parameters outside the layers that are neither token embedding nor the output head's weight
             (final norm, learned positions, the output head's bias).
         gated_mlp: gate and up projections, their product goes down (SwiGLU, GeGLU).
@@ -102,6 +127,8 @@ class ModelArchitecture:
         norm: "rms" is written out in Python over a float32 copy (Llama's and its like), "layer" is one torch kernel.
         norms_per_layer: norms of one layer that are hidden_size wide.
         head_norms: queries and keys are normalised too.
+        period: how many layers repeat; it divides num_layers.
+        delta_net: what all layers of a period but the last have in place of attention.
         tower: what a model that sees has beside the decoder; None for the others.
         config: the raw fields.
     """
@@ -134,12 +161,24 @@ class ModelArchitecture:
     norm: Literal["rms", "layer"] = "rms"
     norms_per_layer: int = 2
     head_norms: bool = False
+    period: int = 1
+    delta_net: DeltaNet | None = None
     tower: Tower | None = None
     config: Mapping[str, object] = field(default_factory=dict, repr=False, compare=False)
 
     def __hash__(self) -> int:
         """Of what tells models apart: a search asks for it all the time."""
         return hash((self.name, self.hidden_size, self.num_layers, self.vocab_size))
+
+    @property
+    def periods(self) -> int:
+        """How often a period is repeated: the number of layers, where all are alike."""
+        return self.num_layers // self.period
+
+    @property
+    def attention_layers(self) -> int:
+        """How many layers compare each token with all before it."""
+        return self.num_layers if self.delta_net is None else self.periods
 
     @property
     def whole_type(self) -> str:
@@ -203,14 +242,14 @@ class ModelArchitecture:
 
     def all_linears(self) -> Iterator[tuple[Linear, int]]:
         """Every linear layer, with how many of it the whole model has; the output head is none of them."""
-        yield from ((linear, self.num_layers * linear.count) for linear in self.linears)
+        yield from ((linear, self.periods * linear.count) for linear in self.linears)
         if self.tower:
             yield from ((linear, linear.count) for linear in self.tower.linears)
 
     @property
     def linear_parameters(self) -> int:
         """Elements of all linear weights of all layers, without biases."""
-        return self.num_layers * sum(linear.weight_numel * linear.count for linear in self.linears)
+        return self.periods * sum(linear.weight_numel * linear.count for linear in self.linears)
 
     @property
     def parameters(self) -> int:
@@ -218,7 +257,7 @@ class ModelArchitecture:
         biases = sum(linear.out_features * linear.count for linear in self.linears if linear.bias)
         return (
             self.linear_parameters
-            + self.num_layers * (self.layer_other_parameters + biases)
+            + self.periods * (self.layer_other_parameters + biases)
             + self.embedding_parameters
             + self.head_parameters
             + self.other_parameters

@@ -8,6 +8,7 @@ rate is a range with its source (`PRODUCTS` and those after it): a step's time i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
+from qlora_core.memory.delta_net import CHUNK
 from qlora_core.memory.device import Device
 from qlora_core.memory.tape import value
 from qlora_core.recipe import DTYPE_BYTES, Recipe
@@ -347,7 +349,8 @@ def times(
     memory = value(done.moved, variables) / moving
     dequantizing = READ_PER_DEQUANTIZED * done.dequantized / (rates.memory_bytes * achieved.dequantization[pace])
     running = products + adapters + attention + memory + dequantizing
-    starting = max(done.kernels / achieved.starting[pace] - running, 0.0)
+    kernels = done.kernels + done.chunk_kernels * math.ceil(seq_len / CHUNK)
+    starting = max(kernels / achieved.starting[pace] - running, 0.0)
     summing = (micro_batches - 1) * state.summed_bytes / moving
     computing = micro_batches * (running + starting) + summing
 

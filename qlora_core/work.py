@@ -17,6 +17,7 @@ from typing import NamedTuple
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, is_masked
+from qlora_core.memory.delta_net import CHUNK
 from qlora_core.memory.device import Device
 from qlora_core.memory.formula import ENDLESS, anywhere, kernel_in_use, step_of
 from qlora_core.memory.step import LAST, Step, on_tape, recorded
@@ -52,6 +53,7 @@ class Work(NamedTuple):
         moved: bytes that all other kernels read and write, dequantization apart.
         dequantized: bytes of the dequantized weights that are written.
         kernels: how many are started.
+        chunk_kernels: how many more for each chunk of a sequence that linear attention takes.
     """
 
     products: float
@@ -65,6 +67,7 @@ class Work(NamedTuple):
     moved: Size
     dequantized: int
     kernels: int
+    chunk_kernels: int
 
 
 def work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Work:
@@ -99,7 +102,7 @@ def _of_any_step(recipe: Recipe, length: int) -> Recipe:
 def _work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Work:
     kernel = kernel_in_use(architecture, recipe, strategy, device)
     again = int(strategy.gradient_checkpointing)
-    scores = 4 * architecture.num_heads * architecture.head_dim * architecture.num_layers
+    scores = 4 * architecture.num_heads * architecture.head_dim * architecture.attention_layers
     backward = FUSED_BACKWARD if kernel in FUSED else 2.0
     step = step_of(architecture, recipe, strategy, device)
     passes = _passes(step, strategy)
@@ -121,6 +124,7 @@ def _work(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, d
         moved=made.written.plus(outputs.times(-1)).times(READ_PER_WRITTEN).plus(made.summed.times(MOVED_PER_SUM)),
         dequantized=made.dequantized,
         kernels=made.kernels,
+        chunk_kernels=_of_chunks(architecture, recipe, device, passes),
     )
 
 
@@ -161,8 +165,8 @@ def _passes(step: Step, strategy: Strategy) -> _Passes:
 
 def _products(architecture: ModelArchitecture, recipe: Recipe, device: Device, passes: _Passes) -> tuple[float, float]:
     """Operations of a token in the compute dtype and in float32: 2 for each weight and pass."""
-    layers, last = architecture.num_layers, architecture.linears[-1].weight_numel
-    linear = architecture.linear_parameters + _expert_weights_of_a_token(architecture) * layers
+    layers, last = architecture.periods, architecture.linears[-1].weight_numel * architecture.linears[-1].count
+    linear = architecture.linear_parameters + _expert_weights_of_a_token(architecture) * architecture.num_layers
     multiplied = linear * (passes.forward + 1 + passes.trained) - layers * last * (passes.forward - passes.last)
     head = architecture.vocab_size * architecture.hidden_size * (passes.head + 1 + passes.trained)
     adapters = 0
@@ -175,8 +179,11 @@ def _products(architecture: ModelArchitecture, recipe: Recipe, device: Device, p
         targets = (each for each in architecture.linears if exact.is_target(each, recipe))
         again_wide = (passes.forward + 1) * layers * sum(each.weight_numel * each.count for each in targets)
     base, unquantized = _product_dtypes(recipe, device)
+    multiplied_in_chunks, solved = _delta_rule(architecture, passes)
     wide = narrow = 0
     for numel, is_wide in (
+        (multiplied_in_chunks, not recipe.narrows(device.compute_dtype)),
+        (solved, True),
         (multiplied, base == "float32"),
         (head, unquantized == "float32"),
         (adapters * passes.adapters + again_wide, _are_wide(recipe, device)),
@@ -188,6 +195,31 @@ def _products(architecture: ModelArchitecture, recipe: Recipe, device: Device, p
     return (0, wide + narrow) if device.compute_dtype == "float32" else (narrow, wide)
 
 
+def _delta_rule(architecture: ModelArchitecture, passes: _Passes) -> tuple[int, int]:
+    """Multiplications of a token in linear attention: in products, and in solving triangular systems.
+
+    Within its chunk it meets all tokens in three products, and the state in three; each has two on the way back. A
+    triangular system takes half a product; on the way back another such system, and a whole product in float32.
+    """
+    net = architecture.delta_net
+    if net is None:
+        return 0, 0
+    times = (architecture.num_layers - architecture.attention_layers) * net.value_heads
+    within, state = CHUNK * (2 * net.key_dim + net.value_dim), 3 * net.key_dim * net.value_dim
+    halves = CHUNK * (net.key_dim + net.value_dim) // 2
+    return times * (passes.forward + 2) * (within + state), times * (passes.forward + 3) * halves
+
+
+def _of_chunks(architecture: ModelArchitecture, recipe: Recipe, device: Device, passes: _Passes) -> int:
+    """Kernels of each chunk in linear attention's loop, by the operators that autograd runs for one chunk more.
+
+    There are 9 forward and 37 backward, and 8 and 11 more to narrow what is multiplied under autocast.
+    """
+    forward, backward = (17, 48) if recipe.narrows(device.compute_dtype) else (9, 37)
+    layers = architecture.num_layers - architecture.attention_layers
+    return layers * (forward * passes.forward + backward)
+
+
 def _norms(architecture: ModelArchitecture, recipe: Recipe, passes: _Passes) -> float:
     """Operations of DoRA's B A, which peft makes by sending the identity through both: the first has [in, in] rows."""
     if not recipe.use_dora:
@@ -197,7 +229,7 @@ def _norms(architecture: ModelArchitecture, recipe: Recipe, passes: _Passes) -> 
         for linear in architecture.linears
         if exact.is_target(linear, recipe)
     )
-    return 2 * passes.forward * architecture.num_layers * of_a_layer
+    return 2 * passes.forward * architecture.periods * of_a_layer
 
 
 def _are_wide(recipe: Recipe, device: Device) -> bool:
@@ -225,7 +257,7 @@ def _of_products(architecture: ModelArchitecture, recipe: Recipe, device: Device
     An adapter's are not among them: with a few dozen features on one side, they move more than they compute.
     """
     base, unquantized = (DTYPE_BYTES[dtype] for dtype in _product_dtypes(recipe, device))
-    layers = architecture.num_layers
+    layers = architecture.periods
     per_token = weights = trained = 0
     for linear in architecture.linears:
         forward = passes.last if linear is architecture.linears[-1] else passes.forward

@@ -23,6 +23,7 @@ from clusters.errors import RequestError
 from qlora_core.architecture import EAGER_ONLY
 from qlora_core.huggingface.config import architecture_from_config, architecture_from_folder
 from qlora_core.huggingface.families import DECODERS
+from qlora_core.huggingface.hybrid import HYBRID
 from qlora_core.huggingface.older_decoders import OLDER
 from qlora_core.huggingface.seeing import SEEING
 from qlora_core.memory.bytes import buffer_bytes
@@ -55,6 +56,16 @@ EXPERTS: dict[str, object] = {
     "moe_intermediate_size": 24,
 }
 BIASES: dict[str, object] = {"attention_bias": True, "mlp_bias": True}
+DELTA_NET: dict[str, object] = {
+    "num_hidden_layers": 6,
+    "full_attention_interval": 3,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+}
 
 SMALL: dict[str, list[dict[str, object]]] = {
     "llama": [{}, {"num_key_value_heads": 2, "head_dim": 16, **BIASES}, {"tie_word_embeddings": True}],
@@ -104,6 +115,21 @@ SMALL: dict[str, list[dict[str, object]]] = {
             "vision_config": SIGLIP | {"vision_use_head": True, "num_channels": 1},
             "tie_word_embeddings": False,
         },
+    ],
+    "qwen3_5": [{"text_config": COMMON | DELTA_NET}],
+    "qwen3_5_moe": [{"text_config": COMMON | DELTA_NET | EXPERTS | {"shared_expert_intermediate_size": 40}}],
+    "qwen3_5_moe_text": [DELTA_NET | EXPERTS | {"shared_expert_intermediate_size": 40}],
+    "qwen3_5_text": [
+        DELTA_NET,
+        DELTA_NET
+        | {
+            "layer_types": ["linear_attention", "full_attention"] * 3,
+            "linear_num_key_heads": 4,
+            "linear_conv_kernel_dim": 3,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+        },
+        DELTA_NET | {"layer_types": ["full_attention"] * 6},
     ],
     "phi": [{}, {"qk_layernorm": True, "num_key_value_heads": 2}],
     "phi3": [{}, {"num_key_value_heads": 2, "sliding_window": 8, "tie_word_embeddings": True}],
@@ -163,7 +189,7 @@ def test_it_is_known_which_attention_transformers_has(model_type: str) -> None:
 
 
 def test_every_model_type_has_a_case() -> None:
-    assert set(SMALL) == {*DECODERS, *OLDER, *SEEING}
+    assert set(SMALL) == {*DECODERS, *OLDER, *SEEING, *HYBRID}
 
 
 @pytest.mark.parametrize(("model_type", "fields"), CASES)
@@ -222,15 +248,20 @@ def test_linears_come_in_the_order_of_the_forward_pass(model_type: str, fields: 
     config = AutoConfig.for_model(model_type, **fields)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    layer = layers_of(model)[0]
-    ran: list[tuple[str, int]] = []
-    for name, module in layer.named_modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)):
-            last = name.rsplit(".", 1)[-1]
-            module.register_forward_hook(lambda _module, _in, out, last=last: ran.append((last, out.shape[-1])))
+    ran: list[tuple[int, str, int]] = []
+    for number, layer in enumerate(layers_of(model)[: architecture.period]):
+        for name, module in layer.named_modules():
+            if isinstance(module, (torch.nn.Linear, Conv1D)):
+                of = number, name.rsplit(".", 1)[-1]
+                module.register_forward_hook(lambda _module, _in, out, of=of: ran.append((*of, out.shape[-1])))
     with torch.no_grad():
         model(torch.ones(1, 6, dtype=torch.long), use_cache=False)
-    expected = [(linear.name, linear.out_features) for linear in architecture.linears]
+    expected = [
+        (number, linear.name, linear.out_features)
+        for number in range(architecture.period)
+        for linear in architecture.linears
+        if number in linear.within
+    ]
     assert [one for one in expected if one in ran] == expected
     if not architecture.experts:
         assert ran == expected
@@ -295,7 +326,10 @@ def test_wrong_values_are_refused_by_name(field: str, value: object, says: str) 
         ({"model_type": "lama"}, "Nearest known: llama"),
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "marian", "is_encoder_decoder": True}, "encoder-decoder"),
-        ({"model_type": "llava", "vision_config": {"depth": 2}}, "only gemma3 is modelled"),
+        (
+            {"model_type": "llava", "vision_config": {"depth": 2}},
+            "of the models that see or hear, only gemma3, qwen3_5,",
+        ),
         ({"model_type": "gemma3", "vision_config": {"model_type": "clip"}}, "must be siglip_vision_model"),
         ({"model_type": "gemma3", "text_config": 7}, "must be an object"),
         ({"model_type": "mamba"}, "state-space"),

@@ -87,6 +87,13 @@ BILLIONS = {
     "qwen3-14b": 14.8,
     "qwen3-32b": 32.8,
     "qwen3-30b-a3b": 30.5,
+    # llama.cpp's count of the published weights (llama-bench, "params"): the language models alone.
+    "qwen3.5-0.8b": 0.75239,
+    "qwen3.5-2b": 1.88,
+    "qwen3.5-4b": 4.21,
+    "qwen3.5-9b": 8.95,
+    "qwen3.5-27b": 26.90,
+    "qwen3.5-35b-a3b": 34.66,
     # Gemma 2 (arXiv 2408.00118), table 2: embedding plus non-embedding; Gemma 3 (arXiv 2503.19786), table 1.
     "gemma-2b": 2.51,
     "gemma-7b": 8.54,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from meta_models import LINEAR_ATTENTION
 from test_formula import devices, measured_second_step, recipe, recipes, strategies
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -38,10 +39,11 @@ TINY = {
     "qwen3_moe": {**SIXTEEN, "head_dim": 32, "norm_topk_prob": True},
     "olmoe": {"intermediate_size": 128, "num_experts": 16, "num_experts_per_tok": 4},
     "qwen2_moe": {**SIXTEEN, "shared_expert_intermediate_size": 384},
+    "qwen3_5_moe_text": {**SIXTEEN, "shared_expert_intermediate_size": 384, "head_dim": 32, **LINEAR_ATTENTION},
     "granitemoe": {"intermediate_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2},
     "gpt_oss": {"intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 32},
 }
-"""gpt_oss, and Qwen2's shared expert, have no adapters on their routed experts; Mixtral, Qwen3 and OLMoE do."""
+"""gpt_oss, Qwen 3.5 and Qwen2's shared expert have no adapters on their routed experts; Mixtral, Qwen3 and OLMoE do."""
 
 
 @cache

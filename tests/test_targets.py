@@ -15,7 +15,7 @@ from clusters.errors import RequestError
 from orchestrator.targets import check_targets
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.huggingface.config import architecture_from_config
-from qlora_core.huggingface.modules import in_layer, modules_of, not_linear
+from qlora_core.huggingface.modules import in_layer, layers_of, modules_of, not_linear
 from qlora_core.memory.bytes import trainable_tensors
 from qlora_core.recipe import Recipe, RecipeError
 from qlora_core.targets import split
@@ -65,8 +65,9 @@ def test_linears_have_the_names_that_transformers_gives_their_modules(family: st
     expected = {
         name for name, module in there.items() if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
     }
-    layers = range(architecture.num_layers)
-    assert expected == {in_layer(linear.path, number) for linear in architecture.linears for number in layers}
+    assert expected == {
+        in_layer(linear.path, number) for linear in architecture.linears for number in layers_of(architecture, linear)
+    }
     # of StableLM's norms, one a head, the first stands for all
     others = {re.sub(r"norms\.\d+", "norms.0", name) for name in there} - expected
     assert others <= set(not_linear(architecture))

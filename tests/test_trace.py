@@ -19,6 +19,7 @@ from benchmarks.accuracy import grid
 from benchmarks.accuracy.grid import Combination, combinations, figures
 from benchmarks.accuracy.t4 import FIGURES, by_trace, t4_rows
 from clusters.errors import RequestError
+from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
 from qlora_core.huggingface.config import architecture_from_config
 from qlora_core.huggingface.families import DECODERS
@@ -253,6 +254,52 @@ def test_the_formula_says_what_the_trace_says_of_older_families(family: str, dev
             by_trace, by_formula = trace.estimate(*request).gpu, formula.estimate(*request).gpu
             case = number, method, autocast, checkpointing
             assert by_formula.allocated_bytes == pytest.approx(by_trace.allocated_bytes, rel=0.022), case
+
+
+LINEAR: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    **{f"linear_{name}_head_dim": 32 for name in ("key", "value")},
+    **{"linear_num_key_heads": 4, "linear_num_value_heads": 8},
+}
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
+
+
+def linear_attention(model_type: str) -> ModelArchitecture:
+    experts = {**EXPERTS, "shared_expert_intermediate_size": 256} if "moe" in model_type else {}
+    config = AutoConfig.for_model(model_type, **LINEAR, **experts).to_dict()
+    return architecture_from_config(config, name=f"small {model_type}", source="a test")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "device"), [("qwen3_5_text", A100), ("qwen3_5_text", T4), ("qwen3_5_moe_text", A100)]
+)
+def test_the_formula_says_what_the_trace_says_of_linear_attention(model_type: str, device: Device) -> None:
+    """Three layers of four have it: the layers of a period stand for all, and one operator for the loop over chunks."""
+    architecture = linear_attention(model_type)
+    ways = (("qlora", False), ("qlora", True), ("full", False))
+    for (method, autocast), checkpointing in itertools.product(ways, (True, False)):
+        asked = recipe_of(method, seq_len=1024, autocast=autocast)
+        strategy = strategy_of(architecture, gradient_checkpointing=checkpointing, micro_batch=2)
+        request = architecture, asked, strategy, device
+        by_trace, by_formula = trace.estimate(*request).gpu, formula.estimate(*request).gpu
+        case = method, autocast, checkpointing
+        assert by_formula.allocated_bytes == pytest.approx(by_trace.allocated_bytes, rel=0.01), case
+
+
+def test_a_sequence_is_counted_as_whole_chunks_of_linear_attention() -> None:
+    architecture = linear_attention("qwen3_5_text")
+    strategy = strategy_of(architecture, gradient_checkpointing=True)
+    part, whole = (
+        formula.estimate(architecture, recipe_of("qlora", seq_len=length), strategy, A100) for length in (961, 1024)
+    )
+    assert part == whole
 
 
 @pytest.mark.slow

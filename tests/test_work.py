@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from meta_models import LINEAR_ATTENTION
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
 from qlora_core.catalogue import find_model
 from qlora_core.huggingface.config import architecture_from_config
@@ -19,6 +23,7 @@ from qlora_core.work import Work, work
 
 A100 = Device(kind="cuda", compute_dtype="bfloat16", compute_capability=(8, 0))
 CPU = Device(kind="cpu", compute_dtype="float32")
+CPU_16_BITS = Device(kind="cpu", compute_dtype="bfloat16")
 
 # Llama 2 7B: 32 layers of four weights of 4096 x 4096 and three of 4096 x 11008, a head of 32000 x 4096
 LINEAR = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -137,6 +142,67 @@ def test_under_a_sliding_windows_mask_nothing_is_skipped() -> None:
     masked = counted("mistral-7b-v0.1", seq_len=8192)
     assert masked.attention == 4 * 4096 * 32 * 3.5
     assert masked.fused
+
+
+# --- linear attention -------------------------------------------------------------------------------------------------
+
+VIEWS = {"view", "_unsafe_view", "transpose", "select", "slice", "expand", "unsqueeze", "as_strided", "alias", "detach"}
+EMPTY = {"empty", "empty_strided", "new_empty_strided", "empty_like"}
+
+
+class KernelCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves __init_subclass__ untyped
+    """Counts operators that compute; the zeros and the copy of a selected part's gradient are two."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += name not in VIEWS | EMPTY
+        self.count += name == "select_backward"
+        return func(*args, **(kwargs or {}))
+
+
+def one_chunk_more(mode: Callable[[], Any], of: Callable[[Any], int], autocast: bool = False) -> tuple[int, int]:
+    """What transformers' gated delta rule takes more for one chunk more, forward and backward."""
+    found = []
+    for tokens in (4 * 64, 5 * 64):
+        keys = [torch.randn(1, tokens, 2, 16, requires_grad=True) for _ in range(2)]
+        values = torch.randn(1, tokens, 4, 8, requires_grad=True)
+        decay, beta = (torch.rand(1, tokens, 4, requires_grad=True) for _ in range(2))
+        with mode() as counter:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out, _ = torch_chunk_gated_delta_rule(*keys, values, -decay, beta)
+            forward = of(counter)
+            out.sum().backward()
+            found.append((forward, of(counter) - forward))
+    (less_forward, less_backward), (more_forward, more_backward) = found
+    return more_forward - less_forward, more_backward - less_backward
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [False, True])
+def test_each_chunk_of_linear_attention_starts_as_many_kernels_as_torch_runs(autocast: bool) -> None:
+    forward, backward = one_chunk_more(KernelCounter, lambda counter: counter.count, autocast)
+    alone = counted("qwen3.5-0.8b", autocast=autocast, lora_dtype="float32")  # 18 of 24 layers have it
+    assert alone.chunk_kernels == 18 * (forward + backward)
+    assert counted("qwen3.5-0.8b", autocast=autocast, gradient_checkpointing=True).chunk_kernels == 18 * (
+        2 * forward + backward
+    )
+    assert counted().chunk_kernels == 0
+
+
+@pytest.mark.slow
+def test_the_products_of_linear_attention_are_those_that_torch_counts() -> None:
+    forward, backward = one_chunk_more(lambda: FlopCounterMode(display=False), lambda mode: mode.get_total_flops())
+    fields = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
+    config = {"model_type": "qwen3_5_text", "vocab_size": 160, **fields, **LINEAR_ATTENTION, "linear_key_head_dim": 16}
+    with_it = architecture_from_config(config, name="linear", source="a test")
+    recipe = Recipe(method="lora", quantization="none", lora_dtype="bfloat16", autocast=False)
+    strategy = Strategy(gradient_checkpointing=False, loss="full")
+    # all else in 16 bits: what is left is the rule, of 3 layers, and the two triangular systems that torch leaves out
+    wide = work(with_it, recipe, strategy, CPU_16_BITS).wide_products
+    systems = 2 * (1 + 1) * 4 * 64 * (16 + 8) // 2
+    assert wide == 3 * ((forward + backward) // 64 + systems)
 
 
 # --- all else ---------------------------------------------------------------------------------------------------------

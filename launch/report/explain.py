@@ -88,12 +88,19 @@ def base_lines(plan: Plan) -> list[str]:
     }[recipe.quantization]
     idle = f"The vision tower has {number(total - in_layers)} more: it is loaded, and idles on text."
     return [
-        f"The linear layers: {architecture.num_layers} layers x",
+        f"The linear layers: {repeats(architecture)} x",
         f"  ({products})",
         f"  = {number(in_layers)} weights.",
         *([idle] if architecture.tower else ()),
         f"{stored}{unreplaced(plan)}.",
     ]
+
+
+def repeats(architecture: ModelArchitecture) -> str:
+    """How often what one period of layers has is there."""
+    if architecture.period == 1:
+        return f"{architecture.num_layers} layers"
+    return f"{architecture.periods} times {architecture.period} layers"
 
 
 def linear_weights(architecture: ModelArchitecture) -> int:
@@ -170,11 +177,10 @@ def adapter_lines(plan: Plan) -> list[str]:
         for linear in plan.architecture.linears
         if exact.is_target(linear, plan.recipe)
     )
-    layers = plan.architecture.num_layers
-    in_linears = layers * rank * edges
+    in_linears = plan.architecture.periods * rank * edges
     lines = [
         f"Each adapted layer gets A [{rank}, in] and B [out, {rank}], so {rank} x (in + out) weights:",
-        f"  {layers} layers x {rank} x {number(edges)} = {number(in_linears)} weights.",
+        f"  {repeats(plan.architecture)} x {rank} x {number(edges)} = {number(in_linears)} weights.",
     ]
     if numel > in_linears:
         lines.append(

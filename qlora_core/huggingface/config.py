@@ -11,6 +11,7 @@ from qlora_core.architecture import ModelArchitecture
 from qlora_core.huggingface.decoder import build
 from qlora_core.huggingface.families import DECODERS
 from qlora_core.huggingface.fields import ConfigFields
+from qlora_core.huggingface.hybrid import HYBRID
 from qlora_core.huggingface.older_decoders import OLDER
 from qlora_core.huggingface.seeing import SEEING
 
@@ -30,12 +31,12 @@ def architecture_from_config(fields: Mapping[str, object], *, name: str, source:
     Raises:
         RequestError: the model is of a kind that cannot be modelled, or fields are missing or wrong (all at once).
     """
-    known = sorted((*DECODERS, *OLDER, *SEEING))
+    known = sorted((*DECODERS, *OLDER, *SEEING, *HYBRID))
     _refuse_other_kinds(fields, source, known)
     model_type = str(fields["model_type"])
     reader = ConfigFields(fields, name=name, source=source)
-    if model_type in SEEING:
-        return SEEING[model_type](reader)
+    if of_parts := {**SEEING, **HYBRID}.get(model_type):
+        return of_parts(reader)
     if model_type in DECODERS:
         return build(reader, model_type, DECODERS[model_type])
     return OLDER[model_type](reader)
@@ -134,12 +135,13 @@ def _refuse_other_kinds(fields: Mapping[str, object], source: str, known: list[s
             where, shown, "an encoder-decoder is not a causal language model", "Choose a decoder-only model"
         )
     part = next((part for part in _OTHER_PARTS if fields.get(part)), None)
-    if part is not None and model_type not in SEEING:
+    seeing = (*SEEING, *HYBRID)
+    if part is not None and model_type not in seeing:
         raise request_error(
             f"{source}: {part}",
             shown,
-            f"of the models that see or hear, only {', '.join(SEEING)} is modelled, trained on text",
-            "Choose that, or a text-only model",
+            f"of the models that see or hear, only {', '.join(seeing)} are modelled, trained on text",
+            "Choose one of them, or a text-only model",
         )
     if fields.get("per_layer_config"):
         raise request_error(f"{source}: per_layer_config", shown, _MIXED, "Choose another model")

@@ -113,7 +113,7 @@ def _attention(fields: ConfigFields, family: Decoder, hidden: int, q_width: int,
     output = Linear(family.o_name, q_width, hidden, _on(fields, family.o_bias))
     if family.fused_qkv:
         return [Linear("qkv_proj", hidden, q_width + 2 * kv_width, qkv_bias), output]
-    widths = (("q_proj", q_width), ("k_proj", kv_width), ("v_proj", kv_width))
+    widths = (("q_proj", q_width * (1 + family.gated_attention)), ("k_proj", kv_width), ("v_proj", kv_width))
     return [*(Linear(name, hidden, width, qkv_bias) for name, width in widths), output]
 
 

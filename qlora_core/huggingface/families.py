@@ -66,6 +66,7 @@ class Decoder:
         tied: tied embeddings, where the config does not say.
         positions: ``max_position_embeddings``, where the config does not say.
         qkv_bias, o_bias, mlp_bias, head_bias: biases of the projections and of the output head.
+        gated_attention: the projection of queries makes a gate, too, for what is attended to.
         o_name, mlp_names: module names; two MLP names without a gate, three with one.
         fused_qkv, fused_gate_up: one module for several projections (Phi-3).
         norms: norms of a layer that are hidden_size wide.
@@ -91,6 +92,7 @@ class Decoder:
     o_bias: Switch = False
     mlp_bias: Switch = False
     head_bias: Switch = False
+    gated_attention: bool = False
     o_name: str = "o_proj"
     mlp_names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     fused_qkv: bool = False

@@ -37,6 +37,7 @@ class Modules:
 
 _LLAMA = Modules()
 _QUERY_AND_KEY = ("self_attn.q_norm", "self_attn.k_norm")
+_LINEAR_ATTENTION = ("linear_attn.conv1d", "linear_attn.norm")
 _AROUND = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 _NORMED_AFTER = replace(
     _LLAMA, beside=("mlp.act_fn", "post_attention_layernorm", "post_feedforward_layernorm", *_QUERY_AND_KEY)
@@ -65,6 +66,10 @@ MODULES: dict[str, Modules] = {
     ),
     "qwen3": replace(_LLAMA, beside=(*_LLAMA.beside, *_QUERY_AND_KEY)),
     "qwen3_moe": replace(_LLAMA, beside=(*_EXPERTS, *_QUERY_AND_KEY)),
+    "qwen3_5_moe_text": replace(
+        _LLAMA, beside=(*_EXPERTS, "mlp.shared_expert.act_fn", *_QUERY_AND_KEY, *_LINEAR_ATTENTION)
+    ),
+    "qwen3_5_text": replace(_LLAMA, beside=(*_LLAMA.beside, *_QUERY_AND_KEY, *_LINEAR_ATTENTION)),
     "gemma2": replace(_LLAMA, beside=(*_LLAMA.beside, *_AROUND)),
     "gemma3": replace(
         _GEMMA3,
@@ -185,20 +190,30 @@ def modules_of(model_type: str) -> Modules:
 
 
 def placed(model_type: str, linears: Iterable[Linear]) -> tuple[Linear, ...]:
-    """`linears` with their modules' names in the first decoder layer."""
+    """`linears` with their modules' names in the first decoder layer that has them."""
     modules = modules_of(model_type)
-    holders = {"attention": modules.attention, "mlp": modules.mlp, "shared_expert": f"{modules.mlp}.shared_expert"}
+    holders = {
+        "attention": modules.attention,
+        "linear_attention": "linear_attn",
+        "mlp": modules.mlp,
+        "shared_expert": f"{modules.mlp}.shared_expert",
+    }
 
     def path(linear: Linear) -> str:
         holder = modules.mlp if linear.name == "shared_expert_gate" else holders[linear.part]
-        return ".".join(part for part in (modules.layers, "0", holder, linear.name) if part)
+        return ".".join(part for part in (modules.layers, str(linear.within[0]), holder, linear.name) if part)
 
     return tuple(replace(linear, path=path(linear)) for linear in linears)
 
 
 def in_layer(path: str, number: int) -> str:
-    """The name that a module of the first decoder layer has in another."""
-    return path.replace(".0.", f".{number}.", 1) if number else path
+    """The name that a module of one decoder layer has in another."""
+    return re.sub(r"\.\d+\.", f".{number}.", path, count=1)
+
+
+def layers_of(architecture: ModelArchitecture, linear: Linear) -> list[int]:
+    """The numbers of the decoder layers that have it."""
+    return [number for number in range(architecture.num_layers) if number % architecture.period in linear.within]
 
 
 def not_linear(architecture: ModelArchitecture) -> Iterator[str]:
@@ -206,9 +221,8 @@ def not_linear(architecture: ModelArchitecture) -> Iterator[str]:
     modules = modules_of(architecture.whole_type)
     first = f"{modules.layers}.0"
     beside = [f"{first}.{name}" for name in modules.beside]
-    inside = {
-        parent for path in (*beside, *(linear.path for linear in architecture.linears)) for parent in _above(path)
-    }
+    linears = (in_layer(linear.path, 0) for linear in architecture.linears)
+    inside = {parent for path in (*beside, *linears) for parent in _above(path)}
     yield from modules.outside
     yield HEAD
     yield from _above(first)

@@ -79,13 +79,14 @@ def weights(architecture: ModelArchitecture, recipe: Recipe, compute: Dtype) -> 
         (architecture.head_parameters * item, 1),
         (architecture.other_parameters * item, 1),
     ]
-    layers = architecture.num_layers
+    periods = architecture.periods
     if norms := architecture.layer_other_parameters:
-        # norms are one tensor of [hidden] each; anything larger (3-D experts) is few tensors
-        pieces = max(1, norms // architecture.hidden_size) if norms < 16 * architecture.hidden_size else 2
+        # norms are one tensor of [hidden] each; anything larger (3-D experts) is few tensors in each layer
+        hidden, of_layer = architecture.hidden_size, norms // architecture.period
+        pieces = architecture.period * (max(1, of_layer // hidden) if of_layer < 16 * hidden else 2)
         smaller = norms // pieces
-        other.append((smaller * item, layers * (pieces - 1)))
-        other.append(((norms - smaller * (pieces - 1)) * item, layers))
+        other.append((smaller * item, periods * (pieces - 1)))
+        other.append(((norms - smaller * (pieces - 1)) * item, periods))
     if architecture.tower:
         other.append((architecture.tower.other_parameters * item, 1))
     for linear, count in architecture.all_linears():
@@ -139,7 +140,7 @@ def trainable_tensors(architecture: ModelArchitecture, recipe: Recipe) -> tuple[
     tensors: list[tuple[int, int]] = []
     for linear in architecture.linears:
         if is_target(linear, recipe):
-            count = architecture.num_layers * linear.count
+            count = architecture.periods * linear.count
             tensors.append((recipe.rank * linear.in_features, count))
             tensors.append((recipe.rank * linear.out_features, count))
             if recipe.use_dora:
@@ -173,15 +174,18 @@ def expert_ranks(architecture: ModelArchitecture, recipe: Recipe) -> tuple[int, 
 
 def _all_tensors(architecture: ModelArchitecture) -> Iterator[tuple[int, int]]:
     """What method full trains: of a model that sees, the language model."""
-    layers = architecture.num_layers
+    periods, others = architecture.periods, architecture.period - 1
     yield architecture.embedding_parameters, 1
     yield architecture.head_parameters, 1
     yield architecture.other_parameters, 1
-    yield architecture.layer_other_parameters, layers
+    of_layer = architecture.layer_other_parameters // architecture.period
+    if others:
+        yield of_layer, periods * others
+    yield architecture.layer_other_parameters - of_layer * others, periods
     for linear in architecture.linears:
-        yield linear.weight_numel, layers * linear.count
+        yield linear.weight_numel, periods * linear.count
         if linear.bias:
-            yield linear.out_features, layers * linear.count
+            yield linear.out_features, periods * linear.count
 
 
 class OptimizerState(NamedTuple):

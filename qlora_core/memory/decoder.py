@@ -13,6 +13,7 @@ from functools import partial
 from qlora_core.memory import operators as op
 from qlora_core.memory.adapter import adapter, with_magnitude
 from qlora_core.memory.attention import attend
+from qlora_core.memory.delta_net import gated_delta_net
 from qlora_core.memory.experts import Experts, compute, route
 from qlora_core.memory.families import WRITTEN_OUT
 from qlora_core.memory.layer import ROW, Layer, Positions, Projection, module, parameter
@@ -95,7 +96,11 @@ def layer_norm(tape: Tape, layer: Layer, x: Tensor, rows: Size) -> Tensor:
 @module
 def self_attention(tape: Tape, layer: Layer, hidden: Tensor, positions: Positions) -> tuple[Tensor, Tensor | None]:
     """[T, H] -> [T, H], and eager attention's weights; queries are [T, h*D], keys and values [T, k*D]."""
-    shape = layer.shape
+    if layer.delta_net is not None:
+        projected = [linear(tape, layer, hidden, projection, ROW) for projection in layer.qkv]
+        attended = gated_delta_net(tape, layer, layer.delta_net, *projected)
+        return linear(tape, layer, attended, layer.output, ROW), None
+    shape, gate = layer.shape, None
     if len(layer.qkv) == 1:
         cut = op.split if layer.family.splits else op.slices
         query, key, value = cut(
@@ -105,6 +110,10 @@ def self_attention(tape: Tape, layer: Layer, hidden: Tensor, positions: Position
         )
     else:
         query = linear(tape, layer, hidden, layer.qkv[0], ROW)
+        if layer.family.gated_attention:
+            half = ROW.times(shape.queries * shape.dim)
+            query, gate = op.split(tape, query, [half, half])
+            gate = op.clone(tape, gate)  # head by head it lies beside the queries
         if layer.head_norms == "projected":
             query = norm(tape, layer, query, ROW.times(shape.queries))
         key = linear(tape, layer, hidden, layer.qkv[1], ROW)
@@ -122,6 +131,8 @@ def self_attention(tape: Tape, layer: Layer, hidden: Tensor, positions: Position
         attended, weights = attend(
             tape, layer.kernel, query, key, value, layer.shape, layer.stream, layer.narrow, positions.mask
         )
+    if gate is not None:
+        attended = op.multiply(tape, attended, op.sigmoid(tape, gate))
     return linear(tape, layer, attended, layer.output, ROW), weights
 
 

@@ -39,6 +39,8 @@ class Family(NamedTuple):
         written_for_a_part: it is written as if only a part were rotated.
         learned_positions: an embedding of positions is added to that of tokens.
         scores, router_scores: how they are made.
+        router_normalises: a token's weights are divided by their sum, whatever the config says.
+        gated_attention: queries come with a gate for what is attended to, which is as wide.
         splits: a fused projection's product is split or chunked; else queries, keys and values are slices of it.
         scaled: what is added to the residual stream, and the embedding, are multiplied by a number of the config.
         normed_embedding: what the layers begin with is normalised.
@@ -59,6 +61,8 @@ class Family(NamedTuple):
     learned_positions: bool = False
     scores: Scores = "plain"
     router_scores: RouterScores = "softmax"
+    router_normalises: bool = False
+    gated_attention: bool = False
     splits: bool = False
     scaled: bool = False
     normed_embedding: bool = False
@@ -73,6 +77,7 @@ LLAMA = Family()
 _COHERE = Family(norm="centred", head_norms="together")
 _GLM = Family(rotated_part=("partial_rotary_factor", 0.5))
 _OLMO2 = Family(norm="rms_wide", norms_after=True)
+_QWEN3_5 = Family(norm="rms_wide", rotated_part=("partial_rotary_factor", 0.25), gated_attention=True)
 _GPT2 = Family(
     rotary=False,
     learned_positions=True,
@@ -122,7 +127,7 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(scaled=True),
     "granitemoe": Family(scaled=True, router_scores="top_k_wide"),
     "hunyuan_v1_dense": Family(head_norms="rotated"),
-    "mixtral": Family(router_scores="softmax_wide"),
+    "mixtral": Family(router_scores="softmax_wide", router_normalises=True),
     "mpt": Family(rotary=False, scores="biased", splits=True, holds_attended=True, returns_weights=True),
     "nemotron": Family(norm="layer_narrow", rotated_part=("partial_rotary_factor", 0.5)),
     "olmo": Family(norm="layer_wide"),
@@ -136,6 +141,8 @@ FAMILIES: dict[str, Family] = {
         residual_dropout=("resid_pdrop", 0.0),
     ),
     "phi3": Family(written_for_a_part=True, residual_dropout=("resid_pdrop", 0.0)),
+    "qwen3_5_moe_text": _QWEN3_5._replace(router_normalises=True),
+    "qwen3_5_text": _QWEN3_5,
     "seed_oss": Family(residual_dropout=("residual_dropout", 0.1)),
     "stablelm": Family(
         head_norms="together",

@@ -7,6 +7,7 @@ sequence length (`sizes.py`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import cached_property, lru_cache, partial
 from operator import attrgetter
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, Heads, is_masked, kernel_of
+from qlora_core.memory.delta_net import CHUNK
 from qlora_core.memory.device import Device
 from qlora_core.memory.divided import (
     fetched_ahead,
@@ -30,7 +32,7 @@ from qlora_core.memory.families import Activation, family_of
 from qlora_core.memory.layer import Layer, Projection
 from qlora_core.memory.residents import Residents, residents
 from qlora_core.memory.sharding import bucket_elements
-from qlora_core.memory.sizes import Least, Sizes
+from qlora_core.memory.sizes import Least, Repeated, Sizes
 from qlora_core.memory.step import Handling, Logits, Step, undivided
 from qlora_core.memory.timeline import course as parts_of
 from qlora_core.memory.timeline import timeline
@@ -121,6 +123,8 @@ class Prepared:
         self, architecture: ModelArchitecture, recipe: dict[str, Any], strategy: dict[str, Any], device: Device
     ) -> None:
         self._architecture, self._recipe, self._strategy, self._device = architecture, recipe, strategy, device
+        chunk = CHUNK if architecture.delta_net else 1
+        self._layers = Repeated(architecture.periods, architecture.period, chunk)
         self._single_is_special = folds_sequences(architecture, strategy["attention"])
         self._steps: dict[tuple[bool, bool], tuple[Step, Residents]] = {}
         self._least: dict[tuple[bool, bool], Least | None] = {}
@@ -151,7 +155,7 @@ class Prepared:
         if kind not in self._least:
             step, stays = self._parts(kind)
             known = step.sharded and not step.reentrant
-            self._least[kind] = Least(stays, timeline(undivided(step))) if known else None
+            self._least[kind] = Least(stays, timeline(undivided(step)), self._layers) if known else None
         least = self._least[kind]
         return 0 if least is None else least.bytes(micro_batch, seq_len)
 
@@ -160,8 +164,8 @@ class Prepared:
         kind = self._kind(micro_batch, seq_len)
         if kind not in self._of_kind:
             step, stays = self._parts(kind)
-            strategy, layers = self._asked(*kind)[2], self._architecture.num_layers
-            self._of_kind[kind] = Sizes(stays, timeline(step), self._device, strategy, layers, step.layer.trained)
+            strategy, trained = self._asked(*kind)[2], step.layer.trained
+            self._of_kind[kind] = Sizes(stays, timeline(step), self._device, strategy, self._layers, trained)
         return self._of_kind[kind]
 
     def step(self, micro_batch: int, seq_len: int) -> Step:
@@ -247,7 +251,7 @@ def _prepared(
 
 def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Step:
     """What the timeline of a step depends on, out of all that is given."""
-    layer = _layer_of(architecture, recipe, strategy, device)
+    *others, layer = _layers_of(architecture, recipe, strategy, device)
     # while they are checkpointed, all layers keep the same
     unlike, by_window = None, layer.kernel == "masked" and not recipe.packing and architecture.sliding_layers > 0
     if by_window and not strategy.gradient_checkpointing:
@@ -255,11 +259,12 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
     shard = shard_of(architecture, recipe, strategy, device)
     stage, several = strategy.zero_stage, strategy.gradient_accumulation > 1
     in_layers = shard.numel - trained_outside(architecture, recipe)
-    layer_gradients = in_layers * shard.gradient_itemsize // architecture.num_layers
+    layer_gradients = in_layers * shard.gradient_itemsize // architecture.periods
     in_bucket = bucket_elements(shard.numel) * shard.gradient_itemsize
     return Step(
         layer=layer,
-        layers=architecture.num_layers,
+        others=tuple(others),
+        layers=architecture.periods,
         unlike=unlike,
         unlike_layers=architecture.num_layers - architecture.sliding_layers if unlike is not None else 0,
         masks=_masks(architecture, recipe, strategy),
@@ -297,7 +302,19 @@ def _handling(strategy: Strategy) -> Handling:
     return "accumulated" if several else "kept"
 
 
+def _layers_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Iterator[Layer]:
+    """Those of a period; the last one has attention."""
+    layer = _layer_of(architecture, recipe, strategy, device)
+    if architecture.delta_net is not None:
+        linear_attention = [linear for linear in architecture.linears if linear.part == "linear_attention"]
+        *into, output = map(partial(_projection, recipe), linear_attention)
+        other = layer._replace(qkv=tuple(into), output=output, delta_net=architecture.delta_net, head_norms=None)
+        yield from [other] * (architecture.period - 1)
+    yield layer
+
+
 def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Layer:
+    """One with attention."""
     attention = [linear for linear in architecture.linears if linear.part == "attention"]
     shared = [linear for linear in architecture.linears if linear.part == "shared_expert"]
     feed_forward = shared[:3] or [linear for linear in architecture.linears if linear.part == "mlp"]
@@ -323,6 +340,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         feed_forward=tuple(map(project, feed_forward)),
         gated=architecture.gated_mlp,
         parallel=architecture.parallel_attention,
+        delta_net=None,
         experts=_experts(architecture, recipe, device),
         shared_gate=next(map(project, shared[3:]), None),
         norm=family.norm or architecture.norm,
@@ -409,15 +427,15 @@ def _experts(architecture: ModelArchitecture, recipe: Recipe, device: Device) ->
     """The mixture of experts of a layer, if it has one."""
     if not architecture.experts:
         return None
-    scores = family_of(architecture.model_type).router_scores
+    family = family_of(architecture.model_type)
     router_rank, gate_up_rank, down_rank = exact.expert_ranks(architecture, recipe)
     return Experts(
         hidden=architecture.hidden_size,
         inner=architecture.expert_intermediate_size,
         number=architecture.experts,
         per_token=architecture.experts_per_token,
-        scores=scores,
-        normalised=scores == "softmax_wide" or bool(architecture.config.get("norm_topk_prob", False)),
+        scores=family.router_scores,
+        normalised=family.router_normalises or bool(architecture.config.get("norm_topk_prob", False)),
         router_rank=router_rank,
         gate_up_rank=gate_up_rank,
         down_rank=down_rank,

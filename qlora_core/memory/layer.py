@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
+from qlora_core.architecture import DeltaNet
 from qlora_core.memory.attention import AttentionKernel, Heads
 from qlora_core.memory.experts import Experts
 from qlora_core.memory.families import Activation, Family, HeadNorms, Norm
@@ -51,6 +52,7 @@ class Layer(NamedTuple):
     Attributes:
         qkv, output, feed_forward: its projections; one `qkv` is a fused one. With experts, the feed-forward is the
             shared expert's, or none.
+        delta_net: what it has in place of attention; the projections of that are `qkv`, then.
         experts: its mixture of experts.
         shared_gate: what weighs the shared expert.
         compute, stream, lora: dtypes of matrix products, of the unquantized weights and with them the residual stream,
@@ -75,6 +77,7 @@ class Layer(NamedTuple):
     feed_forward: tuple[Projection, ...]
     gated: bool
     parallel: bool
+    delta_net: DeltaNet | None
     experts: Experts | None
     shared_gate: Projection | None
     norm: Norm

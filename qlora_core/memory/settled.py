@@ -84,16 +84,15 @@ def settled(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> 
     adapters: list[int] = []
     for linear in architecture.linears:
         if exact.is_target(linear, recipe):
-            adapters += (recipe.rank * linear.in_features * item, recipe.rank * linear.out_features * item)
-            if recipe.use_dora:
-                adapters.append(linear.out_features * item)
+            of_one = (recipe.rank * linear.in_features * item, recipe.rank * linear.out_features * item)
+            adapters += (of_one + (linear.out_features * item,) * recipe.use_dora) * linear.count
     return _settled(architecture, loading, tuple(adapters))
 
 
 @lru_cache(maxsize=256)
 def _settled(architecture: ModelArchitecture, loading: Loading, adapters: tuple[int, ...]) -> Settled:
-    """With the bytes of one layer's adapters."""
-    layers = architecture.num_layers
+    """With the bytes of one period's adapters; a layer, here, is a period."""
+    layers = architecture.periods
     if layers <= PLAYED_LAYERS:
         return _with_adapters(_base(architecture, loading, layers), adapters * layers)
     some, more = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, Phase, Phases
@@ -16,6 +17,14 @@ from qlora_core.memory.timeline import Candidate, Timeline, above_others, highes
 from qlora_core.strategy import LOSS_CHUNK_TOKENS, Strategy
 
 
+class Repeated(NamedTuple):
+    """How layers repeat: so many periods of so many, whose sequences are filled up to whole chunks of tokens."""
+
+    periods: int
+    period: int = 1
+    chunk: int = 1
+
+
 class Sizes:
     """What a structure needs, for any micro-batch and sequence length.
 
@@ -24,12 +33,18 @@ class Sizes:
         stays: what neither of them changes.
         times: the step as polynomials in both.
         strategy: of any micro-batch.
-        layers: of the model, for the words of a moment.
+        layers: how they repeat.
         head_trained: the output head is, so that a chunked loss is computed again in the backward pass.
     """
 
     def __init__(
-        self, stays: Residents, times: Timeline, device: Device, strategy: Strategy, layers: int, head_trained: bool
+        self,
+        stays: Residents,
+        times: Timeline,
+        device: Device,
+        strategy: Strategy,
+        layers: Repeated,
+        head_trained: bool,
     ) -> None:
         self._stays, self._layers = stays, layers
         self._checkpointing = strategy.gradient_checkpointing
@@ -58,7 +73,7 @@ class Sizes:
 
     def allocated_bytes(self, micro_batch: int, seq_len: int) -> int:
         """What a rank needs at least, however well its tensors are placed."""
-        variables = _variables(micro_batch, seq_len)
+        variables = _variables(micro_batch, seq_len, self._layers.chunk)
         slack = self._slack(variables)
         most = [_most(totals, variables) + self._part(slack, keeping) for keeping, totals in self._in_passes.items()]
         return max(*most, value(self._optimizer, variables))
@@ -72,11 +87,11 @@ class Sizes:
             return 0
         labels = micro_batch * (seq_len - 1)  # no sample's first token is one
         last_chunk = labels % LOSS_CHUNK_TOKENS if self._chunks_again and labels > LOSS_CHUNK_TOKENS else 0
-        return self._stays.segments + self._growth.at(_variables(micro_batch, seq_len), last_chunk)
+        return self._stays.segments + self._growth.at(_variables(micro_batch, seq_len, self._layers.chunk), last_chunk)
 
     def estimate(self, micro_batch: int, seq_len: int, context_bytes: int, ranks: int) -> Estimate:
         """All that `formula.estimate` says, of so many ranks on a host."""
-        stays, variables = self._stays, _variables(micro_batch, seq_len)
+        stays, variables = self._stays, _variables(micro_batch, seq_len, self._layers.chunk)
         slack = self._slack(variables)
         totals: dict[Phase, int] = {}
         moments: dict[Phase, Candidate] = {}
@@ -109,11 +124,11 @@ class Sizes:
     def optimizer_step(self, micro_batch: int, seq_len: int) -> Components:
         """What is there while the optimizer works."""
         (candidate,) = self._candidates["optimizer"]
-        return self._components("optimizer", candidate, _variables(micro_batch, seq_len), 0)
+        return self._components("optimizer", candidate, _variables(micro_batch, seq_len, self._layers.chunk), 0)
 
     def highest(self, phase: Phase, candidates: Sequence[Candidate], micro_batch: int, seq_len: int) -> Components:
         """What is there at the highest of some moments of a pass."""
-        variables = _variables(micro_batch, seq_len)
+        variables = _variables(micro_batch, seq_len, self._layers.chunk)
         slack = self._slack(variables)
         return self._components(phase, self._highest(candidates, variables, slack)[0], variables, slack)
 
@@ -140,7 +155,7 @@ class Sizes:
 
     def _part(self, slack: int, keeping: int) -> int:
         """So many layers' of it."""
-        return slack * keeping // max(self._layers - 2, 1)
+        return slack * keeping // max(self._layers.periods - 2, 1)
 
     def _reserved(self, allocated: int, micro_batch: int, seq_len: int) -> tuple[int, int, int]:
         """Reserved bytes: the least in nine cases of ten, what is typical, the most."""
@@ -163,14 +178,15 @@ class Least:
     Optimizer state is left out: of parts that are too small to be paged there would be more.
     """
 
-    def __init__(self, stays: Residents, times: Timeline) -> None:
+    def __init__(self, stays: Residents, times: Timeline, layers: Repeated) -> None:
+        self._layers = layers
         between = {component: size for component, size in stays.between.items() if component != "optimizer_state"}
         resident = {phase: sum(_sum(stays.loaded, between, added).values()) for phase, added in stays.added.items()}
         (self._in_passes,) = _in_passes(times, resident, apart=False).values()
 
     def bytes(self, micro_batch: int, seq_len: int) -> int:
         """In either pass."""
-        return _most(self._in_passes, _variables(micro_batch, seq_len))
+        return _most(self._in_passes, _variables(micro_batch, seq_len, self._layers.chunk))
 
 
 def _in_passes(times: Timeline, resident: Mapping[Phase, int], *, apart: bool) -> dict[int, list[Total]]:
@@ -206,21 +222,27 @@ def _sum(*of: dict[str, int]) -> dict[str, int]:
 
 
 @lru_cache(maxsize=1024)
-def in_words(phase: Phase, where: Where, layers: int) -> str:
+def in_words(phase: Phase, where: Where, layers: Repeated) -> str:
     """A moment in words, such as "backward of layer 80, while its down_proj is recomputed"."""
     if phase == "optimizer":
         return "optimizer step"
     part, *details = where[1:]
-    name = {FIRST: "layer 1", LAST: f"layer {layers}"}.get(part, f"the {part}")
     again = "recomputed" in details
     inner = [detail for detail in details if detail != "recomputed"]
+    within = int(inner.pop(0)) if inner and inner[0].isdigit() else 0
+    before = {FIRST: 0, LAST: (layers.periods - 1) * layers.period}.get(part)
+    name = f"the {part}" if before is None else f"layer {before + within + 1}"
     if not inner:
         return f"{phase} of {name}" + (", while it is recomputed" if again else "")
     verb = "recomputed" if again else {"forward": "computed", "backward": "differentiated"}[phase]
     return f"{phase} of {name}, while its {inner[-1]} is {verb}"
 
 
-def _variables(micro_batch: int, seq_len: int) -> tuple[int, int, int, int, int]:
-    """The values of a polynomial's variables: 1, S, B*S, B*S*S, C."""
+def _variables(micro_batch: int, seq_len: int, chunk: int) -> tuple[int, int, int, int, int]:
+    """The values of a polynomial's variables: 1, S, B*S, B*S*S, C.
+
+    Where layers take whole chunks, all that there is of a sequence is counted as if it had so many tokens.
+    """
+    seq_len += -seq_len % chunk
     tokens = micro_batch * seq_len
     return 1, seq_len, tokens, tokens * seq_len, min(tokens, LOSS_CHUNK_TOKENS)

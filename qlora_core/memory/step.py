@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
 from qlora_core.memory import operators as op
@@ -45,8 +45,9 @@ class Step(NamedTuple):
     """What decides the timeline of a training step, whatever its micro-batch and sequence length.
 
     Attributes:
-        layer: one decoder layer.
-        layers: how many there are.
+        layer: one decoder layer, the last one of a period.
+        others: those before it in a period, where layers of several kinds take turns.
+        layers: how many periods there are; what is said of layers below is said of these.
         unlike: a layer that keeps something else for the backward pass; None where all are alike.
         unlike_layers: how many of those there are among the others.
         masks: how many attention masks there are where the kernel takes any: of layers with a sliding window, and of
@@ -74,6 +75,7 @@ class Step(NamedTuple):
     """
 
     layer: Layer
+    others: tuple[Layer, ...]
     layers: int
     unlike: Layer | None
     unlike_layers: int
@@ -98,6 +100,11 @@ class Step(NamedTuple):
     reduced_after: int
     sharded: bool
     fetched: int
+
+    @property
+    def period(self) -> tuple[Layer, ...]:
+        """The layers of one."""
+        return *self.others, self.layer
 
 
 class Recording(NamedTuple):
@@ -170,13 +177,10 @@ def _parts_of(size: Size) -> tuple[Size, Size, int]:
 
 def on_tape(step: Step) -> Step:
     """What of a step its tape depends on; steps that differ in the rest share one."""
-    layer, experts = step.layer, step.layer.experts
-    if experts is not None:
-        ranks = (experts.router_rank, experts.gate_up_rank, experts.down_rank)
-        router, gate_up, down = (rank // layer.rank * ANY_RANK for rank in ranks)
-        experts = experts._replace(router_rank=router, gate_up_rank=gate_up, down_rank=down)
+    *others, layer = map(_at_any_rank, step.period)
     return step._replace(
-        layer=layer._replace(rank=ANY_RANK, experts=experts),
+        layer=layer,
+        others=tuple(others),
         layers=min(step.layers, 2),
         unlike=None,
         unlike_layers=0,
@@ -189,6 +193,16 @@ def on_tape(step: Step) -> Step:
         sharded=False,
         fetched=ANY_FETCHED if step.fetched else 0,
     )
+
+
+def _at_any_rank(layer: Layer) -> Layer:
+    """`layer` with adapters of `ANY_RANK`."""
+    experts = layer.experts
+    if experts is not None:
+        ranks = (experts.router_rank, experts.gate_up_rank, experts.down_rank)
+        router, gate_up, down = (rank // layer.rank * ANY_RANK for rank in ranks)
+        experts = experts._replace(router_rank=router, gate_up_rank=gate_up, down_rank=down)
+    return layer._replace(rank=ANY_RANK, experts=experts)
 
 
 def undivided(step: Step) -> Step:
@@ -235,18 +249,20 @@ def decoder(tape: Tape, step: Step, marks: list[int]) -> Tensor:
         )
     returned: list[Tensor | None] = []
 
-    def run(hidden: Tensor) -> Tensor:
-        hidden, weights = decoder_layer(tape, layer, positions, hidden)
+    def run(of: Layer, hidden: Tensor) -> Tensor:
+        hidden, weights = decoder_layer(tape, of, positions, hidden)
         if layer.family.returns_weights and tape.where[0] == "forward":
             returned[:] = [weights]  # until the next layer has returned
         return hidden
 
     for name in (FIRST, LAST) if step.layers > 1 else (LAST,):
-        with tape.at("forward", name):
-            if step.reentrant:
-                hidden = tape.reentrant_checkpoint(run, hidden)
-            else:
-                hidden = tape.checkpoint(run, hidden) if step.checkpointing else run(hidden)
+        for number, of in enumerate(step.period):
+            place = (str(number),) if step.others else ()
+            with tape.at("forward", name, *place):
+                if step.reentrant:
+                    hidden = tape.reentrant_checkpoint(partial(run, of), hidden)
+                else:
+                    hidden = tape.checkpoint(partial(run, of), hidden) if step.checkpointing else run(of, hidden)
         marks.append(len(tape.log))
     with tape.at("forward", "final norm"):
         hidden = norm(tape, layer, hidden, ROW)
@@ -348,6 +364,11 @@ def chunked_loss(tape: Tape, step: Step, held: list[Tensor]) -> Tensor:
             if step.layer.trained:
                 return tape.checkpoint(program, op.slice_of(tape, hidden, rows))
             return op.differentiated(tape, hidden, program, rows)
+
+
+def period_gradient_bytes(step: Step) -> int:
+    """Gradients of one period's trainable weights, as the tape makes them."""
+    return sum(map(gradient_bytes, step.period))
 
 
 def gradient_bytes(layer: Layer) -> int:

@@ -17,7 +17,17 @@ from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
 from qlora_core.memory.device import MIB
-from qlora_core.memory.step import BUFFERS, FIRST, GRADIENTS, LAST, Recording, Step, gradient_bytes, on_tape, recorded
+from qlora_core.memory.step import (
+    BUFFERS,
+    FIRST,
+    GRADIENTS,
+    LAST,
+    Recording,
+    Step,
+    on_tape,
+    period_gradient_bytes,
+    recorded,
+)
 from qlora_core.memory.tape import (
     NOTHING,
     Alive,
@@ -256,7 +266,7 @@ def _made(step: Step, middle: int) -> dict[Room, Size]:
     """What the backward pass of the layers in between leaves, or takes away."""
     if step.gradients == "kept":
         # what the tape's two layers do not have: linears that stand for several, or work beside them (shared experts)
-        beside = min(step.layers, 2) * (step.layer_gradients - gradient_bytes(step.layer))
+        beside = min(step.layers, 2) * (step.layer_gradients - period_gradient_bytes(step))
         return {GRADIENTS: Size(fixed=middle * step.layer_gradients + beside)}
     if step.gradients == "moved":
         return {GRADIENTS: Size(fixed=-(step.layers - 1) * step.layer_gradients)}

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.neftune import neftune_post_forward_hook
 
+from clusters.errors import request_error
 from qlora_core.huggingface.modules import modules_of, tower_expression
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
@@ -37,10 +38,18 @@ def load_base(model: str, recipe: Recipe, strategy: Strategy, compute_dtype: Dty
 
     Only safetensors are read, and no code of the model's folder is run. Nothing is cast to float32 afterwards, unlike
     peft.prepare_model_for_kbit_training, whose float32 embedding doubles the residual stream and its checkpoints.
+
+    Raises:
+        RequestError: weights of the model are in none of its files; transformers makes them random, and only warns.
     """
-    base = AutoModelForCausalLM.from_pretrained(
-        model, trust_remote_code=False, **loading_options(recipe, strategy, compute_dtype, device)
+    options = loading_options(recipe, strategy, compute_dtype, device)
+    base, report = AutoModelForCausalLM.from_pretrained(
+        model, trust_remote_code=False, output_loading_info=True, **options
     )
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        rule = f"its files lack {missing[0]}{more}, which would be random numbers"
+        raise request_error("model", model, rule, "Give a model whose files are whole, with a config that fits them")
     return frozen(base, strategy)
 
 

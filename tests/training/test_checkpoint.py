@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from meta_models import small_gemma3
+from meta_models import small_gemma3, small_qwen3_5
 from peft import PeftModel
 from safetensors import safe_open
 from small_runs import Watcher, build, encode, recipe_of, tensors
@@ -68,11 +68,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, tiny_base: Path, data
     assert resumed.context["eval_after"] == whole.context["eval_after"]
 
 
-def test_a_model_that_sees_keeps_its_tower(tmp_path: Path, tiny_base: Path, data: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "layers", "linears"),
+    [(small_gemma3, "model.language_model.layers.", 2 * 7), (small_qwen3_5, "model.layers.", 2 * (5 + 4) + 4 * 3)],
+    ids=["with its tower", "without it"],
+)
+def test_a_model_that_sees_is_trained_on_text(
+    tmp_path: Path, tiny_base: Path, data: Path, make: Callable[[int], Any], layers: str, linears: int
+) -> None:
     """Whether all of its language model is trained, or adapters on that; what comes out loads as the base does."""
     tokenizer = load_tokenizer(str(tiny_base))
     base = tmp_path / "base"
-    small_gemma3(len(tokenizer)).save_pretrained(base)
+    make(len(tokenizer)).save_pretrained(base)
     tokenizer.save_pretrained(base)
     before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
 
@@ -90,8 +97,8 @@ def test_a_model_that_sees_keeps_its_tower(tmp_path: Path, tiny_base: Path, data
     fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(fresh, adapter)
     trained = {name.partition(".lora_")[0] for name, _ in adapted.named_parameters() if "lora_" in name}
-    assert len(trained) == 2 * 7
-    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in trained)
+    assert len(trained) == linears
+    assert all(name.startswith(f"base_model.model.{layers}") for name in trained)
     assert all(weight.any() for name, weight in adapted.named_parameters() if "lora_B" in name)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from meta_models import small_gemma3
+from meta_models import small_gemma3, small_qwen3_5
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import (
@@ -89,8 +89,9 @@ GPT2 = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)
         (lambda: llama(attention_bias=True), {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
         (lambda: GPT2LMHeadModel(GPT2), {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
         (lambda: small_gemma3(96), {}),
+        (lambda: small_qwen3_5(96), {}),
     ],
-    ids=["LoRA", "rsLoRA", "DoRA", "patterns", "tied", "embeddings", "Conv1D", "vision"],
+    ids=["LoRA", "rsLoRA", "DoRA", "patterns", "tied", "embeddings", "Conv1D", "vision", "linear attention"],
 )
 def test_a_merge_gives_the_weights_that_peft_gives(
     make: Callable[[], Any], options: dict[str, Any], tmp_path: Path

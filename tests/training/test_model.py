@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,8 +11,10 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from clusters.errors import RequestError
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.dataset.tokens import Encoded, save_examples
@@ -120,6 +123,16 @@ def test_pickled_weights_are_not_read(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Boom()))
     with pytest.raises(OSError, match="safetensors"):
         load_base(str(tmp_path), Recipe(), Strategy(), "float32", CPU)
+
+
+def test_weights_that_no_file_has_are_not_made_up(tiny_base: Path, tmp_path: Path) -> None:
+    """transformers makes them random, and only warns; a head that is taken for tied and is not is such a weight."""
+    shutil.copytree(tiny_base, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    lost = {"lm_head.weight", "model.layers.1.mlp.up_proj.weight"}
+    save_file({name: weight for name, weight in load_file(file).items() if name not in lost}, file, {"format": "pt"})
+    with pytest.raises(RequestError, match=r"lm_head\.weight and 1 more, which would be random"):
+        load_base(str(tmp_path / "base"), Recipe(), Strategy(), "float32", CPU)
 
 
 def test_lora_plus_has_the_groups_of_peft(tiny_base: Path) -> None:

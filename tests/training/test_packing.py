@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from meta_models import SIGLIP
+from meta_models import LINEAR_ATTENTION, SIGLIP
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -52,6 +52,7 @@ OLDER: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4, "hidden_size": 32},
     "falcon": {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "alibi": False},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "activation_dropout": 0.0, "dropout": 0.0},
+    "qwen3_5_text": {"head_dim": 8, "full_attention_interval": 2, **LINEAR_ATTENTION},
 }
 """Their configs have names of their own for the shape; the defaults of what is not named are small enough here."""
 SDPA_TOO = ("llama", "qwen3", "mistral", "gemma3_text", "gemma3", "gpt_neox")
