@@ -106,6 +106,7 @@ def card_facts(record: RunRecord, prepared: Prepared, steps: int) -> CardFacts:
         name=record.name,
         base=prepared.base.name,
         commit=prepared.base.commit,
+        auto_class=prepared.plan.architecture.auto_class,
         recipe=prepared.spec.recipe,
         compute_dtype=prepared.plan.target.compute_dtype,
         steps=steps,

@@ -16,6 +16,8 @@ ALWAYS_MASKED = frozenset({"falcon"})
 """Model types that hand sdpa a mask also where it is just causal (transformers 5.23, `allow_is_causal_skip=False`)."""
 DROPS_ATTENTION = frozenset({"gpt2", "gpt_bigcode"})
 """Model types that drop out a tenth of attention's weights unless the config says otherwise (configuration_*.py)."""
+NO_TEXT_FORM = frozenset({"mistral3"})
+"""Model types that see of which transformers has no causal language model for text (``AutoModelForCausalLM``)."""
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config fields of models that change the output head's logits before the loss (Gemma 2, Cohere, Granite)."""
 
@@ -189,6 +191,11 @@ class ModelArchitecture:
     def whole_config(self) -> Mapping[str, object]:
         """The checkpoint's config, from which transformers builds the model."""
         return self.tower.config if self.tower else self.config
+
+    @property
+    def auto_class(self) -> str:
+        """The Auto class of transformers that loads the checkpoint."""
+        return "AutoModelForImageTextToText" if self.whole_type in NO_TEXT_FORM else "AutoModelForCausalLM"
 
     @property
     def language_model(self) -> ModelArchitecture:

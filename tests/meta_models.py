@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
 )
 from transformers.pytorch_utils import Conv1D
 
 from qlora_core.architecture import ModelArchitecture
+from qlora_core.training.model import model_class
 
 SIGLIP: dict[str, object] = {
     "hidden_size": 48,
@@ -28,6 +30,15 @@ SIGLIP: dict[str, object] = {
     "vision_use_head": False,
 }
 """A small vision tower."""
+PIXTRAL: dict[str, object] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
+}
+"""Another."""
 LINEAR_ATTENTION = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -43,6 +54,14 @@ def small_gemma3(vocab_size: int) -> Gemma3ForConditionalGeneration:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     torch.manual_seed(0)
     return Gemma3ForConditionalGeneration(Gemma3Config(text_config={**text, **heads}, vision_config=SIGLIP))
+
+
+def small_mistral3(vocab_size: int) -> Mistral3ForConditionalGeneration:
+    """A random one that sees, and has no form for text alone."""
+    text = {"model_type": "ministral3", "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config={**text, **heads}, vision_config=PIXTRAL))
 
 
 def small_qwen3_5(vocab_size: int) -> Qwen3_5ForConditionalGeneration:
@@ -64,7 +83,7 @@ def on_meta(fields: dict[str, Any]) -> Any:
     """The model that transformers builds from `fields`, without memory for its weights."""
     config = AutoConfig.for_model(**fields)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return model_class(config).from_config(config)
 
 
 def layers_of(model: Any) -> torch.nn.ModuleList:

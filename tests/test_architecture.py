@@ -13,8 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from meta_models import SIGLIP, assert_same, layers_of, on_meta
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from meta_models import PIXTRAL, SIGLIP, assert_same, layers_of, on_meta
+from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -27,6 +27,7 @@ from qlora_core.huggingface.hybrid import HYBRID
 from qlora_core.huggingface.older_decoders import OLDER
 from qlora_core.huggingface.seeing import SEEING
 from qlora_core.memory.bytes import buffer_bytes
+from qlora_core.training.model import model_class
 
 COMMON: dict[str, object] = {
     "vocab_size": 160,
@@ -131,6 +132,16 @@ SMALL: dict[str, list[dict[str, object]]] = {
         },
         DELTA_NET | {"layer_types": ["full_attention"] * 6},
     ],
+    "mistral3": [
+        {"text_config": COMMON | {"model_type": "ministral3", "head_dim": 16}, "vision_config": PIXTRAL},
+        {
+            "text_config": COMMON | {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+            "vision_config": PIXTRAL | {"num_channels": 1},
+            "multimodal_projector_bias": True,
+            "spatial_merge_size": 1,
+            "tie_word_embeddings": False,
+        },
+    ],
     "phi": [{}, {"qk_layernorm": True, "num_key_value_heads": 2}],
     "phi3": [{}, {"num_key_value_heads": 2, "sliding_window": 8, "tie_word_embeddings": True}],
     "stablelm": [
@@ -183,9 +194,14 @@ CASES = [
 
 @pytest.mark.parametrize("model_type", sorted(SMALL))
 def test_it_is_known_which_attention_transformers_has(model_type: str) -> None:
-    configuration = type(AutoConfig.for_model(model_type))
-    model_class = AutoModelForCausalLM._model_mapping[configuration]
-    assert model_class._supports_sdpa == (model_type not in EAGER_ONLY)
+    model = on_meta({"model_type": model_type, **SMALL[model_type][0]})
+    assert model._supports_sdpa == (model_type not in EAGER_ONLY)
+
+
+@pytest.mark.parametrize(("model_type", "fields"), CASES)
+def test_the_auto_class_is_the_one_that_knows_the_model(model_type: str, fields: dict[str, Any]) -> None:
+    architecture = architecture_from_config({"model_type": model_type, **fields}, name="small", source="test")
+    assert architecture.auto_class == model_class(AutoConfig.for_model(model_type, **fields)).__name__
 
 
 def test_every_model_type_has_a_case() -> None:
@@ -247,7 +263,7 @@ def test_linears_come_in_the_order_of_the_forward_pass(model_type: str, fields: 
     architecture = architecture_from_config({"model_type": model_type, **fields}, name="small", source="test")
     config = AutoConfig.for_model(model_type, **fields)
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = model_class(config).from_config(config, attn_implementation="eager").eval()
     ran: list[tuple[int, str, int]] = []
     for number, layer in enumerate(layers_of(model)[: architecture.period]):
         for name, module in layer.named_modules():
@@ -328,7 +344,7 @@ def test_wrong_values_are_refused_by_name(field: str, value: object, says: str) 
         ({"model_type": "marian", "is_encoder_decoder": True}, "encoder-decoder"),
         (
             {"model_type": "llava", "vision_config": {"depth": 2}},
-            "of the models that see or hear, only gemma3, qwen3_5,",
+            "of the models that see or hear, only gemma3, mistral3,",
         ),
         ({"model_type": "gemma3", "vision_config": {"model_type": "clip"}}, "must be siglip_vision_model"),
         ({"model_type": "gemma3", "text_config": 7}, "must be an object"),

@@ -67,6 +67,11 @@ BILLIONS = {
     "mistral-7b-v0.3": 7.25,
     "mistral-nemo-12b": 12.2,
     "mistral-small-24b": 23.6,
+    # NVIDIA's Megatron-Bridge: language model plus vision tower
+    "ministral-3-3b": 3.4 + 0.4,
+    "ministral-3-8b": 8.4 + 0.4,
+    "ministral-3-14b": 13.5 + 0.4,
+    "mistral-small-3.1-24b": 24.0,
     "mixtral-8x7b": 46.7,
     "mixtral-8x22b": 140.6,
     # Qwen2 and Qwen2.5 technical reports and model cards.

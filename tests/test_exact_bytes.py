@@ -16,7 +16,7 @@ from meta_models import on_meta
 from peft import prepare_model_for_kbit_training
 from test_architecture import CASES
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -29,7 +29,7 @@ from qlora_core.memory.measure import quantization_constants
 from qlora_core.memory.residents import residents
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.training.model import attach_adapters, load_base, quantization_config
+from qlora_core.training.model import attach_adapters, load_base, model_class, quantization_config
 
 STRATEGY = Strategy(attention="eager")
 """Eager, because it is the attention that every family has."""
@@ -85,7 +85,8 @@ def held(model: nn.Module, recipe: Recipe) -> Sizes:
 def loaded(folder: Path, fields: dict[str, Any], recipe: Recipe, dtype: Dtype) -> nn.Module:
     """A random model, saved, then loaded by our own training."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).to(torch.bfloat16).save_pretrained(folder)
+    config = AutoConfig.for_model(**fields)
+    model_class(config).from_config(config).to(torch.bfloat16).save_pretrained(folder)
     base = load_base(str(folder), recipe, STRATEGY, dtype, torch.device("cpu"))
     if recipe.upcast == "peft":
         prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)  # in place

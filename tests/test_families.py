@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from test_architecture import COMMON, SMALL
 from test_formula import measured_second_step, recipe, strategy_of
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from qlora_core.huggingface.config import architecture_from_config
 from qlora_core.huggingface.hybrid import HYBRID
 from qlora_core.memory import formula, trace
 from qlora_core.memory.device import Device
+from qlora_core.training.model import model_class
 
 SIZES: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 256),
@@ -63,7 +64,7 @@ def test_a_real_step_needs_what_the_trace_says_and_nearly_what_the_formula_does(
     tmp_path: Path, request: pytest.FixtureRequest, family: str, changes: Mapping[str, object], method: str
 ) -> None:
     config = AutoConfig.for_model(family, **scaled(changes))
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model_class(config).from_config(config).save_pretrained(tmp_path)
     name = f"{request.node.callspec.id} on a CPU"
     architecture = architecture_from_config(config.to_dict(), name=name, source="a test")
     strategy = strategy_of(architecture, gradient_checkpointing=False)

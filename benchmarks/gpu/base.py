@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.training.model import frozen, loading_options
+from qlora_core.training.model import frozen, loading_options, model_class
 
 STORED = torch.bfloat16
 """The dtype of the weights, as models are published."""
@@ -58,7 +58,7 @@ def random_base(
     """
     config = AutoConfig.for_model(**fields)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = model_class(config).from_config(config)
     # parameters that are tied are listed once, as files hold them once
     weights = {
         name: RandomWeight(parameter.shape, shared=device.type != "cpu")

@@ -78,6 +78,12 @@ MODULES: dict[str, Modules] = {
         tower=("model.vision_tower", "model.multi_modal_projector"),
     ),
     "gemma3_text": _GEMMA3,
+    "mistral3": replace(
+        _LLAMA,
+        layers="model.language_model.layers",
+        outside=tuple(name.replace("model.", "model.language_model.") for name in _LLAMA.outside),
+        tower=("model.vision_tower", "model.multi_modal_projector"),
+    ),
     "phi": replace(
         _LLAMA,
         beside=(

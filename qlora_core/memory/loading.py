@@ -7,7 +7,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.core_model_loading import dot_natural_key
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -19,7 +19,14 @@ from qlora_core.memory.recorder import Recorder
 from qlora_core.memory.replay import EMPTY_CACHE, WEIGHT, WEIGHTS_LOADED
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.training.model import TORCH_DTYPES, attach_adapters, quantization_config, train_all, trainable
+from qlora_core.training.model import (
+    TORCH_DTYPES,
+    attach_adapters,
+    model_class,
+    quantization_config,
+    train_all,
+    trainable,
+)
 
 
 def load(
@@ -34,7 +41,7 @@ def load(
     fields = dict(architecture.whole_config)
     config = AutoConfig.for_model(**fields)
     with torch.device("meta"):
-        base: Any = AutoModelForCausalLM.from_config(
+        base: Any = model_class(config).from_config(
             config, attn_implementation="eager" if strategy.attention == "eager" else "sdpa", dtype=dtype
         )
     kept = dict(base.named_buffers())

@@ -13,13 +13,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from clusters.errors import Problem, RequestError, first_line, request_error
 from qlora_core.data import CHAT_TEMPLATE
 from qlora_core.huggingface.adapter_config import CONFIG, PLAIN, changed_base, read_config
 from qlora_core.recipe import Recipe
-from qlora_core.training.model import attach_adapters
+from qlora_core.training.model import attach_adapters, model_class
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -160,7 +160,7 @@ def check_continues(adapter: TrainedAdapter, base: Path, recipe: Recipe) -> None
     """
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        model = attach_adapters(AutoModelForCausalLM.from_config(config), recipe, seed=0)
+        model = attach_adapters(model_class(config).from_config(config), recipe, seed=0)
     here = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
     there = adapter.shapes
     for name in sorted(here.keys() & there.keys()):

@@ -20,16 +20,16 @@ import torch
 from peft import PeftModel
 from transformers import {imported}
 
-base = AutoModelForCausalLM.from_pretrained(
+base = {auto_class}.from_pretrained(
     {base!r}{revision}, dtype=torch.{compute_dtype}{quantization}
 )
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained({base!r}{revision}{template})
 ```"""
 LOADING_MODEL = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+model = {auto_class}.from_pretrained("path/to/this/folder", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```"""
 QUANTIZATION = """,
@@ -46,6 +46,7 @@ class CardFacts:
     Attributes:
         base: the base model's folder, or its Hub id.
         commit: the Hub's commit of it, or None for a folder.
+        auto_class: of transformers, that loads it.
         chat_template: with which conversations were written in place of the tokenizer's; None for its own.
         datasets: by what each is called, what became of it: examples, tokens, digest and so on.
         strategy: how the plan spread the step.
@@ -57,6 +58,7 @@ class CardFacts:
     name: str
     base: str
     commit: str | None
+    auto_class: str
     recipe: Recipe
     compute_dtype: str
     steps: int
@@ -163,7 +165,7 @@ def loading(facts: CardFacts) -> str:
     """How plain transformers and peft load it."""
     recipe = facts.recipe
     if recipe.method == "full":
-        return LOADING_MODEL
+        return LOADING_MODEL.format(auto_class=facts.auto_class)
     four_bit = recipe.quantization in ("nf4", "fp4")
     quantization = QUANTIZATION.format(
         type=recipe.quantization, double=recipe.double_quantization, compute_dtype=facts.compute_dtype
@@ -171,7 +173,8 @@ def loading(facts: CardFacts) -> str:
     own = facts.chat_template is not None
     return LOADING.format(
         template=f', chat_template=open("path/to/this/folder/{CHAT_TEMPLATE}").read()' if own else "",
-        imported="AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if four_bit else ""),
+        auto_class=facts.auto_class,
+        imported=f"{facts.auto_class}, AutoTokenizer" + (", BitsAndBytesConfig" if four_bit else ""),
         base=facts.base if facts.commit else f"path/to/{facts.public_base}",
         revision=f", revision={facts.commit!r}" if facts.commit else "",
         compute_dtype=facts.compute_dtype,

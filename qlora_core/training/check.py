@@ -12,12 +12,11 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from clusters.errors import RunFailed
 from qlora_core.training.evaluate import example_losses
 from qlora_core.training.examples import Examples
-from qlora_core.training.model import TORCH_DTYPES
+from qlora_core.training.model import TORCH_DTYPES, class_in
 
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 """The largest difference of two losses that rounding explains: about the dtype's spacing at 1, over the layers."""
@@ -60,7 +59,7 @@ def check_merged(
 @contextmanager
 def loaded(folder: Path, dtype: str, device: torch.device) -> Iterator[Any]:
     """A model as plain transformers loads it, and gone afterwards."""
-    model = AutoModelForCausalLM.from_pretrained(
+    model = class_in(folder).from_pretrained(
         folder, dtype=TORCH_DTYPES[dtype], device_map={"": device}, use_safetensors=True, trust_remote_code=False
     )
     try:

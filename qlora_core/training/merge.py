@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.pytorch_utils import Conv1D
@@ -31,7 +31,7 @@ from qlora_core.data import CHAT_TEMPLATE
 from qlora_core.files import replace_folder
 from qlora_core.huggingface.adapter_config import PLAIN, changed_base
 from qlora_core.training.adapters import PREFIX, WEIGHTS, read_adapter
-from qlora_core.training.model import TORCH_DTYPES
+from qlora_core.training.model import TORCH_DTYPES, model_class
 from qlora_core.training.shards import copy_beside, copy_config, stored_shapes, write_shards
 
 NUMBER = re.compile(r"\.(\d+)\.")
@@ -195,7 +195,7 @@ def skeleton_of(base: Path) -> Any:
             rule = f"its weights are stored quantized ({method}): to merge into them would cost the model quality"
             raise request_error("base", base, rule, "Give the model in 16 bit that it was made from, with --base")
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return model_class(config).from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise request_error(
             "base", base, f"transformers cannot build it: {first_line(error)}", "Give another with --base"

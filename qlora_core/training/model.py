@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+)
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from clusters.errors import request_error
@@ -29,6 +37,16 @@ def autocast_dtype(recipe: Recipe, compute_dtype: Dtype) -> torch.dtype | None:
     return TORCH_DTYPES[compute_dtype] if recipe.narrows(compute_dtype) else None
 
 
+def model_class(config: PreTrainedConfig) -> Any:
+    """The Auto class that makes the model of `config`: some that see have no form that is for text alone."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+
+
+def class_in(folder: str | Path) -> Any:
+    """The Auto class that loads the model in `folder`."""
+    return model_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+
 def load_base(model: str, recipe: Recipe, strategy: Strategy, compute_dtype: Dtype, device: torch.device) -> nn.Module:
     """The base model, every weight frozen, quantized as the recipe says: on `device`, but on the host under ZeRO-3.
 
@@ -43,9 +61,7 @@ def load_base(model: str, recipe: Recipe, strategy: Strategy, compute_dtype: Dty
         RequestError: weights of the model are in none of its files; transformers makes them random, and only warns.
     """
     options = loading_options(recipe, strategy, compute_dtype, device)
-    base, report = AutoModelForCausalLM.from_pretrained(
-        model, trust_remote_code=False, output_loading_info=True, **options
-    )
+    base, report = class_in(model).from_pretrained(model, trust_remote_code=False, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         rule = f"its files lack {missing[0]}{more}, which would be random numbers"

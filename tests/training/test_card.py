@@ -17,6 +17,7 @@ FACTS = CardFacts(
     name="guanaco",
     base="org/base",
     commit="c" * 40,
+    auto_class="AutoModelForCausalLM",
     recipe=Recipe(rank=16),
     compute_dtype="bfloat16",
     steps=120,

@@ -16,11 +16,10 @@ from typing import Any, cast
 
 import pytest
 import torch
-from meta_models import small_gemma3, small_qwen3_5
+from meta_models import small_gemma3, small_mistral3, small_qwen3_5
 from peft import PeftModel
 from safetensors import safe_open
 from small_runs import Watcher, build, encode, recipe_of, tensors
-from transformers import AutoModelForCausalLM
 
 from clusters.errors import RunFailed
 from qlora_core import files
@@ -28,6 +27,7 @@ from qlora_core.training import checkpoint, loop, manifest
 from qlora_core.training.dataset.tokens import Encoded, save_examples
 from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.loop import train
+from qlora_core.training.model import class_in
 from qlora_core.training.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -70,8 +70,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, tiny_base: Path, data
 
 @pytest.mark.parametrize(
     ("make", "layers", "linears"),
-    [(small_gemma3, "model.language_model.layers.", 2 * 7), (small_qwen3_5, "model.layers.", 2 * (5 + 4) + 4 * 3)],
-    ids=["with its tower", "without it"],
+    [
+        (small_gemma3, "model.language_model.layers.", 2 * 7),
+        (small_mistral3, "model.language_model.layers.", 2 * 7),
+        (small_qwen3_5, "model.layers.", 2 * (5 + 4) + 4 * 3),
+    ],
+    ids=["gemma3", "mistral3", "qwen3_5"],
 )
 def test_a_model_that_sees_is_trained_on_text(
     tmp_path: Path, tiny_base: Path, data: Path, make: Callable[[int], Any], layers: str, linears: int
@@ -81,20 +85,20 @@ def test_a_model_that_sees_is_trained_on_text(
     base = tmp_path / "base"
     make(len(tokenizer)).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    before = class_in(base).from_pretrained(base, dtype=torch.float32).state_dict()
 
     full = recipe_of(method="full", quantization="none", learning_rate=1e-3)
     end = train(build(base, data, tmp_path / "full", full), Watcher(), None)
     assert end.context["eval_after"] < end.context["eval_before"]
     saved = tmp_path / "full" / manifest.folder_name(6) / "model"
-    after = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).state_dict()
+    after = class_in(saved).from_pretrained(saved, dtype=torch.float32).state_dict()
     assert after.keys() == before.keys()
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name in before if name.startswith(("model.vision_tower", "model.multi_modal_projector"))}
 
     train(build(base, data, tmp_path / "lora", recipe_of(targets="all-linear")), Watcher(), None)
     adapter = tmp_path / "lora" / manifest.folder_name(6) / "adapter"
-    fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    fresh = class_in(base).from_pretrained(base, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(fresh, adapter)
     trained = {name.partition(".lora_")[0] for name, _ in adapted.named_parameters() if "lora_" in name}
     assert len(trained) == linears

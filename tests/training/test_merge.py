@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from meta_models import small_gemma3, small_qwen3_5
+from meta_models import small_gemma3, small_mistral3, small_qwen3_5
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import (
@@ -27,6 +27,7 @@ from transformers import (
 from clusters.errors import RequestError, RunFailed
 from qlora_core.memory.measure import StorageMeter
 from qlora_core.training.merge import Merged, merged_folder
+from qlora_core.training.model import class_in
 
 
 def llama(**changes: Any) -> LlamaForCausalLM:
@@ -42,7 +43,7 @@ def saved(model: Any, folder: Path, **options: Any) -> Path:
 
 def adapter_for(base: Path, folder: Path, **options: Any) -> Path:
     """An adapter that changes much, as if it were trained."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = class_in(base).from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(
         **{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
     )
@@ -61,7 +62,7 @@ def merge(base: Path, adapter: Path, folder: Path, dtype: str = "float32", size:
 
 def by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """The reference: everything in memory at once."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = class_in(base).from_pretrained(base, dtype=torch.float32)
     whole: dict[str, torch.Tensor] = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
     return whole
 
@@ -90,8 +91,20 @@ GPT2 = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)
         (lambda: GPT2LMHeadModel(GPT2), {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
         (lambda: small_gemma3(96), {}),
         (lambda: small_qwen3_5(96), {}),
+        (lambda: small_mistral3(96), {}),
     ],
-    ids=["LoRA", "rsLoRA", "DoRA", "patterns", "tied", "embeddings", "Conv1D", "vision", "linear attention"],
+    ids=[
+        "LoRA",
+        "rsLoRA",
+        "DoRA",
+        "patterns",
+        "tied",
+        "embeddings",
+        "Conv1D",
+        "vision",
+        "linear attention",
+        "mistral3",
+    ],
 )
 def test_a_merge_gives_the_weights_that_peft_gives(
     make: Callable[[], Any], options: dict[str, Any], tmp_path: Path
@@ -99,11 +112,11 @@ def test_a_merge_gives_the_weights_that_peft_gives(
     base = saved(make(), tmp_path / "base", max_shard_size="20KB")
     adapter = adapter_for(base, tmp_path / "adapter", **options)
     merged = merge(base, adapter, tmp_path / "merged", size="20KB")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    loaded = class_in(tmp_path / "merged").from_pretrained(tmp_path / "merged").state_dict()
     expected = by_peft(base, adapter)
     assert loaded.keys() == expected.keys()
     changed = 0
-    unmerged = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    unmerged = class_in(base).from_pretrained(base, dtype=torch.float32).state_dict()
     for name, weight in expected.items():
         torch.testing.assert_close(loaded[name], weight, rtol=0, atol=1e-6)
         changed += not torch.equal(weight, unmerged[name])

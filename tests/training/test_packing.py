@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from meta_models import LINEAR_ATTENTION, SIGLIP
+from meta_models import LINEAR_ATTENTION, PIXTRAL, SIGLIP
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from qlora_core.architecture import MIXES_PACKED
 from qlora_core.memory.measure import StorageTracker
@@ -22,6 +22,7 @@ from qlora_core.training.dataset.tokens import Encoded, save_examples
 from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.layout import lay_out, pack
 from qlora_core.training.loss import SummedLoss
+from qlora_core.training.model import model_class
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -42,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0},
     "gemma3_text": {"head_dim": 8, "sliding_window": 8},
     "gemma3": {"head_dim": 8, "sliding_window": 8},
+    "mistral3": {"model_type": "ministral3", "head_dim": 8},
     "phi3": {},
     "gpt_neox": {},
     "granite": {"logits_scaling": 4.0},
@@ -55,16 +57,16 @@ OLDER: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"head_dim": 8, "full_attention_interval": 2, **LINEAR_ATTENTION},
 }
 """Their configs have names of their own for the shape; the defaults of what is not named are small enough here."""
-SDPA_TOO = ("llama", "qwen3", "mistral", "gemma3_text", "gemma3", "gpt_neox")
+SDPA_TOO = ("llama", "qwen3", "mistral", "gemma3_text", "gemma3", "mistral3", "gpt_neox")
 
 
 def causal_model(model_type: str, attention: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     fields = {**SHAPE, **MODELS.get(model_type, {}), **changes}
-    if model_type == "gemma3":
-        fields = {"text_config": fields, "vision_config": SIGLIP}
+    if vision := {"gemma3": SIGLIP, "mistral3": PIXTRAL}.get(model_type):
+        fields = {"text_config": fields, "vision_config": vision}
     config = AutoConfig.for_model(model_type, **fields)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return model_class(config).from_config(config, attn_implementation=attention)
 
 
 def written(folder: Path, lengths: Sequence[int]) -> Examples:
