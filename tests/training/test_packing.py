@@ -50,17 +50,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
 }
+HYBRID = {"head_dim": 8, "full_attention_interval": 2, "initializer_range": 0.2, **LINEAR_ATTENTION}
 OLDER: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4, "hidden_size": 32},
     "falcon": {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "alibi": False},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "activation_dropout": 0.0, "dropout": 0.0},
+    "qwen3_5_text": HYBRID,
     "qwen3_5_moe_text": {
-        **{"head_dim": 8, "full_attention_interval": 2, **LINEAR_ATTENTION},
-        **{"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+        **HYBRID,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
     },
-    "qwen3_5_text": {"head_dim": 8, "full_attention_interval": 2, **LINEAR_ATTENTION},
 }
-"""Their configs have names of their own for the shape; the defaults of what is not named are small enough here."""
+"""The first have names of their own for the shape; defaults of what is not named are small enough here."""
 SDPA_TOO = ("llama", "qwen3", "mistral", "gemma3_text", "gemma3", "mistral3", "gpt_neox")
 
 
