@@ -8,7 +8,7 @@ those that others expect.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -37,8 +37,7 @@ class Seen(NamedTuple):
     buffer_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(NamedTuple):
     """What a model that sees is made of.
 
     Attributes:
