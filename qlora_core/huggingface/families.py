@@ -8,7 +8,6 @@ Routers and experts are no such modules since transformers 5: they are bare (3-D
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 
@@ -22,8 +21,7 @@ class Flag(NamedTuple):
 Switch = bool | Flag
 
 
-@dataclass(frozen=True, slots=True)
-class Experts:
+class Experts(NamedTuple):
     """How a family's mixture of experts is built.
 
     Attributes:
@@ -37,8 +35,7 @@ class Experts:
     shared: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """Which layers attend to a sliding window.
 
     Attributes:
@@ -55,8 +52,7 @@ class Window:
     switched: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Decoder:
+class Decoder(NamedTuple):
     """A decoder built like Llama's: attention with q, k, v and o, an MLP, norms around them.
 
     Attributes:
@@ -119,8 +115,8 @@ _LLAMA = Decoder(qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, mlp_bias=_MLP
 
 DECODERS: dict[str, Decoder] = {
     "llama": _LLAMA,
-    "internlm3": replace(_LLAMA, kv_heads=2, head_dim=128, positions=32768),  # transformers loads it as Llama
-    "iquestcoder": replace(_LLAMA, kv_heads=8, head_dim=128, positions=131072),  # as Llama too
+    "internlm3": _LLAMA._replace(kv_heads=2, head_dim=128, positions=32768),  # transformers loads it as Llama
+    "iquestcoder": _LLAMA._replace(kv_heads=8, head_dim=128, positions=131072),  # as Llama too
     "mistral": Decoder(kv_heads=8, positions=131072, window=Window("all", default=4096)),
     "ministral": Decoder(kv_heads=8, positions=131072, window=Window("listed", default=4096)),
     "ministral3": Decoder(kv_heads=8, head_dim=128, positions=262144, window=Window("all")),

@@ -22,7 +22,7 @@ _DENSE = Decoder(
 )
 _DECODERS = {
     "qwen3_5_text": _DENSE,
-    "qwen3_5_moe_text": replace(_DENSE, kv_heads=2, experts=Experts(size="moe_intermediate_size", shared=True)),
+    "qwen3_5_moe_text": _DENSE._replace(kv_heads=2, experts=Experts(size="moe_intermediate_size", shared=True)),
 }
 _SIZES = {
     "qwen3_5_text": {

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from qlora_core.architecture import Linear, ModelArchitecture
 
@@ -15,8 +16,7 @@ HEAD = "lm_head"
 """The output head, in every model type."""
 
 
-@dataclass(frozen=True, slots=True)
-class Modules:
+class Modules(NamedTuple):
     """The names of a model's modules.
 
     Attributes:
@@ -39,11 +39,11 @@ _LLAMA = Modules()
 _QUERY_AND_KEY = ("self_attn.q_norm", "self_attn.k_norm")
 _LINEAR_ATTENTION = ("linear_attn.conv1d", "linear_attn.norm")
 _AROUND = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
-_NORMED_AFTER = replace(
-    _LLAMA, beside=("mlp.act_fn", "post_attention_layernorm", "post_feedforward_layernorm", *_QUERY_AND_KEY)
+_NORMED_AFTER = _LLAMA._replace(
+    beside=("mlp.act_fn", "post_attention_layernorm", "post_feedforward_layernorm", *_QUERY_AND_KEY)
 )
 _EXPERTS = ("mlp.gate", "mlp.experts", "mlp.experts.act_fn", "input_layernorm", "post_attention_layernorm")
-_GEMMA3 = replace(_LLAMA, beside=(*_LLAMA.beside, *_AROUND, *_QUERY_AND_KEY))
+_GEMMA3 = _LLAMA._replace(beside=(*_LLAMA.beside, *_AROUND, *_QUERY_AND_KEY))
 _GPT2 = Modules(
     "transformer.h",
     "attn",
@@ -58,34 +58,31 @@ _FALCON = Modules(
 )
 
 MODULES: dict[str, Modules] = {
-    "mixtral": replace(_LLAMA, beside=_EXPERTS),
-    "qwen2_moe": replace(_LLAMA, beside=(*_EXPERTS, "mlp.shared_expert.act_fn")),
+    "mixtral": _LLAMA._replace(beside=_EXPERTS),
+    "qwen2_moe": _LLAMA._replace(beside=(*_EXPERTS, "mlp.shared_expert.act_fn")),
     "exaone4": _NORMED_AFTER,
-    "hunyuan_v1_dense": replace(
-        _LLAMA, beside=(*_LLAMA.beside, "self_attn.query_layernorm", "self_attn.key_layernorm")
+    "hunyuan_v1_dense": _LLAMA._replace(
+        beside=(*_LLAMA.beside, "self_attn.query_layernorm", "self_attn.key_layernorm")
     ),
-    "qwen3": replace(_LLAMA, beside=(*_LLAMA.beside, *_QUERY_AND_KEY)),
-    "qwen3_moe": replace(_LLAMA, beside=(*_EXPERTS, *_QUERY_AND_KEY)),
-    "qwen3_5_moe_text": replace(
-        _LLAMA, beside=(*_EXPERTS, "mlp.shared_expert.act_fn", *_QUERY_AND_KEY, *_LINEAR_ATTENTION)
+    "qwen3": _LLAMA._replace(beside=(*_LLAMA.beside, *_QUERY_AND_KEY)),
+    "qwen3_moe": _LLAMA._replace(beside=(*_EXPERTS, *_QUERY_AND_KEY)),
+    "qwen3_5_moe_text": _LLAMA._replace(
+        beside=(*_EXPERTS, "mlp.shared_expert.act_fn", *_QUERY_AND_KEY, *_LINEAR_ATTENTION)
     ),
-    "qwen3_5_text": replace(_LLAMA, beside=(*_LLAMA.beside, *_QUERY_AND_KEY, *_LINEAR_ATTENTION)),
-    "gemma2": replace(_LLAMA, beside=(*_LLAMA.beside, *_AROUND)),
-    "gemma3": replace(
-        _GEMMA3,
+    "qwen3_5_text": _LLAMA._replace(beside=(*_LLAMA.beside, *_QUERY_AND_KEY, *_LINEAR_ATTENTION)),
+    "gemma2": _LLAMA._replace(beside=(*_LLAMA.beside, *_AROUND)),
+    "gemma3": _GEMMA3._replace(
         layers="model.language_model.layers",
         outside=tuple(name.replace("model.", "model.language_model.") for name in _LLAMA.outside),
         tower=("model.vision_tower", "model.multi_modal_projector"),
     ),
     "gemma3_text": _GEMMA3,
-    "mistral3": replace(
-        _LLAMA,
+    "mistral3": _LLAMA._replace(
         layers="model.language_model.layers",
         outside=tuple(name.replace("model.", "model.language_model.") for name in _LLAMA.outside),
         tower=("model.vision_tower", "model.multi_modal_projector"),
     ),
-    "phi": replace(
-        _LLAMA,
+    "phi": _LLAMA._replace(
         beside=(
             "mlp.activation_fn",
             "input_layernorm",
@@ -95,8 +92,7 @@ MODULES: dict[str, Modules] = {
         ),
         outside=("model.embed_tokens", "model.rotary_emb", "model.embed_dropout", "model.final_layernorm"),
     ),
-    "phi3": replace(
-        _LLAMA,
+    "phi3": _LLAMA._replace(
         beside=(
             "mlp.activation_fn",
             "input_layernorm",
@@ -105,8 +101,7 @@ MODULES: dict[str, Modules] = {
             "resid_mlp_dropout",
         ),
     ),
-    "stablelm": replace(
-        _LLAMA,
+    "stablelm": _LLAMA._replace(
         beside=(
             *_LLAMA.beside,
             "dropout",
@@ -115,22 +110,20 @@ MODULES: dict[str, Modules] = {
     ),
     "olmo2": _NORMED_AFTER,
     "olmo3": _NORMED_AFTER,
-    "olmoe": replace(_LLAMA, beside=(*_EXPERTS, *_QUERY_AND_KEY)),
-    "granitemoe": replace(
-        _LLAMA,
+    "olmoe": _LLAMA._replace(beside=(*_EXPERTS, *_QUERY_AND_KEY)),
+    "granitemoe": _LLAMA._replace(
         beside=(
             "input_layernorm",
             "post_attention_layernorm",
             *(f"block_sparse_moe{inner}" for inner in ("", ".router", ".experts", ".experts.act_fn")),
         ),
     ),
-    "cohere": replace(_LLAMA, beside=("mlp.act_fn", "input_layernorm", *_QUERY_AND_KEY)),
-    "cohere2": replace(_LLAMA, beside=("mlp.act_fn", "input_layernorm")),
-    "starcoder2": replace(_LLAMA, beside=("mlp.act", "input_layernorm", "post_attention_layernorm")),
-    "gpt_oss": replace(_LLAMA, beside=("mlp.router", "mlp.experts", "input_layernorm", "post_attention_layernorm")),
-    "glm": replace(_LLAMA, beside=("mlp.activation_fn", "input_layernorm", "post_attention_layernorm")),
-    "glm4": replace(
-        _LLAMA,
+    "cohere": _LLAMA._replace(beside=("mlp.act_fn", "input_layernorm", *_QUERY_AND_KEY)),
+    "cohere2": _LLAMA._replace(beside=("mlp.act_fn", "input_layernorm")),
+    "starcoder2": _LLAMA._replace(beside=("mlp.act", "input_layernorm", "post_attention_layernorm")),
+    "gpt_oss": _LLAMA._replace(beside=("mlp.router", "mlp.experts", "input_layernorm", "post_attention_layernorm")),
+    "glm": _LLAMA._replace(beside=("mlp.activation_fn", "input_layernorm", "post_attention_layernorm")),
+    "glm4": _LLAMA._replace(
         beside=(
             "mlp.activation_fn",
             "input_layernorm",
@@ -151,7 +144,7 @@ MODULES: dict[str, Modules] = {
         outside=("transformer.word_embeddings", "transformer.word_embeddings_layernorm", "transformer.ln_f"),
     ),
     "codegen": _GPT2,
-    "falcon": replace(_FALCON, beside=(*_FALCON.beside, "ln_attn", "ln_mlp")),
+    "falcon": _FALCON._replace(beside=(*_FALCON.beside, "ln_attn", "ln_mlp")),
     "gpt2": _GPT2,
     "gpt_bigcode": _GPT2,
     "gpt_neox": Modules(
