@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from orchestrator.plans import Target
 from qlora_core.architecture import ModelArchitecture
@@ -29,7 +28,7 @@ def needs(
     moved = target.device.ranks_per_host * paged_out(needed, target.usable_bytes)
     if not moved:
         return needed
-    return replace(needed, host=replace(needed.host, steady_bytes=needed.host.steady_bytes + moved))
+    return needed._replace(host=needed.host._replace(steady_bytes=needed.host.steady_bytes + moved))
 
 
 def paged_out(needed: Estimate, usable_bytes: int) -> int:

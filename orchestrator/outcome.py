@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +31,7 @@ def predicted(plan: Plan) -> dict[str, Any]:
         "reserved_bytes": gpu.reserved_bytes,
         "peak_phase": gpu.peak_phase,
         "peak_moment": gpu.peak_moment,
-        "phases": dataclasses.asdict(gpu.phases),
+        "phases": gpu.phases._asdict(),
         # as the model says it, before any correction, which later runs would else correct again
         "step_seconds": None if step is None else step.seconds / step.correction,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from clusters.cluster import Pool
 from qlora_core.architecture import ModelArchitecture
@@ -22,8 +22,7 @@ SURE = 0.95
 Objective = Literal["fastest", "cheapest", "fewest-gpus", "longest"]
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """One thing the planner decided, or changed, and why."""
 
     field: str
@@ -57,8 +56,7 @@ class Target:
         return self.device.compute_dtype
 
 
-@dataclass(frozen=True, slots=True)
-class Confidence:
+class Confidence(NamedTuple):
     """How sure a verdict is.
 
     Attributes:
@@ -104,8 +102,7 @@ class Verdict:
         return self.fits and self.confidence.chance < SURE
 
 
-@dataclass(frozen=True, slots=True)
-class Duration:
+class Duration(NamedTuple):
     """A whole run: its time, and its price where one is known.
 
     Attributes:
@@ -184,12 +181,12 @@ class Alternative:
             "process_bytes": self.process_bytes,
             "headroom_bytes": self.usable_bytes - self.process_bytes,
             "fits": self.fits,
-            "confidence": dataclasses.asdict(self.confidence),
+            "confidence": self.confidence._asdict(),
             "step_time": time_json(self.step_time),
-            "duration": None if self.duration is None else dataclasses.asdict(self.duration),
+            "duration": None if self.duration is None else self.duration._asdict(),
             "price_per_hour": self.price_per_hour,
             "currency": self.currency,
-            "changes": [dataclasses.asdict(change) for change in self.changes],
+            "changes": [change._asdict() for change in self.changes],
             "warnings": list(self.warnings),
         }
 
@@ -275,24 +272,24 @@ class Plan:
             "estimate": {
                 "gpu": {
                     "name": self.target.name,
-                    "components": dataclasses.asdict(gpu.components),
+                    "components": gpu.components._asdict(),
                     "peak_phase": gpu.peak_phase,
                     "peak_moment": gpu.peak_moment,
-                    "phases": dataclasses.asdict(gpu.phases),
+                    "phases": gpu.phases._asdict(),
                     "allocated_bytes": gpu.allocated_bytes,
                     "reserved_bytes": gpu.reserved_bytes,
                     "reserved_interval": list(gpu.reserved_interval),
                     "process_bytes": gpu.process_bytes,
                     "paged_bytes": gpu.paged_bytes,
                 },
-                "host": {**dataclasses.asdict(self.estimate.host), "fits": self.host_fits},
+                "host": {**self.estimate.host._asdict(), "fits": self.host_fits},
             },
             "verdicts": [verdict_json(verdict) for verdict in self.verdicts],
-            "duration": None if self.duration is None else dataclasses.asdict(self.duration),
+            "duration": None if self.duration is None else self.duration._asdict(),
             "group": self.group,
             "objective": self.objective,
             "alternatives": [alternative.to_json() for alternative in self.alternatives],
-            "choices": [dataclasses.asdict(choice) for choice in self.choices],
+            "choices": [choice._asdict() for choice in self.choices],
             "warnings": list(self.warnings),
             "digest": self.digest,
         }
@@ -304,8 +301,8 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
     names = (field.name for field in dataclasses.fields(verdict) if field.name not in nested)
     return {
         **{name: getattr(verdict, name) for name in names},
-        "components": dataclasses.asdict(verdict.components),
-        "confidence": dataclasses.asdict(verdict.confidence),
+        "components": verdict.components._asdict(),
+        "confidence": verdict.confidence._asdict(),
         "step_time": time_json(verdict.step_time),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import socket
@@ -102,7 +101,7 @@ def work(order: Order) -> None:
         meter = meter_for(device)
         carry_out(order, rank, device, meter)
     except Exception as error:
-        measured = {} if meter is None else {**dataclasses.asdict(meter.peaks()), "reserved": meter.reserved()}
+        measured = {} if meter is None else {**meter.peaks()._asdict(), "reserved": meter.reserved()}
         raise WorkerFailed(failure_of(error, rank, measured)) from error
 
 
@@ -197,7 +196,7 @@ def gather_measurements(run: TrainingRun, world_size: int) -> list[dict[str, Any
     """Measured peaks of every rank, and what it holds of the weights, by rank."""
     frozen, trained = weight_bytes(run.model)
     mine = {
-        **dataclasses.asdict(run.meter.peaks()),
+        **run.meter.peaks()._asdict(),
         "reserved": run.meter.reserved(),
         "frozen_weights": frozen,
         "trained_weights": trained,

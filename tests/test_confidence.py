@@ -28,10 +28,10 @@ L4 = gpu_target(find_gpu("l4"), "auto")
 def needing(low: float, reserved: float, high: float) -> Estimate:
     """An estimate of these reserved bytes."""
     any_ = estimate(find_model("tinyllama-1.1b"), Recipe(), Strategy(), L4.device)
-    gpu = dataclasses.replace(
-        any_.gpu, reserved_bytes=round(reserved), reserved_interval=(round(low), round(high)), allocated_bytes=0
+    gpu = any_.gpu._replace(
+        reserved_bytes=round(reserved), reserved_interval=(round(low), round(high)), allocated_bytes=0
     )
-    return dataclasses.replace(any_, gpu=gpu)
+    return any_._replace(gpu=gpu)
 
 
 # --- what runs measured -----------------------------------------------------------------------------------------------

@@ -37,8 +37,8 @@ CHUNKS = (LOSS_CHUNK_TOKENS - 1, LOSS_CHUNK_TOKENS, LOSS_CHUNK_TOKENS + 1)
 
 def assert_sane(gpu: GpuEstimate) -> None:
     """Whole bytes, none negative, that add up, in the order of the three tiers."""
-    parts = dataclasses.asdict(gpu.components)
-    sizes = [*parts.values(), *dataclasses.asdict(gpu.phases).values(), *gpu.reserved_interval, gpu.paged_bytes]
+    parts = gpu.components._asdict()
+    sizes = [*parts.values(), *gpu.phases, *gpu.reserved_interval, gpu.paged_bytes]
     tiers = [gpu.allocated_bytes, gpu.reserved_bytes, gpu.process_bytes]
     assert all(type(size) is int for size in (*sizes, *tiers))
     assert min(sizes) >= 0

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ class Gauge:
 
     def peaks(self) -> dict[str, int]:
         """The highest allocation of each phase."""
-        return asdict(self._meter.peaks())
+        return self._meter.peaks()._asdict()
 
 
 def measure(job: Job, start: Start) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.gpu.matrix import Case
@@ -114,4 +114,6 @@ def errors_percent(predicted: Mapping[str, Any], measured: Mapping[str, Any]) ->
 
 
 def _as_json(estimate: Estimate) -> dict[str, Any]:
-    return {**asdict(estimate.gpu), "reserved_interval": list(estimate.gpu.reserved_interval)}
+    gpu = estimate.gpu
+    parts = {"components": gpu.components._asdict(), "phases": gpu.phases._asdict()}
+    return {**gpu._asdict(), **parts, "reserved_interval": list(gpu.reserved_interval)}

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,7 @@ def bare(specification: Path, *, dtype: torch.dtype, kbit: bool, meter: StorageM
             optimizer.step()
             optimizer.zero_grad()
         seconds.append(time.perf_counter() - begin)
-    return {"seconds": seconds, "losses": losses, "peaks": asdict(meter.peaks())}
+    return {"seconds": seconds, "losses": losses, "peaks": meter.peaks()._asdict()}
 
 
 class Unmetered(StorageMeter):

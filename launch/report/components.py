@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from qlora_core.memory.estimate import Components
 
 COMPONENT_TITLES = {
@@ -32,6 +30,6 @@ GROUPS = {
 
 def grouped(components: Components, beyond: int = 0) -> list[int]:
     """Bytes of each group."""
-    sizes = dataclasses.asdict(components)
+    sizes = components._asdict()
     found = [sum(sizes[name] for name in names) for names in GROUPS.values()]
     return [*found[:-1], found[-1] + beyond]

@@ -37,7 +37,7 @@ class Section:
 
 def explain(plan: Plan) -> tuple[Section, ...]:
     """The whole explanation, in the order of reading."""
-    components = dataclasses.asdict(plan.estimate.gpu.components)
+    components = plan.estimate.gpu.components._asdict()
     texts = component_texts(plan)
     return (
         *(
@@ -302,7 +302,7 @@ def sharding(plan: Plan, component: str) -> tuple[str, ...]:
 def peak_lines(plan: Plan) -> Iterator[str]:
     """The phases and the moment of the peak."""
     gpu = plan.estimate.gpu
-    for name, size in dataclasses.asdict(gpu.phases).items():
+    for name, size in gpu.phases._asdict().items():
         mark = "   <- the peak" if name == gpu.peak_phase else ""
         yield f"{name.replace('_', ' '):<12}{size_text(size):>14}{mark}"
     yield f"Its moment: {gpu.peak_moment}."

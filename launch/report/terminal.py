@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -247,7 +246,7 @@ def memory_lines(plan: Plan) -> Iterator[Line]:
     def size_text(size: int) -> str:
         return f"{size / unit:.2f} {name}"
 
-    for component, size in dataclasses.asdict(gpu.components).items():
+    for component, size in gpu.components._asdict().items():
         if size >= unit / 200:
             yield Line(COMPONENT_TITLES[component], size_text(size), size / gpu.allocated_bytes)
     yield Line("allocated", size_text(gpu.allocated_bytes), None, "the sum: what tensors take")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Phase = Literal["forward", "backward", "optimizer"]
 Estimator = Literal["formula", "trace", "measured"]
 
 
-@dataclass(frozen=True, slots=True)
-class Components:
+class Components(NamedTuple):
     """Requested bytes on one GPU at the moment of the peak; they add up to the allocated bytes.
 
     Attributes:
@@ -43,11 +40,10 @@ class Components:
     @property
     def total(self) -> int:
         """The sum, in bytes."""
-        return sum(dataclasses.asdict(self).values())
+        return sum(self)
 
 
-@dataclass(frozen=True, slots=True)
-class Phases:
+class Phases(NamedTuple):
     """Peak allocated bytes on one GPU, by phase of a step that is not the first (the optimizer state exists)."""
 
     after_load: int
@@ -56,8 +52,7 @@ class Phases:
     optimizer: int
 
 
-@dataclass(frozen=True, slots=True)
-class GpuEstimate:
+class GpuEstimate(NamedTuple):
     """What one GPU rank needs.
 
     Attributes:
@@ -83,8 +78,7 @@ class GpuEstimate:
     reserved_interval: tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class HostEstimate:
+class HostEstimate(NamedTuple):
     """What one host needs for all its ranks: the peaks while loading and while training, in bytes."""
 
     load_peak_bytes: int
@@ -96,8 +90,7 @@ class HostEstimate:
         return max(self.load_peak_bytes, self.steady_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """One estimator's answer for one recipe, strategy and GPU."""
 
     estimator: Estimator

@@ -176,7 +176,7 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
                 grad_norm=norm,
                 tokens=tokens,
                 seconds=time.perf_counter() - started,
-                peaks=dataclasses.asdict(run.meter.peaks()),
+                peaks=run.meter.peaks()._asdict(),
                 reserved=run.meter.reserved(),
             )
             if not math.isfinite(loss) or not (math.isfinite(norm) or can_scale_down(run.engine.scaler)):
@@ -247,7 +247,7 @@ def rehearse(run: TrainingRun, observer: Observer) -> None:
         "rehearsal",
         sequences=len(rows),
         longest=run.train_data.lengths[rows[0]],
-        peaks=dataclasses.asdict(run.meter.peaks()),
+        peaks=run.meter.peaks()._asdict(),
         reserved=run.meter.reserved(),
     )
 

@@ -290,7 +290,7 @@ def assert_said(case: Case, world_size: int, real: Phases, name: str = "tiny", c
     said = estimate(architecture, case.recipe(world_size), case.strategy(world_size), device).gpu
     peak = max(real.forward, real.backward, real.optimizer)
     assert 0.98 * said.allocated_bytes <= peak <= 1.02 * said.allocated_bytes
-    for phase in Phases.__dataclass_fields__:
+    for phase in Phases._fields:
         wanted, found = getattr(said.phases, phase), getattr(real, phase)
         assert 0.97 * wanted <= found <= 1.03 * wanted, phase
 
@@ -336,5 +336,5 @@ def test_the_fullest_rank_needs_what_the_formula_says_where_a_bucket_does_not_ho
     config = LlamaConfig(**{**TINY.to_dict(), "vocab_size": vocab})
     folder = saved(config, tmp_path)
     for case, peaks in zip(IN_BUCKETS, zip(*on_two_ranks(folder, IN_BUCKETS, bucket), strict=True), strict=True):
-        fullest = {phase: max(getattr(rank, phase) for rank in peaks) for phase in Phases.__dataclass_fields__}
+        fullest = {phase: max(getattr(rank, phase) for rank in peaks) for phase in Phases._fields}
         assert_said(case, 2, Phases(**fullest), f"{vocab} tokens, buckets of {bucket}", config)
