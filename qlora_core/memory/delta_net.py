@@ -4,6 +4,9 @@ transformers 5.23, models/qwen3_5/modeling_qwen3_5.py: `Qwen3_5GatedDeltaNet` an
 where flash-linear-attention and causal-conv1d are not installed; with them a layer needs less. The rule itself is in
 float32, and takes 64 tokens at a time, one chunk after another. Local variables mirror theirs, as in `decoder.py`.
 
+On CUDA the convolution's input lies as cuDNN takes it (channels last), which was read and not measured: no copy is
+counted, and no workspace of cuDNN's.
+
 Shapes: T tokens, n key heads, m value heads, K and V their dimensions, C channels of the convolution.
 """
 
@@ -28,7 +31,7 @@ def gated_delta_net(tape: Tape, layer: Layer, net: DeltaNet, mixed: Tensor, z: T
     query, key, value = op.split(tape, mixed, [ROW.times(each) for each in (of_keys, of_keys, of_values)])
     beta = op.sigmoid(tape, b)
     rate = parameter(tape, layer, heads, layer.stream)
-    shift = parameter(tape, layer, heads, layer.stream)
+    shift = Tensor(None, Size(heads), layer.stream)  # trained or not, its gradient is a few numbers
     g = op.multiply_weight(tape, softplus(tape, op.add(tape, op.cast(tape, a, "float32"), shift)), rate)
     with tape.at(*tape.where, "delta rule"):
         attended = delta_rule(tape, net, query, key, value, g, beta, layer.narrow)
