@@ -50,7 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
 }
-HYBRID = {"head_dim": 8, "full_attention_interval": 2, "initializer_range": 0.2, **LINEAR_ATTENTION}
+HYBRID = {"head_dim": 8, "full_attention_interval": 2, "initializer_range": 0.05, **LINEAR_ATTENTION}
 OLDER: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4, "hidden_size": 32},
     "falcon": {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "alibi": False},
