@@ -586,6 +586,18 @@ def test_of_a_model_that_sees_the_part_that_idles_is_named(ask: Ask) -> None:
     assert "56,558,016 constants" in text  # both, in blocks of 64
 
 
+def test_of_linear_attention_it_is_said_what_is_counted(ask: Ask) -> None:
+    answer = ask("--model", "qwen3.5-9b", "--gpu", "a100-40gb", "--explain")
+    text = " ".join(answer.out.split())
+    # a period has 3 x (8192 + 4096 + 2 x 32 + 4096) + (8192 + 2 x 1024 + 4096) outputs and 4 MLPs, of 4096 features
+    assert "8 times 4 layers x" in text
+    assert "6,918,504,448 weights" in text  # 8 x 4096 x (49,344 + 14,336 + 4 x 3 x 12288)
+    told = " ".join(answer.err.split())
+    assert "where flash-linear-attention and causal-conv1d are installed, steps need less memory" in told
+    on_cpu = ask("--model", "qwen3.5-0.8b", "--gpu", "cpu")
+    assert "flash-linear-attention" not in on_cpu.err
+
+
 def test_the_explanation_names_every_component_that_takes_memory(ask: Ask) -> None:
     for arguments in ("--model 7b --gpus 4 --zero-stage 3", "--model 13b --method full", "--model gpt2 --gpu cpu"):
         answer = ask(*arguments.split(), "--explain", "--json").json
