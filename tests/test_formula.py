@@ -471,6 +471,13 @@ def test_an_int8_base_lies_in_segments_of_a_byte_a_weight() -> None:
     assert loaded.reserved > weights
 
 
+def test_the_course_of_layers_that_take_turns_has_the_first_and_the_last_of_each_kind() -> None:
+    moments = course(model("qwen3.5-0.8b"), recipe(seq_len=1024), Strategy(), A100)
+    layers = [(name, phase) for name, phase, _ in moments if "layers" in name]
+    first, last = "first 4 layers", "last 4 layers"
+    assert layers == [(first, "forward"), (last, "forward"), (last, "backward"), (first, "backward")]
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_the_course_of_a_step_reaches_the_peak_of_each_phase_and_no_more(

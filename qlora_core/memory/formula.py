@@ -91,7 +91,8 @@ def course(
 
     Returns:
         For each a name, such as "last layer"; its phase, None before the step begins; and its bytes by component. Of
-        the layers there are the first and the last: between them, memory changes by as much with each layer.
+        the layers there are the first and the last, or so many as a period has: between them, memory changes by as much
+        with each of these.
     """
     kinds = prepared(architecture, recipe, strategy, device)
     shape = strategy.micro_batch, recipe.seq_len
@@ -99,7 +100,8 @@ def course(
     found: list[tuple[str, Phase | None, Components]] = [("before", None, sizes.between_steps())]
     for (phase, part), candidates in parts_of(kinds.step(*shape)):
         passing: Phase = "forward" if phase == "forward" else "backward"
-        found.append((part, passing, sizes.highest(passing, candidates, *shape)))
+        name = part if architecture.period == 1 else part.replace(" layer", f" {architecture.period} layers")
+        found.append((name, passing, sizes.highest(passing, candidates, *shape)))
     return [*found, ("optimizer", "optimizer", sizes.optimizer_step(*shape))]
 
 
