@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from clusters.cluster import Pool
 from clusters.gpu import Gpu, list_gpus
@@ -127,8 +126,7 @@ def slowest_links(every: Sequence[Rates]) -> Sequence[Rates]:
     slowest = min(every, key=lambda each: each.link_bytes * each.link[TYPICAL])
     networks = [each.network_bytes for each in every if each.network_bytes is not None]
     return [
-        replace(
-            each,
+        each._replace(
             link_bytes=slowest.link_bytes,
             link=slowest.link,
             network_bytes=min(networks) if networks else None,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -21,8 +21,7 @@ LEANER = 0.9
 """A plan that follows one that ran out of memory needs at most this part of what that one was to need."""
 
 
-@dataclass(frozen=True, slots=True)
-class MeasuredRun:
+class MeasuredRun(NamedTuple):
     """One finished run, as far as later plans compare themselves with it.
 
     Attributes:
@@ -42,8 +41,7 @@ class MeasuredRun:
     time_ratio: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class RanOut:
+class RanOut(NamedTuple):
     """A plan that should have fitted and ran out of GPU memory.
 
     Attributes:
@@ -112,8 +110,7 @@ class History:
         if len(ratios) >= ENOUGH_RUNS:
             below, above = conformal(ratios)
             low, high = step.seconds * below, step.seconds * above
-        return replace(
-            step,
+        return step._replace(
             seconds=step.seconds * factor,
             low=low,
             high=high,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -111,8 +110,7 @@ class Achieved(NamedTuple):
     starting: Range = STARTED_PER_SECOND
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(NamedTuple):
     """What one GPU and its connections could do at best, a second.
 
     Attributes:
@@ -163,8 +161,7 @@ class Times(NamedTuple):
     optimizer: float
 
 
-@dataclass(frozen=True, slots=True)
-class StepTime:
+class StepTime(NamedTuple):
     """One optimizer step of all ranks.
 
     Attributes:

@@ -423,7 +423,7 @@ def test_what_was_measured_stands_in_the_place_of_what_was_taken() -> None:
     assert after.achieved.memory == (0.7, 0.71, 0.72)
     assert after.achieved.products == (0.3, 0.4, 0.5)
     assert after.achieved.dequantization == before.achieved.dequantization
-    assert replace(after, achieved=before.achieved) == before
+    assert after._replace(achieved=before.achieved) == before
 
 
 # --- the process, as nvidia-smi shows it ------------------------------------------------------------------------------
