@@ -20,16 +20,6 @@ from transformers.pytorch_utils import Conv1D
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.training.model import model_class
 
-SIGLIP: dict[str, object] = {
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 56,
-    "patch_size": 14,
-    "vision_use_head": False,
-}
-"""A small vision tower."""
 PIXTRAL: dict[str, object] = {
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -38,7 +28,18 @@ PIXTRAL: dict[str, object] = {
     "image_size": 56,
     "patch_size": 14,
 }
+"""A small vision tower."""
+SIGLIP = PIXTRAL | {"vision_use_head": False}
 """Another."""
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+"""The language model of a small one that sees."""
 LINEAR_ATTENTION = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -50,29 +51,26 @@ LINEAR_ATTENTION = {
 
 def small_gemma3(vocab_size: int) -> Gemma3ForConditionalGeneration:
     """A random one that sees; its files give its modules other names than it does."""
-    text = {"vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    text = {**TEXT, "vocab_size": vocab_size}
     torch.manual_seed(0)
-    return Gemma3ForConditionalGeneration(Gemma3Config(text_config={**text, **heads}, vision_config=SIGLIP))
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=SIGLIP))
 
 
 def small_mistral3(vocab_size: int) -> Mistral3ForConditionalGeneration:
     """A random one that sees, and has no form for text alone."""
-    text = {"model_type": "ministral3", "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    text = {**TEXT, "model_type": "ministral3", "vocab_size": vocab_size}
     torch.manual_seed(0)
-    return Mistral3ForConditionalGeneration(Mistral3Config(text_config={**text, **heads}, vision_config=PIXTRAL))
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=PIXTRAL))
 
 
 def small_qwen3_5(vocab_size: int) -> Qwen3_5ForConditionalGeneration:
     """A random one as it is published: it sees, and what is trained of it, on text, is its language model alone."""
-    text = {"vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}
+    text = {**TEXT, "vocab_size": vocab_size, "num_hidden_layers": 4, "tie_word_embeddings": True}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 0, 0], "partial_rotary_factor": 0.25}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
     torch.manual_seed(0)
     config = Qwen3_5Config(
-        text_config={**text, **heads, **LINEAR_ATTENTION, "full_attention_interval": 2, "rope_parameters": rope},
+        text_config={**text, **LINEAR_ATTENTION, "full_attention_interval": 2, "rope_parameters": rope},
         vision_config={**vision, "num_position_embeddings": 4},
         tie_word_embeddings=True,
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from meta_models import PIXTRAL, SIGLIP, assert_same, layers_of, on_meta
+from meta_models import LINEAR_ATTENTION, PIXTRAL, SIGLIP, assert_same, layers_of, on_meta
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.pytorch_utils import Conv1D
@@ -62,10 +62,8 @@ DELTA_NET: dict[str, object] = {
     "full_attention_interval": 3,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
+    **LINEAR_ATTENTION,
     "linear_key_head_dim": 16,
-    "linear_value_head_dim": 8,
 }
 
 SMALL: dict[str, list[dict[str, object]]] = {

@@ -15,6 +15,9 @@ from qlora_core.huggingface.hybrid import HYBRID
 from qlora_core.huggingface.older_decoders import OLDER
 from qlora_core.huggingface.seeing import SEEING
 
+_OF_PARTS = {**SEEING, **HYBRID}
+_READ_BY = {**OLDER, **_OF_PARTS}
+"""The kinds that are not one of `DECODERS`, with what reads their config."""
 LARGEST_CONFIG_BYTES = 10 * 1024**2
 """No config.json is larger; a weights file given by mistake is."""
 
@@ -31,15 +34,13 @@ def architecture_from_config(fields: Mapping[str, object], *, name: str, source:
     Raises:
         RequestError: the model is of a kind that cannot be modelled, or fields are missing or wrong (all at once).
     """
-    known = sorted((*DECODERS, *OLDER, *SEEING, *HYBRID))
+    known = sorted((*DECODERS, *_READ_BY))
     _refuse_other_kinds(fields, source, known)
     model_type = str(fields["model_type"])
     reader = ConfigFields(fields, name=name, source=source)
-    if of_parts := {**SEEING, **HYBRID}.get(model_type):
-        return of_parts(reader)
     if model_type in DECODERS:
         return build(reader, model_type, DECODERS[model_type])
-    return OLDER[model_type](reader)
+    return _READ_BY[model_type](reader)
 
 
 def architecture_from_folder(path: str | Path) -> ModelArchitecture:
@@ -135,12 +136,11 @@ def _refuse_other_kinds(fields: Mapping[str, object], source: str, known: list[s
             where, shown, "an encoder-decoder is not a causal language model", "Choose a decoder-only model"
         )
     part = next((part for part in _OTHER_PARTS if fields.get(part)), None)
-    seeing = (*SEEING, *HYBRID)
-    if part is not None and model_type not in seeing:
+    if part is not None and model_type not in _OF_PARTS:
         raise request_error(
             f"{source}: {part}",
             shown,
-            f"of the models that see or hear, only {', '.join(seeing)} are modelled, trained on text",
+            f"of the models that see or hear, only {', '.join(_OF_PARTS)} are modelled, trained on text",
             "Choose one of them, or a text-only model",
         )
     if fields.get("per_layer_config"):

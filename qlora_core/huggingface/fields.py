@@ -85,6 +85,26 @@ class ConfigFields:
             return default
         return value
 
+    def part(
+        self, field: str, model_types: tuple[str, ...], absent: Mapping[str, object], fixed: Mapping[str, object]
+    ) -> ConfigFields:
+        """A config within this one; without fields of its own where it is absent or null.
+
+        Args:
+            field: what it is called.
+            model_types: the types that it can have, the default first.
+            absent: the fields that it has where it leaves them out.
+            fixed: the fields that it has whatever it says.
+        """
+        given = self.raw.get(field)
+        if given is not None and not isinstance(given, Mapping):
+            self.problem(field, type(given).__name__, "must be an object with the fields of that part", "Correct it")
+        own = given if isinstance(given, Mapping) else {}
+        part = ConfigFields({**absent, **own, **fixed}, name=self.name, source=f"{self.source}: {field}")
+        if (named := part.text("model_type", model_types[0])) not in model_types:
+            part.problem("model_type", named[:80], f"must be {' or '.join(model_types)}", "Choose another model")
+        return part
+
     def per_layer(self, field: str, layers: int) -> list[object] | None:
         """A list with one entry for each layer, or None where it is absent or null."""
         _, value = self._find(field)

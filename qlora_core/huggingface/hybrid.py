@@ -57,10 +57,7 @@ def whole(fields: ConfigFields, text_type: str) -> ModelArchitecture:
     if not isinstance(given, Mapping):
         fields.problem("text_config", type(given).__name__, "must be an object with the fields of that part", "Add it")
         fields.check()
-        given = {}
-    text = ConfigFields({**_SIZES[text_type], **given}, name=fields.name, source=f"{fields.source}: text_config")
-    if text.text("model_type", text_type) != text_type:
-        text.problem("model_type", str(text.raw["model_type"])[:80], f"must be {text_type}", "Choose another model")
+    text = fields.part("text_config", (text_type,), absent=_SIZES[text_type], fixed={})
     return language_model(text, text_type)
 
 

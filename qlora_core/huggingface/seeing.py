@@ -60,15 +60,11 @@ def composed(fields: ConfigFields, model_type: str) -> ModelArchitecture:
         RequestError: fields of either part are missing or wrong; all of them at once.
     """
     parts = _PARTS[model_type]
-    given = _part(fields, "text_config")
     # the head is tied, or not, where the whole model's config says so
     tied = {"tie_word_embeddings": fields.flag("tie_word_embeddings", True)}
-    text = ConfigFields({**parts.text, **given, **tied}, name=fields.name, source=f"{fields.source}: text_config")
-    seen = ConfigFields(_part(fields, "vision_config"), name=fields.name, source=f"{fields.source}: vision_config")
+    text = fields.part("text_config", parts.texts, absent=parts.text, fixed=tied)
+    seen = fields.part("vision_config", (parts.vision,), absent={}, fixed={})
     problems: list[Problem] = []
-    for model_types, part in ((parts.texts, text), ((parts.vision,), seen)):
-        if (named := part.text("model_type", model_types[0])) not in model_types:
-            part.problem("model_type", named[:80], f"must be {' or '.join(model_types)}", "Choose another model")
     text_type = text.text("model_type", parts.texts[0])
     decoder = None
     try:
@@ -84,17 +80,6 @@ def composed(fields: ConfigFields, model_type: str) -> ModelArchitecture:
     if decoder is None or problems:
         raise RequestError(problems)
     return replace(decoder, linears=placed(model_type, decoder.linears), tower=tower)
-
-
-def _part(fields: ConfigFields, name: str) -> Mapping[str, object]:
-    """One of the configs within a config; that of the whole model where it is absent has transformers' defaults."""
-    value = fields.raw.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        fields.problem(name, type(value).__name__, "must be an object with the fields of that part", "Correct it")
-        return {}
-    return value
 
 
 def _siglip(whole: ConfigFields, fields: ConfigFields, text_hidden: int) -> Seen:
