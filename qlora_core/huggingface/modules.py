@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qlora_core.architecture import Linear, ModelArchitecture
 
@@ -44,6 +44,11 @@ _NORMED_AFTER = _LLAMA._replace(
 )
 _EXPERTS = ("mlp.gate", "mlp.experts", "mlp.experts.act_fn", "input_layernorm", "post_attention_layernorm")
 _GEMMA3 = _LLAMA._replace(beside=(*_LLAMA.beside, *_AROUND, *_QUERY_AND_KEY))
+_BESIDE_A_TOWER: dict[str, Any] = {
+    "layers": "model.language_model.layers",
+    "outside": tuple(name.replace("model.", "model.language_model.") for name in _LLAMA.outside),
+    "tower": ("model.vision_tower", "model.multi_modal_projector"),
+}
 _GPT2 = Modules(
     "transformer.h",
     "attn",
@@ -71,17 +76,9 @@ MODULES: dict[str, Modules] = {
     ),
     "qwen3_5_text": _LLAMA._replace(beside=(*_LLAMA.beside, *_QUERY_AND_KEY, *_LINEAR_ATTENTION)),
     "gemma2": _LLAMA._replace(beside=(*_LLAMA.beside, *_AROUND)),
-    "gemma3": _GEMMA3._replace(
-        layers="model.language_model.layers",
-        outside=tuple(name.replace("model.", "model.language_model.") for name in _LLAMA.outside),
-        tower=("model.vision_tower", "model.multi_modal_projector"),
-    ),
+    "gemma3": _GEMMA3._replace(**_BESIDE_A_TOWER),
     "gemma3_text": _GEMMA3,
-    "mistral3": _LLAMA._replace(
-        layers="model.language_model.layers",
-        outside=tuple(name.replace("model.", "model.language_model.") for name in _LLAMA.outside),
-        tower=("model.vision_tower", "model.multi_modal_projector"),
-    ),
+    "mistral3": _LLAMA._replace(**_BESIDE_A_TOWER),
     "phi": _LLAMA._replace(
         beside=(
             "mlp.activation_fn",
