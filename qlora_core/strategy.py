@@ -12,6 +12,10 @@ Offload = Literal["none", "optimizer", "all"]
 
 LOSS_CHUNK_TOKENS = 1024
 """Tokens whose logits the losses other than "full" hold at a time."""
+LOSS_PARTS = 8
+"""Parts of these logits that are widened to float32 one after the other, where the output head is frozen."""
+ATTENTION_BLOCK = 128
+"""Queries whose scores the backward pass of attention holds at a time on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,9 +31,11 @@ SIZES: dict[str, int] = {
     "sliding_window": 64,
 }
 """Large enough that what a layer needs counts; the kinds stay those of test_architecture.py."""
-FURTHER = {"ernie4_5": 0.02, **dict.fromkeys(HYBRID, 0.02)}
-"""Where the formula is further off than one per cent: it leaves out that each layer makes rotary tables of its own, and
-that the first of a sequence's chunks, of which there are two here, keeps less than the others in linear attention."""
+FURTHER = {"ernie4_5": 0.02, "falcon": 0.025, "seed_oss": 0.025, **dict.fromkeys(HYBRID, 0.02)}
+"""Where the formula is further off than one per cent: it leaves out that each layer makes rotary tables of its own;
+that a sum of gradients is not in place while operators are followed, of which the last layer's is large where a tied
+head leaves it in 16 bits; what dropout of all scores makes on the way; and that the first of a sequence's chunks,
+of which there are two here, keeps less than the others in linear attention."""
 CASES = [
     pytest.param(family, changes, id=f"{family}-{number}", marks=() if chosen % 6 == 0 else pytest.mark.grid)
     for chosen, (family, number, changes) in enumerate(

@@ -26,7 +26,8 @@ from qlora_core.memory.settled import settled
 from qlora_core.memory.step import on_tape, recorded
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Offload, Strategy, ZeroStage
-from qlora_core.training.loss import SummedLoss, leave_casts_to_autocast
+from qlora_core.training.lora import adapt_under_autocast
+from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import attach_adapters, load_base, trainable
 from qlora_core.training.optimizer import build_optimizer
 
@@ -88,7 +89,7 @@ def measured_second_step(
     adapted = attach_adapters(base, asked, seed=0).train()
     loss_of = SummedLoss(adapted, strategy.loss)
     if asked.under_autocast and not plain_autocast:
-        leave_casts_to_autocast(adapted)
+        adapt_under_autocast(adapted)
     optimizer = build_optimizer(trainable(adapted), asked, strategy)
     tokens = torch.randint(0, TINY.vocab_size, (strategy.micro_batch, asked.seq_len))
     for _ in range(2):

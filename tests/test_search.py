@@ -476,7 +476,7 @@ def test_unlike_pools_are_one_group_only_where_that_is_faster_and_it_is_said_wha
         for target, _ in best.place.parts
     }
     idle = 1 - steps["rtx-3090"] / steps["l4"]
-    assert 0.2 < idle < 0.8
+    assert 0.1 < idle < 0.8
     waits = f"all wait for 2 x l4 in every step, so 2 x rtx-3090 stand idle {idle:.0%} of the time"
     assert waits in reason_of_place(asked, best)
     assert "idle" not in reason_of_place(asked, alone[0])

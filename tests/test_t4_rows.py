@@ -40,7 +40,7 @@ def test_where_the_allocator_keeps_no_slack_the_peak_is_exact_to_a_mebibyte(quan
 @pytest.mark.parametrize("figure", ["reserved", "process"])
 def test_reserved_and_process_follow_from_the_allocators_segments(figure: str) -> None:
     mean, worst = error_of(by_formula(), figure)
-    assert mean <= 1.7
+    assert mean <= 1.9
     assert worst <= 6
 
 

@@ -121,6 +121,7 @@ STACKS = (
             "adapters in the model's bfloat16, dropout 0, no gradient accumulation (stated), cross-entropy by chunks "
             "(recipes/configs/llama3_1/8B_*_single_device.yaml at 30b8519e, which brought the README's first table); "
             "the second table adds one technique a row, so what stands before chunks has the full loss",
+            "its chunks of logits are all kept, and float32 one by one; the chunked loss, which keeps none, is nearer",
             "targets of the first table's rows: those of these recipes then, q and v for LoRA, all linear layers for "
             "QLoRA",
             "only linear layers with an adapter are quantized (issue 1398); torchao's NF4 is counted as bitsandbytes'",
@@ -167,7 +168,8 @@ STACKS = (
             "what prepare_model_for_kbit_training casts to float32 is cast back to bfloat16 (loaders/model.py, "
             "_configure_embedding_dtypes, at 067b021c); adapters in float32, bf16: auto is autocast",
             "4 micro-batches a step (the examples' gradient_accumulation_steps; 2 for Olmo 3, which is the same to us)",
-            "Cut Cross Entropy never holds the logits: the chunked loss is the nearer one",
+            "Cut Cross Entropy never holds the logits: the chunked loss, which holds 1,024 tokens' in 16 bits, is the "
+            "nearer one",
             "its log begins with the peak of active bytes (core/trainers/base.py): taken as allocated",
         ),
     ),

@@ -273,7 +273,8 @@ def expected(row: Mapping[str, Any], gpu: Gpu) -> StepTime:
     strategy = Strategy(**row["strategy"])
     recipe = Recipe(**row["recipe"])
     target = pool_target(any_nodes(gpu, strategy.world_size), "auto", strategy.world_size)
-    return step_time.step_time(find_model(row["model"]), recipe, strategy, target.device, rates(target))
+    device = replace(target.device, plain_autocast=row["loop"] == "trl")
+    return step_time.step_time(find_model(row["model"]), recipe, strategy, device, rates(target))
 
 
 def _rows() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -147,7 +147,8 @@ def request_of(row: Row, stack: Stack) -> Request:
         zero_stage=3 if deepspeed else 0,
     )
     target = pool_target(any_nodes(find_gpu(row["gpu"]), world), "bfloat16", world)
-    return Request(architecture, Recipe(**fields), strategy, target.device, rates(target))
+    device = replace(target.device, plain_autocast=True)
+    return Request(architecture, Recipe(**fields), strategy, device, rates(target))
 
 
 def _targets(row: Row) -> Any:

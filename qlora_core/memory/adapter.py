@@ -25,6 +25,18 @@ def adapter(tape: Tape, layer: Layer, x: Tensor, projection: Projection, rows: S
     )
 
 
+def updated(tape: Tape, layer: Layer, x: Tensor, result: Tensor, projection: Projection, rows: Size) -> Tensor:
+    """`result` with the adapter's product added where it lies, if it is narrow (training/lora.py, forward)."""
+    if result.dtype != layer.narrow:
+        return op.add(tape, result, adapter(tape, layer, x, projection, rows))
+    rank, into, out = layer.rank, projection.in_features, projection.out_features
+    x, changed = dropped(tape, layer, x), result
+    if projection.storage == "plain" and projection.bias:  # a view of what addmm gave, as a 4-bit layer's can be, too
+        changed = op.clone(tape, result)
+    first, second = (tape.leaf(Tensor(None, Size(n * rank), layer.lora), "gradients") for n in (into, out))
+    return op.added_in_place(tape, changed, x, first, second, rows.times(rank))
+
+
 @module
 def dropped(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
     """LoRA dropout; peft puts an identity there at probability 0."""

@@ -14,7 +14,7 @@ from qlora_core.memory.device import Device
 from qlora_core.memory.families import Scores
 from qlora_core.memory.tape import DType, Gradients, Size, Tape, Tensor
 from qlora_core.recipe import Recipe
-from qlora_core.strategy import Strategy
+from qlora_core.strategy import ATTENTION_BLOCK, Strategy
 
 AttentionKernel = Literal["eager", "flash", "efficient", "masked", "math", "masked_math", "flash_cpu"]
 """masked, masked_math: the memory-efficient one and the math kernel with a mask of their own."""
@@ -106,6 +106,8 @@ def attend(
         return eager(tape, query, key, value, shape, mask, narrow)
     if kernel in ("math", "masked_math"):
         return math(tape, query, key, value, shape, masked=kernel == "masked_math"), None
+    if kernel == "flash_cpu" and query.dtype == "bfloat16" and shape.scores != "shared":
+        return causal_on_a_cpu(tape, query, key, value, shape), None
     attended = fused(tape, kernel, query, key, value, shape, shared)
     # flash, which on a CPU takes masks too, lays its result out as the queries are: if put together, head by head
     by_head = shape.partial and (kernel == "flash" or not shape.cuda)
@@ -164,6 +166,38 @@ def fused(
     return tape.apply(
         (query, key, value), query.numel, dtype, backward, (query, key, value, *biases, logsumexp), saves_output=True
     )
+
+
+def causal_on_a_cpu(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads) -> Tensor:
+    """Attention of our own, which keeps its inputs alone (training/attention.py).
+
+    What a block needs is said of the last one; a sequence is taken to have the tokens of a block at least.
+    """
+    dtype, sizes = query.dtype, (query.numel, key.numel, value.numel)
+    block = ROW.times(shape.queries * ATTENTION_BLOCK)
+
+    def flat() -> tuple[Tensor, Tensor | None]:
+        # the keys without their mean, and the values, but where they lie head by head
+        return tape.new(sizes[1], dtype), tape.new(sizes[2], dtype) if shape.keys > 1 else None
+
+    def later() -> Tensor:
+        return tape.new(Size(fixed=ATTENTION_BLOCK**2), "bool")
+
+    def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
+        mask, of_query, *folded = later(), *(tape.new(sizes[0], dtype) for _ in range(3))
+        flattened = flat()
+        wide = [tape.new(size, "float32") for size in sizes[1:]]
+        chances, of_chances, of_scores = (tape.new(block, dtype) for _ in range(3))
+        del chances, of_chances, of_scores
+        results = (of_query, *(tape.new(size, dtype) for size in sizes[1:]))
+        del folded, flattened, wide, mask
+        return results
+
+    output = tape.apply((query, key, value), sizes[0], dtype, backward, (query, key, value))
+    mask, folded, flattened = later(), tape.new(sizes[0], dtype), flat()
+    scores, chances = (tape.new(block, dtype) for _ in range(2))
+    del scores, chances, flattened, folded, mask
+    return output
 
 
 def eager(

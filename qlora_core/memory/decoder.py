@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 from qlora_core.memory import operators as op
-from qlora_core.memory.adapter import adapter, with_magnitude
+from qlora_core.memory.adapter import adapter, updated, with_magnitude
 from qlora_core.memory.attention import attend
 from qlora_core.memory.delta_net import gated_delta_net
 from qlora_core.memory.experts import Experts, compute, route
@@ -213,6 +213,8 @@ def linear(tape: Tape, layer: Layer, x: Tensor, projection: Projection, rows: Si
         if not projection.adapter:
             return result
         expected = result.dtype
+        if not (layer.widens or layer.divided or projection.storage == "8bit"):
+            return updated(tape, layer, x, result, projection, rows)
         if projection.storage == "4bit":
             result = op.clone(tape, result)
         # on CUDA the quantized layers' adapters leave it to autocast

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qlora_core.memory.tape import ITEMSIZE, LEAF_ORDER, DType, Gradients, Node, Room, Size, Tape, Tensor
+from qlora_core.strategy import LOSS_PARTS
 
 
 def promoted(a: Tensor, b: Tensor) -> DType:
@@ -505,6 +506,41 @@ def matmul_8bit(tape: Tape, x: Tensor, rows: Size, into: int, out: int, cuda: bo
     return output
 
 
+def added_in_place(tape: Tape, result: Tensor, x: Tensor, first: Tensor, second: Tensor, inner_numel: Size) -> Tensor:
+    """Result += x A^T B^T * scaling (training/lora.py, Update), with `first` A and `second` B.
+
+    It keeps x, x A^T and the weights as they are.
+    """
+    dtype, of_input, input_numel, needs_input = result.dtype, x.dtype, x.numel, x.node is not None
+
+    def copied(tensor: Tensor, to: DType = dtype) -> Tensor:
+        return tensor if tensor.dtype == to else tape.new(tensor.numel, to)
+
+    def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
+        of_second = tape.new(second.numel, dtype)
+        copy = copied(second)
+        of_inner = tape.new(inner_numel, dtype)
+        del copy
+        of_first, of_x = tape.new(first.numel, dtype), None
+        if needs_input:
+            of_x = tape.new(input_numel, dtype)
+            copied(first)
+            of_x = copied(of_x, of_input)
+        del of_inner
+        return gradient.alias(), of_x, copied(of_first, first.dtype), copied(of_second, second.dtype)
+
+    narrow = copied(x)
+    copy = copied(first)
+    inner = tape.new(inner_numel, dtype)
+    del copy
+    copied(second)
+    tape.summed.append((result.numel.times(ITEMSIZE[dtype]), tape.where))
+    kept = [tape.save(tensor) for tensor in (narrow, inner, first, second)]
+    output = result.alias()
+    output.node = tape.node((result, x, first, second), lambda gradient: backward(gradient, [get() for get in kept]))
+    return output
+
+
 def log_softmax(tape: Tape, x: Tensor) -> Tensor:
     """log_softmax of float32 logits: keeps its result."""
     return tape.apply(
@@ -535,10 +571,32 @@ def liger_cross_entropy(tape: Tape, x: Tensor, rows: Size, hidden: int, vocab: i
     return loss
 
 
-def differentiated(tape: Tape, x: Tensor, program: Callable[[Tensor], Tensor], rows: Size) -> Tensor:
-    """The sum of program(part of x), a scalar whose gradient by x is made in the forward pass, part by part."""
+def into_gradient(tape: Tape, logits: Tensor) -> Tensor:
+    """The gradient of the loss by `logits`, which takes their place (training/loss.py): a part at a time is float32."""
+    whole, wide = logits.numel, logits.dtype == "float32"
+
+    def part() -> Tensor:
+        return tape.new(Size(*(-(-4 * coefficient // LOSS_PARTS) for coefficient in whole)), "int8")
+
+    narrow = None if wide else part()
+    chances = part()
+    del narrow, chances
+    for size in (4, 4, ITEMSIZE[logits.dtype]) if wide else (4, 4, 4, ITEMSIZE[logits.dtype]):
+        tape.summed.append((whole.times(size), tape.where))
+    return logits.alias()
+
+
+def differentiated(
+    tape: Tape, x: Tensor, program: Callable[[Tensor], Tensor], rows: Size, gradient_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A loss of the parts of x, a scalar whose gradient by x is made in the forward pass, part by part.
+
+    Args:
+        program: what is computed of a part.
+        gradient_of: the loss's gradient by that.
+    """
     if x.node is None:
-        return program(x.alias(rows))
+        return tape.new(Size(fixed=1), "float32")
     gradient = tape.new(x.numel, x.dtype)
     arrived: list[Tensor] = []
 
@@ -549,7 +607,7 @@ def differentiated(tape: Tape, x: Tensor, program: Callable[[Tensor], Tensor], r
     part = program(x.alias(rows, Node(LEAF_ORDER, (), arrive, tape.where[1:])))
     if part.node is not None:
         phase, where, *_ = tape.where
-        tape.backward_from(part.node, tape.new(Size(fixed=1), "float32"), (phase, f"{where} gradient"))
+        tape.backward_from(part.node, gradient_of(part), (phase, f"{where} gradient"))
     del part
     arrived.clear()
     return tape.apply(

@@ -289,6 +289,7 @@ TEMPORARIES: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = {
     aten.bmm.default: _batched_product,
     aten.scatter.src: _scattered,
     aten.addmm.default: _product,
+    aten.addmm_.default: _product,
     aten.baddbmm.default: _batched_product,
 }
 BY_VALUE: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = {

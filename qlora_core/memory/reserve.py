@@ -46,8 +46,8 @@ class Fragmentation(NamedTuple):
     high: int
 
 
-CHECKPOINTED = Fragmentation(0, 45, 205)
-KEPT = Fragmentation(-25, 5, 65)
+CHECKPOINTED = Fragmentation(0, 55, 225)
+KEPT = Fragmentation(-25, 10, 65)
 """Without gradient checkpointing, where most of what a step allocates stays to the backward pass."""
 
 

@@ -351,10 +351,11 @@ def chunked_loss(tape: Tape, step: Step, held: list[Tensor]) -> Tensor:
     has its backward pass inside the forward pass; a trained one's is checkpointed.
     """
 
-    def program(x: Tensor) -> Tensor:
-        if step.loss == "liger":
-            return op.liger_cross_entropy(tape, x, CHUNK_ROW, step.layer.hidden, step.vocab)
-        return cross_entropy(tape, changed(tape, step, head(tape, step, x, CHUNK_ROW)))
+    def logits(x: Tensor) -> Tensor:
+        return changed(tape, step, head(tape, step, x, CHUNK_ROW))
+
+    def by_kernel(x: Tensor) -> Tensor:
+        return op.liger_cross_entropy(tape, x, CHUNK_ROW, step.layer.hidden, step.vocab)
 
     rows = CHUNK_ROW.times(step.layer.hidden)
     with tape.at("forward", "loss"):
@@ -362,8 +363,10 @@ def chunked_loss(tape: Tape, step: Step, held: list[Tensor]) -> Tensor:
         held.clear()
         with tape.into("logits_and_loss"):
             if step.layer.trained:
-                return tape.checkpoint(program, op.slice_of(tape, hidden, rows))
-            return op.differentiated(tape, hidden, program, rows)
+                return tape.checkpoint(lambda x: cross_entropy(tape, logits(x)), op.slice_of(tape, hidden, rows))
+            if step.loss == "liger":
+                return op.differentiated(tape, hidden, by_kernel, rows, lambda _: tape.new(Size(fixed=1), "float32"))
+            return op.differentiated(tape, hidden, logits, rows, partial(op.into_gradient, tape))
 
 
 def period_gradient_bytes(step: Step) -> int:

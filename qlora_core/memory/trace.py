@@ -41,7 +41,10 @@ from qlora_core.memory.replay import LOADED, Event, loaded_by_threads, replay
 from qlora_core.memory.residents import residents
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
-from qlora_core.training.loss import SummedLoss, leave_casts_to_autocast
+from qlora_core.training import attention as own_attention
+from qlora_core.training.attention import attend_on_a_cpu
+from qlora_core.training.lora import adapt_under_autocast
+from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import TORCH_DTYPES, trainable
 from qlora_core.training.optimizer import build_optimizer
 
@@ -175,6 +178,9 @@ def on_meta(recipe: Recipe, strategy: Strategy, device: Device) -> Iterator[list
         (bnb_functional, "is_on_gpu", lambda *_: True),
         (moe, "_can_use_grouped_mm", lambda *_: device.has_grouped_products),
     ]
+    if device.kind == "cpu":
+        attend_on_a_cpu()
+        replaced.append((own_attention, "DEVICES", ("meta",)))
     if "dynamic" not in bnb_functional.name2qmap:
         # made on meta, bitsandbytes' 8-bit map would have no values to check itself with
         bnb_functional.name2qmap["dynamic"] = bnb_functional.create_dynamic_map()
@@ -208,7 +214,7 @@ class Run:
         self.loss_of = SummedLoss(model, strategy.loss)
         self.casts = recipe.narrows(device.compute_dtype)
         if self.casts and not device.plain_autocast:
-            leave_casts_to_autocast(model)
+            adapt_under_autocast(model)
         self.parameters = trainable(model)
         self.optimizer = build_optimizer(self.parameters, recipe, strategy)
         for group in self.optimizer.param_groups:

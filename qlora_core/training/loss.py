@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from clusters.errors import not_installed
-from qlora_core.strategy import LOSS_CHUNK_TOKENS, Loss
+from qlora_core.strategy import LOSS_CHUNK_TOKENS, LOSS_PARTS, Loss
 from qlora_core.training.examples import IGNORED
+from qlora_core.training.lora import adapt_under_autocast
 
 
 class SummedLoss(nn.Module):
@@ -42,7 +43,7 @@ class SummedLoss(nn.Module):
         self.narrow = narrow
         self.fused = liger_cross_entropy() if kind == "liger" else None
         if narrow is not None:
-            leave_casts_to_autocast(model)
+            adapt_under_autocast(model)
 
     def forward(
         self,
@@ -97,18 +98,6 @@ class SummedLoss(nn.Module):
         return chunked_cross_entropy(head, hidden_NH, labels_BS[learned_BS], change, self.fused)
 
 
-def leave_casts_to_autocast(model: nn.Module) -> None:
-    """Have adapters take their inputs as they come, for a model that runs under autocast only.
-
-    peft gives an input the dtype of the adapter's weights, float32, and autocast makes it narrow again: two copies for
-    nothing, of which the second stays for the backward pass. Only a quantized layer leaves it where autocast is on, and
-    asks for CUDA's (peft 0.21.2, tuners/lora/bnb.py and layer.py).
-    """
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False
-
-
 class LogitChange(NamedTuple):
     """What a model makes of its output head's product, in the order in which the models' forward passes do.
 
@@ -138,9 +127,9 @@ class LogitChange(NamedTuple):
 
     def __call__(self, logits_NV: torch.Tensor) -> torch.Tensor:
         """The logits that the loss is taken of."""
-        if self.factor is not None:
+        if self.factor not in (None, 1):
             logits_NV = logits_NV * self.factor
-        if self.divisor is not None:
+        if self.divisor not in (None, 1):
             logits_NV = logits_NV / self.divisor
         if self.cap is not None:
             logits_NV = torch.tanh(logits_NV / self.cap) * self.cap
@@ -195,6 +184,7 @@ def chunked_cross_entropy(
     are made once. A head that is trained has its logits made again in the backward pass.
 
     Args:
+        labels_N: none is `IGNORED`.
         fused: computes a chunk's in place of torch's operators.
 
     Raises:
@@ -203,13 +193,15 @@ def chunked_cross_entropy(
     if fused is not None and not change.is_none:
         raise ValueError(f"the fused loss is of a head's own logits, and here they become {change}")
 
+    def logits(hidden_CH: torch.Tensor) -> torch.Tensor:
+        return change(head(hidden_CH))
+
     def of_chunk(hidden_CH: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
-        if fused is not None:
-            return fused(head, hidden_CH, labels_C)
-        return summed_cross_entropy(change(head(hidden_CH)), labels_C)
+        return summed_cross_entropy(logits(hidden_CH), labels_C)
 
     if not any(parameter.requires_grad for parameter in head.parameters()):
-        return cast(torch.Tensor, FrozenHeadLoss.apply(hidden_NH, labels_N, of_chunk))  # type: ignore[no-untyped-call]
+        by_kernel = None if fused is None else partial(fused, head)
+        return cast(torch.Tensor, FrozenHeadLoss.apply(hidden_NH, labels_N, logits, by_kernel))  # type: ignore[no-untyped-call]
     total = hidden_NH.new_zeros((), dtype=torch.float32)
     for hidden_CH, labels_C in chunks(hidden_NH, labels_N):
         total = total + cast(
@@ -226,7 +218,8 @@ def chunks(hidden_NH: torch.Tensor, labels_N: torch.Tensor) -> Iterator[tuple[to
 class FrozenHeadLoss(torch.autograd.Function):
     """The sum of a loss over chunks, differentiated by the hidden states alone, in the forward pass.
 
-    The idea is Liger's (fused_linear_cross_entropy.py): what is kept is one gradient as large as the hidden states.
+    The idea is Liger's (fused_linear_cross_entropy.py): what is kept is one gradient as large as the hidden states, and
+    the gradient by the logits takes their place.
     """
 
     @staticmethod
@@ -234,30 +227,61 @@ class FrozenHeadLoss(torch.autograd.Function):
         ctx: Any,
         hidden_NH: torch.Tensor,
         labels_N: torch.Tensor,
-        of_chunk: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        head: Callable[[torch.Tensor], torch.Tensor],
+        fused: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
     ) -> torch.Tensor:
-        """The loss, float32, shape []."""
+        """The loss, float32, shape [].
+
+        Args:
+            head: gives the logits of hidden states.
+            fused: gives the loss in place of that.
+        """
         total = hidden_NH.new_zeros((), dtype=torch.float32)
         if not ctx.needs_input_grad[0]:
-            return total + sum(of_chunk(*chunk) for chunk in chunks(hidden_NH, labels_N))
+            for hidden_CH, labels_C in chunks(hidden_NH, labels_N):
+                total += fused(hidden_CH, labels_C) if fused else by_parts(head(hidden_CH), labels_C, False)
+            return total
         gradient_NH = torch.empty_like(hidden_NH)
         parts = torch.split(gradient_NH, LOSS_CHUNK_TOKENS)
         for (hidden_CH, labels_C), part_CH in zip(chunks(hidden_NH, labels_N), parts, strict=True):
             with torch.enable_grad():
                 leaf_CH = hidden_CH.detach().requires_grad_()
-                loss = of_chunk(leaf_CH, labels_C)
-                part_CH.copy_(torch.autograd.grad(loss, leaf_CH)[0])
-            total += loss.detach()
-            del loss
+                result = fused(leaf_CH, labels_C) if fused else head(leaf_CH)
+            loss, of_result = result.detach(), None
+            if not fused:  # what is computed last is a product, with a number or a matrix, which keeps nothing of it
+                of_result = loss
+                loss = by_parts(of_result, labels_C, into_gradient=True)
+            part_CH.copy_(torch.autograd.grad(result, leaf_CH, of_result)[0])
+            total += loss
+            del result, of_result
         ctx.save_for_backward(gradient_NH)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *of_loss: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *of_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         """The gradient by the hidden states."""
         (gradient_NH,) = ctx.saved_tensors
         # a scalar of float32 leaves the gradient's dtype as it is; rounded to 16 bits, it would scale all of it wrongly
-        return gradient_NH * of_loss[0], None, None
+        return gradient_NH * of_loss[0], None, None, None
+
+
+def by_parts(logits_CV: torch.Tensor, labels_C: torch.Tensor, into_gradient: bool) -> torch.Tensor:
+    """The summed cross-entropy, float32, shape []; a part of the logits at a time is float32.
+
+    Args:
+        into_gradient: put the gradient by the logits in their place.
+    """
+    total = logits_CV.new_zeros((), dtype=torch.float32)
+    rows = -(-len(labels_C) // LOSS_PARTS) or 1
+    for logits, labels in zip(torch.split(logits_CV, rows), torch.split(labels_C, rows), strict=True):
+        chances = F.log_softmax(logits.float(), -1)
+        places = labels[:, None]
+        total -= chances.gather(-1, places).sum()
+        if into_gradient:
+            chances.exp_().scatter_add_(-1, places, chances.new_full(places.shape, -1.0))
+            logits.copy_(chances)
+        del chances  # or it would lie beside the next
+    return total
 
 
 def summed_cross_entropy(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from qlora_core.huggingface.modules import modules_of, tower_expression
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.targets import for_peft
+from qlora_core.training.attention import attend_on_a_cpu
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -91,6 +92,7 @@ def frozen(base: Any, strategy: Strategy) -> nn.Module:
     base.requires_grad_(False)
     base.config.use_cache = False
     keep_weights_trainable_through(base)
+    attend_on_a_cpu()
     if strategy.gradient_checkpointing:
         # Non-reentrant, because reentrant checkpointing loses the gradient unless its input requires one. But ZeRO-3
         # frees gathered parameters between forward and recomputation, which the non-reentrant variant's metadata check
