@@ -24,9 +24,13 @@ PLACE = Place(ROOT / "docs" / "performance.md", "make profile")
 WORK = ROOT / ".cache" / "bench" / "profile"
 STEPS, FOLLOWED = 12, 6
 """Steps of a run, and how many of them come before the first that is looked at: the storage tracker follows those."""
+PRODUCTS = "matrix products"
 KINDS = (
-    ("attention", ("scaled_dot_product", "flash_attention")),
-    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "mkldnn")),
+    (
+        "attention",  # batched products and a softmax of its own are nothing else's
+        ("scaled_dot_product", "flash_attention", "CausalAttention", "aten::bmm", "aten::baddbmm", "aten::_softmax"),
+    ),
+    (PRODUCTS, ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "mkldnn")),
     ("dequantization", ("bitsandbytes::dequantize", "bitsandbytes::quantize")),
     ("optimizer", ("optimizer", "foreach", "fused_adam")),
     ("loss", ("softmax", "logsumexp", "nll", "cross_entropy", "gather", "scatter")),
@@ -73,8 +77,9 @@ def profiled(specification: Path) -> dict[str, Any]:
     for average in found.key_averages():
         if average.key.startswith("ProfilerStep"):
             continue
-        spent[kind_of(average.key)] += average.self_cpu_time_total / 1e6 / active
-        operations += average.flops
+        kind = kind_of(average.key)
+        spent[kind] += average.self_cpu_time_total / 1e6 / active
+        operations += average.flops if kind == PRODUCTS else 0
     dtype = getattr(torch, plan.target.compute_dtype)
     return {
         "seconds": dict(spent),
