@@ -26,8 +26,8 @@ class Device:
         output_held: the model's output stays until the step ends, with the logits and what its graph refers to, as in a
             plain loop over transformers. Our loop and transformers' Trainer let it go.
         plain_autocast: torch.autocast keeps narrow copies of trained weights until it ends, and peft widens inputs of
-            adapters that autocast narrows again, as both do unless they are told not to. Our loop tells them
-            (training/loss.py, SummedLoss).
+            adapters that autocast narrows again, and adds what they give out of place, as both do unless they are told
+            not to. Our loop tells them (training/loss.py, SummedLoss; training/lora.py).
         warmed_up: from_pretrained loads straight onto the device, for which transformers asks for all the memory at
             once first (modeling_utils.py, caching_allocator_warmup); not so where a loaded model is moved there.
         keys_expanded: grouped keys and values are spread out to all heads before scaled_dot_product_attention, whose

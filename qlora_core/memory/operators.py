@@ -27,6 +27,11 @@ def cast(tape: Tape, x: Tensor, dtype: DType) -> Tensor:
     return tape.apply((x,), x.numel, dtype, lambda gradient, saved: (tape.new(gradient.numel, narrow),))
 
 
+def copied(tape: Tape, x: Tensor, dtype: DType | None) -> Tensor:
+    """x.to(dtype) where no gradient leads back: `x` itself where it has the dtype, or none is asked for."""
+    return x if dtype in (None, x.dtype) else tape.new(x.numel, dtype)
+
+
 def narrowed(tape: Tape, x: Tensor, dtype: DType | None) -> Tensor:
     """What autocast makes of an input in front of a matrix product; `dtype` is None where it is off.
 
@@ -68,7 +73,7 @@ def multiply_constant(tape: Tape, x: Tensor, constant: Tensor) -> Tensor:
 
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
         wide = tape.new(gradient.numel, gradient.dtype)
-        return (wide if dtype == wide.dtype else tape.new(wide.numel, dtype), None)
+        return copied(tape, wide, dtype), None
 
     return tape.apply((x, constant), x.numel, promoted(x, constant), backward, saves=(constant,))
 
@@ -83,10 +88,7 @@ def multiply(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
         of_b = tape.new(gradient.numel, gradient.dtype)
         if shrunk:
             of_b = tape.new(column, gradient.dtype)
-        return tuple(
-            of if of.dtype == dtype else tape.new(of.numel, dtype)
-            for of, dtype in zip((of_a, of_b), dtypes, strict=True)
-        )
+        return tuple(copied(tape, of, dtype) for of, dtype in zip((of_a, of_b), dtypes, strict=True))
 
     return tape.apply((a, b), a.numel, promoted(a, b), backward, saves=(a, b))
 
@@ -247,27 +249,24 @@ def divided_linear(
     needs_input, trained = x.node is not None, weight.node is not None
     of_inputs = x.dtype, weight.dtype
 
-    def copied(tensor: Tensor, dtype: DType | None) -> Tensor:
-        return tensor if dtype in (None, tensor.dtype) else tape.new(tensor.numel, dtype)
-
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
         kept_x, kept_weight = saved
         of_x = of_weight = weight_copy = None
         if needs_input:
-            weight_copy = copied(kept_weight, narrow)
+            weight_copy = copied(tape, kept_weight, narrow)
             of_x = tape.new_view(rows.times(into), gradient.dtype)  # as in `matmul_weight`
         if trained:
-            x_copy = copied(kept_x, narrow)
+            x_copy = copied(tape, kept_x, narrow)
             of_weight = tape.new(Size(into * out), gradient.dtype)
             del x_copy
         del weight_copy
         if of_x is not None:
-            of_x = copied(of_x, of_inputs[0])
+            of_x = copied(tape, of_x, of_inputs[0])
         if of_weight is not None:
-            of_weight = copied(of_weight, of_inputs[1])
+            of_weight = copied(tape, of_weight, of_inputs[1])
         return of_x, of_weight
 
-    copies = copied(x, narrow), copied(weight, narrow)
+    copies = copied(tape, x, narrow), copied(tape, weight, narrow)
     output = tape.apply((x, weight), rows.times(out), copies[0].dtype, backward, (x, weight))
     del copies
     return output
@@ -282,7 +281,7 @@ def multiply_weight(tape: Tape, x: Tensor, weight: Tensor) -> Tensor:
         of_x = tape.new(gradient.numel, gradient.dtype)
         if of_weight is not None:
             of_weight = tape.new(per_weight, gradient.dtype)
-        return (of_x if of_x.dtype == dtype else tape.new(of_x.numel, dtype), of_weight)
+        return copied(tape, of_x, dtype), of_weight
 
     saves = (weight, x) if trained else (weight,)
     return tape.apply((x, weight), x.numel, promoted(x, weight), backward, saves)
@@ -513,27 +512,24 @@ def added_in_place(tape: Tape, result: Tensor, x: Tensor, first: Tensor, second:
     """
     dtype, of_input, input_numel, needs_input = result.dtype, x.dtype, x.numel, x.node is not None
 
-    def copied(tensor: Tensor, to: DType = dtype) -> Tensor:
-        return tensor if tensor.dtype == to else tape.new(tensor.numel, to)
-
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
         of_second = tape.new(second.numel, dtype)
-        copy = copied(second)
+        copy = copied(tape, second, dtype)
         of_inner = tape.new(inner_numel, dtype)
         del copy
         of_first, of_x = tape.new(first.numel, dtype), None
         if needs_input:
             of_x = tape.new(input_numel, dtype)
-            copied(first)
-            of_x = copied(of_x, of_input)
+            copied(tape, first, dtype)
+            of_x = copied(tape, of_x, of_input)
         del of_inner
-        return gradient.alias(), of_x, copied(of_first, first.dtype), copied(of_second, second.dtype)
+        return gradient.alias(), of_x, copied(tape, of_first, first.dtype), copied(tape, of_second, second.dtype)
 
-    narrow = copied(x)
-    copy = copied(first)
+    narrow = copied(tape, x, dtype)
+    copy = copied(tape, first, dtype)
     inner = tape.new(inner_numel, dtype)
     del copy
-    copied(second)
+    copied(tape, second, dtype)
     tape.summed.append((result.numel.times(ITEMSIZE[dtype]), tape.where))
     kept = [tape.save(tensor) for tensor in (narrow, inner, first, second)]
     output = result.alias()

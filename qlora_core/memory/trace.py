@@ -42,7 +42,6 @@ from qlora_core.memory.residents import residents
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training import attention as own_attention
-from qlora_core.training.attention import attend_on_a_cpu
 from qlora_core.training.lora import adapt_under_autocast
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import TORCH_DTYPES, trainable
@@ -179,7 +178,7 @@ def on_meta(recipe: Recipe, strategy: Strategy, device: Device) -> Iterator[list
         (moe, "_can_use_grouped_mm", lambda *_: device.has_grouped_products),
     ]
     if device.kind == "cpu":
-        attend_on_a_cpu()
+        own_attention.attend_on_a_cpu()
         replaced.append((own_attention, "DEVICES", ("meta",)))
     if "dynamic" not in bnb_functional.name2qmap:
         # made on meta, bitsandbytes' 8-bit map would have no values to check itself with

@@ -76,7 +76,7 @@ class CausalAttention(torch.autograd.Function):
     Scores are rounded to 16 bits, as those of eager attention are; sums are not. On the way back they are made again.
     A head's mean key is taken from all of its keys first: that changes a query's scores by one number, which the
     softmax does not see, and keys that have much in common, a bias above all, would make scores large and their
-    rounding coarse (SageAttention, Zhang et al. 2024, section 4.2).
+    rounding coarse (as SageAttention does, Zhang et al. 2024).
     """
 
     @staticmethod
@@ -84,12 +84,12 @@ class CausalAttention(torch.autograd.Function):
         """[B, H, S, D], [B, K, S, D], [B, K, S, D] -> [B, H, S, D], laid out as [B, S, H, D]."""
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
-        heads = Heads(query, key)
-        output = heads.empty(query.shape[1], query.dtype)
-        query_RD, key_SD, value_SD = heads.folded(query), heads.centred(key), heads.flat(value)
-        for rows, before, own in heads.blocks():
-            chances = heads.chances(query_RD[:, rows], key_SD[:, before], own, scale)
-            heads.put(output, own, torch.bmm(chances, value_SD[:, before]))
+        blocks = Blocks(query, key)
+        output = blocks.empty(query.shape[1], query.dtype)
+        query_RD, key_SD, value_SD = blocks.folded(query), blocks.centred(key), blocks.flat(value)
+        for rows, before, own in blocks.each():
+            chances = blocks.chances(query_RD[:, rows], key_SD[:, before], own, scale)
+            blocks.put(output, own, torch.bmm(chances, value_SD[:, before]))
             del chances
         return output
 
@@ -97,21 +97,21 @@ class CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         """The gradients of query, key and value, laid out as [B, S, heads, D]."""
         query, key, value = ctx.saved_tensors
-        heads = Heads(query, key)
-        of_query = heads.empty(query.shape[1], query.dtype)
-        query_RD, gradient_RD = heads.folded(query), heads.folded(gradient)
-        key_SD, value_SD = heads.centred(key), heads.flat(value)
+        blocks = Blocks(query, key)
+        of_query = blocks.empty(query.shape[1], query.dtype)
+        query_RD, gradient_RD = blocks.folded(query), blocks.folded(gradient)
+        key_SD, value_SD = blocks.centred(key), blocks.flat(value)
         of_key, of_value = (torch.zeros_like(key_SD, dtype=torch.float32) for _ in range(2))
-        for rows, before, own in heads.blocks():
-            chances = heads.chances(query_RD[:, rows], key_SD[:, before], own, ctx.scale)
+        for rows, before, own in blocks.each():
+            chances = blocks.chances(query_RD[:, rows], key_SD[:, before], own, ctx.scale)
             of_value[:, before] += torch.bmm(chances.transpose(1, 2), gradient_RD[:, rows])
             of_chances = torch.bmm(gradient_RD[:, rows], value_SD[:, before].transpose(1, 2))
             of_scores = torch._softmax_backward_data(of_chances, chances, -1, chances.dtype)
             del chances, of_chances
-            heads.put(of_query, own, scaled_product(of_scores, key_SD[:, before], ctx.scale))
+            blocks.put(of_query, own, scaled_product(of_scores, key_SD[:, before], ctx.scale))
             of_key[:, before] += scaled_product(of_scores.transpose(1, 2), query_RD[:, rows], ctx.scale)
             del of_scores
-        return of_query, heads.unflat(of_key, query.dtype), heads.unflat(of_value, query.dtype), None
+        return of_query, blocks.unflat(of_key, query.dtype), blocks.unflat(of_value, query.dtype), None
 
 
 def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -119,7 +119,7 @@ def scaled_product(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tens
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2]).baddbmm_(a, b, beta=0, alpha=scale)
 
 
-class Heads:
+class Blocks:
     """Heads as batched products want them: a key head's queries are the rows of one matrix, R = S * G of them."""
 
     def __init__(self, query: torch.Tensor, key: torch.Tensor) -> None:
@@ -156,7 +156,7 @@ class Heads:
         """[B*K, S, D] -> [B, K, S, D] of a dtype, laid out as [B, S, K, D]."""
         return self.empty(self.keys, dtype).copy_(x.view(self.batch, self.keys, self.length, self.dim))
 
-    def blocks(self) -> Iterator[tuple[slice, slice, slice]]:
+    def each(self) -> Iterator[tuple[slice, slice, slice]]:
         """Of each block: its rows of R, the keys that they see, and its own places in the sequence."""
         for begin in range(0, self.length, ATTENTION_BLOCK):
             end = min(begin + ATTENTION_BLOCK, self.length)

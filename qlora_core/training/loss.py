@@ -239,7 +239,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         total = hidden_NH.new_zeros((), dtype=torch.float32)
         if not ctx.needs_input_grad[0]:
             for hidden_CH, labels_C in chunks(hidden_NH, labels_N):
-                total += fused(hidden_CH, labels_C) if fused else by_parts(head(hidden_CH), labels_C, False)
+                total += fused(hidden_CH, labels_C) if fused else by_parts(head(hidden_CH), labels_C)
             return total
         gradient_NH = torch.empty_like(hidden_NH)
         parts = torch.split(gradient_NH, LOSS_CHUNK_TOKENS)
@@ -265,15 +265,14 @@ class FrozenHeadLoss(torch.autograd.Function):
         return gradient_NH * of_loss[0], None, None, None
 
 
-def by_parts(logits_CV: torch.Tensor, labels_C: torch.Tensor, into_gradient: bool) -> torch.Tensor:
+def by_parts(logits_CV: torch.Tensor, labels_C: torch.Tensor, *, into_gradient: bool = False) -> torch.Tensor:
     """The summed cross-entropy, float32, shape []; a part of the logits at a time is float32.
 
     Args:
         into_gradient: put the gradient by the logits in their place.
     """
     total = logits_CV.new_zeros((), dtype=torch.float32)
-    rows = -(-len(labels_C) // LOSS_PARTS) or 1
-    for logits, labels in zip(torch.split(logits_CV, rows), torch.split(labels_C, rows), strict=True):
+    for logits, labels in zip(torch.chunk(logits_CV, LOSS_PARTS), torch.chunk(labels_C, LOSS_PARTS), strict=True):
         chances = F.log_softmax(logits.float(), -1)
         places = labels[:, None]
         total -= chances.gather(-1, places).sum()
