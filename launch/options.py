@@ -154,7 +154,7 @@ OPTIONS = (
     click.option(
         "--host-ram", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="A host's memory to fit into."
     ),
-    click.option("--estimator", type=chosen("formula", "trace"), default="formula", show_default=True),
+    click.option("--estimator", type=chosen("formula", "played", "trace"), default="formula", show_default=True),
     click.option(
         "--objective",
         type=chosen(*OBJECTIVES),

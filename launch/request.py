@@ -121,9 +121,10 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
     open_fields = open_of(options, given)
     recipe = attempt(lambda: recipe_of(options, world_size))
     choices = list(place.choices) if place else []
-    if options["estimator"] == "trace" and "zero_stage" in open_fields:
+    if options["estimator"] != "formula" and "zero_stage" in open_fields:
         open_fields -= {"zero_stage"}
-        choices.append(Choice("zero_stage", "0", "the trace does not follow ZeRO; --estimator formula does"))
+        reason = f"--estimator {options['estimator']} does not follow ZeRO; --estimator formula does"
+        choices.append(Choice("zero_stage", "0", reason))
     strategy = strategy_of(options, world_size, open_fields)
     if architecture:
         strategy = attempt(lambda: supported(architecture, strategy, given, choices)) or strategy
@@ -306,6 +307,10 @@ def estimator_named(name: str) -> Estimator:
     """
     if name == "formula":
         return formula.estimate
+    if name == "played":
+        from qlora_core.memory import played  # late: the formula is asked for nearly always
+
+        return played.estimate
     try:
         from qlora_core.quiet import import_bitsandbytes, quiet_libraries
 

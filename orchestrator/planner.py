@@ -204,7 +204,7 @@ def plan_request(
     if strategy.paged_optimizer and targets[shown].device.kind == "cpu":
         strategy = replace(strategy, paged_optimizer=False)
         decided.append(Choice("paged_optimizer", "false", ON_CPU))
-    unsure = doubt(estimates[shown], targets[shown], verdicts[shown])
+    unsure = doubt(estimates[shown], strategy, targets[shown], verdicts[shown])
     return Plan(
         architecture=architecture,
         recipe=recipe,

@@ -84,12 +84,13 @@ def time_of(
     return max(steps, key=lambda step: step.seconds)
 
 
-def doubt(needed: Estimate, target: Target, answer: Verdict) -> str | None:
+def doubt(needed: Estimate, strategy: Strategy, target: Target, answer: Verdict) -> str | None:
     """Whether it hangs on how memory fragments if it fits, as a warning."""
     sure = answer.confidence
     if not 1 - SURE < sure.chance < SURE:
         return None
-    more = "" if needed.estimator == "trace" else ": --estimator trace is more exact"
+    exacter = needed.estimator == "formula" and not strategy.zero_stage
+    more = ": --estimator played is more exact" if exacter else ""
     return (
         f"{target.name} has {target.usable_bytes / GIB:.2f} GiB usable, and the process needs "
         f"{sure.low_bytes / GIB:.2f} to {sure.high_bytes / GIB:.2f}, by how its memory fragments{more}"

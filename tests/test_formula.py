@@ -428,7 +428,9 @@ def test_the_tape_of_any_rank_is_the_tape_of_each(
 ) -> None:
     step = step_of(architecture, asked, strategy, device)
     at_any = recorded(on_tape(step)).of(step)
-    assert recorded(step).of(step) == at_any  # what knows its rank and buffer does not depend on another
+    assert (
+        recorded(step._replace(layers=min(step.layers, 2))).of(step) == at_any
+    )  # what knows its rank and buffer does not depend on another
 
 
 def test_learning_has_no_size() -> None:

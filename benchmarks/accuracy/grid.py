@@ -14,10 +14,11 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from clusters.errors import RequestError
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
 from qlora_core.files import write_json
-from qlora_core.memory import formula
+from qlora_core.memory import formula, played
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import GpuEstimate
 from qlora_core.memory.reserve import Fragmentation
@@ -173,6 +174,22 @@ def fragmentation(checkpointing: bool) -> Fragmentation:
     return Fragmentation(*(round(200 * share) * 5 for share in (low, median(shares), high)))
 
 
+def fragmentation_played() -> Fragmentation:
+    """The same of what is found where a step is played, in shares of that; to the nearest thousandth."""
+    low, *_, high = quantiles(shares := [share for _, share in _played_shares()], n=20, method="inclusive")
+    return Fragmentation(*(round(1000 * share) for share in (low, median(shares), high)))
+
+
+def held_out_played() -> int:
+    """How many of the played lie in the interval that those of the other models give."""
+    inside = 0
+    for model in MODELS:
+        others = [share for name, share in _played_shares() if name != model]
+        low, *_, high = quantiles(others, n=20, method="inclusive")
+        inside += sum(low <= share <= high for name, share in _played_shares() if name == model)
+    return inside
+
+
 def held_out() -> int:
     """How many combinations' reserved memory lies in the interval that those of the other models give."""
     inside = 0
@@ -203,3 +220,24 @@ def _all_shares() -> tuple[tuple[str, bool, float], ...]:
         share = (row["reserved"] - least) / scale
         shares.append((combination.model, combination.strategy.gradient_checkpointing, share))
     return tuple(shares)
+
+
+@cache
+def by_playing() -> tuple[GpuEstimate | None, ...]:
+    """What the formula says of each combination where it plays the step; None where it cannot."""
+    found: list[GpuEstimate | None] = []
+    for each in combinations():
+        try:
+            found.append(played.estimate(each.architecture, each.recipe, each.strategy, each.device).gpu)
+        except RequestError:
+            found.append(None)
+    return tuple(found)
+
+
+@cache
+def _played_shares() -> tuple[tuple[str, float], ...]:
+    return tuple(
+        (combination.model, row["reserved"] / gpu.reserved_bytes - 1)
+        for combination, row, gpu in zip(combinations(), results() or [], by_playing(), strict=True)
+        if gpu is not None
+    )

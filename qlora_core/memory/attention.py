@@ -219,7 +219,8 @@ def eager(
     else:
         weights = op.scale(tape, weights)
     if shape.capped:
-        weights = op.soft_capped(tape, weights)
+        for change in op.SOFT_CAP:
+            weights = change(tape, weights)
     if shape.scores == "biased":
         weights = op.add(tape, weights, Tensor(None, numel, "float32"))
         weights = op.scale(tape, weights)  # filled by the mask, which takes as much
@@ -306,7 +307,8 @@ def math(tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads, *,
     attended = op.batched_matmul(tape, weights, value, query.numel, (False, folded, False))
     narrow = op.cast(tape, attended, dtype)
     unused = op.cast(tape, weights, dtype)
-    del mask, bias, unused, query_acc, key_acc, value_acc, key, value  # locals of that function
+    # locals of that function
+    del mask, bias, unused, query_acc, key_acc, value_acc, query, key, value, weights, attended
     return op.clone(tape, narrow)
 
 

@@ -145,14 +145,17 @@ def trainable_tensors(architecture: ModelArchitecture, recipe: Recipe) -> tuple[
             tensors.append((recipe.rank * linear.out_features, count))
             if recipe.use_dora:
                 tensors.append((linear.out_features, count))
-    tensors += _expert_adapters(architecture, recipe)
+    tensors += expert_adapters(architecture, recipe)
     if not tensors:
         raise ValueError("nothing is trained: the recipe's targets name no linear layer of the model")
     return tuple(tensors)
 
 
-def _expert_adapters(architecture: ModelArchitecture, recipe: Recipe) -> Iterator[tuple[int, int]]:
-    """Adapters of a layer's router and experts: each expert has a rank of its own, gate and up together twice that."""
+def expert_adapters(architecture: ModelArchitecture, recipe: Recipe) -> Iterator[tuple[int, int]]:
+    """Adapters of all layers' routers and experts, as elements of one and how many.
+
+    Each expert has a rank of its own, gate and up together twice that.
+    """
     hidden, inner, experts = architecture.hidden_size, architecture.expert_intermediate_size, architecture.experts
     router, gate_up, down = expert_ranks(architecture, recipe)
     parts = ((router, hidden, experts), (gate_up * experts, hidden, 2 * inner), (down * experts, inner, hidden))
@@ -203,22 +206,26 @@ def optimizer_groups(tensors: Sequence[tuple[int, int]], recipe: Recipe) -> list
     return [tensors[::of_one], [each for index, each in enumerate(tensors) if index % of_one]]
 
 
-def optimizer_state(tensors: Iterable[tuple[int, int]], recipe: Recipe, itemsize: int, paged: bool) -> OptimizerState:
-    """AdamW's state over tensors given as (elements of one, how many).
+def state_tensors(numel: int, recipe: Recipe, itemsize: int, paged: bool) -> tuple[list[int], int]:
+    """Bytes of each tensor of state that AdamW keeps on the device of one trainable tensor, and its managed bytes.
 
     torch's AdamW keeps both moments in the weights' dtype (`itemsize` bytes); bitsandbytes', which is used where the
     state is 8-bit or paged, in float32 or block-wise in 8 bits.
     """
-    resident = managed = 0
     eight = recipe.optimizer == "adamw_8bit"
+    moment, constants = numel * (4 if eight or paged else itemsize), list[int]()
+    if eight and numel >= QUANTIZED_STATE_NUMEL:
+        moment, constants = numel, 2 * [4 * -(-numel // STATE_BLOCK)]
+    if paged and numel >= PAGED_NUMEL:
+        return constants, 2 * moment
+    return [moment, moment, *constants], 0
+
+
+def optimizer_state(tensors: Iterable[tuple[int, int]], recipe: Recipe, itemsize: int, paged: bool) -> OptimizerState:
+    """That of all tensors, given as (elements of one, how many); 8-bit state has code books for all."""
+    resident = managed = 0
     for numel, count in tensors:
-        if eight and numel >= QUANTIZED_STATE_NUMEL:
-            moments, constants = 2 * numel, 8 * -(-numel // STATE_BLOCK)
-        else:
-            moments, constants = 2 * numel * (4 if eight or paged else itemsize), 0
-        if paged and numel >= PAGED_NUMEL:
-            managed += moments * count
-            resident += constants * count
-        else:
-            resident += (moments + constants) * count
-    return OptimizerState(resident + (STATE_CODE_BYTES if eight else 0), managed)
+        kept, moved = state_tensors(numel, recipe, itemsize, paged)
+        resident += sum(kept) * count
+        managed += moved * count
+    return OptimizerState(resident + (STATE_CODE_BYTES if recipe.optimizer == "adamw_8bit" else 0), managed)

@@ -37,7 +37,9 @@ def decoder_layer(tape: Tape, layer: Layer, positions: Positions, hidden: Tensor
         if layer.dropped_residual:
             fed = op.dropout(tape, fed, layer.shape.cuda)
         return op.add(tape, residual, op.add(tape, attended, fed)), weights
-    hidden = norm(tape, layer, attended, ROW) if layer.norms == 4 or layer.family.norms_after else attended
+    hidden = attended
+    if layer.norms == 4 or layer.family.norms_after:
+        hidden = norm(tape, layer, hidden, ROW)
     if not layer.family.holds_attended:
         del attended
     if layer.family.scaled:
@@ -78,7 +80,8 @@ def norm(tape: Tape, layer: Layer, x: Tensor, rows: Size) -> Tensor:
         x = op.multiply(tape, x, op.reciprocal_root(tape, variance))
         if layer.norm == "rms":
             return op.multiply_weight(tape, op.cast(tape, x, dtype), weight)
-        return op.cast(tape, op.multiply_weight(tape, x, weight), dtype)
+        x = op.multiply_weight(tape, x, weight)
+        return op.cast(tape, x, dtype)
 
 
 def layer_norm(tape: Tape, layer: Layer, x: Tensor, rows: Size) -> Tensor:
@@ -237,9 +240,8 @@ def base_linear(tape: Tape, layer: Layer, x: Tensor, projection: Projection, row
     """The frozen (or, with method full, trained) weight's product."""
     into, out = projection.in_features, projection.out_features
     if projection.storage == "4bit":
-        product = op.matmul_4bit(
-            tape, op.cast(tape, x, layer.compute), rows, into, out, projection.blocks if projection.nested else 0
-        )
+        narrow = op.cast(tape, x, layer.compute)
+        product = op.matmul_4bit(tape, narrow, rows, into, out, projection.blocks if projection.nested else 0)
         return op.cast(tape, product, x.dtype)
     if projection.storage == "8bit":
         return op.matmul_8bit(tape, x, rows, into, out, layer.shape.cuda)

@@ -32,7 +32,7 @@ class Device:
             once first (modeling_utils.py, caching_allocator_warmup); not so where a loaded model is moved there.
         keys_expanded: grouped keys and values are spread out to all heads before scaled_dot_product_attention, whose
             mask is just causal: older transformers, and other code than its own.
-        loading_threads: how many threads bring weights while others are quantized: none since transformers 5.17.
+        loading_threads: how many threads bring weights while others are quantized: none since transformers 5.4.
     """
 
     kind: Literal["cuda", "cpu"]

@@ -170,6 +170,11 @@ class Prepared:
             self._of_kind[kind] = Sizes(stays, timeline(step), self._device, strategy, self._layers, trained)
         return self._of_kind[kind]
 
+    @property
+    def chunk(self) -> int:
+        """Tokens that sequences are filled up to a multiple of."""
+        return self._layers.chunk
+
     def step(self, micro_batch: int, seq_len: int) -> Step:
         """The step of these, among others."""
         return self._parts(self._kind(micro_batch, seq_len))[0]

@@ -84,10 +84,10 @@ def multiply(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
     column, dtypes = b.numel, (a.dtype, b.dtype)
 
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
-        of_a = tape.new(gradient.numel, gradient.dtype)
-        of_b = tape.new(gradient.numel, gradient.dtype)
+        of_b = tape.new(gradient.numel, gradient.dtype)  # other, self
         if shrunk:
             of_b = tape.new(column, gradient.dtype)
+        of_a = tape.new(gradient.numel, gradient.dtype)
         return tuple(copied(tape, of, dtype) for of, dtype in zip((of_a, of_b), dtypes, strict=True))
 
     return tape.apply((a, b), a.numel, promoted(a, b), backward, saves=(a, b))
@@ -183,6 +183,10 @@ def tanh(tape: Tape, x: Tensor) -> Tensor:
     )
 
 
+SOFT_CAP = (scale, tanh, scale)
+"""tanh(x / cap) * cap, operator by operator: each input is let go of when the next has its result."""
+
+
 def bloom_gelu(tape: Tape, x: Tensor) -> Tensor:
     """The same as a function of its own, which keeps its input only (models/bloom/modeling_bloom.py, GeLUFunction)."""
 
@@ -201,11 +205,18 @@ def bloom_gelu(tape: Tape, x: Tensor) -> Tensor:
 
 
 def dropout(tape: Tape, x: Tensor, on_cuda: bool) -> Tensor:
-    """Training dropout: a byte mask on CUDA (native_dropout), noise in x's dtype on a CPU."""
-    mask = tape.new(x.numel, "bool" if on_cuda else x.dtype)
-    return tape.apply(
-        (x,), x.numel, x.dtype, lambda gradient, saved: (tape.new(gradient.numel, gradient.dtype),), (mask,)
-    )
+    """Training dropout: a byte mask on CUDA (native_dropout), noise in x's dtype on a CPU, where it comes first."""
+
+    def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
+        return (tape.new(gradient.numel, gradient.dtype),)
+
+    if not on_cuda:
+        return tape.apply((x,), x.numel, x.dtype, backward, (tape.new(x.numel, x.dtype),))
+    output, mask = tape.new(x.numel, x.dtype), tape.new(x.numel, "bool")
+    if x.node is not None:
+        kept = tape.save(mask)
+        output.node = tape.node((x,), lambda gradient: backward(gradient, [kept()]))
+    return output
 
 
 def matmul_weight(tape: Tape, x: Tensor, weight: Tensor, rows: Size, in_features: int, out_features: int) -> Tensor:
@@ -404,13 +415,6 @@ def softmax(tape: Tape, x: Tensor, cuda: bool, result: DType = "float32") -> Ten
     return tape.apply((x,), x.numel, result, backward, saves_output=True)
 
 
-def soft_capped(tape: Tape, x: Tensor) -> Tensor:
-    """tanh(x / cap) * cap."""
-    x = scale(tape, x)
-    x = tanh(tape, x)
-    return scale(tape, x)
-
-
 def safe_softmax(tape: Tape, x: Tensor, cuda: bool) -> Tensor:
     """aten::_safe_softmax of float32 scores: softmax, then zeros for rows that are masked throughout.
 
@@ -439,7 +443,8 @@ def batched_matmul(tape: Tape, a: Tensor, b: Tensor, numel: Size, copies: tuple[
 
     def backward(gradient: Tensor, saved: Sequence[Tensor]) -> Gradients:
         folded = tape.new(gradient.numel, gradient.dtype) if copies[2] else gradient
-        return tuple(tape.new(size, folded.dtype) for size in sizes)
+        of_b = tape.new(sizes[1], folded.dtype)  # autograd's generated code takes inputs by their names: mat2, self
+        return tape.new(sizes[0], folded.dtype), of_b
 
     return tape.apply((a, b), numel, a.dtype, backward, (a, b))
 

@@ -40,6 +40,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         room: the component that new storages count for.
         where: what is at work, for `Allocated.where`.
         workspaces: bytes that the first matrix product of the forward and of the backward thread still has to ask for.
+        composes_attention: scaled_dot_product_attention is made of other operators.
     """
 
     def __init__(self, vocab: int, cuda: bool) -> None:
@@ -49,6 +50,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         self.room = "activations"
         self.where = ""
         self.workspaces: dict[str, int] = {}
+        self.composes_attention = False
         self._live: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._number = 0
 
@@ -259,15 +261,18 @@ def _product(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return result
 
 
-def _gradient_sum(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
+def _sum(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     """A sum of gradients: in place where nothing else refers to the first (torch/csrc/autograd/input_buffer.cpp).
 
-    While a dispatch mode is on, autograd takes all tensors for subclasses and never sums in place; without one it does.
-    What recomputation adds is told apart by the gradient mode, which is off while gradients are computed.
+    So is composed attention's of scores and mask (aten/src/ATen/native/transformers/attention.cpp). While a dispatch
+    mode is on, torch takes all tensors for subclasses and never sums in place; without one it does. What recomputation
+    adds is told apart by the gradient mode, which is off while gradients are computed.
     """
+    total, more = args[:2]
+    if recorder.composes_attention and _is_mask(more, total):
+        return total
     if torch._C._current_graph_task_id() < 0 or torch.is_grad_enabled():
         return recorder.run(func, args, kwargs)
-    total, more = args[:2]
     if not isinstance(more, torch.Tensor) or more.dtype != total.dtype or total._use_count() > SOLE_TENSOR:
         return recorder.run(func, args, kwargs)
     storage = total.untyped_storage()
@@ -276,12 +281,22 @@ def _gradient_sum(recorder: Recorder, func: Any, args: Any, kwargs: Any) -> Any:
     return total
 
 
+def _is_mask(mask: Any, scores: torch.Tensor) -> bool:
+    """Whether `mask` is one of scores [B, h, S, S], for all heads the same."""
+    return (
+        isinstance(mask, torch.Tensor)
+        and scores.dim() == 4
+        and mask.shape[-2:] == scores.shape[-2:]
+        and mask.numel() < scores.numel()
+    )
+
+
 SOLE_TENSOR, SOLE_STORAGE = 4, 2
 """References to a tensor that autograd alone holds, as seen from here: this call's own are among them."""
 IN_PLACE = (aten.index_put_.default, aten._index_put_impl_.default)
 TEMPORARIES: dict[Any, Callable[[Recorder, Any, Any, Any], Any]] = {
     aten._softmax_backward_data.default: _softmax_backward,
-    aten.add.Tensor: _gradient_sum,
+    aten.add.Tensor: _sum,
     aten._safe_softmax.default: _safe_softmax,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 from qlora_core.memory.allocator import AllocatorSettings, Block, CachingAllocator
+from qlora_core.memory.arrivals import arrivals
 from qlora_core.memory.estimate import Phase
 
 
@@ -147,12 +148,10 @@ def rooms(events: Iterable[Event]) -> dict[str, int]:
     return dict(sizes)
 
 
-def loaded_by_threads(events: Sequence[Event], ahead: int) -> list[Event]:
-    """`events` with the next `ahead` weights on the device whenever one is quantized or put in its place.
+def loaded_by_threads(events: Sequence[Event], threads: int, draw: int) -> list[Event]:
+    """`events` in an order in which so many threads may bring weights while each is put in its place (`arrivals`).
 
-    A weight's first event after its mark is its arrival. Threads bring the next ones meanwhile, one each, as
-    transformers 5.0 to 5.16 loaded what it quantized (core_model_loading.py, GLOBAL_WORKERS); how far they run ahead
-    differs from run to run, and this is the least of it.
+    A weight's first event after its mark is its arrival.
     """
     before: list[Event] = []
     weights: list[list[Event]] = []
@@ -167,8 +166,7 @@ def loaded_by_threads(events: Sequence[Event], ahead: int) -> list[Event]:
         else:
             part.append(event)
     order = before
-    for index, weight in enumerate(weights):
-        arriving = weights[: ahead + 1] if index == 0 else weights[index + ahead : index + ahead + 1]
-        order += [each[0] for each in arriving]
-        order += weight[1:]
+    sizes = [cast(Allocated, weight[0]).size for weight in weights]
+    for number, comes in arrivals(sizes, threads, draw):
+        order += weights[number][:1] if comes else weights[number][1:]
     return order + after

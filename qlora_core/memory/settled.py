@@ -7,13 +7,14 @@ the rest to go on alike.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
-from qlora_core.memory.allocator import CachingAllocator
+from qlora_core.memory.allocator import Block, CachingAllocator
+from qlora_core.memory.arrivals import arrivals
 from qlora_core.memory.device import Device
 from qlora_core.recipe import DTYPE_BYTES, Quantization, Recipe, Upcast
 
@@ -43,6 +44,7 @@ class Loading(NamedTuple):
         item: bytes of an element that is not quantized.
         quantization, double_quantization, block_size, upcast: as in a Recipe.
         warmed_up, emptied_after_load: as in a Device.
+        threads, draw: as in `arrivals`.
     """
 
     item: int
@@ -52,6 +54,8 @@ class Loading(NamedTuple):
     upcast: Upcast
     warmed_up: bool
     emptied_after_load: bool
+    threads: int = 0
+    draw: int = 0
 
 
 class Weight(NamedTuple):
@@ -71,6 +75,21 @@ class Loaded(NamedTuple):
 
 def settled(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> Settled:
     """The weights of `architecture` after loading; `recipe` of any length."""
+    return _settled(architecture, *_loading(architecture, recipe, device))
+
+
+def loaded(architecture: ModelArchitecture, recipe: Recipe, device: Device, draw: int) -> CachingAllocator:
+    """The allocator when all layers are loaded, adapters included: for requests only."""
+    loading, adapters = _loading(architecture, recipe, device)
+    loading = loading._replace(threads=device.loading_threads, draw=draw)
+    memory = _base(architecture, loading, architecture.periods).memory.fork()
+    for size in adapters * architecture.periods:
+        memory.allocate(size)
+    return memory
+
+
+def _loading(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> tuple[Loading, tuple[int, ...]]:
+    """What loading depends on, and the bytes of one period's adapters; a layer, here, is a period."""
     loading = Loading(
         DTYPE_BYTES[device.compute_dtype],
         recipe.quantization,
@@ -86,12 +105,13 @@ def settled(architecture: ModelArchitecture, recipe: Recipe, device: Device) -> 
         if exact.is_target(linear, recipe):
             of_one = (recipe.rank * linear.in_features * item, recipe.rank * linear.out_features * item)
             adapters += (of_one + (linear.out_features * item,) * recipe.use_dora) * linear.count
-    return _settled(architecture, loading, tuple(adapters))
+    for numel, count in exact.expert_adapters(architecture, recipe):
+        adapters += [numel * item] * (count // architecture.periods)
+    return loading, tuple(adapters)
 
 
 @lru_cache(maxsize=256)
 def _settled(architecture: ModelArchitecture, loading: Loading, adapters: tuple[int, ...]) -> Settled:
-    """With the bytes of one period's adapters; a layer, here, is a period."""
     layers = architecture.periods
     if layers <= PLAYED_LAYERS:
         return _with_adapters(_base(architecture, loading, layers), adapters * layers)
@@ -145,7 +165,6 @@ def _base(architecture: ModelArchitecture, loading: Loading, layers: int) -> Loa
     tower = architecture.tower
     beside = [weight_of(linear, loading) for linear in tower.linears for _ in range(linear.count)] if tower else []
     per_byte = 1 if loading.quantization == "int8" else 2
-    requested = 0
     if loading.warmed_up:
         # transformers asks for that of each quantized element, whatever it comes in (quantized_element_size)
         in_linears = sum(
@@ -153,47 +172,35 @@ def _base(architecture: ModelArchitecture, loading: Loading, layers: int) -> Loa
             for weight in (*of_layer * layers, *beside)
         )
         memory.release(memory.allocate(max(sum(plain) + in_linears, 1)))
-    held = []
-
-    def keep(size: int) -> None:
-        nonlocal requested
-        requested += size
-        held.append((memory.allocate(size), size))
-
-    def keep_all(weights: Iterable[Weight]) -> None:
-        for numel, bias, constants in weights:
-            if bias:
-                keep(bias)
-            if not constants:
-                keep(numel * item)
-                continue
-            value = memory.allocate(numel * item)
-            keep(-(-numel // per_byte))
-            if loading.double_quantization:
-                blocks = 4 * exact.absmax_count(numel, loading.block_size)
-                absmax, shifted = memory.allocate(blocks), memory.allocate(blocks)
-                for size in constants:
-                    keep(size)
-                memory.release(shifted)
-                memory.release(absmax)
-            else:
-                for size in constants:
-                    keep(size)
-            memory.release(value)
-
     before, norms, after, idle = plain[:-3], *plain[-3:]
-    for size in before:
-        if size:
-            keep(size)
+    arriving: list[tuple[int, Weight | None]] = [(size, None) for size in before]
     for _ in range(layers):
-        keep_all(of_layer)
-        if norms:
-            keep(norms)
-    if after:
-        keep(after)
-    keep_all(beside)
-    if idle:
-        keep(idle)
+        arriving += [*_arriving(of_layer, item), (norms, None)]
+    arriving += [(after, None), *_arriving(beside, item), (idle, None)]
+    arriving = [each for each in arriving if each[0]]
+    held: list[tuple[Block, int]] = []
+    come: dict[int, Block] = {}
+    sizes = [size for size, _ in arriving]
+    for number, comes in arrivals(sizes, loading.threads, loading.draw):
+        size, weight = arriving[number]
+        if comes:
+            come[number] = memory.allocate(size)
+            continue
+        value = come.pop(number)
+        if weight is None:
+            held.append((value, size))
+            continue
+        packed = -(-weight.numel // per_byte)
+        held.append((memory.allocate(packed), packed))
+        passing = []
+        if loading.double_quantization:
+            blocks = 4 * exact.absmax_count(weight.numel, loading.block_size)
+            passing = [memory.allocate(blocks), memory.allocate(blocks)]  # absmax, and less its mean
+        held += [(memory.allocate(each), each) for each in weight.constants]
+        for block in reversed(passing):
+            memory.release(block)
+        memory.release(value)
+    requested = sum(size for _, size in held)
     if loading.upcast == "peft" and item == 2:
         for index, (block, size) in enumerate(held):
             if size in plain or loading.quantization == "none":
@@ -203,6 +210,14 @@ def _base(architecture: ModelArchitecture, loading: Loading, layers: int) -> Loa
     if loading.emptied_after_load:
         memory.empty_cache()
     return Loaded(memory, requested)
+
+
+def _arriving(weights: Iterable[Weight], item: int) -> Iterator[tuple[int, Weight | None]]:
+    """The bytes of each tensor as it comes, and the weight where it is quantized then."""
+    for weight in weights:
+        if weight.bias:
+            yield weight.bias, None
+        yield weight.numel * item, weight if weight.constants else None
 
 
 def _unquantized(architecture: ModelArchitecture, item: int) -> list[int]:

@@ -73,7 +73,7 @@ class Sizes:
 
     def allocated_bytes(self, micro_batch: int, seq_len: int) -> int:
         """What a rank needs at least, however well its tensors are placed."""
-        variables = _variables(micro_batch, seq_len, self._layers.chunk)
+        variables = variables_of(micro_batch, seq_len, self._layers.chunk)
         slack = self._slack(variables)
         most = [_most(totals, variables) + self._part(slack, keeping) for keeping, totals in self._in_passes.items()]
         return max(*most, value(self._optimizer, variables))
@@ -87,11 +87,13 @@ class Sizes:
             return 0
         labels = micro_batch * (seq_len - 1)  # no sample's first token is one
         last_chunk = labels % LOSS_CHUNK_TOKENS if self._chunks_again and labels > LOSS_CHUNK_TOKENS else 0
-        return self._stays.segments + self._growth.at(_variables(micro_batch, seq_len, self._layers.chunk), last_chunk)
+        return self._stays.segments + self._growth.at(
+            variables_of(micro_batch, seq_len, self._layers.chunk), last_chunk
+        )
 
     def estimate(self, micro_batch: int, seq_len: int, context_bytes: int, ranks: int) -> Estimate:
         """All that `formula.estimate` says, of so many ranks on a host."""
-        stays, variables = self._stays, _variables(micro_batch, seq_len, self._layers.chunk)
+        stays, variables = self._stays, variables_of(micro_batch, seq_len, self._layers.chunk)
         slack = self._slack(variables)
         totals: dict[Phase, int] = {}
         moments: dict[Phase, Candidate] = {}
@@ -124,11 +126,11 @@ class Sizes:
     def optimizer_step(self, micro_batch: int, seq_len: int) -> Components:
         """What is there while the optimizer works."""
         (candidate,) = self._candidates["optimizer"]
-        return self._components("optimizer", candidate, _variables(micro_batch, seq_len, self._layers.chunk), 0)
+        return self._components("optimizer", candidate, variables_of(micro_batch, seq_len, self._layers.chunk), 0)
 
     def highest(self, phase: Phase, candidates: Sequence[Candidate], micro_batch: int, seq_len: int) -> Components:
         """What is there at the highest of some moments of a pass."""
-        variables = _variables(micro_batch, seq_len, self._layers.chunk)
+        variables = variables_of(micro_batch, seq_len, self._layers.chunk)
         slack = self._slack(variables)
         return self._components(phase, self._highest(candidates, variables, slack)[0], variables, slack)
 
@@ -186,7 +188,7 @@ class Least:
 
     def bytes(self, micro_batch: int, seq_len: int) -> int:
         """In either pass."""
-        return _most(self._in_passes, _variables(micro_batch, seq_len, self._layers.chunk))
+        return _most(self._in_passes, variables_of(micro_batch, seq_len, self._layers.chunk))
 
 
 def _in_passes(times: Timeline, resident: Mapping[Phase, int], *, apart: bool) -> dict[int, list[Total]]:
@@ -238,7 +240,7 @@ def in_words(phase: Phase, where: Where, layers: Repeated) -> str:
     return f"{phase} of {name}, while its {inner[-1]} is {verb}"
 
 
-def _variables(micro_batch: int, seq_len: int, chunk: int) -> tuple[int, int, int, int, int]:
+def variables_of(micro_batch: int, seq_len: int, chunk: int) -> tuple[int, int, int, int, int]:
     """The values of a polynomial's variables: 1, S, B*S, B*S*S, C.
 
     Where layers take whole chunks, all that there is of a sequence is counted as if it had so many tokens.

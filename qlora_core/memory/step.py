@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
@@ -26,7 +26,7 @@ from qlora_core.memory.tape import (
 )
 from qlora_core.strategy import Loss
 
-FIRST, LAST = "first layer", "last layer"
+FIRST, MIDDLE, LAST = "first layer", "layer in between", "last layer"
 GRADIENTS: Room = "gradients"
 BUFFERS: Room = "communication_buffers"
 Handling = Literal["kept", "accumulated", "moved", "taken"]
@@ -37,6 +37,12 @@ ANY_RANK = 1 << 128
 ANY_FETCHED = 1 << 256
 """The buffer of weights fetched ahead while the tape runs: above all that is made of the rank."""
 Logits = Literal["plain", "scaled", "capped"]
+CHANGES: dict[Logits, tuple[Callable[[Tape, Tensor], Tensor], ...]] = {
+    "plain": (),
+    "scaled": (op.scale,),
+    "capped": op.SOFT_CAP,
+}
+"""What becomes of the output head's product before the loss."""
 CHUNK_ROW = Size(per_chunk_token=1)
 """One element per token of a chunk of the loss."""
 
@@ -255,7 +261,7 @@ def decoder(tape: Tape, step: Step, marks: list[int]) -> Tensor:
             returned[:] = [weights]  # until the next layer has returned
         return hidden
 
-    for name in (FIRST, LAST) if step.layers > 1 else (LAST,):
+    for name in (*(FIRST, MIDDLE)[: step.layers - 1], LAST):
         for number, of in enumerate(step.period):
             place = (str(number),) if step.others else ()
             with tape.at("forward", name, *place):
@@ -324,11 +330,12 @@ def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:
     return op.negative_log_likelihood(tape, op.log_softmax(tape, wide))
 
 
-def changed(tape: Tape, step: Step, logits: Tensor) -> Tensor:
-    """What the model makes of its output head's product."""
-    if step.logits == "plain":
-        return logits
-    return op.scale(tape, logits) if step.logits == "scaled" else op.soft_capped(tape, logits)
+def predicted(tape: Tape, step: Step, hidden: Tensor, rows: Size) -> Tensor:
+    """The logits: what the model makes of its output head's product, one operator after the other."""
+    logits = head(tape, step, hidden, rows)
+    for change in CHANGES[step.logits]:
+        logits = change(tape, logits)
+    return logits
 
 
 def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
@@ -337,10 +344,10 @@ def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
     In transformers' own loss the hidden states, which are `held`, live on; ours comes after the model has returned.
     """
     with tape.at("forward", "loss"), tape.into("logits_and_loss"):
-        logits = head(tape, step, held[0], ROW)
+        logits = predicted(tape, step, held[0], ROW)
         if not step.output_held:
             held.clear()
-        loss = cross_entropy(tape, logits := changed(tape, step, logits))
+        loss = cross_entropy(tape, logits)
         return (loss, logits) if step.output_held else (loss,)
 
 
@@ -352,7 +359,7 @@ def chunked_loss(tape: Tape, step: Step, held: list[Tensor]) -> Tensor:
     """
 
     def logits(x: Tensor) -> Tensor:
-        return changed(tape, step, head(tape, step, x, CHUNK_ROW))
+        return predicted(tape, step, x, CHUNK_ROW)
 
     def by_kernel(x: Tensor) -> Tensor:
         return op.liger_cross_entropy(tape, x, CHUNK_ROW, step.layer.hidden, step.vocab)

@@ -31,6 +31,7 @@ from transformers.integrations import moe
 from clusters.errors import not_installed, request_error
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.allocator import AllocatorSettings
+from qlora_core.memory.arrivals import DRAWS, lowest_middle_highest
 from qlora_core.memory.attention import AttentionKernel, kernel_of
 from qlora_core.memory.autocast import followed
 from qlora_core.memory.device import Device
@@ -65,25 +66,30 @@ def estimate(
         RequestError: ZeRO shards what the trace would have to follow, or the code of this model does not run on meta.
     """
     recorded = record(architecture, recipe, strategy, _alike(device))
-    events = loaded_by_threads(recorded.events, device.loading_threads)
-    played = replay(events, device.kind == "cuda", settings)
+    draws = range(DRAWS if device.loading_threads else 1)
+    runs = [
+        replay(loaded_by_threads(recorded.events, device.loading_threads, draw), device.kind == "cuda", settings)
+        for draw in draws
+    ]
+    low, reserved, high = lowest_middle_highest([max(run.reserved, run.allocated) for run in runs])
+    played = sorted(runs, key=lambda run: run.allocated)[len(runs) // 2]
+    phases = {phase: lowest_middle_highest([run.peaks[phase] for run in runs])[1] for phase in played.peaks}
     stays = residents(architecture, recipe, strategy, device)
     parts = Counter(played.rooms)
     parts["framework"] = played.allocated - sum(size for room, size in parts.items() if room != "framework")
     peak_phase = max(played.peaks, key=lambda phase: played.peaks[phase])
-    reserved = max(played.reserved, played.allocated)
     return Estimate(
         "trace",
         GpuEstimate(
             components=Components(**parts),
-            phases=Phases(played.after_load, **played.peaks),
+            phases=Phases(lowest_middle_highest([run.after_load for run in runs])[1], **phases),
             peak_phase=peak_phase,
             peak_moment=in_words(peak_phase, played.where),
             allocated_bytes=played.allocated,
             reserved_bytes=reserved,
             process_bytes=reserved + device.context_bytes,
             paged_bytes=recorded.paged,
-            reserved_interval=(reserved, reserved),
+            reserved_interval=(low, high),
         ),
         stays.host(device.ranks_per_host),
     )
@@ -235,6 +241,7 @@ class Run:
         recorder.mark(LOADED)
         # a thread's first product asks for one
         recorder.workspaces = dict(zip(("forward", "backward"), self.device.blas_workspaces, strict=False))
+        recorder.composes_attention = self.kernel in ("math", "masked_math")
         hooks = [register_module_forward_pre_hook(entered)]
         for parameter in self.parameters.values():
             hooks.append(cast(Any, parameter).register_post_accumulate_grad_hook(self._arrived))
