@@ -24,7 +24,7 @@ def confidence(needed: Estimate, context_bytes: int, usable_bytes: int, ratios: 
     """
     gpu = needed.gpu
     low, middle, high = float(gpu.reserved_interval[0]), float(gpu.reserved_bytes), float(gpu.reserved_interval[1])
-    basis = f"the {needed.estimator}'s own spread"
+    basis = f"the estimator's own spread ({needed.estimator})"
     if len(ratios) >= ENOUGH_RUNS:
         from statistics import median  # fractions and decimals come with it, and most plans need none
 

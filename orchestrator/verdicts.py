@@ -43,7 +43,8 @@ def verdict(
     def limit(size: Callable[[int], int], asked: int, most: int) -> int:
         return largest(size, target.usable_bytes, most, start=(asked, gpu.process_bytes))
 
-    ratios = history.memory_ratios(target, recipe, strategy)
+    # runs are planned by the formula: how far it was off says nothing of another estimator
+    ratios = history.memory_ratios(target, recipe, strategy) if needed.estimator == "formula" else ()
     sure = confidence(needed, target.device.context_bytes, target.usable_bytes, ratios)
     headroom = target.usable_bytes - gpu.process_bytes
     return Verdict(

@@ -14,7 +14,9 @@ from orchestrator.confidence import ENOUGH_RUNS, chance_below, confidence, confo
 from orchestrator.devices import gpu_target
 from orchestrator.history import History, MeasuredRun, RanOut
 from orchestrator.plans import Target
+from orchestrator.verdicts import verdict
 from qlora_core.catalogue import find_model
+from qlora_core.memory import played
 from qlora_core.memory.estimate import Estimate
 from qlora_core.memory.formula import estimate
 from qlora_core.recipe import Method, Recipe
@@ -94,7 +96,7 @@ def test_with_fewer_the_interval_is_the_estimator_s_own_and_that_is_said(runs: i
     sure = confidence(needing(9 * GIB, 10 * GIB, 12 * GIB), GIB, 11 * GIB, [3.0] * runs)
     assert (sure.low_bytes, sure.high_bytes) == (10 * GIB, 13 * GIB)
     assert sure.chance == 0.5
-    assert sure.basis.startswith("the formula's own spread")
+    assert sure.basis.startswith("the estimator's own spread (formula)")
     assert ("too few" in sure.basis) == (runs > 0)
     if runs:
         assert f"{runs} comparable run" in sure.basis
@@ -203,3 +205,13 @@ def test_memory_is_compared_with_runs_of_the_same_method_and_device_divided_or_n
     assert history.memory_ratios(L4, Recipe(), Strategy()) == [1.01, 1.02]
     assert history.memory_ratios(L4, Recipe(), Strategy(zero_stage=2)) == [1.4]
     assert history.memory_ratios(L4, Recipe(method="full", quantization="none"), Strategy()) == [1.3]
+
+
+def test_what_runs_measured_corrects_the_formula_which_planned_them_and_no_other_estimator() -> None:
+    history = History(tuple(run(memory=1.1) for _ in range(ENOUGH_RUNS)))
+    bases = {}
+    for name, estimator in (("formula", estimate), ("played", played.estimate)):
+        needed = estimator(find_model("llama-7b"), Recipe(), Strategy(), L4.device)
+        answer = verdict(find_model("llama-7b"), Recipe(), Strategy(), L4, needed, history)
+        bases[name] = answer.confidence.basis
+    assert bases == {"formula": "19 comparable runs", "played": "the estimator's own spread (played)"}
