@@ -18,7 +18,7 @@ from clusters.errors import request_error
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory import formula
-from qlora_core.memory.allocator import SMALL, SMALL_SEGMENT, Block
+from qlora_core.memory.allocator import ROUNDING, SMALL, SMALL_SEGMENT, Block
 from qlora_core.memory.arrivals import DRAWS, lowest_middle_highest
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Estimate
@@ -156,15 +156,14 @@ class Player:
             for number, keeps_gradients in enumerate(passes):
                 last = number == len(passes) - 1
                 left += self._one_pass(self._pass[keeps_gradients], whole=self._all_trained or not (step and last))
-            moved = self._strategy.world_size > 1  # the last backward pass has moved all gradients into buckets
-            for block in left if moved else ():
-                memory.release(block)
+            if self._strategy.world_size > 1:  # the last backward pass has moved all gradients into buckets
+                self._go(left)
+                left = []
             if not step:
                 before = self._small
                 self._optimize()
                 lasting += self._small - before
-            for block in () if moved else left:
-                memory.release(block)
+            self._go(left)
             self._small = lasting
         small = -(-self._most_small // SMALL_SEGMENT) * SMALL_SEGMENT
         return self._buffers + memory.reserved + small
@@ -202,12 +201,11 @@ class Player:
         last = self._layers - 1
         if layer is None:
             return (0,)
-        if layer != MIDDLE:
-            return () if layer == FIRST and phase == "backward" and not whole else (0 if layer == FIRST else last,)
-        between = range(1, last)
+        alike = {FIRST: range(1), MIDDLE: range(1, last), LAST: range(last, last + 1)}[layer]
         if phase == "forward":
-            return between
-        return between[::-1] if whole else between[::-1][: BACKWARD_LAYERS - 1]
+            return alike
+        ends = 0 if whole else last + 1 - BACKWARD_LAYERS
+        return [number for number in reversed(alike) if number >= ends]
 
     def _optimize(self) -> None:
         """The first optimizer step: its state comes, and with torch's AdamW the roots of all moments of a group."""
@@ -219,8 +217,7 @@ class Player:
             small = self._small
             roots = self._come(self._item * numel for numel in _in_turn(group))
             self._small = small
-            for block in roots:
-                self._memory.release(block)
+            self._go(roots)
 
     def _come(self, sizes: Iterable[int]) -> list[Block]:
         """Blocks for tensors of these bytes; of small ones only their sum is known."""
@@ -229,9 +226,19 @@ class Player:
             if size > SMALL:
                 blocks.append(self._memory.allocate(size))
             else:
-                self._small += -(-size // 512) * 512
+                self._small += _rounded(size)
         self._most_small = max(self._most_small, self._small)
         return blocks
+
+    def _go(self, blocks: Iterable[Block]) -> None:
+        """Give blocks back."""
+        for block in blocks:
+            self._memory.release(block)
+
+
+def _rounded(size: int) -> int:
+    """Bytes of a block for so many."""
+    return -(-size // ROUNDING) * ROUNDING
 
 
 def _in_turn(tensors: Sequence[tuple[int, int]]) -> Iterator[int]:
@@ -247,10 +254,7 @@ def _passes(strategy: Strategy) -> tuple[bool, ...]:
 
     The first ones' are, to be added to; with DistributedDataParallel the last one's go into a bucket.
     """
-    several, ranks = strategy.gradient_accumulation > 1, strategy.world_size > 1
-    if several:
-        return True, False
-    return (not ranks,)
+    return (True, False) if strategy.gradient_accumulation > 1 else (strategy.world_size == 1,)
 
 
 def _passed(step: Step, keeps_gradients: bool, variables: Sequence[int]) -> tuple[Passed, ...]:
@@ -267,8 +271,7 @@ def _passed(step: Step, keeps_gradients: bool, variables: Sequence[int]) -> tupl
             if size > SMALL:
                 large.append((comes, away, slot, size))
             elif size:
-                rounded = -(-size // 512) * 512
-                small += rounded if comes else -rounded
+                small += _rounded(size) if comes else -_rounded(size)
                 most_small = max(most_small, small)
         found.append(Passed(phase, layer, tuple(large), small, most_small))
     return tuple(found)
@@ -280,12 +283,10 @@ def _parts(tape: Step) -> tuple[Part, ...]:
     changes = recorded(tape).changes
     layers = LAYERS if tape.layers > 2 else (FIRST, LAST)
     homes = _homes(changes, layers)
-    sizes: dict[int, int] = {}
     parts: list[Part] = []
     moves: list[Move] = []
     for number, place, room, where in changes:
         if where is not None:
-            sizes[number] = place
             phase, layer = where[0], where[1] if where[1] in LAYERS else None
             if not parts or (phase, layer) != parts[-1][:2]:
                 moves = []
@@ -293,7 +294,7 @@ def _parts(tape: Step) -> tuple[Part, ...]:
         elif room is not None:
             continue
         away, slot = _seen_from(parts[-1].layer, homes.get(number), number, layers)
-        moves.append(Move(where is not None, away, slot, sizes[number]))
+        moves.append(Move(where is not None, away, slot, place))
     return tuple(parts)
 
 

@@ -1,4 +1,4 @@
-"""One training step on the tape, with two decoder layers standing for all: what it allocates and frees, in its order.
+"""One training step on the tape, two or three decoder layers standing for all: what comes and goes, in its order.
 
 `timeline.py` finds the peaks in it.
 """
