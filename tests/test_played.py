@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pytest
 from test_formula import recipe, strategy_of
@@ -23,45 +23,19 @@ from qlora_core.strategy import Strategy
 A100 = Device(kind="cuda", compute_dtype="bfloat16", compute_capability=(8, 0))
 
 
-def test_it_says_what_the_trace_says_of_the_whole_grid() -> None:
+@pytest.mark.parametrize(("rows", "fewest"), [(grid.rows, 300), (grid.further_rows, 150)])
+def test_it_says_what_the_trace_says_of_the_whole_grids(rows: Callable[[], Sequence[grid.Row]], fewest: int) -> None:
     # the traces were written by `make accuracy GRID=1`
     errors = sorted(
-        abs(gpu.reserved_bytes / row["reserved"] - 1)
-        for gpu, row in zip(grid.by_playing(), grid.results() or [], strict=True)
-        if gpu is not None
+        abs(row.played.reserved_bytes / row.traced["reserved"] - 1) for row in rows() if row.played is not None
     )
-    assert len(errors) >= 300
+    assert len(errors) >= fewest
     assert errors[len(errors) // 2] <= 0.004
-    assert errors[len(errors) * 9 // 10] <= 0.03
+    assert errors[len(errors) * 9 // 10] <= 0.035
 
 
 def test_its_interval_holds_for_models_that_gave_it_nothing() -> None:
-    assert grid.held_out_played() >= 0.87 * sum(gpu is not None for gpu in grid.by_playing())
-
-
-SEVERAL: list[tuple[dict[str, Any], Strategy]] = [
-    ({}, Strategy(micro_batch=2, gradient_accumulation=4)),
-    ({"rank": 128}, Strategy(gradient_accumulation=2, gradient_checkpointing=False)),
-    ({"use_dora": True}, Strategy(paged_optimizer=False)),
-    ({"rank": 256}, Strategy(world_size=2, gradient_accumulation=2, paged_optimizer=False)),
-    ({"rank": 64, "loraplus_lr_ratio": 16.0}, Strategy(world_size=2, paged_optimizer=False)),
-    ({"rank": 32, "optimizer": "adamw_8bit"}, Strategy(world_size=4, gradient_accumulation=2, micro_batch=4)),
-    (
-        {"method": "full", "quantization": "none", "double_quantization": False},
-        Strategy(loss="full", gradient_accumulation=2, paged_optimizer=False),
-    ),
-]
-"""What the grid, which its interval is taken from, lacks: several micro-batches and ranks, DoRA, LoRA+, all trained."""
-
-
-@pytest.mark.slow
-def test_its_interval_holds_of_what_the_grid_lacks() -> None:
-    inside = []
-    for changes, strategy in SEVERAL:
-        request = find_model("smollm2-135m"), recipe(seq_len=1024, **changes), strategy, A100
-        low, high = played.estimate(*request).gpu.reserved_interval
-        inside.append(low <= trace.estimate(*request).gpu.reserved_bytes <= high)
-    assert inside.count(True) >= len(SEVERAL) - 1
+    assert grid.held_out_played() >= 0.87 * sum(row.played is not None for row in grid.all_rows())
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -107,14 +81,6 @@ def test_all_but_reserved_memory_is_the_closed_forms() -> None:
 def test_what_cannot_be_played_is_refused_with_the_reason(model: str, strategy: Strategy, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         played.estimate(find_model(model), recipe(seq_len=2048), strategy, A100)
-
-
-def test_so_are_several_chunks_of_a_loss_whose_head_is_trained() -> None:
-    all_trained = recipe(method="full", quantization="none", double_quantization=False, seq_len=512)
-    request = find_model("smollm2-135m"), all_trained
-    played.estimate(*request, Strategy(micro_batch=2), A100)
-    with pytest.raises(RequestError, match="one chunk of the loss"):
-        played.estimate(*request, Strategy(micro_batch=3), A100)
 
 
 def test_a_cpu_reserves_what_it_allocates() -> None:

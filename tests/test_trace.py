@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +17,7 @@ from test_formula import TINY, measured_second_step, recipe, strategy_of, tiny_f
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig
 
 from benchmarks.accuracy import grid
-from benchmarks.accuracy.grid import Combination, combinations, figures
+from benchmarks.accuracy.grid import Combination, everything, figures
 from benchmarks.accuracy.t4 import FIGURES, by_trace, t4_rows
 from clusters.errors import RequestError
 from qlora_core.architecture import ModelArchitecture
@@ -157,7 +158,7 @@ def test_it_says_so_still(index: int) -> None:
 
 # --- the two estimators hold each other -------------------------------------------------------------------------------
 
-SAMPLE = tuple(range(0, len(combinations()), 79))
+SAMPLE = tuple(range(0, len(everything()), 79))
 """79 shares no factor with the number of recipes that each model has: each is of another model."""
 
 
@@ -165,15 +166,17 @@ SAMPLE = tuple(range(0, len(combinations()), 79))
     "number",
     [
         pytest.param(number, marks=pytest.mark.slow if number in SAMPLE else pytest.mark.grid)
-        for number in range(len(combinations()))
+        for number in range(len(everything()))
     ],
-    ids=lambda number: str(combinations()[number]),
+    ids=lambda number: str(everything()[number]),
 )
 def test_the_formula_says_what_the_trace_says(number: int) -> None:
-    asked: Combination = combinations()[number]
+    asked: Combination = everything()[number]
     request = asked.architecture, asked.recipe, asked.strategy, asked.device
     by_trace, by_formula = figures(trace.estimate(*request).gpu), figures(formula.estimate(*request).gpu)
-    assert by_formula["allocated"] == pytest.approx(by_trace["allocated"], rel=grid.TOLERANCE)
+    assert by_formula["allocated"] == pytest.approx(
+        by_trace["allocated"], rel=grid.TOLERANCE if number < grid.COMBINATIONS else grid.FURTHER_TOLERANCE
+    )
 
 
 @pytest.mark.slow
@@ -348,6 +351,8 @@ def test_the_formula_says_what_the_trace_says_of_shared_keys_on_a_t4(family: str
     [
         # the output head's gradient waits for the embedding's, and the sum of both is a third
         ("smollm2-135m", 128, Strategy(gradient_accumulation=2)),
+        # so does that of one chunk of the loss for the next one's
+        ("qwen2.5-0.5b", 1024, Strategy(micro_batch=2)),
         # a norm that multiplies in float32 keeps its input in float32
         ("gemma-3-1b", 512, Strategy(micro_batch=2, gradient_checkpointing=False, loss="full")),
         # one key for all heads, cut out of a fused projection by its number
@@ -371,21 +376,17 @@ def test_the_constants_of_fragmentation_are_those_of_the_traced_grid() -> None:
 
 
 def test_the_interval_of_reserved_memory_holds_for_models_that_gave_it_nothing() -> None:
-    assert grid.held_out() >= 0.87 * len(combinations())
+    assert grid.held_out() >= 0.87 * len(grid.all_rows())
 
 
-def test_all_of_the_traced_grid_is_within_two_per_cent() -> None:
+@pytest.mark.parametrize(("rows", "worst"), [(grid.rows, grid.TOLERANCE), (grid.further_rows, grid.FURTHER_TOLERANCE)])
+def test_allocated_memory_of_both_traced_grids_is_near_the_traces(
+    rows: Callable[[], Sequence[grid.Row]], worst: float
+) -> None:
     # written by `make accuracy GRID=1`
-    errors = sorted(
-        abs(
-            figures(formula.estimate(each.architecture, each.recipe, each.strategy, each.device).gpu)["allocated"]
-            / row["allocated"]
-            - 1
-        )
-        for each, row in zip(combinations(), grid.results() or [], strict=True)
-    )
+    errors = sorted(abs(row.closed.allocated_bytes / row.traced["allocated"] - 1) for row in rows())
     assert errors[len(errors) // 2] <= 0.003
-    assert errors[-1] <= grid.TOLERANCE
+    assert errors[-1] <= worst
 
 
 def test_components_add_up_and_are_those_of_the_formula() -> None:

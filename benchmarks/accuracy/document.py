@@ -16,7 +16,6 @@ from benchmarks.accuracy.rows import LATER, UNITS
 from benchmarks.accuracy.stacks import STACKS, stack_of
 from qlora_core.memory import formula, played
 from qlora_core.memory.arrivals import DRAWS
-from qlora_core.memory.estimate import GpuEstimate
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "accuracy.md"
@@ -159,51 +158,30 @@ It is meant for nine cases of ten."""
 
 
 def _grid() -> str:
-    traced = grid.results()
-    if traced is None:
+    if not grid.all_rows():
         return "## The formula against the trace\n\nNot traced yet: `python -m benchmarks.accuracy --grid`.\n"
-    said = [grid.figures(by_formula(combination)) for combination in grid.combinations()]
-    rows = []
-    for figure in grid.FIGURES:
-        errors = [100 * (ours[figure] / row[figure] - 1) for ours, row in zip(said, traced, strict=True)]
-        sizes = sorted(map(abs, errors))
-        cells = (median(sizes), sizes[len(sizes) * 9 // 10], max(errors, key=abs), fmean(errors))
-        rows.append([figure.replace("_", " "), *(f"{cell:.2f}" for cell in cells)])
-    playing: list[tuple[float, tuple[int, int], int]] = [
-        (100 * (gpu.reserved_bytes / row["reserved"] - 1), gpu.reserved_interval, row["reserved"])
-        for gpu, row in zip(grid.by_playing(), traced, strict=True)
-        if gpu is not None
-    ]
-    errors = [error for error, *_ in playing]
-    sizes = sorted(map(abs, errors))
-    cells = (median(sizes), sizes[len(sizes) * 9 // 10], max(errors, key=abs), fmean(errors))
-    rows.insert(2, ["reserved, played", *(f"{cell:.2f}" for cell in cells)])
-    held = []
-    for found in (
-        [(interval, said) for _, interval, said in playing],
-        [(_interval(each), row["reserved"]) for each, row in zip(grid.combinations(), traced, strict=True)],
-    ):
-        inside = sum(low <= said <= high for (low, high), said in found)
-        held.append((inside, len(found), 100 * median((high - low) / said for (low, high), said in found)))
-    (inside, count, width), (closed_inside, _, closed_width) = held
     far = [
-        [f"`{row['combination']}`", f"{100 * (ours['allocated'] / row['allocated'] - 1):+z.1f}"]
-        for ours, row in zip(said, traced, strict=True)
-        if abs(ours["allocated"] / row["allocated"] - 1) > grid.TOLERANCE
+        [f"`{row.combination}`", f"{_error(row, 'allocated'):+z.1f}"]
+        for row in grid.all_rows()
+        if abs(_error(row, "allocated")) > 100 * grid.TOLERANCE
     ]
+    playable = sum(row.played is not None for row in grid.all_rows())
     return f"""## The formula against the trace
 
-{len(said)} recipes drawn once for {len(grid.MODELS)} models: ranks 8 to 128, micro-batches 1 to 8, 256 to 8192 tokens,
-with and without checkpointing and autocast, both attentions, both losses, all optimizers, an A100 and a T4. The formula
-in per cent of the trace:
+{grid.COMBINATIONS} recipes drawn once for {len(grid.MODELS)} models: ranks 8 to 128, micro-batches 1 to 8, 256 to 8192
+tokens, with and without checkpointing and autocast, both attentions, both losses, all optimizers, an A100 and a T4. The
+formula in per cent of the trace:
 
-{table(["figure", "median", "nine of ten within", "worst", "mean, signed"], rows, "1 2 3 4")}
-Reserved memory is played of {count}, not of those whose layers keep unlike activations. Its interval
-holds {inside} of these, and {grid.held_out_played()} where each model's is taken from the other models'
-traces; in the median it is {width:.1f} % wide. The formula's holds {closed_inside} of {len(said)}, and
-{grid.held_out()} so, and is {closed_width:.0f} % wide: if a block of 8 MiB breaks one of a gigabyte hangs on the order
-of all that came before, which a closed form does not follow. What is left where it is followed is chance of the same
-kind: one block that finds room in one order of events and not in another, and sometimes it is a large one.
+{_beside_trace(grid.rows())}
+{grid.FURTHER} more of what those have none of: all weights trained, DoRA, LoRA+, two ranks with DDP, two and four
+micro-batches to a step; up to {grid.FURTHER_TOKENS} tokens:
+
+{_beside_trace(grid.further_rows())}
+The intervals are taken from all of these. Of models that gave it nothing the formula's holds {grid.held_out()} of
+{len(grid.all_rows())}, and the played {grid.held_out_played()} of {playable}. Not played are those whose layers keep
+unlike activations. If a block of 8 MiB breaks one of a gigabyte hangs on the order of all that came before, which a
+closed form does not follow. What is left where it is followed is chance of the same kind: one block that finds room in
+one order of events and not in another, and sometimes it is a large one.
 
 Allocated memory beyond {100 * grid.TOLERANCE:.0f} %:
 
@@ -211,13 +189,32 @@ Allocated memory beyond {100 * grid.TOLERANCE:.0f} %:
 """
 
 
-def by_formula(combination: grid.Combination) -> GpuEstimate:
-    """The formula's answer."""
-    return formula.estimate(combination.architecture, combination.recipe, combination.strategy, combination.device).gpu
+def _beside_trace(rows: Sequence[grid.Row]) -> str:
+    """Both tables of a grid: errors beside the trace, and how often an interval holds."""
+    errors = {figure: [_error(row, figure) for row in rows] for figure in grid.FIGURES}
+    as_played = [row._replace(closed=row.played) for row in rows if row.played is not None]
+    errors["reserved, played"] = [_error(row, "reserved") for row in as_played]
+    lines = [[figure.replace("_", " "), *_spread(found)] for figure, found in errors.items()]
+    held = []
+    for name, found in (("formula", rows), ("played", as_played)):
+        intervals = [(row.closed.reserved_interval, row.traced["reserved"]) for row in found]
+        inside = sum(low <= traced <= high for (low, high), traced in intervals)
+        width = 100 * median((high - low) / traced for (low, high), traced in intervals)
+        held.append([name, f"{inside} of {len(found)}", f"{width:.1f}"])
+    return f"""{table(["figure", "median", "nine of ten within", "worst", "mean, signed"], lines, "1 2 3 4")}
+{table(["interval of reserved memory", "holds", "width in the median, %"], held, "1 2")}"""
 
 
-def _interval(combination: grid.Combination) -> tuple[int, int]:
-    return by_formula(combination).reserved_interval
+def _error(row: grid.Row, figure: str) -> float:
+    """Of the formula, in per cent of the trace."""
+    return 100 * (grid.figures(row.closed)[figure] / row.traced[figure] - 1)
+
+
+def _spread(errors: Sequence[float]) -> list[str]:
+    """The median error and what nine of ten are within, as sizes; the worst and the mean, signed."""
+    sizes = sorted(map(abs, errors))
+    cells = (median(sizes), sizes[len(sizes) * 9 // 10], max(errors, key=abs), fmean(errors))
+    return [f"{cell:.2f}" for cell in cells]
 
 
 # --- the paper --------------------------------------------------------------------------------------------------------

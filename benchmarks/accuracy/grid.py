@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 from clusters.errors import RequestError
 from qlora_core.architecture import ModelArchitecture
@@ -21,13 +21,16 @@ from qlora_core.files import write_json
 from qlora_core.memory import formula, played
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import GpuEstimate
-from qlora_core.memory.reserve import Fragmentation
+from qlora_core.memory.reserve import PLAYED, Fragmentation
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 
 RESULTS = Path(__file__).parents[1] / "results" / "grid.json"
 COMBINATIONS = 312
-TOLERANCE = 0.02
+FURTHER = 156
+FURTHER_TOKENS = 2048
+"""The longest sequence of those."""
+TOLERANCE, FURTHER_TOLERANCE = 0.02, 0.025
 """Of allocated memory by the formula, beside the trace's."""
 MODELS = (
     "smollm2-135m",
@@ -65,6 +68,13 @@ class Combination:
 
     def __str__(self) -> str:
         strategy, recipe = self.strategy, self.recipe
+        apart = {
+            recipe.method: recipe.method == "full",
+            "dora": recipe.use_dora,
+            "plus": recipe.loraplus_lr_ratio != 1,
+            f"{strategy.gradient_accumulation}-passes": strategy.gradient_accumulation > 1,
+            f"{strategy.world_size}-ranks": strategy.world_size > 1,
+        }
         return "-".join(
             (
                 self.model,
@@ -77,6 +87,7 @@ class Combination:
                 recipe.optimizer + ("-paged" if strategy.paged_optimizer else ""),
                 recipe.upcast,
                 self.device.compute_dtype + ("-autocast" if recipe.under_autocast else ""),
+                *(name for name, is_so in apart.items() if is_so),
             )
         )
 
@@ -87,6 +98,37 @@ def combinations() -> tuple[Combination, ...]:
     chance = random.Random(65)  # noqa: S311  # a sample, not a secret
     models, turns = len(MODELS), range(COMBINATIONS)
     return tuple(_drawn(chance, MODELS[turn % models], autocast=turn // models % 2 == 1) for turn in turns)
+
+
+def everything() -> tuple[Combination, ...]:
+    """Both grids: that, and what it has none of."""
+    return *combinations(), *further()
+
+
+@cache
+def further() -> tuple[Combination, ...]:
+    """What the grid has none of: all weights trained, DoRA, LoRA+, several micro-batches and ranks."""
+    chance = random.Random(66)  # noqa: S311  # a sample, not a secret
+    models, turns = len(MODELS), range(FURTHER)
+    return tuple(_drawn_further(chance, MODELS[turn % models], autocast=turn // models % 2 == 1) for turn in turns)
+
+
+def _drawn_further(chance: random.Random, model: str, *, autocast: bool) -> Combination:
+    pick: Any = chance.choice
+    drawn = _drawn(chance, model, autocast=autocast)
+    passes, ranks, seq_len = pick((1, 2, 4)), pick((1, 2)), min(drawn.recipe.seq_len, FURTHER_TOKENS)
+    changes: dict[str, Any]
+    if pick((True, False, False)):
+        changes = {"method": "full", "quantization": "none", "double_quantization": False}
+        changes |= {"lora_dtype": "float32", "dropout": 0.0, "upcast": "none"}
+    else:
+        changes = {"use_dora": not autocast and pick((True, False)), "loraplus_lr_ratio": pick((1.0, 16.0))}
+    tokens = seq_len * drawn.strategy.micro_batch * passes * ranks
+    return replace(
+        drawn,
+        recipe=replace(drawn.recipe, seq_len=seq_len, tokens_per_step=tokens, **changes),
+        strategy=replace(drawn.strategy, gradient_accumulation=passes, world_size=ranks),
+    )
 
 
 def _drawn(chance: random.Random, model: str, *, autocast: bool) -> Combination:
@@ -142,26 +184,62 @@ def traced(combination: Combination) -> dict[str, int]:
 
 
 def _traced(number: int) -> dict[str, int]:
-    return traced(combinations()[number])
+    return traced(everything()[number])
 
 
 def trace_all(workers: int = 2) -> Iterator[str]:
-    """Trace the whole grid and write `RESULTS`; yields each combination's name as it is done."""
-    rows = []
+    """Trace both grids and write `RESULTS`; yields each combination's name as it is done."""
+    found = []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for combination, found in zip(combinations(), pool.map(_traced, range(COMBINATIONS)), strict=True):
-            rows.append({"combination": str(combination), **found})
+        for combination, row in zip(everything(), pool.map(_traced, range(len(everything()))), strict=True):
+            found.append({"combination": str(combination), **row})
             yield str(combination)
-    write_json(RESULTS, {"rows": rows})
+    write_json(RESULTS, {"rows": found})
 
 
-def results() -> list[dict[str, Any]] | None:
-    """What the trace last said of the grid; None if it was never asked about this one."""
+class Row(NamedTuple):
+    """What all say of a combination: the trace's `figures`, the formula, and that as it is played where it can be."""
+
+    combination: Combination
+    traced: dict[str, int]
+    closed: GpuEstimate
+    played: GpuEstimate | None
+
+
+@cache
+def all_rows() -> tuple[Row, ...]:
+    """Both grids; nothing if the trace was never asked about these."""
     if not RESULTS.exists():
-        return None
-    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"]
-    names = [str(combination) for combination in combinations()]
-    return rows if [row["combination"] for row in rows] == names else None
+        return ()
+    found: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"]
+    if [row["combination"] for row in found] != [str(each) for each in everything()]:
+        return ()
+    return tuple(_answered(each, row) for each, row in zip(everything(), found, strict=True))
+
+
+def rows() -> tuple[Row, ...]:
+    """Those of `combinations`."""
+    return all_rows()[:COMBINATIONS]
+
+
+def further_rows() -> tuple[Row, ...]:
+    """Those of `further`."""
+    return all_rows()[COMBINATIONS:]
+
+
+def _answered(each: Combination, row: dict[str, int]) -> Row:
+    asked = each.architecture, each.recipe, each.strategy, each.device
+    try:
+        as_played = played.estimate(*asked).gpu
+    except RequestError:
+        as_played = None
+    return Row(each, row, formula.estimate(*asked).gpu, as_played)
+
+
+# --- how far reserved memory is off -----------------------------------------------------------------------------------
+
+Shares = Sequence[tuple[str, float]]
+"""Of each combination its model, and by which part reserved memory exceeds what was found."""
 
 
 def fragmentation(checkpointing: bool) -> Fragmentation:
@@ -170,74 +248,58 @@ def fragmentation(checkpointing: bool) -> Fragmentation:
     Of the combinations with gradient checkpointing, or of those without: to the nearest five thousandths, the median
     and what nine of ten lie between.
     """
-    low, *_, high = quantiles(shares := _shares(checkpointing), n=20, method="inclusive")
-    return Fragmentation(*(round(200 * share) * 5 for share in (low, median(shares), high)))
+    low, typical, high = _nine_of_ten(_shares(checkpointing))
+    return Fragmentation(*(round(200 * share) * 5 for share in (low, typical, high)))
 
 
 def fragmentation_played() -> Fragmentation:
     """The same of what is found where a step is played, in shares of that; to the nearest thousandth."""
-    low, *_, high = quantiles(shares := [share for _, share in _played_shares()], n=20, method="inclusive")
-    return Fragmentation(*(round(1000 * share) for share in (low, median(shares), high)))
-
-
-def held_out_played() -> int:
-    """How many of the played lie in the interval that those of the other models give."""
-    inside = 0
-    for model in MODELS:
-        others = [share for name, share in _played_shares() if name != model]
-        low, *_, high = quantiles(others, n=20, method="inclusive")
-        inside += sum(low <= share <= high for name, share in _played_shares() if name == model)
-    return inside
+    low, typical, high = _nine_of_ten(_played_shares())
+    return Fragmentation(*(round(1000 * share) for share in (low, typical, high)))
 
 
 def held_out() -> int:
     """How many combinations' reserved memory lies in the interval that those of the other models give."""
+    return sum(_held_out(_shares(checkpointing)) for checkpointing in (True, False))
+
+
+def held_out_played() -> int:
+    """The same of those that can be played."""
+    return _held_out(_played_shares())
+
+
+def _held_out(shares: Shares) -> int:
     inside = 0
-    for checkpointing in (True, False):
-        for model in MODELS:
-            low, *_, high = quantiles(_shares(checkpointing, without=model), n=20, method="inclusive")
-            inside += sum(low <= share <= high for share in _shares(checkpointing, only=model))
+    for model in MODELS:
+        low, _, high = _nine_of_ten([each for each in shares if each[0] != model])
+        inside += sum(low <= share <= high for name, share in shares if name == model)
     return inside
 
 
-def _shares(checkpointing: bool, only: str = "", without: str = "") -> list[float]:
-    """Of each combination, what `fragmentation` counts."""
-    return [
-        share
-        for model, checkpointed, share in _all_shares()
-        if checkpointed == checkpointing and model != without and only in ("", model)
-    ]
+def _nine_of_ten(shares: Shares) -> tuple[float, float, float]:
+    """What nine of ten lie between, around their median."""
+    found = [share for _, share in shares]
+    low, *_, high = quantiles(found, n=20, method="inclusive")
+    return low, median(found), high
 
 
 @cache
-def _all_shares() -> tuple[tuple[str, bool, float], ...]:
+def _shares(checkpointing: bool) -> Shares:
     shares = []
-    for combination, row in zip(combinations(), results() or [], strict=True):
+    for combination, row, gpu, _ in all_rows():
+        if combination.strategy.gradient_checkpointing != checkpointing:
+            continue
         asked = combination.architecture, combination.recipe, combination.strategy, combination.device
-        gpu = formula.estimate(*asked).gpu
         least = max(gpu.allocated_bytes, formula.segments(*asked))
         scale = math.sqrt(gpu.allocated_bytes * (gpu.allocated_bytes - gpu.phases.after_load))
-        share = (row["reserved"] - least) / scale
-        shares.append((combination.model, combination.strategy.gradient_checkpointing, share))
-    return tuple(shares)
+        shares.append((combination.model, (row["reserved"] - least) / scale))
+    return shares
 
 
-@cache
-def by_playing() -> tuple[GpuEstimate | None, ...]:
-    """What the formula says of each combination where it plays the step; None where it cannot."""
-    found: list[GpuEstimate | None] = []
-    for each in combinations():
-        try:
-            found.append(played.estimate(each.architecture, each.recipe, each.strategy, each.device).gpu)
-        except RequestError:
-            found.append(None)
-    return tuple(found)
-
-
-@cache
-def _played_shares() -> tuple[tuple[str, float], ...]:
-    return tuple(
-        (combination.model, row["reserved"] / gpu.reserved_bytes - 1)
-        for combination, row, gpu in zip(combinations(), results() or [], by_playing(), strict=True)
-        if gpu is not None
-    )
+def _played_shares() -> Shares:
+    typical = 1 + PLAYED.typical / 1000
+    return [
+        (row.combination.model, row.traced["reserved"] / row.played.reserved_bytes * typical - 1)
+        for row in all_rows()
+        if row.played is not None
+    ]

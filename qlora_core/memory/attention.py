@@ -204,7 +204,7 @@ def eager(
     tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads, mask: DType, narrow: DType | None
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k / sqrt(D) + mask) v with all scores [B, h, S, S] in memory, as transformers writes it."""
-    several, grouped = not shape.single_sequence, shape.queries != shape.keys
+    several = not shape.single_sequence
     numel, dtype = SCORE.times(shape.queries), query.dtype
     if shape.scores == "wide":
         query, key = op.cast(tape, query, "float32"), op.cast(tape, key, "float32")
@@ -212,8 +212,10 @@ def eager(
         query, key, value = (op.clone(tape, x) for x in (query, key, value))  # folded before, and locals from then on
         several = False
     named: list[Tensor] = []  # what has a name of its own there, and lives as long as the function runs
-    # [B, h, S, D] as a view of [B, S, h, D] folds to [B*h, S, D] without a copy for one sequence only
-    weights = product(tape, query, key, numel, (several, several and not grouped, False), narrow)
+    # [B, h, S, D] as a view of [B, S, h, D] folds to [B*h, S, D] without a copy for one sequence only; keys and values
+    # that were copied out to all heads are laid out so
+    several_keys = several and (shape.keys in (1, shape.queries))
+    weights = product(tape, query, key, numel, (several, several_keys, False), narrow)
     if shape.scores == "summed":
         named.append(weights)
     else:
@@ -240,7 +242,7 @@ def eager(
         del probabilities
     if shape.dropped:
         weights = op.dropout(tape, weights, shape.cuda)
-    attended = product(tape, weights, value, query.numel, (False, several and not grouped, several), narrow)
+    attended = product(tape, weights, value, query.numel, (False, several_keys, several), narrow)
     named.clear()
     return op.clone(tape, attended), weights
 

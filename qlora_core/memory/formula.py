@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import cached_property, lru_cache, partial
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
@@ -37,7 +37,7 @@ from qlora_core.memory.step import Handling, Logits, Step, undivided
 from qlora_core.memory.timeline import course as parts_of
 from qlora_core.memory.timeline import timeline
 from qlora_core.recipe import Recipe
-from qlora_core.strategy import Attention, Strategy
+from qlora_core.strategy import LOSS_CHUNK_TOKENS, Attention, Strategy
 
 ENDLESS = 2**40
 """A length beyond every sliding window, and a number of ranks beyond every other."""
@@ -111,11 +111,24 @@ def segments(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy
     return sizes.at(strategy.micro_batch, recipe.seq_len).segments(strategy.micro_batch, recipe.seq_len)
 
 
+class Kind(NamedTuple):
+    """Micro-batches and sequence lengths of which a step is alike but for sizes.
+
+    Attributes:
+        single: a micro-batch of 1, which needs fewer copies where attention folds sequences and heads.
+        masked: there are masks, as with packing and from a sliding window on.
+        several_chunks: as a `Step` has it.
+    """
+
+    single: bool
+    masked: bool
+    several_chunks: bool
+
+
 class Prepared:
     """A recipe and a strategy whose micro-batch and sequence length are open.
 
-    Two kinds of each are prepared apart, when they are first asked for: a micro-batch of 1 needs fewer copies where
-    attention folds sequences and heads, and with packing or from a sliding window on there are masks.
+    Each kind of these is prepared apart, when it is first asked for.
 
     Raises:
         ValueError: by its methods; nothing is trained.
@@ -128,14 +141,15 @@ class Prepared:
         chunk = CHUNK if architecture.delta_net else 1
         self._layers = Repeated(architecture.periods, architecture.period, chunk)
         self._single_is_special = folds_sequences(architecture, strategy["attention"])
-        self._steps: dict[tuple[bool, bool], tuple[Step, Residents]] = {}
-        self._least: dict[tuple[bool, bool], Least | None] = {}
-        self._of_kind: dict[tuple[bool, bool], Sizes] = {}
+        self._counts_chunks = strategy["loss"] == "chunked" and recipe["method"] == "full"
+        self._steps: dict[Kind, tuple[Step, Residents]] = {}
+        self._least: dict[Kind, Least | None] = {}
+        self._of_kind: dict[Kind, Sizes] = {}
 
     @cached_property
     def weights_bytes(self) -> int:
         """What the base model's weights alone take, at least; it takes no time to tell."""
-        recipe, strategy = self._asked(False, False)[1:3]
+        recipe, strategy = self._asked(Kind(False, False, False))[1:3]
         weights = exact.weights(self._architecture, recipe, self._device.compute_dtype)
         constants = sum(size * count for size, count in weights.constants)
         if strategy.offload == "all":
@@ -166,7 +180,7 @@ class Prepared:
         kind = self._kind(micro_batch, seq_len)
         if kind not in self._of_kind:
             step, stays = self._parts(kind)
-            strategy, trained = self._asked(*kind)[2], step.layer.trained
+            strategy, trained = self._asked(kind)[2], step.layer.trained
             self._of_kind[kind] = Sizes(stays, timeline(step), self._device, strategy, self._layers, trained)
         return self._of_kind[kind]
 
@@ -179,24 +193,25 @@ class Prepared:
         """The step of these, among others."""
         return self._parts(self._kind(micro_batch, seq_len))[0]
 
-    def _parts(self, kind: tuple[bool, bool]) -> tuple[Step, Residents]:
+    def _parts(self, kind: Kind) -> tuple[Step, Residents]:
         """The step, and what stays between steps."""
         if kind not in self._steps:
-            asked = self._asked(*kind)
-            self._steps[kind] = step_of(*asked), residents(*asked)
+            asked = self._asked(kind)
+            self._steps[kind] = step_of(*asked)._replace(several_chunks=kind.several_chunks), residents(*asked)
         return self._steps[kind]
 
-    def _kind(self, micro_batch: int, seq_len: int) -> tuple[bool, bool]:
-        return (
+    def _kind(self, micro_batch: int, seq_len: int) -> Kind:
+        return Kind(
             self._single_is_special and micro_batch == 1,
             is_masked(self._architecture, seq_len, self._recipe["packing"]),
+            self._counts_chunks and micro_batch * seq_len > LOSS_CHUNK_TOKENS,
         )
 
-    def _asked(self, single: bool, masked: bool) -> tuple[ModelArchitecture, Recipe, Strategy, Device]:
-        """A recipe and a strategy that stand for all of a kind."""
-        length = ENDLESS if masked else 1
+    def _asked(self, kind: Kind) -> tuple[ModelArchitecture, Recipe, Strategy, Device]:
+        """A recipe and a strategy that stand for all of a kind, but for the chunks of a loss."""
+        length = ENDLESS if kind.masked else 1
         recipe = Recipe(**self._recipe, seq_len=length, tokens_per_step=length)
-        strategy = Strategy(**self._strategy, micro_batch=1 if single else 2)
+        strategy = Strategy(**self._strategy, micro_batch=1 if kind.single else 2)
         return self._architecture, recipe, strategy, self._device
 
 
@@ -285,6 +300,7 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
         reentrant=strategy.gradient_checkpointing and stage == 3,
         logits=_logits(architecture),
         loss=strategy.loss,
+        several_chunks=False,
         output_held=device.output_held,
         caches_casts=device.plain_autocast,
         gradients=_handling(strategy),

@@ -29,7 +29,7 @@ from qlora_core.memory.sizes import variables_of
 from qlora_core.memory.step import FIRST, LAST, MIDDLE, Step, on_tape, recorded
 from qlora_core.memory.tape import Room, Where, value
 from qlora_core.recipe import DTYPE_BYTES, Recipe
-from qlora_core.strategy import LOSS_CHUNK_TOKENS, Strategy
+from qlora_core.strategy import Strategy
 
 LAYERS = (FIRST, MIDDLE, LAST)
 BACKWARD_LAYERS = 2
@@ -110,8 +110,6 @@ def _refused(step: Step, strategy: Strategy, recipe: Recipe) -> str | None:
         return f"it plays a rank that holds all it trains, and ZeRO stage {strategy.zero_stage} divides it"
     if step.unlike is not None:
         return "it plays layers that are all alike, and without checkpointing those with a window keep something else"
-    if step.loss == "chunked" and step.layer.trained and strategy.micro_batch * recipe.seq_len > LOSS_CHUNK_TOKENS:
-        return "it plays one chunk of the loss, and of a trained output head each leaves a gradient to the next"
     return None
 
 

@@ -67,6 +67,7 @@ class Step(NamedTuple):
         reentrant: checkpointing by use_reentrant=True.
         logits: what becomes of the output head's product before the loss.
         loss: "full", "chunked" or "liger".
+        several_chunks: a trained output head has more than one chunk of the loss, and a gradient of each.
         output_held: the model's output, logits and graph, stays until the step ends.
         caches_casts: autocast keeps narrow copies of trained weights until it ends.
         gradients: what becomes of them.
@@ -95,6 +96,7 @@ class Step(NamedTuple):
     reentrant: bool
     logits: Logits
     loss: Loss
+    several_chunks: bool
     output_held: bool
     caches_casts: bool
     gradients: Handling
@@ -315,12 +317,15 @@ def with_positions(tape: Tape, step: Step, embedded: Tensor) -> tuple[Tensor, Te
     return tape.apply((embedded, weight), embedded.numel, layer.stream, backward), rows
 
 
+def head_weight(tape: Tape, step: Step) -> Tensor:
+    """The output head's: its gradient waits for the embedding's, where they are tied."""
+    return tape.tied or parameter(tape, step.layer, step.vocab * step.layer.hidden, step.layer.stream)
+
+
 @module
-def head(tape: Tape, step: Step, hidden: Tensor, rows: Size) -> Tensor:
+def head(tape: Tape, step: Step, hidden: Tensor, weight: Tensor, rows: Size) -> Tensor:
     """The output head: [rows, H] -> [rows, V]."""
     layer = step.layer
-    # the output head's gradient of a tied weight waits for the embedding's
-    weight = tape.tied or parameter(tape, layer, step.vocab * layer.hidden, layer.stream)
     return op.linear(tape, hidden, weight, rows, layer.hidden, step.vocab, layer.narrow, layer.divided)
 
 
@@ -330,9 +335,9 @@ def cross_entropy(tape: Tape, logits: Tensor) -> Tensor:
     return op.negative_log_likelihood(tape, op.log_softmax(tape, wide))
 
 
-def predicted(tape: Tape, step: Step, hidden: Tensor, rows: Size) -> Tensor:
+def predicted(tape: Tape, step: Step, hidden: Tensor, weight: Tensor, rows: Size) -> Tensor:
     """The logits: what the model makes of its output head's product, one operator after the other."""
-    logits = head(tape, step, hidden, rows)
+    logits = head(tape, step, hidden, weight, rows)
     for change in CHANGES[step.logits]:
         logits = change(tape, logits)
     return logits
@@ -344,7 +349,7 @@ def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
     In transformers' own loss the hidden states, which are `held`, live on; ours comes after the model has returned.
     """
     with tape.at("forward", "loss"), tape.into("logits_and_loss"):
-        logits = predicted(tape, step, held[0], ROW)
+        logits = predicted(tape, step, held[0], head_weight(tape, step), ROW)
         if not step.output_held:
             held.clear()
         loss = cross_entropy(tape, logits)
@@ -352,14 +357,15 @@ def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def chunked_loss(tape: Tape, step: Step, held: list[Tensor]) -> Tensor:
-    """The loss of LOSS_CHUNK_TOKENS labelled tokens at a time; one chunk stands for all.
+    """The loss of LOSS_CHUNK_TOKENS labelled tokens at a time; one chunk stands for all, or two.
 
     The hidden states, which are `held`, are let go of when those of labelled tokens are copied. A frozen head's chunk
-    has its backward pass inside the forward pass; a trained one's is checkpointed.
+    has its backward pass inside the forward pass; a trained one's is checkpointed, and its gradient of the head waits
+    for that of the next chunk, to which it is added.
     """
 
-    def logits(x: Tensor) -> Tensor:
-        return predicted(tape, step, x, CHUNK_ROW)
+    def logits(weight: Tensor, x: Tensor) -> Tensor:
+        return predicted(tape, step, x, weight, CHUNK_ROW)
 
     def by_kernel(x: Tensor) -> Tensor:
         return op.liger_cross_entropy(tape, x, CHUNK_ROW, step.layer.hidden, step.vocab)
@@ -369,11 +375,15 @@ def chunked_loss(tape: Tape, step: Step, held: list[Tensor]) -> Tensor:
         hidden = op.gather_rows(tape, held[0], held[0].numel)
         held.clear()
         with tape.into("logits_and_loss"):
+            of_chunk = partial(logits, head_weight(tape, step))
             if step.layer.trained:
-                return tape.checkpoint(lambda x: cross_entropy(tape, logits(x)), op.slice_of(tape, hidden, rows))
+                chunks = op.split(tape, hidden, [rows] * (1 + step.several_chunks))
+                del hidden
+                losses = [tape.checkpoint(lambda x: cross_entropy(tape, of_chunk(x)), chunk) for chunk in chunks]
+                return op.add(tape, *losses) if step.several_chunks else losses[0]
             if step.loss == "liger":
                 return op.differentiated(tape, hidden, by_kernel, rows, lambda _: tape.new(Size(fixed=1), "float32"))
-            return op.differentiated(tape, hidden, logits, rows, partial(op.into_gradient, tape))
+            return op.differentiated(tape, hidden, of_chunk, rows, partial(op.into_gradient, tape))
 
 
 def period_gradient_bytes(step: Step) -> int:
