@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -27,15 +27,18 @@ WAYS = {
     "`GOMP_SPINCOUNT=1000`": {"GOMP_SPINCOUNT": "1000"},
     "`OMP_WAIT_POLICY=passive`": {"OMP_WAIT_POLICY": "passive"},
 }
+STEPS = (64, 16, 38), (512, 2, 256)
+"""A small one and one whose products are large: width, sequences, tokens of one."""
 STEP = """
 import json, statistics, sys, time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
 torch.set_num_threads(int(sys.argv[1]))
-model = LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=2,
-                                     num_attention_heads=4))
-tokens = torch.randint(512, (16, 38))
+width, rows, length = map(int, sys.argv[2:])
+model = LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=width, intermediate_size=3 * width,
+                                     num_hidden_layers=2, num_attention_heads=4))
+tokens = torch.randint(512, (rows, length))
 def step():
     began = time.perf_counter()
     model(input_ids=tokens, labels=tokens).loss.backward()
@@ -46,10 +49,10 @@ print(json.dumps(statistics.median(step() for _ in range(20))))
 """
 
 
-def seconds_of_a_step(threads: int, environment: dict[str, str]) -> float:
-    """The median of 20 steps of 16 x 38 tokens through a Llama of two layers, in a process of its own."""
+def seconds_of_a_step(threads: int, step: Sequence[int], environment: dict[str, str]) -> float:
+    """The median of 20 steps of one of `STEPS` through a Llama of two layers, in a process of its own."""
     unset = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    command = [sys.executable, "-c", STEP, str(threads)]
+    command = [sys.executable, "-c", STEP, *map(str, (threads, *step))]
     done = subprocess.run(command, env={**unset, **environment}, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
@@ -70,9 +73,9 @@ def main() -> None:
     threads = os.cpu_count() or 1
     rows: dict[str, list[float]] = {}
     for way, environment in WAYS.items():
-        alone = seconds_of_a_step(threads, environment)
+        alone = [seconds_of_a_step(threads, step, environment) for step in STEPS]
         with busy():
-            rows[way] = [alone, seconds_of_a_step(threads, environment)]
+            rows[way] = [*alone, *(seconds_of_a_step(threads, step, environment) for step in STEPS)]
     results: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
@@ -80,15 +83,21 @@ def main() -> None:
         "seconds": rows,
     }
     write_json(RESULTS, results)
-    usual = rows["as OpenMP has it"][0]
+    usual = rows["as OpenMP has it"][: len(STEPS)]
+    shown = [f"{sequences} x {tokens}, width {width}" for width, sequences, tokens in STEPS]
+    columns = [*shown, *(f"{step}, beside one busy process" for step in shown)]
+    milliseconds = " and ".join(f"{1000 * seconds:.1f} ms" for seconds in usual)
     lines = [
-        f"A step of 16 x 38 tokens through a Llama of two layers, {threads} threads, medians of 20, as ratios to the "
-        f"step with OpenMP's own way to wait on a quiet machine, {1000 * usual:.1f} ms "
+        f"A step through a Llama of two layers, {threads} threads, medians of 20, as ratios to the step with OpenMP's "
+        f"own way to wait on a quiet machine, {milliseconds} "
         f"({results['machine']['processor']}, {results['machine']['cores']} cores, {results['date']}):",
         "",
-        "| threads wait | alone | beside one busy process |",
-        "| --- | ---: | ---: |",
-        *(f"| {way} | {alone / usual:.2f} | {beside / usual:.2f} |" for way, (alone, beside) in rows.items()),
+        f"| threads wait | {' | '.join(columns)} |",
+        f"| --- |{' ---: |' * len(columns)}",
+        *(
+            f"| {way} | {' | '.join(f'{each / of:.2f}' for each, of in zip(seconds, usual * 2, strict=True))} |"
+            for way, seconds in rows.items()
+        ),
     ]
     text = "\n".join(lines) + "\n"
     PLACE.write(text)

@@ -34,9 +34,6 @@ def set_defaults() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Ray starts a process for each core ahead, and none of them is taken: Ray Train's have an environment of their own.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    # Workers have it from the Ray that is started here. Threads that spin while they wait for one which another process
-    # holds up make small steps on a busy CPU many times slower; what sleeping costs is in docs/performance.md.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @contextmanager
