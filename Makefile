@@ -88,7 +88,7 @@ profile: $(INSTALLED) ## where the time of a training step goes on this CPU (doc
 growth: $(INSTALLED) ## time and memory against model size, length, workers and checkpoints (docs/benchmarks.md); on a quiet machine
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.growth
 
-waiting: $(INSTALLED) ## what threads that spin or sleep cost a small step on a busy machine (docs/performance.md)
+waiting: $(INSTALLED) ## what threads that spin, or sleep, while they wait cost a step (docs/performance.md)
 	$(BIN)/python -m benchmarks.waiting
 
 start: $(INSTALLED) ## from the command to the first step, part by part (docs/performance.md); on a quiet machine
@@ -124,7 +124,7 @@ capacity: $(INSTALLED) ## the three worked examples of docs/capacity.md: documen
 screens: $(INSTALLED) ## run the commands that README.md and docs/planning.md show, and put in what they print
 	$(BIN)/python -m benchmarks.screens
 
-accuracy: $(INSTALLED) ## write docs/accuracy.md, docs/step-time.md and plots: predicted beside measured (GRID=1: trace the grid too)
+accuracy: $(INSTALLED) ## write docs/accuracy.md, docs/step-time.md and plots: predicted beside measured (GRID=1: trace the grids too)
 	$(BIN)/python -m benchmarks.accuracy --trace $(if $(GRID),--grid)
 
 format: $(INSTALLED) ## sort the imports and format the code

@@ -1,4 +1,4 @@
-"""`make waiting`: what threads that spin, or sleep, while they wait for each other cost a small step on a busy machine.
+"""`make waiting`: what threads that spin, or sleep, while they wait for each other cost a step.
 
 Other processes of the machine take a core now and then; the threads of a step then wait for the one that has none.
 """
@@ -35,10 +35,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
 torch.set_num_threads(int(sys.argv[1]))
-width, rows, length = map(int, sys.argv[2:])
+width, sequences, length = map(int, sys.argv[2:])
 model = LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=width, intermediate_size=3 * width,
                                      num_hidden_layers=2, num_attention_heads=4))
-tokens = torch.randint(512, (rows, length))
+tokens = torch.randint(512, (sequences, length))
 def step():
     began = time.perf_counter()
     model(input_ids=tokens, labels=tokens).loss.backward()
@@ -70,7 +70,7 @@ def busy() -> Iterator[None]:
 @click.command(name="benchmarks.waiting")
 def main() -> None:
     """Time a step under each way to wait, alone and beside a busy process."""
-    threads = os.cpu_count() or 1
+    threads, before = os.cpu_count() or 1, machine()
     rows: dict[str, list[float]] = {}
     for way, environment in WAYS.items():
         alone = [seconds_of_a_step(threads, step, environment) for step in STEPS]
@@ -78,7 +78,7 @@ def main() -> None:
             rows[way] = [*alone, *(seconds_of_a_step(threads, step, environment) for step in STEPS)]
     results: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+        "machine": before,
         "threads": threads,
         "seconds": rows,
     }

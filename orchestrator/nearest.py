@@ -96,6 +96,10 @@ def sacrifices(architecture: ModelArchitecture, asked: Candidate, target: Target
         yield Sacrifice("autocast", costs, (Candidate(autocast, strategy),))
     if recipe.upcast == "peft":
         yield Sacrifice("no float32 upcast", "nothing known", (Candidate(replace(recipe, upcast="none"), strategy),))
+    if strategy.loss == "full":
+        chunked = Candidate(recipe, replace(strategy, loss="chunked"))
+        costs = "the output head is computed once more" if recipe.method == "full" else "nothing"
+        yield Sacrifice("a chunked loss", costs, (chunked,))
     if strategy.micro_batch > 1:
         share = strategy.micro_batch * strategy.gradient_accumulation
         sizes = [size for size in range(strategy.micro_batch - 1, 0, -1) if share % size == 0]
@@ -105,9 +109,6 @@ def sacrifices(architecture: ModelArchitecture, asked: Candidate, target: Target
             "some speed; the step is the same",
             tuple(Candidate(recipe, one) for one in smaller),
         )
-    if strategy.loss == "full":
-        chunked = Candidate(recipe, replace(strategy, loss="chunked"))
-        yield Sacrifice("a chunked loss", "the output head is computed once more", (chunked,))
     if not strategy.paged_optimizer and cuda and strategy.offload == "none":
         paged = Candidate(recipe, replace(strategy, paged_optimizer=True))
         yield Sacrifice("paged optimizer state", "traffic over PCIe where memory is short", (paged,))

@@ -26,8 +26,8 @@ ORDER = [
     "autocast",
     "no float32 upcast",
     # the same step, more slowly
-    "a smaller micro-batch",
     "a chunked loss",
+    "a smaller micro-batch",
     "paged optimizer state",
     "gradient checkpointing",
     # the same step, for more money

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 from test_formula import recipe, strategy_of
@@ -23,15 +23,16 @@ from qlora_core.strategy import Strategy
 A100 = Device(kind="cuda", compute_dtype="bfloat16", compute_capability=(8, 0))
 
 
-@pytest.mark.parametrize(("rows", "fewest"), [(grid.rows, 300), (grid.further_rows, 150)])
-def test_it_says_what_the_trace_says_of_the_whole_grids(rows: Callable[[], Sequence[grid.Row]], fewest: int) -> None:
+@pytest.mark.parametrize(("of", "fewest", "nine_of_ten"), [(grid.usual, 300, 0.03), (grid.further, 130, 0.035)])
+def test_it_says_what_the_trace_says_of_both_grids(
+    of: Callable[[], grid.Grid], fewest: int, nine_of_ten: float
+) -> None:
     # the traces were written by `make accuracy GRID=1`
-    errors = sorted(
-        abs(row.played.reserved_bytes / row.traced["reserved"] - 1) for row in rows() if row.played is not None
-    )
+    played_rows = [(row.played, row.traced) for row in of().rows() if row.played is not None]
+    errors = sorted(abs(gpu.reserved_bytes / traced["reserved"] - 1) for gpu, traced in played_rows)
     assert len(errors) >= fewest
     assert errors[len(errors) // 2] <= 0.004
-    assert errors[len(errors) * 9 // 10] <= 0.035
+    assert errors[len(errors) * 9 // 10] <= nine_of_ten
 
 
 def test_its_interval_holds_for_models_that_gave_it_nothing() -> None:
@@ -81,6 +82,14 @@ def test_all_but_reserved_memory_is_the_closed_forms() -> None:
 def test_what_cannot_be_played_is_refused_with_the_reason(model: str, strategy: Strategy, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         played.estimate(find_model(model), recipe(seq_len=2048), strategy, A100)
+
+
+def test_so_are_several_chunks_of_a_loss_whose_head_is_trained() -> None:
+    all_trained = recipe(method="full", quantization="none", double_quantization=False, seq_len=129)
+    request = find_model("smollm2-135m"), all_trained
+    played.estimate(*request, Strategy(micro_batch=8), A100)  # 1,024 tokens are learned of 1,032
+    with pytest.raises(RequestError, match="chunks of the loss"):
+        played.estimate(*request, Strategy(micro_batch=9), A100)
 
 
 def test_a_cpu_reserves_what_it_allocates() -> None:

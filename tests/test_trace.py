@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -158,8 +158,8 @@ def test_it_says_so_still(index: int) -> None:
 
 # --- the two estimators hold each other -------------------------------------------------------------------------------
 
-SAMPLE = tuple(range(0, len(everything()), 79))
-"""79 shares no factor with the number of recipes that each model has: each is of another model."""
+SAMPLE = tuple(range(0, len(everything()), 92))
+"""Each is of another model, and every other one under autocast: see `grid._turns`."""
 
 
 @pytest.mark.parametrize(
@@ -173,10 +173,10 @@ SAMPLE = tuple(range(0, len(everything()), 79))
 def test_the_formula_says_what_the_trace_says(number: int) -> None:
     asked: Combination = everything()[number]
     request = asked.architecture, asked.recipe, asked.strategy, asked.device
-    by_trace, by_formula = figures(trace.estimate(*request).gpu), figures(formula.estimate(*request).gpu)
-    assert by_formula["allocated"] == pytest.approx(
-        by_trace["allocated"], rel=grid.TOLERANCE if number < grid.COMBINATIONS else grid.FURTHER_TOLERANCE
-    )
+    by_trace, by_formula = figures(trace.estimate(*request).gpu), formula.estimate(*request).gpu
+    within = (grid.usual() if number < grid.COMBINATIONS else grid.further()).tolerance
+    assert by_formula.allocated_bytes == pytest.approx(by_trace["allocated"], rel=within)
+    assert by_trace == grid.all_rows()[number].traced  # which `make accuracy GRID=1` wrote
 
 
 @pytest.mark.slow
@@ -337,8 +337,8 @@ def test_the_formula_says_what_the_trace_says_of_shared_keys_on_a_t4(family: str
     """There grouped heads take torch's math kernel, which copies one key head out to all as well."""
     config = AutoConfig.for_model(family, **{**SMALL, "num_key_value_heads": keys}, head_dim=64).to_dict()
     architecture = architecture_from_config(config, name=f"{family} of {keys}", source="a test")
-    for checkpointing in (True, False):
-        strategy = strategy_of(architecture, gradient_checkpointing=checkpointing)
+    for checkpointing, attention in itertools.product((True, False), ("sdpa", "eager")):
+        strategy = strategy_of(architecture, gradient_checkpointing=checkpointing, attention=attention)
         request = architecture, recipe(rank=16), strategy, T4
         by_trace, by_formula = trace.estimate(*request).gpu.phases, formula.estimate(*request).gpu.phases
         for phase in ("forward", "backward"):
@@ -351,8 +351,9 @@ def test_the_formula_says_what_the_trace_says_of_shared_keys_on_a_t4(family: str
     [
         # the output head's gradient waits for the embedding's, and the sum of both is a third
         ("smollm2-135m", 128, Strategy(gradient_accumulation=2)),
-        # so does that of one chunk of the loss for the next one's
+        # so does that of one chunk of the loss for the next one's, and what they give the hidden states for all others
         ("qwen2.5-0.5b", 1024, Strategy(micro_batch=2)),
+        ("smollm2-360m", 1900, Strategy(micro_batch=4)),
         # a norm that multiplies in float32 keeps its input in float32
         ("gemma-3-1b", 512, Strategy(micro_batch=2, gradient_checkpointing=False, loss="full")),
         # one key for all heads, cut out of a fused projection by its number
@@ -366,10 +367,10 @@ def test_the_formula_says_what_the_trace_says_where_all_weights_are_trained(
     request = find_model(model), asked, dataclasses.replace(strategy, paged_optimizer=False), A100
     by_trace, by_formula = trace.estimate(*request).gpu.phases, formula.estimate(*request).gpu.phases
     for phase in ("forward", "backward", "optimizer"):
-        assert getattr(by_formula, phase) == pytest.approx(getattr(by_trace, phase), rel=grid.TOLERANCE), phase
+        assert getattr(by_formula, phase) == pytest.approx(getattr(by_trace, phase), rel=0.02), phase
 
 
-def test_the_constants_of_fragmentation_are_those_of_the_traced_grid() -> None:
+def test_the_constants_of_fragmentation_are_those_of_the_traced_grids() -> None:
     assert grid.fragmentation(checkpointing=True) == reserve.CHECKPOINTED
     assert grid.fragmentation(checkpointing=False) == reserve.KEPT
     assert grid.fragmentation_played() == reserve.PLAYED
@@ -379,14 +380,13 @@ def test_the_interval_of_reserved_memory_holds_for_models_that_gave_it_nothing()
     assert grid.held_out() >= 0.87 * len(grid.all_rows())
 
 
-@pytest.mark.parametrize(("rows", "worst"), [(grid.rows, grid.TOLERANCE), (grid.further_rows, grid.FURTHER_TOLERANCE)])
-def test_allocated_memory_of_both_traced_grids_is_near_the_traces(
-    rows: Callable[[], Sequence[grid.Row]], worst: float
-) -> None:
-    # written by `make accuracy GRID=1`
-    errors = sorted(abs(row.closed.allocated_bytes / row.traced["allocated"] - 1) for row in rows())
+@pytest.mark.parametrize("of", [grid.usual, grid.further])
+def test_allocated_memory_of_all_of_both_grids_is_near_the_traces(of: Callable[[], grid.Grid]) -> None:
+    rows = of().rows()
+    assert rows
+    errors = sorted(abs(row.closed.allocated_bytes / row.traced["allocated"] - 1) for row in rows)
     assert errors[len(errors) // 2] <= 0.003
-    assert errors[-1] <= worst
+    assert errors[-1] <= of().tolerance
 
 
 def test_components_add_up_and_are_those_of_the_formula() -> None:

@@ -9,7 +9,7 @@ from benchmarks.accuracy import document, grid, plots, step_time_page, t4
 
 @click.command(name="benchmarks.accuracy")
 @click.option("--trace", is_flag=True, help="First trace the forty rows of the T4 again, which takes minutes.")
-@click.option("--grid", "grid_too", is_flag=True, help="First trace the grid of recipes again: ten minutes.")
+@click.option("--grid", "grid_too", is_flag=True, help="First trace both grids of recipes again: twenty minutes.")
 def command(trace: bool, grid_too: bool) -> None:
     """Write both pages and their plots from the measured data and the two models as they are now."""
     if trace:

@@ -1,4 +1,4 @@
-"""A seeded grid of recipes on which the formula is held against the trace."""
+"""Two seeded grids of recipes on which the formula is held against the trace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from clusters.errors import RequestError
 from qlora_core.architecture import ModelArchitecture
@@ -26,12 +26,9 @@ from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 
 RESULTS = Path(__file__).parents[1] / "results" / "grid.json"
-COMBINATIONS = 312
-FURTHER = 156
+COMBINATIONS, FURTHER = 312, 156
 FURTHER_TOKENS = 2048
 """The longest sequence of those."""
-TOLERANCE, FURTHER_TOLERANCE = 0.02, 0.025
-"""Of allocated memory by the formula, beside the trace's."""
 MODELS = (
     "smollm2-135m",
     "smollm2-360m",
@@ -92,25 +89,46 @@ class Combination:
         )
 
 
+class Grid(NamedTuple):
+    """Recipes drawn once, and by which part the formula's allocated memory may be off the trace's."""
+
+    combinations: tuple[Combination, ...]
+    tolerance: float
+
+    def rows(self) -> tuple[Row, ...]:
+        """What all say of them; nothing if the trace was never asked about some."""
+        traces = _traces()
+        missing = any(str(each) not in traces for each in self.combinations)
+        return () if missing else tuple(map(_answered, self.combinations))
+
+
 @cache
-def combinations() -> tuple[Combination, ...]:
-    """The grid: the same every time, every model equally often, and each as often under autocast as without."""
-    chance = random.Random(65)  # noqa: S311  # a sample, not a secret
-    models, turns = len(MODELS), range(COMBINATIONS)
-    return tuple(_drawn(chance, MODELS[turn % models], autocast=turn // models % 2 == 1) for turn in turns)
+def usual() -> Grid:
+    """The first grid: the same every time, every model equally often, and each as often under autocast as without."""
+    return Grid(_turns(random.Random(65), COMBINATIONS, _drawn), 0.02)  # noqa: S311  # a sample, not a secret
+
+
+@cache
+def further() -> Grid:
+    """What that has none of, nearly all of it: all weights trained, DoRA, LoRA+, several micro-batches and ranks."""
+    return Grid(_turns(random.Random(66), FURTHER, _drawn_further), 0.025)  # noqa: S311
 
 
 def everything() -> tuple[Combination, ...]:
-    """Both grids: that, and what it has none of."""
-    return *combinations(), *further()
+    """Those of both."""
+    return usual().combinations + further().combinations
 
 
-@cache
-def further() -> tuple[Combination, ...]:
-    """What the grid has none of: all weights trained, DoRA, LoRA+, several micro-batches and ranks."""
-    chance = random.Random(66)  # noqa: S311  # a sample, not a secret
-    models, turns = len(MODELS), range(FURTHER)
-    return tuple(_drawn_further(chance, MODELS[turn % models], autocast=turn // models % 2 == 1) for turn in turns)
+class Draw(Protocol):
+    """Draws a recipe for a model, under autocast or not."""
+
+    def __call__(self, chance: random.Random, model: str, *, autocast: bool) -> Combination:
+        """See the class."""
+
+
+def _turns(chance: random.Random, count: int, draw: Draw) -> tuple[Combination, ...]:
+    models = len(MODELS)
+    return tuple(draw(chance, MODELS[turn % models], autocast=turn // models % 2 == 1) for turn in range(count))
 
 
 def _drawn_further(chance: random.Random, model: str, *, autocast: bool) -> Combination:
@@ -121,7 +139,7 @@ def _drawn_further(chance: random.Random, model: str, *, autocast: bool) -> Comb
     if pick((True, False, False)):
         changes = {"method": "full", "quantization": "none", "double_quantization": False}
         changes |= {"lora_dtype": "float32", "dropout": 0.0, "upcast": "none"}
-    else:
+    else:  # DoRA under autocast is refused
         changes = {"use_dora": not autocast and pick((True, False)), "loraplus_lr_ratio": pick((1.0, 16.0))}
     tokens = seq_len * drawn.strategy.micro_batch * passes * ranks
     return replace(
@@ -207,33 +225,25 @@ class Row(NamedTuple):
 
 
 @cache
-def all_rows() -> tuple[Row, ...]:
-    """Both grids; nothing if the trace was never asked about these."""
-    if not RESULTS.exists():
-        return ()
-    found: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"]
-    if [row["combination"] for row in found] != [str(each) for each in everything()]:
-        return ()
-    return tuple(_answered(each, row) for each, row in zip(everything(), found, strict=True))
+def _traces() -> dict[str, dict[str, int]]:
+    """What the trace last said, by combination."""
+    found: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    return {row["combination"]: {figure: row[figure] for figure in FIGURES} for row in found}
 
 
-def rows() -> tuple[Row, ...]:
-    """Those of `combinations`."""
-    return all_rows()[:COMBINATIONS]
-
-
-def further_rows() -> tuple[Row, ...]:
-    """Those of `further`."""
-    return all_rows()[COMBINATIONS:]
-
-
-def _answered(each: Combination, row: dict[str, int]) -> Row:
+@cache
+def _answered(each: Combination) -> Row:
     asked = each.architecture, each.recipe, each.strategy, each.device
     try:
         as_played = played.estimate(*asked).gpu
     except RequestError:
         as_played = None
-    return Row(each, row, formula.estimate(*asked).gpu, as_played)
+    return Row(each, _traces()[str(each)], formula.estimate(*asked).gpu, as_played)
+
+
+def all_rows() -> tuple[Row, ...]:
+    """Those of both grids."""
+    return usual().rows() + further().rows()
 
 
 # --- how far reserved memory is off -----------------------------------------------------------------------------------
@@ -297,6 +307,7 @@ def _shares(checkpointing: bool) -> Shares:
 
 
 def _played_shares() -> Shares:
+    # what an estimate has put on top already is no part of what was found
     typical = 1 + PLAYED.typical / 1000
     return [
         (row.combination.model, row.traced["reserved"] / row.played.reserved_bytes * typical - 1)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import sys
 from dataclasses import asdict, replace
@@ -73,7 +74,7 @@ def command(rounds: int, steps: int, tiny: bool, debug: bool) -> int:
         "curve": curve(
             replace(case, seq_len=min(case.seq_len, CURVE_LENGTH)), work, model, 8 if tiny else CURVE_STEPS, peers
         ),
-        "ray": beside_ray(case, work, model, rounds, steps if tiny else RAY_STEPS),
+        "ray": beside_ray(case, work, model, rounds if tiny else 2 * rounds, steps if tiny else RAY_STEPS),
         "padding_percent": padding_percent(),
         "memory": [*memory_measured(case, work, model), *memory.rows(traced=not tiny)],
     }
@@ -178,19 +179,29 @@ def curve(case: Case, work: Path, model: Path, steps: int, peers: Peers) -> dict
 
 
 def beside_ray(case: Case, work: Path, model: Path, rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of the median step of our loop, launched by Ray and not, in turn."""
-    found: dict[str, list[float]] = {"with": [], "without": []}
+    """Seconds of the median step of our loop, launched by Ray and not, in turn: now the one first, then the other."""
     short = replace(case, seq_len=min(case.seq_len, 256))
     specification = write_spec(short, work / "ray", model, steps=steps, compute_dtype="float32")
-    for _ in range(rounds):
-        without = loop("ours", specification)["seconds"]
-        finished(["rm", "-rf", str(specification.with_name("out"))])
+    output = specification.with_name("out")
+    if output.exists():
+        shutil.rmtree(output)  # of a run that was broken off
+
+    def without() -> list[float]:
+        measured: list[float] = loop("ours", specification)["seconds"]
+        return measured
+
+    def launched() -> list[float]:
         finished([str(Path(sys.executable).with_name("qlora-train")), str(specification)])
-        lines = specification.with_name("out").joinpath("events.jsonl").read_text(encoding="utf-8").splitlines()
-        launched = [event["seconds"] for event in map(json.loads, lines) if event["event"] == "step"]
-        finished(["rm", "-rf", str(specification.with_name("out"))])
-        found["without"].append(statistics.median(without[WARM_UP:]))
-        found["with"].append(statistics.median(launched[WARM_UP:]))
+        lines = output.joinpath("events.jsonl").read_text(encoding="utf-8").splitlines()
+        return [event["seconds"] for event in map(json.loads, lines) if event["event"] == "step"]
+
+    ways = [("without", without), ("with", launched)]
+    found: dict[str, list[float]] = {name: [] for name, _ in ways}
+    for _ in range(rounds):
+        for name, way in ways:
+            found[name].append(statistics.median(way()[WARM_UP:]))
+            shutil.rmtree(output)
+        ways.reverse()
     return found
 
 

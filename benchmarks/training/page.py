@@ -239,14 +239,16 @@ def goal_table(found: Iterable[Goal]) -> list[str]:
 
 def speed_table(results: Mapping[str, Any]) -> list[str]:
     """Tokens a second of all loops, and the steps with and without Ray."""
-    speed = results["speed"]
+    speed, ray = results["speed"], results["ray"]
+    of_ray = ratios(ray["with"], ray["without"])
     return [
         f"| loop | tokens/s | of {TRL} | of {TRL_F32} | quartiles of these | peak, MiB |",
         "| --- | ---: | ---: | ---: | --- | ---: |",
         *(speed_row(name, speed, results["peaks"]) for name in speed),
         "",
-        f"Ray: {1000 * spread(results['ray']['with'])['median']:.0f} ms a step launched by Ray, "
-        f"{1000 * spread(results['ray']['without'])['median']:.0f} ms without.",
+        f"Ray: {1000 * spread(ray['with'])['median']:.0f} ms a step launched by Ray, "
+        f"{1000 * spread(ray['without'])['median']:.0f} ms without, in {len(ray['with'])} rounds of their own; "
+        f"the ratio's quartiles are {of_ray['low']:.2f} and {of_ray['high']:.2f}.",
         "",
     ]
 

@@ -213,8 +213,8 @@ def eager(
         several = False
     named: list[Tensor] = []  # what has a name of its own there, and lives as long as the function runs
     # [B, h, S, D] as a view of [B, S, h, D] folds to [B*h, S, D] without a copy for one sequence only; keys and values
-    # that were copied out to all heads are laid out so
-    several_keys = several and (shape.keys in (1, shape.queries))
+    # that were copied out to all heads are laid out so, and those of one head are a view of it still
+    several_keys = several and shape.keys in (1, shape.queries)
     weights = product(tape, query, key, numel, (several, several_keys, False), narrow)
     if shape.scores == "summed":
         named.append(weights)

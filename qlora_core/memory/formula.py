@@ -32,12 +32,12 @@ from qlora_core.memory.families import Activation, family_of
 from qlora_core.memory.layer import Layer, Projection
 from qlora_core.memory.residents import Residents, residents
 from qlora_core.memory.sharding import bucket_elements
-from qlora_core.memory.sizes import Least, Repeated, Sizes
+from qlora_core.memory.sizes import Least, Repeated, Sizes, has_several_chunks
 from qlora_core.memory.step import Handling, Logits, Step, undivided
 from qlora_core.memory.timeline import course as parts_of
 from qlora_core.memory.timeline import timeline
 from qlora_core.recipe import Recipe
-from qlora_core.strategy import LOSS_CHUNK_TOKENS, Attention, Strategy
+from qlora_core.strategy import Attention, Strategy
 
 ENDLESS = 2**40
 """A length beyond every sliding window, and a number of ranks beyond every other."""
@@ -117,7 +117,7 @@ class Kind(NamedTuple):
     Attributes:
         single: a micro-batch of 1, which needs fewer copies where attention folds sequences and heads.
         masked: there are masks, as with packing and from a sliding window on.
-        several_chunks: as a `Step` has it.
+        several_chunks: of the loss of a trained output head.
     """
 
     single: bool
@@ -197,14 +197,14 @@ class Prepared:
         """The step, and what stays between steps."""
         if kind not in self._steps:
             asked = self._asked(kind)
-            self._steps[kind] = step_of(*asked)._replace(several_chunks=kind.several_chunks), residents(*asked)
+            self._steps[kind] = step_of(*asked, chunks=1 + kind.several_chunks), residents(*asked)
         return self._steps[kind]
 
     def _kind(self, micro_batch: int, seq_len: int) -> Kind:
         return Kind(
             self._single_is_special and micro_batch == 1,
             is_masked(self._architecture, seq_len, self._recipe["packing"]),
-            self._counts_chunks and micro_batch * seq_len > LOSS_CHUNK_TOKENS,
+            self._counts_chunks and has_several_chunks(micro_batch, seq_len),
         )
 
     def _asked(self, kind: Kind) -> tuple[ModelArchitecture, Recipe, Strategy, Device]:
@@ -271,8 +271,14 @@ def _prepared(
     )
 
 
-def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Step:
-    """What the timeline of a step depends on, out of all that is given."""
+def step_of(
+    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device, *, chunks: int = 1
+) -> Step:
+    """What the timeline of a step depends on, out of all that is given.
+
+    Args:
+        chunks: as a `Step` has it.
+    """
     *others, layer = _layers_of(architecture, recipe, strategy, device)
     # while they are checkpointed, all layers keep the same
     unlike, by_window = None, layer.kernel == "masked" and not recipe.packing and architecture.sliding_layers > 0
@@ -300,7 +306,7 @@ def step_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy,
         reentrant=strategy.gradient_checkpointing and stage == 3,
         logits=_logits(architecture),
         loss=strategy.loss,
-        several_chunks=False,
+        chunks=chunks,
         output_held=device.output_held,
         caches_casts=device.plain_autocast,
         gradients=_handling(strategy),

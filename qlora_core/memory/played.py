@@ -110,6 +110,8 @@ def _refused(step: Step, strategy: Strategy, recipe: Recipe) -> str | None:
         return f"it plays a rank that holds all it trains, and ZeRO stage {strategy.zero_stage} divides it"
     if step.unlike is not None:
         return "it plays layers that are all alike, and without checkpointing those with a window keep something else"
+    if step.chunks > 1:
+        return "it plays chunks of the loss that are alike, and of a trained output head's the last is smaller"
     return None
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from qlora_core.memory.allocator import LARGE_SEGMENT, OWN_SEGMENT, SMALL, SMALL_SEGMENT, segment_for
+from qlora_core.memory.allocator import LARGE_SEGMENT, OWN_SEGMENT, ROUNDING, SMALL, SMALL_SEGMENT, segment_for
 from qlora_core.memory.tape import Size, value
 from qlora_core.memory.timeline import Scene, Stretches, highest
 
@@ -49,7 +49,7 @@ class Fragmentation(NamedTuple):
 CHECKPOINTED = Fragmentation(-15, 50, 195)
 KEPT = Fragmentation(-25, 10, 65)
 """Without gradient checkpointing, where most of what a step allocates stays to the backward pass."""
-PLAYED = Fragmentation(-20, 0, 30)
+PLAYED = Fragmentation(-20, 0, 29)
 """By how much it exceeds what `played.py` finds instead, in thousandths of that."""
 
 
@@ -230,7 +230,7 @@ def packed(sizes: Sequence[tuple[int, int]]) -> int:
     total = small = 0
     for size, count in sizes:
         if size <= SMALL:
-            small += -(-size // 512) * 512 * count
+            small += -(-size // ROUNDING) * ROUNDING * count
         elif size >= OWN_SEGMENT:
             total += segment_for(size) * count
         else:

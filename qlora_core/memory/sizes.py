@@ -85,8 +85,8 @@ class Sizes:
         """
         if self._growth is None:
             return 0
-        labels = micro_batch * (seq_len - 1)  # no sample's first token is one
-        last_chunk = labels % LOSS_CHUNK_TOKENS if self._chunks_again and labels > LOSS_CHUNK_TOKENS else 0
+        several = self._chunks_again and has_several_chunks(micro_batch, seq_len)
+        last_chunk = labels_of(micro_batch, seq_len) % LOSS_CHUNK_TOKENS if several else 0
         return self._stays.segments + self._growth.at(
             variables_of(micro_batch, seq_len, self._layers.chunk), last_chunk
         )
@@ -172,6 +172,16 @@ class Sizes:
             segments + scale * typical // 1000,
             segments + scale * high // 1000,
         )
+
+
+def labels_of(micro_batch: int, seq_len: int) -> int:
+    """Tokens that are learned, at the most: no sample's first is."""
+    return micro_batch * (seq_len - 1)
+
+
+def has_several_chunks(micro_batch: int, seq_len: int) -> bool:
+    """Whether a chunked loss has more than one."""
+    return labels_of(micro_batch, seq_len) > LOSS_CHUNK_TOKENS
 
 
 class Least:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from typing import Literal, NamedTuple
 
 from qlora_core.memory import operators as op
@@ -67,7 +67,7 @@ class Step(NamedTuple):
         reentrant: checkpointing by use_reentrant=True.
         logits: what becomes of the output head's product before the loss.
         loss: "full", "chunked" or "liger".
-        several_chunks: a trained output head has more than one chunk of the loss, and a gradient of each.
+        chunks: how many of the loss there are on the tape: two if a trained output head has several, else one.
         output_held: the model's output, logits and graph, stays until the step ends.
         caches_casts: autocast keeps narrow copies of trained weights until it ends.
         gradients: what becomes of them.
@@ -96,7 +96,7 @@ class Step(NamedTuple):
     reentrant: bool
     logits: Logits
     loss: Loss
-    several_chunks: bool
+    chunks: int
     output_held: bool
     caches_casts: bool
     gradients: Handling
@@ -357,11 +357,12 @@ def full_loss(tape: Tape, step: Step, held: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def chunked_loss(tape: Tape, step: Step, held: list[Tensor]) -> Tensor:
-    """The loss of LOSS_CHUNK_TOKENS labelled tokens at a time; one chunk stands for all, or two.
+    """The loss of LOSS_CHUNK_TOKENS labelled tokens at a time; one chunk stands for all.
 
     The hidden states, which are `held`, are let go of when those of labelled tokens are copied. A frozen head's chunk
-    has its backward pass inside the forward pass; a trained one's is checkpointed, and its gradient of the head waits
-    for that of the next chunk, to which it is added.
+    has its backward pass inside the forward pass; a trained one's is checkpointed. Of a trained head two stand for
+    several: the gradient of the head that the second makes is added to the first one's. What all give the hidden states
+    waits until the last has.
     """
 
     def logits(weight: Tensor, x: Tensor) -> Tensor:
@@ -377,10 +378,10 @@ def chunked_loss(tape: Tape, step: Step, held: list[Tensor]) -> Tensor:
         with tape.into("logits_and_loss"):
             of_chunk = partial(logits, head_weight(tape, step))
             if step.layer.trained:
-                chunks = op.split(tape, hidden, [rows] * (1 + step.several_chunks))
+                chunks = op.slices(tape, hidden, [rows] * step.chunks)
                 del hidden
                 losses = [tape.checkpoint(lambda x: cross_entropy(tape, of_chunk(x)), chunk) for chunk in chunks]
-                return op.add(tape, *losses) if step.several_chunks else losses[0]
+                return reduce(partial(op.add, tape), losses)
             if step.loss == "liger":
                 return op.differentiated(tape, hidden, by_kernel, rows, lambda _: tape.new(Size(fixed=1), "float32"))
             return op.differentiated(tape, hidden, of_chunk, rows, partial(op.into_gradient, tape))
