@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from clusters.errors import RequestError
 from qlora_core.architecture import ModelArchitecture
@@ -119,14 +119,7 @@ def everything() -> tuple[Combination, ...]:
     return usual().combinations + further().combinations
 
 
-class Draw(Protocol):
-    """Draws a recipe for a model, under autocast or not."""
-
-    def __call__(self, chance: random.Random, model: str, *, autocast: bool) -> Combination:
-        """See the class."""
-
-
-def _turns(chance: random.Random, count: int, draw: Draw) -> tuple[Combination, ...]:
+def _turns(chance: random.Random, count: int, draw: Callable[..., Combination]) -> tuple[Combination, ...]:
     models = len(MODELS)
     return tuple(draw(chance, MODELS[turn % models], autocast=turn // models % 2 == 1) for turn in range(count))
 
@@ -137,8 +130,8 @@ def _drawn_further(chance: random.Random, model: str, *, autocast: bool) -> Comb
     passes, ranks, seq_len = pick((1, 2, 4)), pick((1, 2)), min(drawn.recipe.seq_len, FURTHER_TOKENS)
     changes: dict[str, Any]
     if pick((True, False, False)):
-        changes = {"method": "full", "quantization": "none", "double_quantization": False}
-        changes |= {"lora_dtype": "float32", "dropout": 0.0, "upcast": "none"}
+        changes = {"method": "full", "quantization": "none", "double_quantization": False, "dropout": 0.0}
+        changes |= {"lora_dtype": "float32", "upcast": "none"}
     else:  # DoRA under autocast is refused
         changes = {"use_dora": not autocast and pick((True, False)), "loraplus_lr_ratio": pick((1.0, 16.0))}
     tokens = seq_len * drawn.strategy.micro_batch * passes * ranks
