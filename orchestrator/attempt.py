@@ -7,6 +7,8 @@ the attempt in a thread.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import signal
 import sys
@@ -241,9 +243,9 @@ def carry_out(order: Order, address: str | None, say: Callable[[Message], None])
 
     said = False
     try:
-        with ray_session(address, order.strategy.world_size):
+        with ray_session(address, order.strategy.world_size) as own:
             try:
-                fit(order, address, say)
+                fit(order, address, say, own=own)
             except BaseException as error:
                 say({"failure": failure_of(error) if (told := told_by(error)) is None else told})
             else:
@@ -254,8 +256,8 @@ def carry_out(order: Order, address: str | None, say: Callable[[Message], None])
             say({"failure": failure_of(error)})
 
 
-def fit(order: Order, address: str | None, say: Callable[[Message], None]) -> None:
-    """Let Ray Train run the workers to their end."""
+def fit(order: Order, address: str | None, say: Callable[[Message], None], *, own: bool) -> None:
+    """Let Ray Train run the workers to their end, on a Ray of this run alone or on another."""
     import ray
 
     check_resources(order, address)
@@ -264,7 +266,7 @@ def fit(order: Order, address: str | None, say: Callable[[Message], None]) -> No
     if address is None and (port := ray.nodes()[0].get("MetricsExportPort", 0)) > 0:  # -1 without ray[default]
         say({"event": "prometheus", "url": f"http://127.0.0.1:{port}/metrics"})
     say({"event": "phase", "phase": "starting workers"})
-    trainer = trainer_of(order)
+    trainer = trainer_of(order, own=own)
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -393,7 +395,7 @@ def gone(order: Order, found: int) -> Exception:
     return WorkerFailed(Failure("node lost", what, remedy=remedy, available=found))
 
 
-def trainer_of(order: Order) -> Any:
+def trainer_of(order: Order, *, own: bool) -> Any:
     """Ray Train's trainer for an attempt. Ray itself retries nothing: what follows a failure is decided above it."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -414,11 +416,11 @@ def trainer_of(order: Order) -> Any:
         ),
     }
     if order.rendezvous is not None:
-        return without_needless_actors(DataParallelTrainer, alone=True)(begin, **common)
+        return without_needless_actors(DataParallelTrainer, alone=own)(begin, **common)
     from ray.train.torch import TorchConfig, TorchTrainer
 
     torch_config = TorchConfig(backend="nccl" if on_gpu else "gloo")
-    return without_needless_actors(TorchTrainer, alone=False)(begin, torch_config=torch_config, **common)
+    return without_needless_actors(TorchTrainer, alone=own)(begin, torch_config=torch_config, **common)
 
 
 def without_needless_actors(trainer: type[Any], *, alone: bool) -> type[Any]:
@@ -426,25 +428,35 @@ def without_needless_actors(trainer: type[Any], *, alone: bool) -> type[Any]:
 
     One hands out Ray Data's datasets, of which a run here has none. Another frees the workers' places where the
     controller dies and Ray lives on, and a third asks an autoscaler for nodes: a Ray of the run's own neither lives on
-    nor has one. A Ray whose trainers make their callbacks and policies elsewhere than in 2.60 starts them all.
+    nor has one. Nor does its controller need a process other than this one, with which it ends, or an actor that shows
+    its state on a dashboard. A Ray that has these elsewhere than 2.60 starts them all.
 
     Args:
         alone: Ray is of this run alone, and ends with it.
     """
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+    try:
+        from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+        from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+        from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
+        from ray.train.v2._internal.execution.controller import TrainController
+        from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+        from ray.train.v2._internal.logging import LoggingManager
+    except ImportError:
+        return trainer
 
-    needless = (DatasetsCallback, PlacementGroupCleanerCallback) if alone else (DatasetsCallback,)
+    needless: tuple[type[Any], ...] = (DatasetsCallback,)
+    if alone:
+        needless += PlacementGroupCleanerCallback, StateManagerCallback
 
     class Lean(trainer):  # type: ignore[misc]  # Ray is not typed
         def _create_default_callbacks(self) -> list[Any]:
             return [each for each in super()._create_default_callbacks() if not isinstance(each, needless)]
 
         def _initialize_and_run_controller(self, **given: Any) -> Any:
-            if alone:
-                given["scaling_policy"] = AsTheyAre(scaling_config=self.scaling_config)
-            return super()._initialize_and_run_controller(**given)
+            if not alone:
+                return super()._initialize_and_run_controller(**given)
+            given["scaling_policy"] = AsTheyAre(scaling_config=self.scaling_config)
+            return controlled_here(TrainController, LoggingManager.get_log_directory(), given)
 
     class AsTheyAre(FixedScalingPolicy):  # type: ignore[misc]
         def after_controller_start(self, *_: Any) -> None: ...
@@ -452,6 +464,28 @@ def without_needless_actors(trainer: type[Any], *, alone: bool) -> type[Any]:
         def _maybe_send_resource_request(self) -> None: ...
 
     return Lean
+
+
+def controlled_here(controller: type[Any], logs: str | None, given: Mapping[str, Any]) -> Any:
+    """Ray Train's result, of a controller that runs in this process, which is the attempt's, and not in an actor.
+
+    Args:
+        logs: the folder of Ray Train's logs.
+        given: what the controller is made of.
+    """
+    from ray.runtime_context import RuntimeContext
+
+    # It would log to the command's terminal, where an actor does not.
+    os.environ["RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING"] = "0"
+    logger = logging.getLogger("ray.train")
+    logger.propagate = False
+    if logs is not None:
+        os.makedirs(logs, exist_ok=True)
+        logger.addHandler(logging.FileHandler(os.path.join(logs, "controller.log")))
+    RuntimeContext.current_actor = None  # it tells workers which actor it is, for reports that ours do not make
+    controlling = controller(**given)
+    asyncio.run(controlling.run())
+    return controlling.get_result()
 
 
 def begin(config: Mapping[str, Any]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,9 @@ from clusters.errors import RayNotStarted, RequestError, first_line, request_err
 
 OBJECT_STORE_BYTES = 100 * 1024**2
 """A run moves no data through Ray's object store; its default is a third of the host's memory."""
+IDLE = re.compile(r"/(autoscaler/\w+/monitor|dashboard/dashboard|_private/log_monitor)\.py$")
+"""Scripts of Ray that run beside it: what asks for nodes, the head of a dashboard without pages, and what passes
+workers' output on to drivers that want it."""
 SHUTDOWN_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 
@@ -37,8 +41,8 @@ def set_defaults() -> None:
 
 
 @contextmanager
-def ray_session(address: str | None, workers: int) -> Iterator[None]:
-    """Ray for the length of the block; no process of a Ray started here outlives it.
+def ray_session(address: str | None, workers: int) -> Iterator[bool]:
+    """Ray for the length of the block, and whether it was started here; none of its processes then outlives it.
 
     In a process that is part of a Ray already, as a trial of a sweep is, it is that one.
 
@@ -50,19 +54,19 @@ def ray_session(address: str | None, workers: int) -> Iterator[None]:
         RequestError: no Ray answers at `address`, or it refuses the token.
     """
     if ray.is_initialized():
-        yield
+        yield False
         return
     set_defaults()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None:
         connect(address, options)
         try:
-            yield
+            yield False
         finally:
             ray.shutdown()
         return
     before = {process.pid for process in psutil.Process().children(recursive=True)}
-    with private_token(), loopback_only():
+    with private_token(), loopback_only(), seldom_looked_at():
         try:
             ray.init(
                 address="local",
@@ -75,7 +79,8 @@ def ray_session(address: str | None, workers: int) -> Iterator[None]:
             raise RayNotStarted(f"Ray could not be started: {error}", "Look at its logs below /tmp/ray.") from error
         started = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
         try:
-            yield
+            end_idle(started)
+            yield True
         finally:
             ray.shutdown()
             end(started)
@@ -150,17 +155,8 @@ def private_token() -> Iterator[None]:
     ray.init turns token authentication on for a new Ray unless RAY_AUTH_MODE says otherwise, and takes RAY_AUTH_TOKEN
     before a token file (ray/_private/authentication/authentication_token_setup.py, enable_token_auth_by_default).
     """
-    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-    before = {name: os.environ.pop(name, None) for name in names}
-    os.environ["RAY_AUTH_TOKEN"] = process_token()
-    try:
+    with environment(RAY_AUTH_MODE=None, RAY_AUTH_TOKEN=process_token()):
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
@@ -171,17 +167,59 @@ def loopback_only() -> Iterator[None]:
     resolve_ip_for_localhost) and then listens on every interface, except where multi-node clusters are switched off,
     as they are on laptops.
     """
-    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    before, os.environ[name] = os.environ.get(name), "0"
     enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        with environment(**{ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+
+
+@contextmanager
+def seldom_looked_at() -> Iterator[None]:
+    """Let a Ray that is started here keep no list of tasks, for which nobody asks, and look at its node each 30 s.
+
+    Its agent looks at every process of the machine for a node's figures, by default each 5 s. What the user has set
+    stays.
+    """
+    wanted = {"RAY_task_events_report_interval_ms": "0", "REPORTER_UPDATE_INTERVAL_MS": "30000"}
+    with environment(**{name: os.environ.get(name, value) for name, value in wanted.items()}):
+        yield
+
+
+@contextmanager
+def environment(**wanted: str | None) -> Iterator[None]:
+    """Environment variables for the length of the block; None: it is not set."""
+    before = {name: os.environ.get(name) for name in wanted}
+
+    def put(values: Mapping[str, str | None]) -> None:
+        for name, value in values.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+    put(wanted)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = enabled
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        put(before)
+
+
+def end_idle(processes: list[psutil.Process]) -> int:
+    """Kill those of Ray's own that have nothing to do in a run, but look around all the time and hold memory.
+
+    ray.init starts them whatever it is asked for (ray/_private/node.py, start_head_processes and start_ray_processes).
+
+    Returns:
+        How many they were.
+    """
+    killed = 0
+    for process in processes:
+        with suppress(psutil.Error):  # it is gone, or cannot be looked at
+            if any(map(IDLE.search, process.cmdline())):
+                process.kill()
+                killed += 1
+    return killed
 
 
 def end(processes: list[psutil.Process]) -> None:

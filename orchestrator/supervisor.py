@@ -18,7 +18,8 @@ from orchestrator.order import Order
 from orchestrator.recovery import Failure
 from qlora_core.files import replace_atomically
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.25
+"""So late events are seen at most. Looking more often takes time from a worker's threads where there are few cores."""
 LOADING = 6
 """Loading and quantizing the base may take so many times as long as a step before the run is taken for hung."""
 EventHandler = Callable[[dict[str, Any]], None]

@@ -93,7 +93,8 @@ def work(order: Order) -> None:
         # host.
         torch.set_num_threads(max(1, usable_cores() // context.get_local_world_size()))
         quiet_libraries()
-        if order.rendezvous is not None:
+        # Alone, only DeepSpeed asks for a group, whose thread under gloo looks a hundred times a second who calls.
+        if order.rendezvous is not None and (order.strategy.world_size > 1 or order.strategy.zero_stage):
             local_rank = context.get_local_rank()
             join_group(order.device, order.rendezvous, rank, local_rank, order.strategy.world_size)
         check_shared(order, rank)

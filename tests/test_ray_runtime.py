@@ -16,18 +16,23 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workers")]
 
 SESSION = """
     import json, os, psutil, ray
+    from orchestrator import ray_runtime
     from orchestrator.ray_runtime import ray_session
+    end_idle, ended = ray_runtime.end_idle, []
+    ray_runtime.end_idle = lambda processes: ended.append(end_idle(processes))
     with ray_session(None, 2):
-        family = psutil.Process().children(recursive=True)
+        children = psutil.Process().children(recursive=True)
+        family = [process for process in children if process.status() != "zombie"]
         listening = sorted({connection.laddr.ip for process in [psutil.Process(), *family]
                             for connection in process.net_connections("inet") if connection.status == "LISTEN"})
         mode = ray.get(ray.remote(lambda: os.environ.get("RAY_AUTH_MODE")).remote())
         token = os.environ["RAY_AUTH_TOKEN"]
         shown = [part for process in family for part in process.cmdline() if token in part]
         cpus = ray.cluster_resources()["CPU"]
+        scripts = [part.rpartition("/")[2] for process in family for part in process.cmdline()]
     left = [process.pid for process in family if process.is_running() and process.status() != "zombie"]
     print(json.dumps({"listening": listening, "mode": mode, "shown": shown, "cpus": cpus, "left": left,
-                      "environment": "RAY_AUTH_TOKEN" in os.environ}))
+                      "scripts": scripts, "ended": ended, "environment": "RAY_AUTH_TOKEN" in os.environ}))
 """
 
 
@@ -42,6 +47,9 @@ def test_it_listens_on_loopback_wants_a_token_and_leaves_nothing() -> None:
     assert facts["shown"] == []  # no command line shows the token
     assert facts["cpus"] >= 3
     assert facts["left"] == []
+    assert facts["ended"] == [3]
+    assert "gcs_server" in facts["scripts"]
+    assert not {"monitor.py", "dashboard.py", "log_monitor.py"} & {*facts["scripts"]}  # nothing for them to do
     assert not facts["environment"]
 
 

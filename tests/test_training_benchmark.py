@@ -58,7 +58,7 @@ def results(**changes: Any) -> dict[str, Any]:
         "speed": {name: [value, value] for name, value in speed.items()},
         "peaks": {page.OURS: 3 * 2**20},
         "curve": {"seq_len": 128, "ours": [5.0, 4.0], "trl": [5.0, 4.002], "bare": [5.0, 4.0]},
-        "ray": {"with": [1.02, 2.04], "without": [1.0, 2.0]},
+        "ray": {"with": [1.02, 2.04], "without": [1.0, 2.0], "date": "2026-01-01"},
         "memory": list(memory.rows(traced=False)),
         **changes,
     }

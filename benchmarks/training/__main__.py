@@ -22,6 +22,8 @@ from benchmarks.speed import ROOT, machine
 from benchmarks.training import memory, page
 from benchmarks.training.case import Case, chosen_dtype, make_model, write_spec
 from benchmarks.training.order import order_of
+from benchmarks.turns import Training, by_turns
+from clusters.errors import RunFailed
 from launch.command import main as run_command
 from orchestrator.spec import load_spec
 from qlora_core.files import write_json
@@ -36,7 +38,10 @@ PEER_SECONDS = 150
 """After so many a peer's steps end, where a rate is measured: TRL takes bfloat16 where a CPU needs a minute for one."""
 CURVE_STEPS = 50
 CURVE_LENGTH = 128
-RAY_STEPS = 20
+RAY_STEPS = 2000
+"""More than are made while a run under Ray is timed."""
+TURNS, TURN_SECONDS = 40, 5.0
+"""Of a run launched by Ray and of one that is not."""
 OURS: dict[str, dict[str, Any]] = {
     page.OURS: {"compute_dtype": "float32"},
     page.OURS_BF16: {"compute_dtype": "bfloat16"},
@@ -51,18 +56,26 @@ OURS: dict[str, dict[str, Any]] = {
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each loop, in turn.")
 @click.option("--steps", type=click.IntRange(min=WARM_UP + 1), default=10, show_default=True, help="Steps of a run.")
 @click.option("--tiny", is_flag=True, help="A model of a few layers, and no results kept: to try the benchmark itself.")
+@click.option("--only-ray", is_flag=True, help="What a launch by Ray costs a step; other results stay as they are.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def command(rounds: int, steps: int, tiny: bool, debug: bool) -> int:
+def command(rounds: int, steps: int, tiny: bool, only_ray: bool, debug: bool) -> int:
     """Measure how training compares; exit code 0, whatever is reached."""
     case = Case(layers=2, hidden=128, vocabulary=1024, seq_len=64) if tiny else Case()
     work = WORK / ("tiny" if tiny else "full")
     model = make_model(case, work / "model")
-    peers = installed_peers()
     auto = chosen_dtype()
+    turns = 2 if tiny else TURNS
+    if only_ray:
+        if not (kept := page.results_file(auto)).exists():
+            raise RunFailed(f"There are no other results in {kept}.", "Measure all of them first.")
+        results = json.loads(kept.read_text(encoding="utf-8"))
+        keep({**results, "ray": beside_ray(case, work, model, turns)}, auto, tiny)
+        return 0
+    peers = installed_peers()
     rates, peaks = speed(case, work, model, rounds, steps, auto, peers)
     results = {
         "schema_version": 1,
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": today(),
         "machine": machine(),
         "versions": {"python": platform.python_version(), "trl": TRL_VERSION, "unsloth": UNSLOTH_VERSION, **versions()},
         "case": asdict(case),
@@ -74,15 +87,25 @@ def command(rounds: int, steps: int, tiny: bool, debug: bool) -> int:
         "curve": curve(
             replace(case, seq_len=min(case.seq_len, CURVE_LENGTH)), work, model, 8 if tiny else CURVE_STEPS, peers
         ),
-        "ray": beside_ray(case, work, model, rounds if tiny else 2 * rounds, steps if tiny else RAY_STEPS),
+        "ray": beside_ray(case, work, model, turns),
         "padding_percent": padding_percent(),
         "memory": [*memory_measured(case, work, model), *memory.rows(traced=not tiny)],
     }
+    keep(results, auto, tiny)
+    return 0
+
+
+def keep(results: dict[str, Any], auto: str, tiny: bool) -> None:
+    """Show results, and keep them and write the page if they are not `tiny`."""
     if not tiny:
         write_json(page.results_file(auto), results)
         page.write()
     click.echo(page.tables(results))
-    return 0
+
+
+def today() -> str:
+    """The date, as results have it."""
+    return datetime.now(UTC).date().isoformat()
 
 
 # --- the loops, each in a process of its own --------------------------------------------------------------------------
@@ -178,31 +201,34 @@ def curve(case: Case, work: Path, model: Path, steps: int, peers: Peers) -> dict
     return {"seq_len": case.seq_len, "ours": ours, "trl": trl, "bare": bare}
 
 
-def beside_ray(case: Case, work: Path, model: Path, rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of the median step of our loop, launched by Ray and not, in turn: now the one first, then the other."""
+def beside_ray(case: Case, work: Path, model: Path, turns: int) -> dict[str, Any]:
+    """Seconds of a step of our loop, launched by Ray and not, by turns; when, and where.
+
+    Raises:
+        RunFailed: one of them cannot be timed.
+    """
     short = replace(case, seq_len=min(case.seq_len, 256))
-    specification = write_spec(short, work / "ray", model, steps=steps, compute_dtype="float32")
-    output = specification.with_name("out")
-    if output.exists():
-        shutil.rmtree(output)  # of a run that was broken off
 
-    def without() -> list[float]:
-        measured: list[float] = loop("ours", specification)["seconds"]
-        return measured
+    on = machine()
 
-    def launched() -> list[float]:
-        finished([str(Path(sys.executable).with_name("qlora-train")), str(specification)])
-        lines = output.joinpath("events.jsonl").read_text(encoding="utf-8").splitlines()
-        return [event["seconds"] for event in map(json.loads, lines) if event["event"] == "step"]
+    def specified(name: str) -> Path:
+        path = write_spec(short, work / "ray" / name, model, steps=RAY_STEPS, compute_dtype="float32")
+        if (output := path.with_name("out")).exists():
+            shutil.rmtree(output)  # of the last time
+        return path
 
-    ways = [("without", without), ("with", launched)]
-    found: dict[str, list[float]] = {name: [] for name, _ in ways}
-    for _ in range(rounds):
-        for name, way in ways:
-            found[name].append(statistics.median(way()[WARM_UP:]))
-            shutil.rmtree(output)
-        ways.reverse()
-    return found
+    launched, alone = specified("with"), specified("without")
+    loops = [sys.executable, "-m", "benchmarks.training.loops"]
+    commands = {
+        "with": [str(Path(sys.executable).with_name("qlora-train")), str(launched)],
+        "without": [*loops, "timed", str(alone), str(alone.with_name("answer.json"))],
+    }
+    trainings = {
+        name: Training(argv, work / "ray" / name / "out" / "events.jsonl", environment())
+        for name, argv in commands.items()
+    }
+    found = by_turns(trainings, warm_up=WARM_UP, turns=turns, seconds=TURN_SECONDS)
+    return {**found, "date": today(), "machine": on}
 
 
 def memory_measured(case: Case, work: Path, model: Path) -> list[dict[str, Any]]:

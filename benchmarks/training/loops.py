@@ -89,6 +89,27 @@ def ours(specification: Path) -> dict[str, Any]:
     }
 
 
+class Told(Watch):
+    """Writes each step to a file when it is over, as a worker does."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """See `qlora_core.training.loop.Observer`."""
+        if kind == "step":
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": kind, "time": time.time(), **facts}) + "\n")
+
+
+def timed(specification: Path) -> dict[str, Any]:
+    """A run as a worker makes it, without Ray, which tells of its steps where a run's events are."""
+    run, _ = begun(specification)
+    train(run, Told(run.checkpoints.with_name("events.jsonl")), None)
+    return {}
+
+
 def bare(specification: Path, *, dtype: torch.dtype, kbit: bool, meter: StorageMeter | None) -> dict[str, Any]:
     """The loop that transformers' and peft's documents show, over the same micro-batches from the same adapter.
 
@@ -162,6 +183,7 @@ def put_adapter(model: Any, path: Path) -> None:
 
 ROLES = {
     "ours": lambda path: ours(path),
+    "timed": lambda path: timed(path),
     "bare": lambda path: bare(path, dtype=torch.float32, kbit=False, meter=None),
     "plain peft": lambda path: bare(path, dtype=torch.bfloat16, kbit=True, meter=StorageMeter()),
 }

@@ -241,13 +241,14 @@ def speed_table(results: Mapping[str, Any]) -> list[str]:
     """Tokens a second of all loops, and the steps with and without Ray."""
     speed, ray = results["speed"], results["ray"]
     of_ray = ratios(ray["with"], ray["without"])
+    turns = f"turns by turns, {ray['date']}" if "date" in ray else "rounds of their own"
     return [
         f"| loop | tokens/s | of {TRL} | of {TRL_F32} | quartiles of these | peak, MiB |",
         "| --- | ---: | ---: | ---: | --- | ---: |",
         *(speed_row(name, speed, results["peaks"]) for name in speed),
         "",
         f"Ray: {1000 * spread(ray['with'])['median']:.0f} ms a step launched by Ray, "
-        f"{1000 * spread(ray['without'])['median']:.0f} ms without, in {len(ray['with'])} rounds of their own; "
+        f"{1000 * spread(ray['without'])['median']:.0f} ms without, in {len(ray['with'])} {turns}; "
         f"the ratio's quartiles are {of_ray['low']:.2f} and {of_ray['high']:.2f}.",
         "",
     ]
