@@ -429,15 +429,19 @@ def without_needless_actors(trainer: type[Any], *, alone: bool) -> type[Any]:
     One hands out Ray Data's datasets, of which a run here has none. Another frees the workers' places where the
     controller dies and Ray lives on, and a third asks an autoscaler for nodes: a Ray of the run's own neither lives on
     nor has one. Nor does its controller need a process other than this one, with which it ends, or an actor that shows
-    its state on a dashboard. A Ray that has these elsewhere than 2.60 starts them all.
+    its state on a dashboard. One that brings workers together when they report is made all the same, but ends once they
+    have begun: ours do not report. A Ray that has these elsewhere than 2.60 starts them all.
 
     Args:
         alone: Ray is of this run alone, and ends with it.
     """
+    import ray
+
     try:
         from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
         from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
         from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
+        from ray.train.v2._internal.execution.callback import WorkerGroupCallback
         from ray.train.v2._internal.execution.controller import TrainController
         from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
         from ray.train.v2._internal.logging import LoggingManager
@@ -450,13 +454,18 @@ def without_needless_actors(trainer: type[Any], *, alone: bool) -> type[Any]:
 
     class Lean(trainer):  # type: ignore[misc]  # Ray is not typed
         def _create_default_callbacks(self) -> list[Any]:
-            return [each for each in super()._create_default_callbacks() if not isinstance(each, needless)]
+            kept = [each for each in super()._create_default_callbacks() if not isinstance(each, needless)]
+            return [*kept, WithoutReports()] if alone else kept
 
         def _initialize_and_run_controller(self, **given: Any) -> Any:
             if not alone:
                 return super()._initialize_and_run_controller(**given)
             given["scaling_policy"] = AsTheyAre(scaling_config=self.scaling_config)
             return controlled_here(TrainController, LoggingManager.get_log_directory(), given)
+
+    class WithoutReports(WorkerGroupCallback):  # type: ignore[misc]
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            ray.kill(worker_group._worker_group_state.sync_actor)
 
     class AsTheyAre(FixedScalingPolicy):  # type: ignore[misc]
         def after_controller_start(self, *_: Any) -> None: ...
