@@ -1,15 +1,12 @@
 """`make waiting`: what threads that spin, or sleep, while they wait for each other cost a step.
 
 Other processes of the machine take a core now and then; the threads of a step then wait for the one that has none.
-Linux shares cores between sessions (sched(7), autogroup) where no CPU cgroup says otherwise: a process in another
-terminal takes more of one from a thread than one of the same session.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,7 +29,6 @@ WAYS = {
 }
 STEPS = (64, 16, 38), (512, 2, 256)
 """A small one and one whose products are large: width, sequences, tokens of one."""
-ROUNDS = 3
 STEP = """
 import json, statistics, sys, time
 import torch
@@ -47,14 +43,14 @@ def step():
     began = time.perf_counter()
     model(input_ids=tokens, labels=tokens).loss.backward()
     return time.perf_counter() - began
-for _ in range(3):
+for _ in range(5):
     step()
-print(json.dumps(statistics.median(step() for _ in range(10))))
+print(json.dumps(statistics.median(step() for _ in range(20))))
 """
 
 
 def seconds_of_a_step(threads: int, step: Sequence[int], environment: dict[str, str]) -> float:
-    """The median of 10 steps of one of `STEPS` through a Llama of two layers, in a process of its own."""
+    """The median of 20 steps of one of `STEPS` through a Llama of two layers, in a process of its own."""
     unset = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     command = [sys.executable, "-c", STEP, *map(str, (threads, *step))]
     done = subprocess.run(command, env={**unset, **environment}, capture_output=True, text=True, check=True)
@@ -63,8 +59,8 @@ def seconds_of_a_step(threads: int, step: Sequence[int], environment: dict[str, 
 
 @contextmanager
 def busy() -> Iterator[None]:
-    """One other process that computes all the time, of a session of its own."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) as other:
+    """One other process that computes all the time."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         try:
             yield
         finally:
@@ -75,13 +71,11 @@ def busy() -> Iterator[None]:
 def main() -> None:
     """Time a step under each way to wait, alone and beside a busy process."""
     threads, before = os.cpu_count() or 1, machine()
-    found: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-    for _ in range(ROUNDS):
-        for way, environment in WAYS.items():
-            alone = [seconds_of_a_step(threads, step, environment) for step in STEPS]
-            with busy():
-                found[way].append([*alone, *(seconds_of_a_step(threads, step, environment) for step in STEPS)])
-    rows = {way: [statistics.median(column) for column in zip(*rounds, strict=True)] for way, rounds in found.items()}
+    rows: dict[str, list[float]] = {}
+    for way, environment in WAYS.items():
+        alone = [seconds_of_a_step(threads, step, environment) for step in STEPS]
+        with busy():
+            rows[way] = [*alone, *(seconds_of_a_step(threads, step, environment) for step in STEPS)]
     results: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": before,
@@ -91,11 +85,11 @@ def main() -> None:
     write_json(RESULTS, results)
     usual = rows["as OpenMP has it"][: len(STEPS)]
     shown = [f"{sequences} x {tokens}, width {width}" for width, sequences, tokens in STEPS]
-    columns = [*shown, *(f"{step}, beside a busy process of another session" for step in shown)]
+    columns = [*shown, *(f"{step}, beside one busy process" for step in shown)]
     milliseconds = " and ".join(f"{1000 * seconds:.1f} ms" for seconds in usual)
     lines = [
-        f"A step through a Llama of two layers, {threads} threads, medians of 10 steps in {ROUNDS} runs by turns, as "
-        f"ratios to the step with OpenMP's own way to wait on a quiet machine, {milliseconds} "
+        f"A step through a Llama of two layers, {threads} threads, medians of 20, as ratios to the step with OpenMP's "
+        f"own way to wait on a quiet machine, {milliseconds} "
         f"({results['machine']['processor']}, {results['machine']['cores']} cores, {results['date']}):",
         "",
         f"| threads wait | {' | '.join(columns)} |",
