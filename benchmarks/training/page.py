@@ -241,7 +241,7 @@ def speed_table(results: Mapping[str, Any]) -> list[str]:
     """Tokens a second of all loops, and the steps with and without Ray."""
     speed, ray = results["speed"], results["ray"]
     of_ray = ratios(ray["with"], ray["without"])
-    turns = f"turns by turns, {ray['date']}" if "date" in ray else "rounds of their own"
+    turns = f"turns of each, {ray['date']}" if "date" in ray else "rounds of their own"
     return [
         f"| loop | tokens/s | of {TRL} | of {TRL_F32} | quartiles of these | peak, MiB |",
         "| --- | ---: | ---: | ---: | --- | ---: |",
