@@ -19,6 +19,7 @@ from orchestrator.record import RunRecord
 from orchestrator.trackers import FILE_NAME
 from qlora_core.data import in_an_epoch
 from qlora_core.perplexity import perplexity
+from qlora_core.training.dataset import DataReport
 
 LINE_SECONDS = 15.0
 """Without a terminal, a line at most this often."""
@@ -55,16 +56,16 @@ class TerminalDisplay:
         """See `Display`."""
         data, plan = prepared.data, prepared.plan
         self._console.print(plan_screen(plan))
-        left_out = "".join(f", {part}" for part in data.left_out())
         found = f" ({data.found})" if data.found else ""
         found += f", its columns {', '.join(data.unread)} not read" if data.unread else ""
-        cut = f", {data.truncated} cut off at {plan.recipe.seq_len} tokens" if data.truncated else ""
-        cut += f", {data.in_pieces} texts longer than {plan.recipe.seq_len} tokens in pieces" if data.in_pieces else ""
-        whence = "held out" if prepared.evaluated is None else f"of {prepared.evaluated.source} to evaluate on"
+        seq_len, evaluated = plan.recipe.seq_len, prepared.evaluated
+        whence = "held out"
+        if evaluated is not None:
+            whence = f"of {evaluated.source} to evaluate on{became(evaluated, seq_len)}"
         packed = "packed " if plan.recipe.packing else ""
         self._console.print(
             f"\nData: {data.examples} examples in format {data.format}{found}, the longest {data.longest} tokens"
-            f"{in_an_epoch(data.times)}{cut}{left_out}; "
+            f"{in_an_epoch(data.times)}{became(data, seq_len)}; "
             f"{len(prepared.held_out)} {whence}. {prepared.total_steps} steps of "
             f"{plan.recipe.sequences_per_step} {packed}sequences.",
             highlight=False,
@@ -157,3 +158,10 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
     ):
         if path is not None:
             console.print(f"  {title:<12}{path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def became(data: DataReport, seq_len: int) -> str:
+    """What of some data was cut off, in pieces or left out, to end a sentence; nothing where all is whole."""
+    said = [f"{data.truncated} cut off at {seq_len} tokens"] if data.truncated else []
+    said += [f"{data.in_pieces} texts longer than {seq_len} tokens in pieces"] if data.in_pieces else []
+    return "".join(f", {part}" for part in [*said, *data.left_out()])

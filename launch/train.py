@@ -68,7 +68,7 @@ def train(
 
 
 def show_data(spec: RunSpec) -> int:
-    """Print what the run would learn from; nothing is written into its folder."""
+    """Print what the run would learn from and be evaluated on; nothing is written into its folder."""
     from qlora_core.quiet import quiet_libraries
 
     quiet_libraries()
@@ -77,7 +77,7 @@ def show_data(spec: RunSpec) -> int:
 
     from launch.report.preview import print_preview
     from orchestrator.base import find_base
-    from orchestrator.prepare import read_data
+    from orchestrator.prepare import read_data, read_evaluated
     from qlora_core.training.dataset.mixing import together
     from qlora_core.training.tokenizer import load_tokenizer
 
@@ -86,7 +86,8 @@ def show_data(spec: RunSpec) -> int:
     found = read_data(spec, base, tokenizer)
     examples = together([examples for examples, _ in found.values()])
     reports = {name: report for name, (_, report) in found.items()}
-    print_preview(Console(), reports, examples, examples.lengths, spec.recipe.seq_len, tokenizer)
+    evaluated = [report for _, report in read_evaluated(spec, base, tokenizer)]
+    print_preview(Console(), reports, evaluated, examples, examples.lengths, spec.recipe.seq_len, tokenizer)
     return 0
 
 

@@ -91,7 +91,7 @@ def evaluate(
     chosen = tuple(task.strip() for task in tasks.split(",") if task.strip())
     require_harness(chosen)
     found = find_trained(trained)
-    folder = base_of(found, base, lambda text: click.echo(text, err=True))
+    folder, _ = base_of(found, base, lambda text: click.echo(text, err=True))
     if seq_len is None:
         seq_len = 2048 if found.record is None else int(found.record.plan["recipe"]["seq_len"])
     if learn is None:

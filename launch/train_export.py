@@ -117,10 +117,10 @@ def export_merged(
     from orchestrator.trained import base_of
     from qlora_core.training.merge import merged_folder
 
-    folder = base_of(trained, base, lambda text: click.echo(text, err=True))
+    folder, repo = base_of(trained, base, lambda text: click.echo(text, err=True))
     stored = trained.base_recipe.quantization
     warnings = [CAVEAT.format(bits=8 if stored == "int8" else 4)] if stored != "none" else []
-    with merged_folder(folder, trained.adapter.folder, out, dtype=dtype, max_shard_size=max_shard_size) as (
+    with merged_folder(folder, trained.adapter.folder, out, dtype=dtype, max_shard_size=max_shard_size, repo=repo) as (
         temporary,
         merged,
     ):

@@ -7,14 +7,12 @@ the attempt in a thread.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from multiprocessing import connection, get_context, parent_process
@@ -29,14 +27,13 @@ from orchestrator.recovery import Failure
 
 END_SECONDS = 10.0
 """A process that was told to end is killed after this."""
-LOOK_SECONDS = 1.0
-"""Its descendants are looked for this often, which walks all processes of the machine."""
+LOOK_SECONDS = 5.0
+"""Its descendants are looked for this often, which walks all processes of the machine. What it started later than that
+before it died ends by itself, as all of a Ray's processes do when the one above them is gone."""
 GROWING_SECONDS = 10.0
 """Devices that came back are looked for this often by a run that goes on with fewer."""
 DRAINING_SECONDS = 1.0
 """Nodes that are to be taken away are asked for this often: cloud providers give notice of 30 s to 2 min."""
-START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-FOREVER_SECONDS = 10 * 365 * 24 * 3600.0
 SOON_SECONDS = 5.0
 """Workers that have not begun after this may be waiting for their devices; so often it is looked."""
 AGAIN_SECONDS = 600.0
@@ -222,7 +219,7 @@ def import_ray() -> None:
     from qlora_core.quiet import uncollected
 
     with uncollected():
-        from orchestrator import failures, ray_runtime  # noqa: F401
+        from orchestrator import failures, ray_runtime, trainer  # noqa: F401
 
         ray_runtime.set_defaults()
         import ray.train.v2.api.data_parallel_trainer  # noqa: F401
@@ -260,9 +257,9 @@ def fit(order: Order, address: str | None, say: Callable[[Message], None], *, ow
     """Let Ray Train run the workers to their end, on a Ray of this run alone or on another."""
     import ray
 
+    from orchestrator.trainer import trainer_of
+
     check_resources(order, address)
-    # Ray Train's one placement group, of all workers or none, stands in Ray's queue for so long
-    os.environ[START_TIMEOUT] = str(FOREVER_SECONDS if order.wait_seconds is None else order.wait_seconds)
     if address is None and (port := ray.nodes()[0].get("MetricsExportPort", 0)) > 0:  # -1 without ray[default]
         say({"event": "prometheus", "url": f"http://127.0.0.1:{port}/metrics"})
     say({"event": "phase", "phase": "starting workers"})
@@ -393,117 +390,3 @@ def gone(order: Order, found: int) -> Exception:
     what = f"Ray has {found} {resource(order)}s, the plan needs {order.strategy.world_size}."
     remedy = "Lower strategy.world_size or add nodes."
     return WorkerFailed(Failure("node lost", what, remedy=remedy, available=found))
-
-
-def trainer_of(order: Order, *, own: bool) -> Any:
-    """Ray Train's trainer for an attempt. Ray itself retries nothing: what follows a failure is decided above it."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    on_gpu = order.device == "cuda"
-    common: dict[str, Any] = {
-        "train_loop_config": {"order": order},
-        "scaling_config": ScalingConfig(
-            num_workers=order.strategy.world_size,
-            use_gpu=on_gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if on_gpu else {})},
-            accelerator_type=order.accelerator_type,
-        ),
-        "run_config": RunConfig(
-            name=order.checkpoints.name,
-            storage_path=str(order.checkpoints.parent),
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-        ),
-    }
-    if order.rendezvous is not None:
-        return without_needless_actors(DataParallelTrainer, alone=own)(begin, **common)
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    torch_config = TorchConfig(backend="nccl" if on_gpu else "gloo")
-    return without_needless_actors(TorchTrainer, alone=own)(begin, torch_config=torch_config, **common)
-
-
-def without_needless_actors(trainer: type[Any], *, alone: bool) -> type[Any]:
-    """A trainer that leaves out actors which Ray Train starts for every run, each a process that imports for seconds.
-
-    One hands out Ray Data's datasets, of which a run here has none. Another frees the workers' places where the
-    controller dies and Ray lives on, and a third asks an autoscaler for nodes: a Ray of the run's own neither lives on
-    nor has one. Nor does its controller need a process other than this one, with which it ends, or an actor that shows
-    its state on a dashboard. One that brings workers together when they report is made all the same, but ends once they
-    have begun: ours do not report. A Ray that has these elsewhere than 2.60 starts them all.
-
-    Args:
-        alone: Ray is of this run alone, and ends with it.
-    """
-    import ray
-
-    try:
-        from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-        from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-        from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
-        from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-        from ray.train.v2._internal.execution.controller import TrainController
-        from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-        from ray.train.v2._internal.logging import LoggingManager
-    except ImportError:
-        return trainer
-
-    needless: tuple[type[Any], ...] = (DatasetsCallback,)
-    if alone:
-        needless += PlacementGroupCleanerCallback, StateManagerCallback
-
-    class Lean(trainer):  # type: ignore[misc]  # Ray is not typed
-        def _create_default_callbacks(self) -> list[Any]:
-            kept = [each for each in super()._create_default_callbacks() if not isinstance(each, needless)]
-            return [*kept, WithoutReports()] if alone else kept
-
-        def _initialize_and_run_controller(self, **given: Any) -> Any:
-            if not alone:
-                return super()._initialize_and_run_controller(**given)
-            given["scaling_policy"] = AsTheyAre(scaling_config=self.scaling_config)
-            return controlled_here(TrainController, LoggingManager.get_log_directory(), given)
-
-    class WithoutReports(WorkerGroupCallback):  # type: ignore[misc]
-        def after_worker_group_start(self, worker_group: Any) -> None:
-            ray.kill(worker_group._worker_group_state.sync_actor)
-
-    class AsTheyAre(FixedScalingPolicy):  # type: ignore[misc]
-        def after_controller_start(self, *_: Any) -> None: ...
-
-        def _maybe_send_resource_request(self) -> None: ...
-
-    return Lean
-
-
-def controlled_here(controller: type[Any], logs: str | None, given: Mapping[str, Any]) -> Any:
-    """Ray Train's result, of a controller that runs in this process, which is the attempt's, and not in an actor.
-
-    Args:
-        logs: the folder of Ray Train's logs.
-        given: what the controller is made of.
-    """
-    from ray.runtime_context import RuntimeContext
-
-    # It would log to the command's terminal, where an actor does not.
-    os.environ["RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING"] = "0"
-    logger = logging.getLogger("ray.train")
-    logger.propagate = False
-    if logs is not None:
-        os.makedirs(logs, exist_ok=True)
-        logger.addHandler(logging.FileHandler(os.path.join(logs, "controller.log")))
-    RuntimeContext.current_actor = None  # it tells workers which actor it is, for reports that ours do not make
-    controlling = controller(**given)
-    asyncio.run(controlling.run())
-    return controlling.get_result()
-
-
-def begin(config: Mapping[str, Any]) -> None:
-    """Ray Train's training function. What it needs is imported where it runs: the attempt's process does without."""
-    from qlora_core.quiet import import_bitsandbytes, uncollected
-
-    with uncollected():
-        import_bitsandbytes()
-
-        from orchestrator.worker import work
-
-    work(config["order"])

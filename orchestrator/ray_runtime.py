@@ -26,6 +26,9 @@ OBJECT_STORE_BYTES = 100 * 1024**2
 IDLE = re.compile(r"/(autoscaler/\w+/monitor|dashboard/dashboard|_private/log_monitor)\.py$")
 """Scripts of Ray that run beside it: what asks for nodes, the head of a dashboard without pages, and what passes
 workers' output on to drivers that want it."""
+PATIENT = {"timeout_ms_task_wait_for_death_info": 10_000}
+"""What a worker died of, such as memory, is told by the task that it had then (`trainer.lean`), if Ray learns of it
+within this; by default a second, for which a machine without memory may be too slow."""
 SHUTDOWN_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 
@@ -73,6 +76,7 @@ def ray_session(address: str | None, workers: int) -> Iterator[bool]:
                 num_cpus=max(workers + 1, os.cpu_count() or 1),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
+                _system_config=PATIENT,
                 **options,
             )
         except Exception as error:  # Ray raises bare exceptions when its own processes do not come up

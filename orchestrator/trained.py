@@ -76,11 +76,14 @@ def find_trained(folder: Path) -> Trained:
     return Trained(folder.name, adapted, run, None if run is None else load_record(run))
 
 
-def base_of(trained: Trained, given: str | None, tell: Callable[[str], None]) -> Path:
+def base_of(trained: Trained, given: str | None, tell: Callable[[str], None]) -> tuple[Path, str | None]:
     """The folder of the base model: the one that is `given`, or else the one that the adapter names.
 
     Args:
         tell: is told of each weight file before it is fetched from the Hub.
+
+    Returns:
+        It, and ``org/name`` where the Hub has it; None where a folder was named.
 
     Raises:
         RequestError: it is not to be found, or its weights are not whole or pickled.
@@ -91,7 +94,7 @@ def base_of(trained: Trained, given: str | None, tell: Callable[[str], None]) ->
         if not (folder / "config.json").is_file():
             raise request_error("base", folder, "the folder holds no config.json", INSTEAD)
         check_weights(folder)
-        return folder
+        return folder, None
     hub = None if not named or folder.is_absolute() else hub_id(named)
     if hub is None:
         rule = "the base model is not there" if named else "the adapter does not name its base model"
@@ -101,4 +104,4 @@ def base_of(trained: Trained, given: str | None, tell: Callable[[str], None]) ->
     model = find_on_hub(hub, "base", INSTEAD)
     folder = fetch_model(model, "base", INSTEAD, tell)
     check_weights(folder)
-    return folder
+    return folder, hub.repo

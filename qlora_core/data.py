@@ -1,10 +1,14 @@
-"""What a specification may say of data: where it lies, its format, what is learned of it. Read before torch is."""
+"""What a specification may say of data: where it lies, its format, what is learned of it; and what is told of it.
+
+Read before torch is.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from qlora_core.huggingface.hub import HubId, parse_hub_id
 
@@ -31,6 +35,14 @@ Learn = Literal["auto", "assistant", "completion", "all"]
 CHAT_TEMPLATE = "chat_template.jinja"
 """The file of a chat template beside a tokenizer or an adapter, as transformers names it."""
 
+LEFT_OUT = {
+    "unlearnable": "nothing to learn within the length",
+    "empty_answers": "empty answer",
+    "masked": "all its answers have weight 0",
+    "bad": "bad record",
+}
+"""Why records are left out, by the fields that count them."""
+
 _ADDRESS = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")  # chained ones of fsspec's too
 _FILE_NAMES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".arrow", ".txt")
 
@@ -56,6 +68,15 @@ def without_credentials(address: str) -> str:
 def in_an_epoch(times: float) -> str:
     """How often an epoch has examples, as it is said behind them; nothing for once."""
     return "" if times == 1 else f", {times:g} times an epoch"
+
+
+def left_out(counts: Mapping[str, Any]) -> list[str]:
+    """What of some data is left out, and why, in words; nothing where all is taken.
+
+    Args:
+        counts: `qlora_core.training.dataset.DataReport` as a run's record has it.
+    """
+    return [f"{counts[field]} left out ({why})" for field, why in LEFT_OUT.items() if counts.get(field)]
 
 
 def hub_dataset(text: str) -> HubId | None:

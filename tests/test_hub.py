@@ -379,6 +379,9 @@ def test_a_run_from_a_stand_in_hub_resumes_at_its_commit_and_its_adapter_names_i
     )
     assert merged.returncode == 0, merged.stderr
     assert json.loads(merged.stdout)["merged"] is True
+    card = (user.folder / "merged" / "README.md").read_text()
+    assert "base_model:finetune:org/tiny" in card
+    assert "and merged into `org/tiny` in bfloat16." in card
     again = user.run("qlora-train", path)
     assert again.returncode == 0, again.stderr
     assert "is complete already" in again.stdout

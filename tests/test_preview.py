@@ -58,6 +58,28 @@ def test_the_preview_shows_tokens_with_their_labels_lengths_and_counts_and_write
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "run.yaml"]
 
 
+def test_the_preview_counts_the_data_to_evaluate_on_too(tmp_path: Path, tiny_base: Path) -> None:
+    def row(asked: str, answer: str) -> str:
+        return json.dumps({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]})
+
+    (tmp_path / "a.jsonl").write_text(row("Who is Ada?", "a red cup"))
+    held_out = [row("Ada", "cup " * 40), row("cup " * 40, "Ada"), row("Ada", ""), "{}", row("Ada", "a cup")]
+    (tmp_path / "held.jsonl").write_text("\n".join(held_out))
+    result = preview(tmp_path, tiny_base, path="a.jsonl", eval_path="held.jsonl", format="messages", max_bad=1)
+    assert (result.return_value, result.exception) == (0, None)
+    learned, evaluated = result.output.split("\nEvaluated on\n")
+    assert [line.split()[2:] for line in learned.splitlines() if line.startswith("left out")] == [["none"]]
+    lines = " ".join(evaluated.split())
+    assert "format messages written with the chat template" in lines
+    assert "examples 2, the longest 16 tokens cut off 1 at 16 tokens" in lines
+    assert "left out 1 (nothing to learn within the length), 1 (empty answer), 1 (bad record)" in lines
+    assert "line 4: " in lines
+    assert "Example 1 of 1:" in lines  # of those that are learned
+    assert "Evaluated on" not in preview(tmp_path, tiny_base, path="a.jsonl").output
+    missing = preview(tmp_path, tiny_base, path="a.jsonl", eval_path="none.jsonl")
+    assert "data.eval_path" in str(missing.exception)
+
+
 def test_what_is_wrong_with_the_data_is_told_by_the_preview_too(tmp_path: Path, tiny_base: Path) -> None:
     result = preview(tmp_path, tiny_base, path="none.jsonl")
     assert isinstance(result.exception, RequestError)

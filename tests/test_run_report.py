@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
+from launch.progress import became
 from launch.report.document import Document, markdown
-from launch.report.run_report import attempts, learned_from
+from launch.report.run_report import attempts, data, learned_from
 from orchestrator.record import Attempt, RunRecord
+from qlora_core.training.dataset import DataReport
 
 STRATEGY = {"world_size": 2, "micro_batch": 4, "gradient_accumulation": 1, "zero_stage": 2}
+
+WHOLE = DataReport(
+    format="messages", examples=9, truncated=0, unlearnable=0, longest=16, tokens=90, digest="", token_digest=""
+)
+ONE_OF_EACH = replace(
+    WHOLE,
+    truncated=1,
+    unlearnable=1,
+    source="held.jsonl, split test",
+    unread=("id",),
+    in_pieces=2,
+    empty_answers=1,
+    masked=1,
+    bad=1,
+    bad_records=("held.jsonl, line 4: it is no JSON",),
+)
 
 
 def record(*attempts: Attempt) -> RunRecord:
@@ -61,3 +81,31 @@ def test_samples_show_what_is_learned_on_one_line_each_and_long_ones_without_the
     assert [row[2] for row in section.rows[2:]] == ["turn"] * 4 + ["... 3 more parts ..."]
     assert "&lt;b&gt;" in markdown(Document("Run", (section,)))
     assert not list(learned_from([]))
+
+
+COUNTS = (
+    "9 examples in format messages, 90 tokens, the longest 16; 1 truncated, "
+    "1 left out (nothing to learn within the length), 1 left out (empty answer), "
+    "1 left out (all its answers have weight 0), 1 left out (bad record)."
+)
+REMARKS = (
+    "2 texts were longer than a sequence, and became pieces.",
+    "Columns that were not read: id.",
+    "Left out: held.jsonl, line 4: it is no JSON",
+)
+
+
+def test_what_became_of_the_data_is_told_alike_of_what_is_learned_and_of_what_is_evaluated_on() -> None:
+    [section] = data({**asdict(ONE_OF_EACH), "evaluated": asdict(ONE_OF_EACH)})
+    assert section.text == (COUNTS, *REMARKS, f"Evaluated on held.jsonl, split test: {COUNTS}", *REMARKS)
+    [section] = data(asdict(WHOLE))
+    assert section.text == ("9 examples in format messages, 90 tokens, the longest 16; 0 truncated, none left out.",)
+
+
+def test_the_terminal_tells_what_was_cut_off_and_left_out_of_data_and_nothing_where_all_is_whole() -> None:
+    assert became(ONE_OF_EACH, 16) == (
+        ", 1 cut off at 16 tokens, 2 texts longer than 16 tokens in pieces, "
+        "1 left out (nothing to learn within the length), 1 left out (empty answer), "
+        "1 left out (all its answers have weight 0), 1 left out (bad record)"
+    )
+    assert became(WHOLE, 16) == ""

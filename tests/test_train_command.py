@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -13,18 +15,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 from click.testing import CliRunner
 from ray_heads import ray_head
 from real_runs import STEPS, TIMEOUT, Run, Shown, make_run
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from launch.train import train
 from qlora_core.training.examples import Examples
 from qlora_core.training.manifest import check, complete
+from qlora_core.training.sampling import Order
+from qlora_core.training.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workers")]
 
@@ -198,6 +202,10 @@ def test_the_merged_model_has_the_adapters_loss_through_plain_transformers(
     assert losses["merged"] != losses["trained"]  # the trained one has a base in NF4
     assert "differs a little from the trained one" in answer["warnings"][0]
     assert (answer["layers"], answer["shards"]) == (14, 1)
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "trained on a base in NF4, and merged into" in card
+    assert ("library_name: transformers" in card, "PeftModel" in card) == (True, False)
+    assert "## Evaluation" in card
 
 
 def test_all_weights_are_trained_on_packed_rows_and_the_result_is_a_model_for_transformers_alone(
@@ -291,9 +299,51 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_bit_for_bit_as_without(
     run.assert_nothing_is_left()
 
 
+class Killed(NamedTuple):
+    """A long run whose command was killed once both its ranks were seen at the node's metrics endpoint.
+
+    Attributes:
+        shown: what was seen there.
+        wakes: how often the main thread of each worker woke in a second of its training.
+    """
+
+    run: Run
+    shown: Shown
+    wakes: list[int]
+
+
+def test_an_example_whose_loss_is_not_finite_ends_a_run_in_one_error_and_leaves_the_checkpoint_before(
+    tmp_path: Path, tiny_base: Path, conversations: Path
+) -> None:
+    bad = Order([1] * 40, 8, seed=0).step(3)[0]  # one of step 4
+    lines = conversations.read_text().splitlines()
+    lines[bad] = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "~"}]})
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines))
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    weights = load_file(base / "model.safetensors")
+    token = load_tokenizer(str(base)).convert_tokens_to_ids("~")  # which no other example has
+    weights["model.embed_tokens.weight"][token] = math.nan
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+
+    run = make_run(tmp_path, base, data)
+    code, output = run.finish("data.eval_fraction=0", f"data.eval_path={conversations}")
+    assert code == 1, output
+    [error] = re.findall("^error: (.*)$", output, re.M)
+    assert error.startswith("The loss of step 4 is nan")
+    assert f"{data}, line {bad + 1}" in error
+    assert "Traceback" not in output
+    [attempt] = run.record["attempts"]
+    assert (run.record["status"], attempt["failure"]["kind"], attempt["to_step"]) == ("failed", "not finite", 2)
+    kept = complete(run.folder / "checkpoints")
+    assert list(kept) == [2]
+    check(kept[2])
+    run.assert_nothing_is_left()
+
+
 @pytest.fixture(scope="module")
-def killed(new_run: Callable[[str], Run]) -> tuple[Run, Shown]:
-    """A long run whose command was killed once both its ranks were seen at the node's metrics endpoint, and these."""
+def killed(new_run: Callable[[str], Run]) -> Killed:
     run = new_run("sudden")
     run.environment |= {"RAY_metrics_report_interval_ms": "500", "PYTHONUNBUFFERED": "1"}
     process = run.start("recipe.steps=5000")
@@ -306,16 +356,24 @@ def killed(new_run: Callable[[str], Run]) -> tuple[Run, Shown]:
         time.sleep(0.5)
         shown = run.ray_metrics()
     shown = run.ray_metrics()  # what was told together may be shown one after the other
+    workers = run.workers()
+    before = [worker.num_ctx_switches().voluntary for worker in workers]
     time.sleep(1)  # until it stands in metrics.jsonl, too
+    wakes = [worker.num_ctx_switches().voluntary - earlier for worker, earlier in zip(workers, before, strict=True)]
     process.kill()
     output, _ = process.communicate(timeout=15)
     assert process.returncode == -signal.SIGKILL
     assert "Metrics for Prometheus: http://127.0.0.1:" in output
-    return run, shown
+    return Killed(run, shown, wakes)
 
 
-def test_a_sudden_end_leaves_no_process_and_no_half_checkpoint(killed: tuple[Run, Shown]) -> None:
-    assert_nothing_is_half(killed[0])
+def test_a_sudden_end_leaves_no_process_and_no_half_checkpoint(killed: Killed) -> None:
+    assert_nothing_is_half(killed.run)
+
+
+def test_nothing_wakes_the_main_thread_of_a_worker_while_it_trains(killed: Killed) -> None:
+    assert len(killed.wakes) == 2
+    assert max(killed.wakes) < 10, "idle, Ray's looks for signals a hundred times a second"
 
 
 def assert_nothing_is_half(run: Run) -> None:
@@ -340,8 +398,8 @@ def test_nor_does_a_second_interrupt(new_run: Callable[[str], Run]) -> None:
     assert_nothing_is_half(run)
 
 
-def test_the_metrics_of_the_node_carry_the_figures_of_the_run(killed: tuple[Run, Shown]) -> None:
-    run, shown = killed
+def test_the_metrics_of_the_node_carry_the_figures_of_the_run(killed: Killed) -> None:
+    run, shown, _ = killed
     written = (run.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     lines = [json.loads(line) for line in written if line.endswith("\n")]
     names = {name for line in lines for name in line} - {"step", "time"}

@@ -29,17 +29,25 @@ LEARN_WORDS = {"assistant": "the answers", "completion": "the last answer", "all
 def print_preview(
     console: Console,
     reports: Mapping[str, DataReport],
+    evaluated: Sequence[DataReport],
     examples: Sequence[Encoded],
     lengths: Sequence[int],
     seq_len: int,
     tokenizer: Any,
 ) -> None:
-    """Print each dataset's counts, a histogram of the lengths, and samples from beginning, middle and end."""
+    """Print each dataset's counts, a histogram of the lengths, and samples from beginning, middle and end.
+
+    Args:
+        reports: of what is learned, by name.
+        evaluated: of what is evaluated on, where it is other data; it has its counts alone.
+        examples: those that are learned.
+    """
     tables = [counts(report, seq_len) for report in reports.values()]
     if len(tables) > 1:
         shares = mixture({name: asdict(report) for name, report in reports.items()})
         tables = [part for said, table in zip(shares, tables, strict=True) for part in (Text(said), table, Text())]
-    console.print(Group(*tables, histogram(lengths)), highlight=False, markup=False, emoji=False)
+    others = [part for report in evaluated for part in (Text("\nEvaluated on"), counts(report, seq_len))]
+    console.print(Group(*tables, histogram(lengths), *others), highlight=False, markup=False, emoji=False)
     console.print(
         "\n+ is learned; - is not, its label is -100. | stands between tokens.", highlight=False, markup=False
     )

@@ -15,7 +15,7 @@ from launch.report.document import DRAWS, Document, Section, drawn, write
 from launch.report.terminal import memory_rows
 from launch.report.words import ending, error, gib, mixture, time_words, visible, written_otherwise
 from orchestrator.record import SAMPLES_NAME, RunRecord
-from qlora_core.data import in_an_epoch
+from qlora_core.data import in_an_epoch, left_out
 from qlora_core.perplexity import perplexity
 
 if TYPE_CHECKING:  # it imports transformers
@@ -251,33 +251,38 @@ def evaluation(events: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
 
 
 def data(found: Mapping[str, Any]) -> Iterator[Section]:
-    """What became of the data."""
-    said = [
-        f"{found['examples']} examples in format {found['format']}, {found['tokens']} tokens, the longest "
-        f"{found['longest']}{in_an_epoch(found.get('times', 1))}; {found['truncated']} truncated, "
-        f"{found['unlearnable']} left out because nothing to learn was within the length, "
-        f"{found.get('empty_answers', 0)} because the answer is empty, {found.get('bad', 0)} as "
-        "bad."
-    ]
+    """What became of the data, and of that to evaluate on where it is other data."""
+    counted, *remarks = became(found)
     if "rows" in found:
-        said[0] += (
+        counted += (
             f" They are trained on in {found['rows']} sequences; were all as long as the longest, "
             f"{found['padding_percent']} % would be padding."
         )
-    said += mixture(found.get("datasets", {}))
+    said = [counted, *mixture(found.get("datasets", {})), *remarks]
     if other := found.get("evaluated"):
-        said.append(
-            f"Evaluated on {other['examples']} examples of {other['source']}, {other['tokens']} tokens; "
-            f"{other['truncated']} truncated, {other['bad']} left out as bad."
-        )
+        counted, *remarks = became(other)
+        said += [f"Evaluated on {other['source']}: {counted}", *remarks]
+    lengths = found.get("row_lengths")  # records of earlier versions do not have them
+    yield Section("Data", text=tuple(said), draw=None if lengths is None else drawn("run", "row_lengths", lengths))
+
+
+def became(found: Mapping[str, Any]) -> list[str]:
+    """What became of some data, in sentences: the counts first.
+
+    Args:
+        found: `qlora_core.training.dataset.DataReport` as a run's record has it; those of earlier versions lack some.
+    """
+    said = [
+        f"{found['examples']} examples in format {found['format']}, {found['tokens']} tokens, the longest "
+        f"{found['longest']}{in_an_epoch(found.get('times', 1))}; {found['truncated']} truncated, "
+        f"{', '.join(left_out(found)) or 'none left out'}."
+    ]
     if found.get("in_pieces"):
-        said.append(f"{found['in_pieces']} texts were longer than a sequence, and are learned in pieces.")
+        said.append(f"{found['in_pieces']} texts were longer than a sequence, and became pieces.")
     if found.get("unread"):
         said.append(f"Columns that were not read: {', '.join(found['unread'])}.")
     said += written_otherwise(found.get("divided", 0), found.get("shortened", 0))
-    said += [f"Left out: {bad}" for bad in found.get("bad_records", ())]
-    lengths = found.get("row_lengths")  # records of earlier versions do not have them
-    yield Section("Data", text=tuple(said), draw=None if lengths is None else drawn("run", "row_lengths", lengths))
+    return said + [f"Left out: {bad}" for bad in found.get("bad_records", ())]
 
 
 def learned_from(samples: Sequence[Shown]) -> Iterator[Section]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from qlora_core.data import CHAT_TEMPLATE, in_an_epoch
 from qlora_core.perplexity import perplexity
 from qlora_core.recipe import Recipe
 
+CARD = "README.md"
 GIB = 1024**3
 METHOD_TAGS = {"qlora": ["lora", "qlora"], "lora": ["lora"], "full": []}
 LOADING = """```python
@@ -37,6 +40,11 @@ QUANTIZATION = """,
         load_in_4bit=True, bnb_4bit_quant_type={type!r}, bnb_4bit_use_double_quant={double},
         bnb_4bit_compute_dtype=torch.{compute_dtype},
     ),"""
+
+SUMMARY = re.compile(r"^(A LoRA adapter of rank \d+ for `[^`\n]+`, trained on a base in \S+)\.$", re.MULTILINE)
+"""Of an adapter, as `summary` has it."""
+LOADED = re.compile(r"(?<=^## Loading\n\n)```python\n.*?^```$", re.MULTILINE | re.DOTALL)
+"""The code by which a card says how to load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,51 @@ def card(facts: CardFacts) -> str:
         "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
     ]
     return str(ModelCard(f"---\n{front.to_yaml()}\n---\n" + "\n\n".join(filter(None, sections)) + "\n"))
+
+
+def merged_card(adapter_card: str, *, name: str, base: str, repo: str | None, auto_class: str, dtype: str) -> str:
+    """The card of a model that an adapter was merged into: the adapter's own, where it is one of ours, made true of it.
+
+    Args:
+        adapter_card: empty where the adapter has none.
+        name: the title where that is none of ours.
+        base: the name of the folder that was merged into.
+        repo: where the Hub has that; None where it does not.
+        auto_class: of transformers, that loads the model.
+        dtype: of its weights.
+    """
+    merged = f"merged into `{repo or base}` in {dtype}."
+    code = LOADING_MODEL.format(auto_class=auto_class)
+    known = own_card(adapter_card)
+    if known is None:
+        fields, text = {}, f"# {name}\n\nA LoRA adapter, {merged}\n\n## Loading\n\n{code}\n"
+    else:
+        fields = cast(Any, known.data).to_dict()
+        figures = "All figures here are from before the merge, which may change them a little."
+        text = SUMMARY.sub(lambda found: f"{found[1]}, and {merged} {figures}", known.text)
+        text = LOADED.sub(lambda found: code, text)
+    model = repo or fields.get("base_model")
+    others = [
+        tag for tag in fields.get("tags", ()) if tag not in METHOD_TAGS["qlora"] and "base_model:" not in str(tag)
+    ]
+    changed = {
+        "base_model": model,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [f"base_model:finetune:{model}"] * isinstance(model, str) + others,
+    }
+    front = ModelCardData(**{**fields, **changed})
+    return str(ModelCard(f"---\n{front.to_yaml()}\n---\n{text}"))
+
+
+def own_card(text: str) -> ModelCard | None:
+    """The card in a file, where it is that of an adapter and `card` wrote it."""
+    if not (SUMMARY.search(text) and LOADED.search(text)):
+        return None
+    try:
+        return ModelCard(text)
+    except (ValueError, YAMLError):  # its front matter was changed, and is no longer any
+        return None
 
 
 def summary(facts: CardFacts) -> str:

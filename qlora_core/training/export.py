@@ -9,7 +9,7 @@ from pathlib import Path
 from qlora_core.data import CHAT_TEMPLATE
 from qlora_core.files import replace_folder, write_json
 from qlora_core.huggingface.adapter_config import CONFIG
-from qlora_core.training.card import CardFacts, card
+from qlora_core.training.card import CARD, CardFacts, card
 from qlora_core.training.shards import copy_beside
 
 
@@ -18,7 +18,7 @@ def export_adapter(checkpoint: Path, folder: Path, facts: CardFacts) -> None:
     with replace_folder(folder) as temporary:
         shutil.copytree(checkpoint / "adapter", temporary)
         write_template(temporary, facts)
-        (temporary / "README.md").write_text(card(facts), encoding="utf-8")
+        (temporary / CARD).write_text(card(facts), encoding="utf-8")
         name_base(temporary / CONFIG, facts.base, facts.commit)
 
 
@@ -32,7 +32,7 @@ def export_model(checkpoint: Path, folder: Path, base: Path, facts: CardFacts) -
         shutil.copytree(checkpoint / "model", temporary)
         write_template(temporary, facts)
         copy_beside(base, temporary)
-        (temporary / "README.md").write_text(card(facts), encoding="utf-8")
+        (temporary / CARD).write_text(card(facts), encoding="utf-8")
 
 
 def write_template(folder: Path, facts: CardFacts) -> None:

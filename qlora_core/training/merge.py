@@ -31,7 +31,8 @@ from qlora_core.data import CHAT_TEMPLATE
 from qlora_core.files import replace_folder
 from qlora_core.huggingface.adapter_config import PLAIN, changed_base
 from qlora_core.training.adapters import PREFIX, WEIGHTS, read_adapter
-from qlora_core.training.model import TORCH_DTYPES, model_class
+from qlora_core.training.card import CARD, merged_card
+from qlora_core.training.model import TORCH_DTYPES, class_in, model_class
 from qlora_core.training.shards import copy_beside, copy_config, stored_shapes, write_shards
 
 NUMBER = re.compile(r"\.(\d+)\.")
@@ -70,7 +71,7 @@ class Merged:
 
 @contextmanager
 def merged_folder(
-    base: Path, adapter: Path, folder: Path, *, dtype: str, max_shard_size: int | str
+    base: Path, adapter: Path, folder: Path, *, dtype: str, max_shard_size: int | str, repo: str | None = None
 ) -> Iterator[tuple[Path, Merged]]:
     """Merge into a temporary folder, which becomes `folder` when the block ends well: there it can be checked.
 
@@ -78,6 +79,7 @@ def merged_folder(
         base: the base model's folder, in 16 or 32 bit.
         dtype: of the merged weights. The sum is made in float32, and rounded once.
         max_shard_size: bytes of a file, or a text such as "5GB". About as much memory is needed, and a layer more.
+        repo: where the Hub has the base, for the card; None for a folder, of which the card has the name alone.
 
     Raises:
         RequestError: the base is quantized, the adapter is for another base, or peft's layers cannot be found in its
@@ -99,6 +101,16 @@ def merged_folder(
             if (template := adapter / CHAT_TEMPLATE).is_file():
                 shutil.copyfile(template, temporary / CHAT_TEMPLATE)
             copy_beside(base, temporary)
+            before = adapter / CARD
+            text = merged_card(
+                before.read_text(encoding="utf-8", errors="replace") if before.is_file() else "",
+                name=folder.name,
+                base=base.absolute().name,
+                repo=repo,
+                auto_class=class_in(base).__name__,
+                dtype=dtype,
+            )
+            (temporary / CARD).write_text(text, encoding="utf-8")
             yield temporary, Merged(layers=len(layers), shards=shards, bytes=size)
     except (OSError, SafetensorError) as error:
         raise RunFailed(

@@ -9,7 +9,7 @@ from typing import Any, cast
 from huggingface_hub import ModelCard
 
 from qlora_core.recipe import Recipe
-from qlora_core.training.card import CardFacts, card
+from qlora_core.training.card import CardFacts, card, merged_card
 from qlora_core.training.export import export_adapter, export_model
 
 PHASES = {"after_load": 2**30, "forward": 2**31, "backward": 3 * 2**30, "optimizer": 2**31}
@@ -90,6 +90,55 @@ def test_a_model_of_which_all_weights_were_trained_is_no_adapter() -> None:
     assert (data["library_name"], data["tags"]) == ("transformers", ["base_model:finetune:org/base"])
     assert "All weights of `org/base`" in text
     assert "PeftModel" not in text
+
+
+def merged(adapter_card: str, **given: Any) -> str:
+    facts = {"name": "out", "base": "tiny", "repo": None, "auto_class": "AutoModelForCausalLM", "dtype": "bfloat16"}
+    return merged_card(adapter_card, **{**facts, **given})
+
+
+def test_the_card_of_a_merged_model_is_its_adapters_without_what_is_true_of_the_adapter_alone() -> None:
+    before = ModelCard(card(FACTS))
+    text = merged(str(before), repo="org/base")
+    assert front(text) == {
+        "base_model": "org/base",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["base_model:finetune:org/base"],
+    }
+    assert (
+        "A LoRA adapter of rank 16 for `org/base`, trained on a base in NF4, and merged into `org/base` in bfloat16. "
+        "All figures here are from before the merge, which may change them a little.\n"
+    ) in text
+    assert 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")' in text
+    for gone in ("peft", "PeftModel", "BitsAndBytesConfig"):
+        assert gone not in text
+    kept = before.text[before.text.index("## Evaluation") : before.text.index("## Loading")]
+    assert kept in text
+    assert text.startswith("---\n")
+    assert text.endswith("## Versions\n\ntorch 2.13.0\n")
+
+
+def test_a_merged_models_card_names_the_base_that_it_was_merged_into_and_keeps_what_the_user_wrote() -> None:
+    edited = card(FACTS).replace("tags:\n", "license: mit\ntags:\n- birds\n").replace("## Data", "By Ada.\n\n## Data")
+    elsewhere = merged(edited, repo="org/mirror")
+    assert (front(elsewhere)["base_model"], front(elsewhere)["license"]) == ("org/mirror", "mit")
+    assert front(elsewhere)["tags"] == ["base_model:finetune:org/mirror", "birds"]
+    assert "By Ada.\n\n## Data" in elsewhere
+    here = merged(edited)
+    assert front(here)["base_model"] == "org/base"
+    assert "for `org/base`, trained on a base in NF4, and merged into `tiny` in bfloat16." in here
+
+
+def test_a_model_merged_from_an_adapter_without_a_card_of_ours_has_a_short_one() -> None:
+    broken = card(FACTS).replace("library_name: peft", "library_name: [")
+    for other in ("", "---\nlibrary_name: peft\n---\n# A card of peft's\n", broken):
+        text = merged(other, repo="org/base", auto_class="AutoModelForImageTextToText")
+        assert front(text)["tags"] == ["base_model:finetune:org/base"]
+        assert "# out\n\nA LoRA adapter, merged into `org/base` in bfloat16.\n\n## Loading" in text
+        assert 'AutoModelForImageTextToText.from_pretrained("path/to/this/folder", dtype="auto")' in text
+        assert "peft" not in text
+    assert "base_model" not in front(merged(""))
 
 
 def test_a_chat_template_of_its_own_goes_with_the_result(tmp_path: Path) -> None:

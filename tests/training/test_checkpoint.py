@@ -11,23 +11,32 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from meta_models import small_gemma3, small_mistral3, small_qwen3_5
 from peft import PeftModel
 from safetensors import safe_open
 from small_runs import Watcher, build, encode, recipe_of, tensors
 
-from clusters.errors import RunFailed
+from clusters.errors import NotFinite, RunFailed
 from qlora_core import files
+from qlora_core.strategy import Strategy
 from qlora_core.training import checkpoint, loop, manifest
 from qlora_core.training.dataset.tokens import Encoded, save_examples
+from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.loop import train
+from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import class_in
+from qlora_core.training.sampling import Order
 from qlora_core.training.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -259,15 +268,15 @@ def test_a_full_disk_fails_the_run_and_leaves_the_last_checkpoint_whole(
     assert not list(small_disk.glob(".*tmp"))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_harms_no_checkpoint(
+def test_a_run_whose_first_loss_is_not_finite_ends_without_a_checkpoint(
     tmp_path: Path, tiny_base: Path, data: Path
 ) -> None:
     run = build(tiny_base, data, tmp_path, recipe_of())
     parameter = next(p for p in run.model.parameters() if p.requires_grad)
     with torch.no_grad():
         parameter.fill_(float("nan"))
-    with pytest.raises(RunFailed, match="is nan"):
-        train(dataclasses.replace(run, eval_data=Examples(data / "eval.safetensors")), Watcher(), None)
+    with pytest.raises(RunFailed, match=r"step 1 is nan"):
+        train(run, Watcher(), None)
     assert manifest.complete(tmp_path) == {}
 
 
@@ -354,21 +363,77 @@ def test_a_rank_that_fails_waits_until_rank_0_has_named_the_checkpoint(
     rank_0.join()
 
 
-def test_a_loss_that_is_not_finite_names_the_examples_that_it_came_with(
-    tmp_path: Path, tiny_base: Path, data: Path
-) -> None:
-    poisoned = 77
-    examples = [
-        Encoded([10 + place % 5 for place in range(4 + index)], [True] * (4 + index), f"a.jsonl, line {2 * index + 1}")
-        for index in range(24)
-    ]
-    examples[5].ids[2] = poisoned
-    save_examples(examples, tmp_path / "poisoned.safetensors")
-    run = build(tiny_base, data, tmp_path, recipe_of())
-    rows = Rows(Examples(tmp_path / "poisoned.safetensors"), run.recipe, seed=0)
-    step = next(step for step in range(6) if 5 in rows.order.step(step))
+BAD_TOKEN = 77
+BAD, BESIDE, *_ = sorted(Order([1] * 24, 4, seed=0).step(3))
+"""The two shortest of step 4, which are a micro-batch, where each example is a token longer than the one before."""
+
+
+@pytest.fixture(scope="module")
+def with_a_bad_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 examples, of which one has BAD_TOKEN."""
+    examples = [Encoded([10] * (4 + index), [True] * (4 + index), f"a.jsonl, line {index + 1}") for index in range(24)]
+    examples[BAD].ids[2] = BAD_TOKEN
+    path = tmp_path_factory.mktemp("bad") / "train.safetensors"
+    save_examples(examples, path)
+    return path
+
+
+def learning(run: loop.TrainingRun, path: Path) -> loop.TrainingRun:
+    """`run` on other examples, with a checkpoint after every second step."""
+    return dataclasses.replace(run, train_data=Rows(Examples(path), run.recipe, seed=0), save_every=2)
+
+
+def lose_the_bad_token(run: loop.TrainingRun) -> None:
+    """What the base has for it is no number any more."""
     with torch.no_grad():
-        cast(Any, run.model).get_input_embeddings().weight[poisoned] = float("nan")
-    with pytest.raises(RunFailed, match=rf"loss of step {step + 1} is nan.*rank 0.*examples of .*a\.jsonl, line 11\b"):
-        train(dataclasses.replace(run, train_data=rows), Watcher(), None)
-    assert manifest.complete(tmp_path).keys() == ({4} if step >= 4 else set())
+        cast(Any, run.model).get_input_embeddings().weight[BAD_TOKEN] = math.nan
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_its_last_good_checkpoint_and_names_the_examples(
+    tmp_path: Path, tiny_base: Path, data: Path, with_a_bad_one: Path
+) -> None:
+    def run(name: str, resume: Path | None = None) -> loop.TrainingRun:
+        return learning(build(tiny_base, data, tmp_path / name, recipe_of(), resume), with_a_bad_one)
+
+    bad = run("bad")
+    lose_the_bad_token(bad)
+    held = rf"It holds the examples of a\.jsonl, line {BESIDE + 1}, a\.jsonl, line {BAD + 1}, of which"
+    with pytest.raises(NotFinite, match=rf"loss of step 4 is nan.*rank 0\. {held}"):
+        train(bad, Watcher(), None)
+    [last] = (tmp_path / "bad").glob("*step-*")
+    assert last.name == manifest.folder_name(2)
+    assert manifest.newest_valid(tmp_path / "bad") == (last, [])
+
+    # a base without the fault goes on from there to what it learns from the start
+    train(run("bad", resume=last), Watcher(), last)
+    train(run("good"), Watcher(), None)
+    final = manifest.folder_name(6)
+    assert tensors(tmp_path / "bad" / final) == tensors(tmp_path / "good" / final)
+
+
+def error_of(rank: int, folder: Path, base: Path, data: Path, learned: Path) -> str:
+    """How the same run ends on one of two ranks, of which the second has the bad micro-batch."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/ranks", timedelta(minutes=2), world_size=2, rank=rank)
+    strategy = Strategy(world_size=2, micro_batch=2, paged_optimizer=False)
+    alone = build(base, data, folder / "checkpoints", recipe_of())
+    engine = build_engine(SummedLoss(alone.model, "chunked"), alone.recipe, strategy)
+    run = learning(dataclasses.replace(alone, strategy=strategy, engine=engine, rank=rank), learned)
+    lose_the_bad_token(run)
+    with pytest.raises(NotFinite) as raised:
+        train(run, Watcher(), None)
+    dist.destroy_process_group()
+    return str(raised.value)
+
+
+@pytest.mark.slow
+def test_where_one_rank_s_loss_is_not_finite_all_ranks_end_and_name_its_examples(
+    tmp_path: Path, tiny_base: Path, data: Path, with_a_bad_one: Path
+) -> None:
+    run = partial(error_of, folder=tmp_path, base=tiny_base, data=data, learned=with_a_bad_one)
+    with ProcessPoolExecutor(2, get_context("spawn")) as ranks:
+        first, second = ranks.map(run, range(2))
+    held = f"It holds the examples of a.jsonl, line {BESIDE + 1}, a.jsonl, line {BAD + 1}, of which"
+    assert f"first on rank 1. {held}" in first
+    assert second == first
+    assert manifest.complete(tmp_path / "checkpoints").keys() == {2}

@@ -205,6 +205,16 @@ def test_of_a_message_tree_the_branch_of_the_top_ranked_replies_is_taken(read: R
     assert text.endswith("<|user|> Of what?<|eos|><|assistant|> Of bees.<|eos|>")
 
 
+def test_a_message_tree_in_a_table_of_texts_is_the_same_tree(read: Read) -> None:
+    # as pandas writes a column of ranks some of which are missing: 0.0, 1.0 and nothing
+    written = {None: "", 0: "0.0", 1: "1.0", -1: "-1.0"}
+    table = [{**row, "rank": written[row["rank"]], "deleted": str(row["deleted"])} for row in TREE]
+    table = [{**row, "parent_id": row["parent_id"] or ""} for row in table]
+    assert read(table)[0] == read(TREE)[0]
+    with pytest.raises(RequestError, match="the rank 'best' is no number"):
+        read([*table[:2], {**table[2], "rank": "best"}])
+
+
 @pytest.mark.parametrize(
     ("row", "learn", "learned"),
     [
@@ -309,6 +319,33 @@ def test_empty_answers_are_left_out_and_counted(read: Read, chatty: Any) -> None
     found, report = read([VICUNA, empty], tokenizer=chatty)
     assert (len(found), report.empty_answers, report.bad) == (1, 1, 0)
     assert report.left_out() == ["1 left out (empty answer)"]
+
+
+def test_what_is_wrong_with_one_instance_leaves_the_others_of_its_record(read: Read) -> None:
+    def instance(text: str, output: Any) -> dict[str, Any]:
+        return {"instruction_with_input": text, "output": output}
+
+    instances = [
+        instance("Name it.", "Apple"),
+        instance("Say it.", " "),
+        instance("Sing it.", 3),
+        instance("No?", "No"),
+    ]
+    found, report = read([{"instruction": "Name it.", "instances": instances}], max_bad=1)
+    assert [learned for _, learned in found] == [f"Apple{END}", f"No{END}"]
+    assert (report.examples, report.empty_answers, report.bad) == (2, 1, 1)
+
+
+def test_a_conversation_whose_answers_all_have_weight_0_is_left_out_for_that(read: Read, chatty: Any) -> None:
+    def asked(weight: int) -> dict[str, Any]:
+        answer = {"role": "assistant", "content": "Hello.", "weight": weight}
+        return {"messages": [{"role": "user", "content": "Hi"}, answer]}
+
+    found, report = read([asked(1), asked(0)], tokenizer=chatty)
+    assert len(found) == 1
+    assert report.left_out() == ["1 left out (all its answers have weight 0)"]
+    with pytest.raises(RequestError, match=r"1 left out \(all its answers have weight 0\).*Check the data"):
+        read([asked(0)], tokenizer=chatty)
 
 
 def test_bad_records_are_left_out_up_to_a_limit_and_told(read: Read) -> None:

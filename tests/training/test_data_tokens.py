@@ -473,27 +473,52 @@ def test_memory_grows_with_the_tokens_and_not_with_the_data(tmp_path: Path, toke
     assert many - few < 20 * (many_tokens - few_tokens) + 2 * places + 100_000
 
 
+def without_merges(model: dict[str, Any]) -> None:
+    model["merges"] = []
+
+
+def with_two_tokens_in_turn(model: dict[str, Any]) -> None:
+    ids = model["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+
+
 def test_data_is_encoded_once_and_again_where_anything_of_it_changes(
     tmp_path: Path, conversations: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = load_tokenizer(str(tiny_base))
-    folder = tmp_path / "cache"
-    kept = DataOptions(cache=folder)
+    tokenizer, folder = load_tokenizer(str(tiny_base)), tmp_path / "cache"
+    path = tmp_path / "a.jsonl"
+    shutil.copyfile(conversations, path)
 
     def entries() -> int:
         return len(list(folder.glob("*")))
 
-    examples, report = encode_file(conversations, "auto", tokenizer, 64, kept)
-    assert entries() == 1
+    def assert_encoded_anew(path: Path, tokenizer: Any, seq_len: int = 64, **options: Any) -> None:
+        before = entries()
+        found, _ = encode_file(path, "auto", tokenizer, seq_len, DataOptions(cache=folder, **options))
+        uncached, _ = encode_file(path, "auto", tokenizer, seq_len, DataOptions(**options))
+        assert list(found) == list(uncached)
+        assert entries() == before + 1
+
+    assert_encoded_anew(path, tokenizer)
+    examples, report = encode_file(path, "auto", tokenizer, 64)
     with monkeypatch.context() as patch:
         patch.setattr("qlora_core.training.dataset.encode.encode_source", None)  # nothing is encoded now
-        again, same = encode_file(conversations, "auto", tokenizer, 64, kept)
+        again, same = encode_file(path, "auto", tokenizer, 64, DataOptions(cache=folder))
     assert (list(again), same) == (list(examples), report)
-    encode_file(conversations, "auto", tokenizer, 32, kept)
-    encode_file(conversations, "auto", tokenizer, 64, DataOptions(cache=folder, learn="all"))
+    assert_encoded_anew(path, tokenizer, seq_len=32)
+    assert_encoded_anew(path, tokenizer, learn="all")
+    assert_encoded_anew(conversations, tokenizer)
+    for number, change in enumerate((without_merges, with_two_tokens_in_turn)):
+        other = tmp_path / str(number)
+        tokenizer.save_pretrained(other)
+        fields = json.loads((other / "tokenizer.json").read_text())
+        change(fields["model"])
+        (other / "tokenizer.json").write_text(json.dumps(fields))
+        assert_encoded_anew(path, load_tokenizer(str(other)))
     tokenizer.chat_template += "{# another #}"
-    encode_file(conversations, "auto", tokenizer, 64, kept)
-    assert entries() == 4
+    assert_encoded_anew(path, tokenizer)
+    path.write_text(path.read_text().replace("Ada", "Eve"))
+    assert_encoded_anew(path, tokenizer)
 
 
 @pytest.mark.parametrize("seq_len", [2, 5, 16, 63, 64, 65])

@@ -1,4 +1,4 @@
-"""Adapters under autocast: peft's own numbers, with nothing made that is as large as the layer's product."""
+"""Adapters: on which base and how scaled; under autocast peft's own numbers, and nothing as large as the product."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any, cast
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -131,6 +133,40 @@ def test_an_adapter_keeps_its_layers_input_and_no_copy_of_it_or_of_a_weight(
     copies = [tensor for tensor in kept if tensor.data_ptr() not in own]
     assert any(tensor.data_ptr() == inputs[0].data_ptr() for tensor in kept)
     assert [tensor.shape for tensor in copies if tensor.dim()] == [(48, 4)]  # what is between its two matrices
+
+
+@pytest.mark.parametrize("use_autocast", [False, True])
+@pytest.mark.parametrize(("use_rslora", "scale"), [(False, 16 / 4), (True, 16 / 2)])  # by the rank, 4, or its root
+def test_an_adapter_s_product_is_scaled_by_alpha_over_the_rank_or_in_rslora_over_its_root(
+    tiny_base: Path, use_rslora: bool, scale: float, use_autocast: bool
+) -> None:
+    recipe = Recipe(rank=4, alpha=16, use_rslora=use_rslora, autocast=use_autocast)
+    model = attach_adapters(load_base(str(tiny_base), recipe, Strategy(), "bfloat16", CPU), recipe, seed=0)
+    SummedLoss(model, "full", autocast_dtype(recipe, "bfloat16"))
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    assert len(layers) == 2 * 7
+    torch.manual_seed(0)
+    for layer in layers:
+        first, second = (matrices["default"].weight.detach() for matrices in (layer.lora_A, layer.lora_B))
+        second.normal_()
+        x = torch.randn(1, 24, layer.in_features, dtype=torch.bfloat16)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=use_autocast):
+            added = layer(x) - layer.base_layer(x)
+        expected = scale * x.float() @ first.T @ second.T
+        assert float((added - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("double_quantization", [False, True])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_a_4_bit_base_has_the_recipe_s_format_and_its_constants_are_quantized_again_or_not(
+    tiny_base: Path, quantization: Any, double_quantization: bool
+) -> None:
+    recipe = Recipe(rank=4, quantization=quantization, double_quantization=double_quantization)
+    base = load_base(str(tiny_base), recipe, Strategy(), "float32", CPU)
+    states = [layer.weight.quant_state for layer in base.modules() if isinstance(layer, Linear4bit)]
+    assert len(states) == 2 * 7
+    assert {(state.quant_type, state.nested) for state in states} == {(quantization, double_quantization)}
+    assert {state.absmax.dtype for state in states} == {torch.uint8 if double_quantization else torch.float32}
 
 
 def test_variants_of_lora_several_adapters_and_none_are_pefts_own() -> None:

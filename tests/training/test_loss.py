@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_core.memory.measure import StorageTracker
 from qlora_core.strategy import LOSS_CHUNK_TOKENS
@@ -30,6 +31,56 @@ def test_it_is_the_sum_that_transformers_takes_the_mean_of(tiny_base: Path, kind
     learned = int((labels[:, 1:] != IGNORED).sum())
     expected = base(input_ids=ids, attention_mask=mask, labels=labels).loss
     assert float(loss.detach()) / learned == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def changing_model(model_type: str, **changes: Any) -> Any:
+    """A small one, whose logits are large enough for a cap to matter."""
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+        initializer_range=0.2,
+        **changes,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("trained", ["adapters", "all weights"])
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 4.0}),
+    ],
+)
+def test_chunks_of_changed_logits_have_the_loss_and_gradients_of_transformers(
+    model_type: str, changes: dict[str, float], trained: str
+) -> None:
+    model = changing_model(model_type, **changes)
+    if trained == "adapters":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:  # while it is zero, A has no gradient
+                nn.init.normal_(weight, std=0.1)
+    ids = torch.randint(1, 64, (8, 300))
+    labels = ids.clone()
+    labels[:, :10] = IGNORED
+    learned = int((labels[:, 1:] != IGNORED).sum())
+    assert learned > 2 * LOSS_CHUNK_TOKENS
+    stock, chunked = model(input_ids=ids, labels=labels).loss * learned, SummedLoss(model, "chunked")(ids, labels)
+    assert float(chunked.detach()) == pytest.approx(float(stock.detach()), rel=1e-6)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    of_stock, of_chunks = (torch.autograd.grad(loss, list(weights.values())) for loss in (stock, chunked))
+    for name, expected, found in zip(weights, of_stock, of_chunks, strict=True):
+        assert float((found - expected).norm()) < 1e-5 * float(expected.norm()), name
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -150,6 +150,21 @@ def test_the_sum_is_rounded_once_and_the_config_says_the_dtype(tmp_path: Path, t
         assert (tmp_path / "merged" / name).read_bytes() == (tiny_base / name).read_bytes()
 
 
+def test_the_merged_model_has_a_card_that_names_no_path_of_the_machine(tmp_path: Path, tiny_base: Path) -> None:
+    adapter = adapter_for(tiny_base, tmp_path / "adapter")
+    assert "library_name: peft" in (adapter / "README.md").read_text()  # peft's own, to be filled in
+    merge(tiny_base, adapter, tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "A LoRA adapter, merged into `tiny` in float32." in card
+    assert "AutoModelForCausalLM.from_pretrained(" in card
+    assert str(tiny_base.parent) not in card
+
+    (adapter / "README.md").write_bytes(b"\xff")
+    merge(tiny_base, adapter, tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == card.replace("# merged", "# again")
+
+
 def test_it_needs_the_memory_of_a_shard_and_a_layer_and_not_of_the_model(tmp_path: Path) -> None:
     base = saved(llama(hidden_size=64, intermediate_size=128, num_hidden_layers=40), tmp_path / "base")
     adapter = adapter_for(base, tmp_path / "adapter", r=2)

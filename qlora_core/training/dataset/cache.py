@@ -25,7 +25,7 @@ from qlora_core.training.dataset.report import DataReport
 from qlora_core.training.dataset.sources import Source
 from qlora_core.training.dataset.tokens import EncodedExamples, save_examples
 
-VERSION = 4
+VERSION = 5
 """Raised when the same data becomes other tokens, or is kept otherwise."""
 LIMIT_BYTES = 20 * 2**30
 """Of the whole folder; what was not used for longest goes first."""

@@ -75,7 +75,7 @@ def encode_source(
     learn = learned_part(name, options)
     encoder = Encoder(tokenizer, learn)
     examples = EncodedExamples.of()
-    truncated = unlearnable = empty = divided = shortened = in_pieces = 0
+    truncated = unlearnable = masked = empty = divided = shortened = in_pieces = 0
     for place, outcome in encoded(encoder, samples_of(name, itertools.chain(held, records))):
         if isinstance(outcome, EmptyAnswer):
             empty += 1
@@ -89,7 +89,8 @@ def encode_source(
             for tokens in outcome:
                 # The first token has nothing before it to be predicted from, so it is never learned.
                 if 1 not in tokens.learned[1:seq_len]:
-                    unlearnable += 1
+                    unlearnable += 1 in tokens.learned
+                    masked += 1 not in tokens.learned
                     continue
                 truncated += len(tokens.ids) > seq_len
                 shortened += tokens.shortened
@@ -100,6 +101,7 @@ def encode_source(
         examples=len(examples),
         truncated=truncated,
         unlearnable=unlearnable,
+        masked=masked,
         longest=max(examples.lengths, default=0),
         tokens=len(examples.ids),
         digest=source.digest,

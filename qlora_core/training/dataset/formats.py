@@ -35,14 +35,14 @@ class Format:
     Attributes:
         columns: what a record needs.
         optional: what is read too, where a record has it.
-        samples: from a record to its samples; raises BadRecord and EmptyAnswer.
+        samples: from a record to its samples; raises BadRecord and EmptyAnswer, or has one in a sample's place.
         begins: how the text of the last of `columns` begins, where the columns alone do not tell.
         whole: reads all records at once instead, because samples are spread over them.
         plain: whether it is text without question and answer.
     """
 
     columns: tuple[str, ...]
-    samples: Callable[[Record], Iterable[Sample]]
+    samples: Callable[[Record], Iterable[Sample | ValueError]]
     begins: str = ""
     optional: tuple[str, ...] = ()
     whole: Callable[[Iterable[tuple[str, Record]]], Iterator[tuple[str, Sample | ValueError]]] | None = None

@@ -72,6 +72,7 @@ def combined(reports: Sequence[DataReport]) -> DataReport:
         divided=sum(report.divided for report in reports),
         shortened=sum(report.shortened for report in reports),
         empty_answers=sum(report.empty_answers for report in reports),
+        masked=sum(report.masked for report in reports),
         bad=sum(report.bad for report in reports),
         bad_records=tuple(bad for report in reports for bad in report.bad_records)[:SHOWN_PROBLEMS],
     )

@@ -5,6 +5,7 @@ Where text is published with its own marks of who speaks, they are kept for toke
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -67,12 +68,18 @@ def self_instruct(record: Record) -> list[Sample]:
     return [pair(record["prompt"], completion)]
 
 
-def unnatural_instructions(record: Record) -> list[Sample]:
-    """Unnatural Instructions, core and full: a sample for each of `instances`, and of `reformulations` where it is."""
-    samples: list[Sample] = []
+def unnatural_instructions(record: Record) -> list[Sample | ValueError]:
+    """Unnatural Instructions, core and full: a sample for each of `instances`, and of `reformulations` where it is.
+
+    What is wrong with one of them stands in its place, beside the others.
+    """
+    samples: list[Sample | ValueError] = []
     for column in ("instances", "reformulations"):
         for instance in rows(record.get(column) or [], column):
-            samples.append(pair(instance.get("instruction_with_input"), instance.get("output"), f"{column}' texts"))
+            try:
+                samples.append(pair(instance.get("instruction_with_input"), instance.get("output"), f"{column}' texts"))
+            except (BadRecord, EmptyAnswer) as error:
+                samples.append(error)
     if not samples:
         raise BadRecord("instances is empty")
     return samples
@@ -140,7 +147,7 @@ def oasst1(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Sample 
             yield place, BadRecord("message_id, parent_id and role must be texts")
             continue
         known.add(record["message_id"])
-        if not record.get("deleted"):
+        if str(record.get("deleted")).lower() != "true":  # a table of text has the word
             children.setdefault(parent, []).append((place, record))
     for place, _ in (each for parent, replies in children.items() if parent not in known for each in replies):
         yield place, BadRecord("it answers a message that the data does not hold")
@@ -186,6 +193,16 @@ def spans(path: Sequence[Record]) -> tuple[Span, ...]:
 
 
 def rank_of(record: Record) -> float:
-    """0 is the best; without a rank, last."""
+    """0 is the best; without a rank, last.
+
+    Raises:
+        BadRecord: it is no number.
+    """
     rank = record.get("rank")
-    return float(rank) if isinstance(rank, int | float) and rank == rank else float("inf")
+    if rank is None or rank == "":
+        return math.inf
+    try:
+        number = float(rank)
+    except (TypeError, ValueError):
+        raise BadRecord(f"the rank {str(rank)[:40]!r} is no number") from None
+    return math.inf if math.isnan(number) else number

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from clusters.errors import Problem, RequestError
+from qlora_core.data import left_out
 
 SHOWN_PROBLEMS = 5
 """Bad records that are named one by one; the rest are counted."""
@@ -27,6 +28,7 @@ class DataReport:
         examples: examples that can be trained on.
         truncated: of these, cut off at the longest allowed sequence.
         unlearnable: left out, because no token to learn was within that length.
+        masked: left out, because no token is to be learned: all answers have weight 0.
         longest: tokens of the longest example.
         tokens: tokens of all examples.
         digest: names the data in a run's identity: SHA-256 over its files, or a Hub id with commit, config and split.
@@ -65,21 +67,14 @@ class DataReport:
     divided: int = 0
     shortened: int = 0
     empty_answers: int = 0
+    masked: int = 0
     bad: int = 0
     bad_records: tuple[str, ...] = ()
     times: float = 1
 
     def left_out(self) -> list[str]:
         """What is not trained on, and why, in words; nothing where all is."""
-        return [
-            f"{count} left out ({why})"
-            for count, why in (
-                (self.unlearnable, "nothing to learn within the length"),
-                (self.empty_answers, "empty answer"),
-                (self.bad, "bad record"),
-            )
-            if count
-        ]
+        return left_out(asdict(self))
 
 
 @dataclass(slots=True)
