@@ -424,6 +424,29 @@ def test_examples_to_evaluate_on_may_be_other_data(tmp_path: Path, tiny_base: Pa
         prepared("data.eval_path=missing.jsonl")
 
 
+def test_the_plan_is_for_the_lengths_of_the_data(tmp_path: Path, tiny_base: Path, conversations: Path) -> None:
+    fields: dict[str, Any] = {
+        "name": "a",
+        "model": str(tiny_base),
+        "data": {"path": str(conversations)},
+        "output": "out",
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(fields))
+
+    def prepared(seq_len: int, packing: bool = False) -> Any:
+        recipe = [f"recipe.seq_len={seq_len}", f"recipe.tokens_per_step={4 * seq_len}", f"recipe.packing={packing}"]
+        return prepare(load_spec(tmp_path / "run.yaml", [*recipe, "strategy.micro_batch=4"]))
+
+    encoded, _ = encode_file(conversations, "auto", load_tokenizer(str(tiny_base)), 512)
+    longest = max(encoded.lengths)
+    assert longest < 500
+    alone, packed = prepared(512), prepared(512, packing=True)
+    assert alone.longest == longest
+    assert alone.plan.estimate == prepared(longest).plan.estimate
+    assert 500 < packed.longest <= 512
+    assert packed.plan.estimate.gpu.allocated_bytes > alone.plan.estimate.gpu.allocated_bytes
+
+
 def test_a_template_s_own_marks_say_what_is_generated(tmp_path: Path, tiny_base: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_base))
     tokenizer.chat_template = MARKED
