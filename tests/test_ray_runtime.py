@@ -15,12 +15,13 @@ from orchestrator.ray_runtime import ray_session
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workers")]
 
 SESSION = """
-    import json, os, psutil, ray
+    import json, os, psutil, ray, time
     from orchestrator import ray_runtime
     from orchestrator.ray_runtime import ray_session
     end_idle, ended = ray_runtime.end_idle, []
     ray_runtime.end_idle = lambda processes: ended.append(end_idle(processes))
     with ray_session(None, 2):
+        time.sleep(1)  # until those that were killed are zombies
         children = psutil.Process().children(recursive=True)
         family = [process for process in children if process.status() != "zombie"]
         listening = sorted({connection.laddr.ip for process in [psutil.Process(), *family]
