@@ -71,27 +71,25 @@ def lean(trainer: type[Any], *, alone: bool) -> type[Any]:
     import ray
 
     try:
-        from ray.train.v2._internal import constants
         from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
         from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
         from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
+        from ray.train.v2._internal.constants import (
+            HEALTH_CHECK_INTERVAL_S_ENV_VAR,
+            WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
+        )
         from ray.train.v2._internal.execution.callback import WorkerGroupCallback
         from ray.train.v2._internal.execution.controller import TrainController
         from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
         from ray.train.v2._internal.logging import LoggingManager
-
-        until_answered, between_questions = (
-            constants.WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
-            constants.HEALTH_CHECK_INTERVAL_S_ENV_VAR,
-        )
-    except (ImportError, AttributeError):
+    except ImportError:
         return trainer
 
     needless: tuple[type[Any], ...] = (DatasetsCallback,)
     if alone:
         needless += PlacementGroupCleanerCallback, StateManagerCallback
-        os.environ[until_answered] = str(FOREVER_SECONDS)
-        os.environ[between_questions] = str(POLL_SECONDS)
+        os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(FOREVER_SECONDS)
+        os.environ[HEALTH_CHECK_INTERVAL_S_ENV_VAR] = str(POLL_SECONDS)
 
     class Lean(trainer):  # type: ignore[misc]  # Ray is not typed
         def _create_default_callbacks(self) -> list[Any]:

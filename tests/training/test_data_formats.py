@@ -211,6 +211,8 @@ def test_a_message_tree_in_a_table_of_texts_is_the_same_tree(read: Read) -> None
     table = [{**row, "rank": written[row["rank"]], "deleted": str(row["deleted"])} for row in TREE]
     table = [{**row, "parent_id": row["parent_id"] or ""} for row in table]
     assert read(table)[0] == read(TREE)[0]
+    numbers = [{**row, "deleted": int(row["deleted"])} for row in TREE]
+    assert read(numbers)[0] == read(TREE)[0]
     with pytest.raises(RequestError, match="the rank 'best' is no number"):
         read([*table[:2], {**table[2], "rank": "best"}])
 

@@ -147,7 +147,7 @@ def oasst1(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Sample 
             yield place, BadRecord("message_id, parent_id and role must be texts")
             continue
         known.add(record["message_id"])
-        if str(record.get("deleted")).lower() != "true":  # a table of text has the word
+        if str(record.get("deleted")).lower() not in ("true", "1"):  # a table of text has the word
             children.setdefault(parent, []).append((place, record))
     for place, _ in (each for parent, replies in children.items() if parent not in known for each in replies):
         yield place, BadRecord("it answers a message that the data does not hold")
