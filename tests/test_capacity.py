@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 from dataclasses import replace
 from datetime import datetime
 from html.parser import HTMLParser
@@ -24,6 +25,7 @@ from clusters.hours import OpenHours
 from launch.capacity import capacity
 from launch.report import document
 from launch.report.document import Document, Section, escaped
+from launch.report.pictures.style import kind
 from orchestrator.devices import any_nodes
 from orchestrator.fleet import outlook as fleet_outlook
 from orchestrator.fleet.jobs import JobForm, Run, load_jobs
@@ -323,6 +325,28 @@ def test_a_name_that_is_markup_is_text() -> None:
     text = document.html(Document("</title><script>x</script>", (table,)))
     assert not Page(text).tags & {"img", "b", "i"}
     assert text.count("<script>") == 1
+
+
+@pytest.mark.parametrize(("jobs", "named_by"), [(3, "legend"), (12, "legend"), (20, "bars"), (40, "bars")])
+@pytest.mark.filterwarnings("error::UserWarning")  # matplotlib's, where a legend leaves the bars no room
+def test_each_job_of_a_schedule_s_picture_can_be_told(tmp_path: Path, jobs: int, named_by: str) -> None:
+    lines = [f"- {{name: j{n}, model: 7b, tokens: {20 + n % 5}M}}" for n in range(jobs)]
+    (tmp_path / "jobs.yaml").write_text("\n".join(["jobs:", *lines]))
+    (tmp_path / "fleet.yaml").write_text("name: f\npools:\n- {name: card, gpu: l40s, gpus_per_node: 1}\n")
+    given = (tmp_path / "fleet.yaml", "--jobs", tmp_path / "jobs.yaml", "--seconds", "1", "--figures", tmp_path)
+    assert ask(*given).exit_code == 0
+    picture = (tmp_path / "schedule.svg").read_text()
+    names = re.findall(r">(…?[j0-9]+)</text>", picture)
+    if named_by == "legend":
+        assert sorted(name for name in names if name.startswith("j")) == sorted(f"j{n}" for n in range(jobs))
+    else:
+        assert set(names) >= {f"j{n}" for n in range(jobs)}
+        assert "<pattern" not in picture  # under a name, which it would make hard to read
+
+
+def test_the_first_64_kinds_of_a_picture_are_all_unlike() -> None:
+    looks = [(one["facecolor"], one["hatch"]) for one in map(kind, range(64))]
+    assert len(set(looks)) == 64
 
 
 def test_a_report_of_another_form_is_refused_before_anything_is_planned(tmp_path: Path) -> None:

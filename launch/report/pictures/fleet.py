@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clusters.hours import NEVER_CLOSES, OpenHours
-from launch.report.pictures.style import COLORS, DASHES, INK, MARKERS, Picture, canvas, kind, styled
+from launch.report.pictures.style import COLORS, DASHES, INK, MARKERS, WIDTH, Picture, canvas, kind, styled
 from orchestrator.fleet.outlook import Outlook
 from orchestrator.fleet.schedule import Placed
 
@@ -19,6 +19,20 @@ MOST_BARS = 3000
 MOST_HATCHED = 300
 """Of so many bars each is hatched: more are too small for that to be seen. Chromium prints a pattern for each, which
 made hundreds of megabytes of a page."""
+MOST_IN_LEGEND = 12
+"""Jobs: among more a reader does not find the one that a bar looks like, and names are written into bars."""
+LANE_INCHES = 0.42
+LETTER_INCHES = 0.0084
+"""The width of a letter for each point of its size; most are narrower."""
+LINE_INCHES = 0.12
+"""What a name takes of height."""
+NAME: dict[str, Any] = {
+    "fontsize": 7,
+    "va": "center",
+    "color": "#111111",
+    "bbox": {"facecolor": "#ffffff", "edgecolor": "none", "pad": 0.5},
+}
+"""A name in a bar: dark on white, on a dark page too."""
 
 
 class Bar(NamedTuple):
@@ -29,38 +43,53 @@ class Bar(NamedTuple):
     rows: int
 
 
-def gantt(answer: Outlook) -> Picture | None:
-    """The schedule: a lane for each node that is used; None where nothing is placed."""
+Lane = tuple[str, int, list[Bar]]
+"""A node: its pool's name, its number, and what it carries."""
+
+
+def lanes_of(answer: Outlook) -> tuple[list[Lane], int]:
+    """The nodes that are used, as far as a picture shows them, and how many more there are."""
     on_node: dict[tuple[str, int], list[Placed]] = defaultdict(list)
     for one in sorted(answer.schedule.placed, key=lambda each: each.start):
         for node in one.nodes:
             on_node[one.option.pool, node].append(one)
-    sizes = {pool.name: pool.gpus_per_node for pool in answer.fleet.pools}
-    lanes = [
-        (pool.name, node) for pool in answer.fleet.pools for node in range(pool.nodes) if (pool.name, node) in on_node
-    ]
-    shown: list[tuple[str, int, list[Bar]]] = []
+    used = [(pool, node) for pool in answer.fleet.pools for node in range(pool.nodes) if (pool.name, node) in on_node]
+    shown: list[Lane] = []
     many = 0
-    for pool, node in lanes[:MOST_LANES]:
-        bars = bars_of(on_node[pool, node], sizes[pool])
+    for pool, node in used[:MOST_LANES]:
+        bars = bars_of(on_node[pool.name, node], pool.gpus_per_node)
         many += len(bars)
         if shown and many > MOST_BARS:
             break
-        shown.append((pool, node, bars))
+        shown.append((pool.name, node, bars))
+    return shown, len(used) - len(shown)
+
+
+def gantt(answer: Outlook) -> Picture | None:
+    """The schedule: a lane for each node that is used; None where nothing is placed."""
+    shown, left_out = lanes_of(answer)
     if not shown:
         return None
-    placed = {one.run.job for one in answer.schedule.placed}
+    sizes = {pool.name: pool.gpus_per_node for pool in answer.fleet.pools}
+    hatched = sum(len(bars) for _, _, bars in shown) <= MOST_HATCHED
+    jobs = sorted({one.run.job for _, _, bars in shown for one, _, _ in bars})
+    names = {job: answer.jobs.jobs[job].name for job in jobs}
+    in_bars = len(jobs) > (MOST_IN_LEGEND if hatched else len(COLORS))
+    columns = max(1, min(6, len(jobs), int(WIDTH / (0.8 + 9 * LETTER_INCHES * max(map(len, names.values()))))))
+    lane_inches = LANE_INCHES
+    if in_bars:  # the row of a GPU is as high as a name, as far as that fits on a page
+        lane_inches = max(LANE_INCHES, min(0.2 * max(sizes[pool] for pool, _, _ in shown), 9 / len(shown)))
+    legend_inches = 0 if in_bars else 0.2 * ((len(jobs) - 1) // columns)
     with styled():
-        figure = canvas(0.8 + 0.42 * len(shown))
+        figure = canvas(0.8 + lane_inches * len(shown) + legend_inches)
         axes = figure.subplots()
         labelled: set[str] = set()
-        hatched = sum(len(bars) for _, _, bars in shown) <= MOST_HATCHED
         for lane, (pool, _, bars) in enumerate(shown):
             row_height = 0.8 / sizes[pool]
             clock = answer.hours.get(pool, NEVER_CLOSES)
             for one, row, rows in bars:
                 worked = list(clock.spans(one.start, one.end))
-                name, is_late = answer.jobs.jobs[one.run.job].name, one.late_hours > 1e-9
+                name, is_late = names[one.run.job], one.late_hours > 1e-9
                 axes.barh(
                     [lane - 0.4 + row_height * (row + rows / 2)] * len(worked),
                     [end - start for start, end in worked],
@@ -69,20 +98,39 @@ def gantt(answer: Outlook) -> Picture | None:
                     edgecolor=LATE if is_late else INK,
                     linewidth=1.6 if is_late else 0.5,
                     label=name if name not in labelled else None,
-                    **kind(one.run.job, hatched),
+                    **kind(jobs.index(one.run.job), hatched and not in_bars),
                 )
                 labelled.add(name)
+                if in_bars:
+                    start, end = max(worked, key=lambda each: each[1] - each[0])
+                    wide = (end - start) / answer.figures.ends * (WIDTH - 2)
+                    middle = lane - 0.4 + row_height * (row + rows / 2)
+                    write_name(axes, name, start, middle, (wide, lane_inches * row_height * rows))
             for start, end in closed(clock, answer.figures.ends):
                 axes.barh(lane, end - start, left=start, height=0.9, color=INK, alpha=0.12, linewidth=0)
         axes.set_yticks(range(len(shown)), [f"{pool} {node + 1}" for pool, node, _ in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel("hours from the beginning")
-        figure.legend(loc="outside upper right", ncols=min(6, len(placed)), frameon=False)
-        rest = "" if len(lanes) == len(shown) else f" {len(lanes) - len(shown):,} more nodes are left out."
+        if not in_bars:
+            figure.legend(loc="outside upper right", ncols=columns, frameon=False)
+        rest = f" {left_out:,} more nodes are left out." if left_out else ""
         late = " A thick edge: too late." if answer.figures.late else ""
         shut = " Grey: closed; what has begun pauses." if answer.hours else ""
-        caption = f"A lane for each node, a row for each GPU.{late}{shut}{rest}"
+        named = " A bar has its job's name, or the end of it, where there is room." if in_bars else ""
+        caption = f"A lane for each node, a row for each GPU.{named}{late}{shut}{rest}"
         return Picture(figure, "schedule", "The schedule", caption)
+
+
+def write_name(axes: Any, name: str, start: float, middle: float, inches: tuple[float, float]) -> None:
+    """Write a bar's name into it, upright where it is higher than wide, as far as there is room.
+
+    Of what is too long the end is written: names of many jobs are often told apart by that.
+    """
+    wide, high = inches
+    most = int(max(inches) / (LETTER_INCHES * NAME["fontsize"]))
+    text = name if len(name) <= most else f"…{name[2 - most :]}" if most > 3 else ""  # that sign is two letters wide
+    if text and min(inches) > LINE_INCHES:
+        axes.text(start, middle, text, rotation=90 if high > wide else 0, **NAME)
 
 
 def closed(clock: OpenHours, until: float) -> Iterator[tuple[float, float]]:

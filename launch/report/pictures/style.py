@@ -60,8 +60,8 @@ def canvas(height: float) -> Any:
 
 
 def kind(number: int, hatched: bool = True) -> dict[str, Any]:
-    """Colour and, unless told otherwise, hatch of the kind of that number."""
-    hatch = {"hatch": HATCHES[number % len(HATCHES)]} if hatched else {}
+    """Colour and, unless told otherwise, hatch of the kind of that number; the first 64 are all unlike."""
+    hatch = {"hatch": HATCHES[(number + number // len(COLORS)) % len(HATCHES)]} if hatched else {}
     return {"facecolor": COLORS[number % len(COLORS)], **hatch}
 
 
