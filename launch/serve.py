@@ -35,7 +35,7 @@ def serve(host: str, port: int, models: tuple[str, ...], debug: bool) -> int:
     inside = is_loopback(host)
     if not inside:
         command.warn(f"Everybody who reaches {host} may ask; nothing is encrypted, and nobody is asked for a password.")
-    app = application(models, NAMES if inside else ("*",))
+    app = application(models, (*NAMES, host) if inside else ("*",))
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", server_header=False))
     try:
         bound = server.config.bind_socket()
