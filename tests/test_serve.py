@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import schemathesis
@@ -70,6 +75,27 @@ def test_a_search_is_answered_too(client: TestClient) -> None:
     assert found["plan"]["objective"] == "fastest"
 
 
+def test_a_search_s_process_that_is_killed_is_replaced() -> None:
+    app = application()
+    asked = {"model": "7b", "gpu": "l40s"}
+    with TestClient(app) as client:
+        assert client.get("/api/ways", params=asked).status_code == 200
+        [child] = app.state.pool._processes
+        psutil.Process(child).kill()
+        assert client.get("/api/ways", params=asked).status_code == 200
+
+
+def test_where_each_is_killed_it_is_told_as_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends_at_once = partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), os._exit, (9,))
+    monkeypatch.setattr("launch.api.application.second_process", ends_at_once)
+    with TestClient(application()) as client:
+        for address in ("/api/ways", "/report"):
+            response = client.get(address, params={"model": "7b"})
+            assert response.status_code == 503
+            [problem] = response.json()["problems"]
+            assert "was ended twice" in problem["rule"]
+
+
 @pytest.mark.parametrize(
     ("asked", "status", "said"),
     [
@@ -110,16 +136,21 @@ def test_it_answers_to_its_own_names_alone_and_lets_no_other_page_in() -> None:
 
 
 @pytest.mark.slow
-def test_it_listens_on_loopback_and_ends_by_ctrl_c(tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).parent / "qlora-plan"), "serve", "--port", "0"]
+@pytest.mark.parametrize(
+    ("given", "ip"), [((), "127.0.0.1"), (("--host", "127.0.0.2"), "127.0.0.2"), (("--host", "::1"), "::1")]
+)
+def test_it_listens_on_loopback_and_ends_by_ctrl_c(given: tuple[str, ...], ip: str) -> None:
+    command = [str(Path(sys.executable).parent / "qlora-plan"), "serve", *given, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            assert re.match(r"http://127\.0\.0\.1:\d+/ ", line)
+            shown = f"[{ip}]" if ":" in ip else ip
+            assert re.match(rf"http://{re.escape(shown)}:\d+/ ", line)
             connections = psutil.Process(process.pid).net_connections()
             listening = [one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN]
-            assert listening == ["127.0.0.1"]
+            assert listening == [ip]
+            assert httpx.get(line.split()[0]).status_code == 200  # it answers to the name that it says
             port = re.findall(r":(\d+)/", line)[0]
             second = subprocess.run([*command[:-1], port], capture_output=True, text=True, timeout=60)
             assert second.returncode == 2

@@ -10,6 +10,7 @@ import asyncio
 import multiprocessing
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -46,13 +47,17 @@ REPORT_HEADERS = {
 """A report has its script in itself, as where it is a file."""
 
 
-# A second process has searches and pictures, which would hold up the estimates of others.
 _history = NOTHING_MEASURED
 
 
 def _begin() -> None:
     global _history
     _history = history.known()
+
+
+def second_process() -> ProcessPoolExecutor:
+    """What has searches and pictures, which would hold up the estimates of others."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
 
 
 def _work(do: Callable[[Question, History], Reply], question: Question) -> Reply:
@@ -74,9 +79,11 @@ def application(offered: Sequence[str] = (), hosts: Sequence[str] = ("*",)) -> F
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin) as pool:
-            app.state.pool = pool
+        app.state.pool = second_process()
+        try:
             yield
+        finally:
+            app.state.pool.shutdown()
 
     app = FastAPI(
         title="qlora-plan",
@@ -107,14 +114,22 @@ def application(offered: Sequence[str] = (), hosts: Sequence[str] = ("*",)) -> F
             return refused(503, [busy])
         waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(app.state.pool, _work, do, question)
+            for _ in range(2):
+                pool = app.state.pool
+                try:
+                    return await asyncio.get_running_loop().run_in_executor(pool, _work, do, question)
+                except BrokenProcessPool:
+                    if app.state.pool is pool:  # all that waited are told, and one of them begins another
+                        app.state.pool = second_process()
+            rule = "the process that looks for it was ended twice, as where memory is short"
+            return refused(503, [Problem("", "", rule, "Ask again in a few seconds")])
         finally:
             waiting -= 1
 
     responses: dict[int | str, dict[str, Any]] = {
         409: {"model": Refused, "description": "The values do not go together"},
         422: {"model": Refused, "description": "A value is none that the parameter has"},
-        503: {"model": Refused, "description": "Too many searches wait already"},
+        503: {"model": Refused, "description": "Too many searches wait already, or what searches was ended"},
     }
 
     asked_for: Any = Annotated[form, Query()]
