@@ -212,6 +212,57 @@ def test_a_bad_value_is_told_beside_its_field(browser: Browser, server: str) -> 
         expect(page.locator(".field", has=page.locator("#model")).locator(".mistake")).not_to_be_empty()
 
 
+@pytest.mark.parametrize(
+    ("link", "field", "shown", "told"),
+    [
+        ("model=65b&gpu=a100&gpus=1", "gpu", "a100", "none of those that can be asked for (got a100)"),
+        ("model=7b&gpu=l40s&rank=x", "rank", "x", "a valid integer"),
+        ("model=7b&gpu=l40s&seqlen=8192", None, "", "--seqlen there is no such parameter"),
+    ],
+)
+def test_what_of_a_link_cannot_be_asked_is_told_and_kept(
+    browser: Browser, server: str, link: str, field: str | None, shown: str, told: str
+) -> None:
+    with opened(browser, f"{server}?{link}") as page:
+        expect(page.locator("#headline")).to_contain_text("not right")
+        if field is None:
+            expect(page.locator("#mistakes")).to_contain_text(told)
+        else:
+            expect(page.locator(".field", has=page.locator(f"#{field}")).locator(".mistake")).to_contain_text(told)
+            expect(page.locator(f"#{field}")).to_have_value(shown)
+        assert page.url == f"{server}?{link}"
+        page.get_by_label("gpu", exact=True).select_option("l40s")
+        page.get_by_label("rank").fill("64")
+        expect(page.locator("#headline")).to_contain_text("on l40s")
+
+
+@pytest.mark.parametrize(
+    ("link", "passed"),
+    [
+        ("gpu=l40s&objective=fastest&micro-batch=1", "--gpu l40s --micro-batch 1 --objective fastest"),
+        ("gpu=l40s&no-gradient-checkpointing=1", "--gpu l40s --no-gradient-checkpointing"),
+        ("gpu=l40s&seq-len=512&method=qlora", "--gpu l40s --method qlora --seq-len 512"),
+        ("gpu=l40s&dora=false", "--gpu l40s"),
+    ],
+)
+def test_a_link_asks_all_that_it_says_a_default_too(browser: Browser, server: str, link: str, passed: str) -> None:
+    with opened(browser, f"{server}?model=7b&{link}") as page:
+        expect(page.locator("#command")).to_have_text(f"qlora-plan --model 7b {passed}", timeout=20_000)
+        page.get_by_label("gpu", exact=True).select_option("h100-80gb")  # from now on the fields are what is asked
+        changed = passed.replace("l40s", "h100-80gb")
+        expect(page.locator("#command")).to_have_text(f"qlora-plan --model 7b {changed}", timeout=20_000)
+
+
+def test_an_empty_field_shows_its_default_and_leaves_it_to_an_objective(browser: Browser, server: str) -> None:
+    with opened(browser, f"{server}?model=7b&gpu=l40s&objective=fastest") as page:
+        size = page.get_by_label("micro batch")
+        expect(size).to_have_attribute("placeholder", "1")
+        expect(page.locator("#attention option:checked")).to_have_text("sdpa (default)")
+        expect(page.locator("#command")).not_to_contain_text("micro-batch", timeout=20_000)
+        size.fill("1")
+        expect(page.locator("#command")).to_contain_text("--micro-batch 1", timeout=20_000)
+
+
 def test_what_does_not_fit_shows_the_nearest_that_would(browser: Browser, server: str) -> None:
     with opened(browser, f"{server}?model=65b&gpu=rtx-4090&gpus=1") as page:
         expect(page.locator("#headline")).to_contain_text("DOES NOT FIT")

@@ -9,35 +9,37 @@ const COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
 const HATCHES = ["", "M0 8 8 0", "M2 2h1M6 6h1", "M0 0 8 8M0 8 8 0", "M0 0 8 8", "M4 0v8"];
 let running = null;
 
-/** What is asked: the fields that are not as they are without a choice. */
+/** What is asked: the fields that are not empty. */
 function asked() {
   const query = new URLSearchParams();
   for (const field of form.elements) {
     if (!field.name) continue;
-    if (field.type === "checkbox") { if (field.checked) query.set(field.name, "true"); continue; }
-    const value = field.value.trim();
-    const usual = field.dataset.default ?? (field.tagName === "SELECT" ? usualOf(field) : null);
-    if (value && value !== usual) query.set(field.name, value);
+    const value = field.type === "checkbox" ? (field.checked ? "true" : "") : field.value.trim();
+    if (value) query.set(field.name, value);
   }
   return query;
 }
 
-const usualOf = (select) => [...select.options].find((option) => option.defaultSelected)?.value ?? "";
-
-/** The question of the address, in the fields. */
-function restore() {
+/** The question of the address, in the fields as far as these can have it; the whole of it is what is asked first. */
+function restored() {
   const query = new URLSearchParams(location.search);
   for (const [name, value] of query) {
     const field = form.elements.namedItem(name);
     if (!field) continue;
-    if (field.type === "checkbox") field.checked = value === "true"; else field.value = value;
+    if (field.type === "checkbox") field.checked = /^(true|t|yes|y|on|1)$/i.test(value);
+    else {
+      const missing = field.tagName === "SELECT" && ![...field.options].some((option) => option.value === value);
+      if (missing) field.add(new Option(value, value)); // it is refused, beside the field that shows it
+      field.value = value;
+    }
     const details = field.closest("details");
     if (details) details.open = true;
   }
+  for (const [name, value] of asked()) if (!query.has(name)) query.set(name, value);
+  return query;
 }
 
-async function ask(path = "api/plan") {
-  const query = asked();
+async function ask(path = "api/plan", query = asked()) {
   history.replaceState(null, "", query.size ? `?${query}` : location.pathname);
   running?.abort();
   const mine = (running = new AbortController());
@@ -89,7 +91,7 @@ function show(found, query) {
     ways.querySelector("thead tr").replaceChildren(...found.ways.columns.map((name) => cell("th", name)));
     fill(ways.querySelector("tbody"), found.ways.rows, false);
   } else if (!found.fits) {
-    ask("api/ways"); // what would fit takes longer, and comes after
+    ask("api/ways", query); // what would fit takes longer, and comes after
   }
   document.getElementById("command").textContent = found.command;
   document.getElementById("report").href = `report?${query}`;
@@ -158,5 +160,4 @@ let pause;
 form.addEventListener("input", () => { clearTimeout(pause); pause = setTimeout(ask, 150); });
 form.addEventListener("submit", (event) => { event.preventDefault(); ask(); });
 document.getElementById("look").addEventListener("click", () => ask("api/ways"));
-restore();
-ask();
+ask("api/plan", restored());
