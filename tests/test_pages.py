@@ -161,6 +161,27 @@ def test_a_table_is_sorted_by_a_click_and_turned_by_the_keyboard(browser: Browse
             assert hours == sorted(hours, reverse=turn == 2)
 
 
+SORTED = {
+    "run": ["job 2", "job 9", "job 10", "job 11", "other"],
+    "time": ["52 s", "52 min", "1.6 h", "2.5 days", "fits nowhere"],
+    "size": ["93.10 MiB", "0.35 GiB", "1.20 GiB", "1,024.00 GiB", "-"],
+    "price": ["-3.00 EUR", "9.50 EUR", "1,100.00 EUR", "12,000.00 EUR", ""],
+    "rate": ["2.00e-05", "1e-4", "+0.5%", "7 x", "x"],
+}
+"""Columns as they are in order: what has another unit than its neighbours, and words after numbers."""
+
+
+@pytest.mark.parametrize("column", SORTED)
+def test_a_column_is_sorted_by_what_its_cells_say(browser: Browser, tmp_path: Path, column: str) -> None:
+    columns = ("run", *(f" {name}" for name in list(SORTED)[1:]))
+    rows = [tuple(cells[at] for cells in SORTED.values()) for at in (3, 0, 4, 2, 1)]
+    write(Document("Units", (Section("Table", columns, rows),)), tmp_path / "units.html")
+    with opened(browser, (tmp_path / "units.html").as_uri()) as page:
+        page.get_by_role("button", name=column, exact=True).click()
+        cells = page.locator(f"tbody td:nth-child({list(SORTED).index(column) + 1})")
+        assert cells.all_inner_texts() == SORTED[column]
+
+
 # --- the planner's page -----------------------------------------------------------------------------------------------
 
 

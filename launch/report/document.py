@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clusters.errors import not_installed, request_error
-from launch.report.words import echo
+from launch.report.words import echo, number_of
 from qlora_core.files import replace_atomically
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ def html(document: Document) -> str:
                 "note": section.note,
             }
         )
-    return environment().get_template("report.html.j2").render(title=document.title, sections=sections)
+    template = environment().get_template("report.html.j2")
+    return template.render(title=document.title, sections=sections, number_of=number_of)
 
 
 FORMS = {".md": markdown, ".html": html}

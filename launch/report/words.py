@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,16 @@ def time_words(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+UNITS = {"MiB": 1 / 1024, "GiB": 1, "s": 1, "min": 60, "h": 3600, "days": 86400}
+"""Of the texts of `gib` and `time_words`, which change from cell to cell of a column."""
+
+
+def number_of(text: str) -> float | None:
+    """The number that a cell begins with, by which a column is sorted; None where it begins with none."""
+    found = re.match(r"([-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?) ?([^\W\d]*)", text)
+    return float(found[1].replace(",", "")) * UNITS.get(found[2], 1) if found else None
 
 
 def visible(text: str) -> str:
