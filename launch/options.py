@@ -169,7 +169,13 @@ OPTIONS = (
         help="The same question for several values; twice makes a table of both, for one GPU.",
     ),
     click.option("--write", metavar="FILE.yaml", help="Write what qlora-train runs."),
-    click.option("--report", metavar="FILE.html|FILE.md", help="Write the answer as a page."),
+    click.option(
+        "--report",
+        "reports",
+        metavar="FILE.html|FILE.md",
+        multiple=True,
+        help="Write the answer as a page; may be repeated.",
+    ),
     click.option("--figures", metavar="FOLDER", help="Write the report's pictures, as SVG and PNG."),
     click.option("--list-models", "list_kind", flag_value="models", help="List the catalogue of models."),
     click.option("--list-gpus", "list_kind", flag_value="gpus", help="List the catalogue of GPUs."),
@@ -186,7 +192,7 @@ def with_options(function: Callable[..., int]) -> Callable[..., int]:
     return function
 
 
-NOT_ASKED = frozenset({"report", "figures", "write", "as_json", "debug", "explain", "list_kind", "version"})
+NOT_ASKED = frozenset({"reports", "figures", "write", "as_json", "debug", "explain", "list_kind", "version"})
 """Options that say what becomes of an answer, and nothing of the question."""
 
 

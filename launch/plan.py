@@ -40,13 +40,14 @@ def plan(context: click.Context, /, **options: Any) -> int:
         return 0
     if options["model"] is None:
         raise click.UsageError("Missing option --model; --list-models shows what is known by name.")
-    if options["report"]:
+    if options["reports"]:
         from launch.report.document import check_report
 
-        check_report(Path(options["report"]))
+        for each in options["reports"]:
+            check_report(Path(each))
     given, known = passed(context), history.known()
     wants_all = (
-        options["as_json"] or options["explain"] or options["cluster"] or options["report"] or options["figures"]
+        options["as_json"] or options["explain"] or options["cluster"] or options["reports"] or options["figures"]
     )
     answer = plan_of(options, given, known, alternatives="all" if wants_all else "nearest")
     swept = None
@@ -58,13 +59,13 @@ def plan(context: click.Context, /, **options: Any) -> int:
         from launch.run_file import write_run
 
         write_run(answer, options)
-    if options["report"] or options["figures"]:
+    if options["reports"] or options["figures"]:
         from launch.report.document import write, write_figures
         from launch.report.plan_report import document
 
         report = document(answer, swept, command_line(context))
-        if options["report"]:
-            write(report, Path(options["report"]))
+        for each in options["reports"]:
+            write(report, Path(each))
         if options["figures"]:
             write_figures(report, Path(options["figures"]))
     show(answer, swept, options)

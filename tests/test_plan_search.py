@@ -346,17 +346,27 @@ def test_a_value_that_makes_no_plan_is_told_in_its_place(ask: Ask) -> None:
     assert "qlora needs a quantized base" in wrong["refused"]
 
 
-@pytest.mark.parametrize("ending", ["html", "md"])
-def test_a_report_holds_what_the_screen_shows(ask: Ask, tmp_path: Path, ending: str) -> None:
-    path = tmp_path / f"plan.{ending}"
-    asked = ("--model", "7b", "--gpu", "t4", "--sweep", "seq-len=512,16384", "--report", str(path))
-    screen = ask(*asked)
+def test_reports_hold_what_the_screen_shows_each_in_its_form(ask: Ask, tmp_path: Path) -> None:
+    paths = [tmp_path / "plan.html", tmp_path / "plan.md"]
+    asked = ("--model", "7b", "--gpu", "t4", "--sweep", "seq-len=512,16384")
+    screen = ask(*asked, *(word for path in paths for word in ("--report", str(path))))
     assert screen.code == 0
-    page = path.read_text()
-    for words in ("llama-7b", "16384", "base weights", "FITS"):
-        assert words in page
-    names_of_markup = r'http-equiv|xmlns(:xlink)?="[^"]*"'
-    assert "http" not in re.sub(names_of_markup, "", page), "self-contained"
+    for path in paths:
+        page = path.read_text()
+        for words in ("llama-7b", "16384", "base weights", "FITS"):
+            assert words in page
+        names_of_markup = r'http-equiv|xmlns(:xlink)?="[^"]*"'
+        assert "http" not in re.sub(names_of_markup, "", page), "self-contained"
+
+
+def test_a_report_has_no_heading_with_nothing_below_it(ask: Ask, tmp_path: Path) -> None:
+    assert ask("--model", "7b", "--gpu", "t4", "--report", str(tmp_path / "p.md")).code == 0
+    title, *sections = (tmp_path / "p.md").read_text().split("\n## ")
+    assert title.startswith("# FITS")
+    assert len(sections) > 3
+    for section in sections:
+        heading, _, below = section.partition("\n")
+        assert below.strip(), heading
 
 
 def test_markup_in_a_model_s_name_stays_text_in_a_report(ask: Ask, tmp_path: Path) -> None:

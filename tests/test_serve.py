@@ -122,7 +122,7 @@ def test_what_is_wrong_is_told_of_its_parameter(
 
 
 def test_no_parameter_reads_or_writes_a_file() -> None:
-    assert not options().keys() & {"cluster", "data", "write", "report", "figures", "estimator", "sweeps", "compare"}
+    assert not options().keys() & {"cluster", "data", "write", "reports", "figures", "estimator", "sweeps", "compare"}
 
 
 def test_it_answers_to_its_own_names_alone_and_lets_no_other_page_in() -> None:

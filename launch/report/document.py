@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,11 @@ class Section:
         """Whether the table has a head."""
         return any(name.strip() for name in self.columns)
 
+    @property
+    def worded(self) -> bool:
+        """Whether there is more to it than a picture."""
+        return bool(self.text or self.rows or self.note)
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -88,7 +94,7 @@ def show(document: Document) -> None:
     from rich.text import Text
 
     printed: list[RenderableType] = []
-    for number, section in enumerate(document.sections):
+    for number, section in enumerate(filter(attrgetter("worded"), document.sections)):
         printed += [*([""] if number else []), Text(section.title, style="bold"), *section.text]
         if section.rows:
             grid = Table(box=None, show_header=section.headed)
@@ -104,7 +110,7 @@ def show(document: Document) -> None:
 def markdown(document: Document) -> str:
     """It as a Markdown document, without pictures."""
     parts = [f"# {escaped(document.title)}"]
-    for section in document.sections:
+    for section in filter(attrgetter("worded"), document.sections):
         parts += [f"## {escaped(section.title)}", *map(escaped, section.text)]
         if section.rows:
             lines = [
@@ -140,6 +146,8 @@ def html(document: Document) -> str:
     sections = []
     for section in document.sections:
         picture = None if section.draw is None else section.draw()
+        if picture is None and not section.worded:
+            continue
         sections.append(
             {
                 "title": section.title,
