@@ -550,19 +550,45 @@ jobs:
     assert any("rank" in where for where in told)
 
 
+JOB = "\n- {name: a, model: 7b, tokens: 1M}"
+
+
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("jobs: []", "jobs"),
-        ("x" * 70_000, "larger than 64 KiB"),
-        ("jobs:\n- {name: a, model: 7b, tokens: 1M, per_week: 100000}\nweeks: 500", "at most 100,000 can be planned"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\njobs: [*b]", "job 1"),
+        pytest.param("jobs: []", "jobs", id="none"),
+        pytest.param("x" * 5_000_000, "larger than 4,096 KiB", id="large"),
+        pytest.param(
+            "jobs:\n- {name: a, model: 7b, tokens: 1M, per_week: 100000}\nweeks: 500",
+            "at most 100,000 can be planned",
+            id="runs",
+        ),
+        pytest.param("a: &a [x, x]\nb: &b [*a, *a]\njobs: [*b]", "job 1", id="bomb"),
+        pytest.param("jobs:" + JOB.replace("{", "&a {") * 2000 + "\n- *a", r"it repeats \*a: aliases", id="long bomb"),
+        pytest.param("jobs: " + "[" * 70_000, "nested too deeply", id="deep"),
+        pytest.param("jobs:" + JOB * 2000 + "\n- {a: 1, a: 2}", "a is given twice", id="twice"),
+        pytest.param("jobs:" + JOB * 10_001, "at most 10,?000 items", id="many"),
     ],
 )
 def test_what_is_no_job_list_is_refused(tmp_path: Path, text: str, rule: str) -> None:
     (tmp_path / "jobs.yaml").write_text(text)
     with pytest.raises(RequestError, match=rule):
         load_jobs(tmp_path / "jobs.yaml")
+
+
+def test_ten_thousand_jobs_are_read_and_planned_once_for_each_recipe(tmp_path: Path) -> None:
+    lines = [
+        f"- {{name: job-{n}, model: {('7b', '13b')[n % 2]}, tokens: {1 + n}M, deadline_hours: 100, owner: anna}}"
+        for n in range(10_000)
+    ]
+    (tmp_path / "jobs.yaml").write_text("\n".join(["jobs:", *lines]))
+    jobs = load_jobs(tmp_path / "jobs.yaml").jobs
+    fleet = fleet_of(pool("p", 2, 8))
+    found = options_of_all([(job, None) for job in jobs], fleet, NOTHING_MEASURED)
+    assert len(found) == len(jobs) == 10_000
+    for number in (0, 5001, 9999):
+        assert found[number] == options(jobs[number], fleet, NOTHING_MEASURED)
+    assert len({id(each[0].way) for each in found}) == 2
 
 
 def test_markup_in_a_name_stays_text() -> None:

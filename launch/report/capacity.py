@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -13,12 +14,15 @@ from launch.report.words import gib
 from orchestrator.fleet.options import Option, is_priced, least_of_each_pool
 from orchestrator.fleet.outlook import MOST_NODES, Change, Figures, Outlook
 from orchestrator.fleet.schedule import Placed
+from qlora_core.strategy import Strategy
 
 SCHEMA_VERSION = 1
 MOST_ROWS = 40
 """Runs that a table lists; JSON has all."""
 MOST_WAYS = 200
 """Ways that a table lists."""
+MOST_LISTED = 2000
+"""Rows of a table that has one for each job, so that a page stays small."""
 MOST_NAMES = 12
 """Jobs that a sentence names."""
 
@@ -103,8 +107,8 @@ def where_they_fit(answer: Outlook) -> Section:
     return Section(
         "Where each job fits",
         ("job", "model", "on", " hours", " to", " cost", " GiB a GPU"),
-        rows,
-        note,
+        rows[:MOST_LISTED],
+        note + left_out(rows),
         draw=drawn("fleet", "ways", answer),
     )
 
@@ -224,9 +228,14 @@ def methods(answer: Outlook) -> Section:
                 "" if not fits else "-" if one.cost is None else money(one.cost, answer),
             )
         )
-    return Section(
-        "The same work by other methods: the cheapest way", ("job", "method", " GPUs", " hours", " cost"), rows
-    )
+    title, columns = "The same work by other methods: the cheapest way", ("job", "method", " GPUs", " hours", " cost")
+    return Section(title, columns, rows[:MOST_LISTED], left_out(rows).strip())
+
+
+def left_out(rows: Sequence[object]) -> str:
+    """What is said of rows that a table has no room for."""
+    rest = len(rows) - MOST_LISTED
+    return f" The first {MOST_LISTED:,} rows; {rest:,} more are left out." if rest > 0 else ""
 
 
 def named(jobs: Sequence[str]) -> str:
@@ -296,7 +305,13 @@ def as_json(answer: Outlook) -> str:
 def way_json(option: Option) -> dict[str, Any]:
     """A way's fields."""
     fields = {field.name: getattr(option, field.name) for field in dataclasses.fields(option)[:-2]}
-    return {**fields, "process_bytes": option.way.process_bytes, "strategy": dataclasses.asdict(option.way.strategy)}
+    return {**fields, "process_bytes": option.way.process_bytes, "strategy": strategy_json(option.way.strategy)}
+
+
+@cache
+def strategy_json(strategy: Strategy) -> dict[str, Any]:
+    """A strategy's fields, which many ways have in common."""
+    return dataclasses.asdict(strategy)
 
 
 def change_json(change: Change) -> dict[str, Any]:

@@ -22,6 +22,9 @@ WHERE = "job list"
 START = "Start from clusters/examples/jobs/two-pools.yaml"
 WEEK_HOURS = 168.0
 MOST_RUNS = 100_000
+MOST_JOBS = 10_000
+LARGEST_BYTES = 4 * 1024**2
+"""Of a job list: so many jobs with all of their fields and much of a recipe."""
 
 
 def _tokens(value: object) -> object:
@@ -68,7 +71,7 @@ class JobListForm(_Section):
     """The day, as YYYY-MM-DD, from whose first hour on hours are counted; left out, a Monday."""
     weeks: Annotated[float, Field(gt=0, le=520, strict=True)] = 1.0
     """For so long runs are asked for; what was asked for is carried out to its end."""
-    jobs: Annotated[list[Any], Field(min_length=1, max_length=1000)]
+    jobs: Annotated[list[Any], Field(min_length=1, max_length=MOST_JOBS)]
     """The jobs, each with a name of its own."""
 
 
@@ -118,7 +121,7 @@ def load_jobs(path: Path) -> JobList:
     Raises:
         RequestError: with every mistake of the file.
     """
-    fields = read_yaml(path, WHERE, START)
+    fields = read_yaml(path, WHERE, START, LARGEST_BYTES)
     given = fields.get("jobs")
     each = given if isinstance(given, list) else []
     problems = [*mistakes(JobListForm, fields), *mistakes_of_each("job", JobForm, each, "model", find_model)]
