@@ -13,7 +13,9 @@ from clusters.errors import request_error
 from clusters.mistakes import NAME, shown
 
 LARGEST_BYTES = 64 * 1024
-"""Hundreds of pools; the parser takes about a second for so much."""
+"""Hundreds of pools; the parser in Python takes about a second for so much."""
+DEEPEST = 50
+"""Levels of a text that libyaml parses: its recursion ends in a crash of the process, not in an error."""
 
 
 def _plain_name(value: str) -> str:
@@ -28,8 +30,8 @@ def _plain_name(value: str) -> str:
 PlainName = Annotated[str, AfterValidator(_plain_name)]
 
 
-class Loader(yaml.SafeLoader):
-    """YAML, except that a field must not be given twice: the last would silently win."""
+class Checked(yaml.constructor.SafeConstructor):
+    """YAML's values, except that a field must not be given twice: the last would silently win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """See PyYAML."""
@@ -50,6 +52,33 @@ class Loader(yaml.SafeLoader):
         node.value = list(last.values())
 
 
+class Loader(Checked, yaml.SafeLoader):
+    """For what people write by hand: its messages are the better ones."""
+
+
+class FastLoader(Checked, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """For long texts: libyaml parses them, where PyYAML was built with it."""
+
+
+def why_not_plain(text: str) -> str | None:
+    """Why a long text may not be loaded: it is nested deeply, or repeats something, which could grow; None if it may.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    level = 0
+    for event in yaml.parse(text, Loader=FastLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            level += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            level -= 1
+        elif isinstance(event, yaml.AliasEvent):
+            return f"it repeats *{event.anchor}: aliases are for files of up to {LARGEST_BYTES // 1024} KiB"
+        if level > DEEPEST:
+            return "it is nested too deeply"
+    return None
+
+
 def parse_yaml(text: str) -> Any:
     """The value in a YAML text.
 
@@ -57,7 +86,11 @@ def parse_yaml(text: str) -> Any:
         ValueError: it is not YAML; says where and why.
     """
     try:
-        return yaml.load(text, Loader=Loader)  # noqa: S506  (a safe one)
+        if len(text) <= LARGEST_BYTES:
+            return yaml.load(text, Loader=Loader)  # noqa: S506  (a safe one)
+        rule = why_not_plain(text)
+        if rule is None:
+            return yaml.load(text, Loader=FastLoader)  # noqa: S506
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -68,23 +101,25 @@ def parse_yaml(text: str) -> Any:
     except (ValueError, LookupError, AttributeError, ArithmeticError, TypeError) as error:
         # what int(), date() and the like say about a scalar that looked like one
         raise ValueError(f"it holds a value that cannot be read ({error}); quotes make it text") from None
+    raise ValueError(rule)
 
 
-def read_yaml(path: Path, where: str, start: str) -> dict[str, Any]:
+def read_yaml(path: Path, where: str, start: str, most: int = LARGEST_BYTES) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Args:
         path: the file.
         where: what it should hold, for the error.
         start: what to begin with, for who gave a file without fields.
+        most: bytes that it may have.
 
     Raises:
         RequestError: it is no text, no YAML or no mapping, or cannot be read.
     """
     try:
         with path.open("rb") as file:
-            data = file.read(LARGEST_BYTES + 1)
-        text = data[:LARGEST_BYTES].decode("utf-8", errors="strict" if len(data) <= LARGEST_BYTES else "ignore")
+            data = file.read(most + 1)
+        text = data[:most].decode("utf-8", errors="strict" if len(data) <= most else "ignore")
     except FileNotFoundError:
         raise request_error(where, path, "there is no such file", "Give the path of a YAML file") from None
     except IsADirectoryError:
@@ -94,9 +129,9 @@ def read_yaml(path: Path, where: str, start: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
         rule = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
         raise request_error(where, path, rule, "Give a readable YAML file") from None
-    if len(data) > LARGEST_BYTES:
-        rule = f"it is larger than {LARGEST_BYTES // 1024} KiB"
-        raise request_error(where, path, rule, "Give the path of a YAML file written by hand")
+    if len(data) > most:
+        rule = f"it is larger than {most // 1024:,} KiB"
+        raise request_error(where, path, rule, "Give the path of a YAML file that holds no more than it has to")
     try:
         fields = parse_yaml(text)
     except ValueError as error:

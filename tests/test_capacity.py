@@ -29,11 +29,12 @@ from launch.report.pictures.style import kind
 from orchestrator.devices import any_nodes
 from orchestrator.fleet import outlook as fleet_outlook
 from orchestrator.fleet.jobs import JobForm, Run, load_jobs
-from orchestrator.fleet.options import JOBS_OF_A_PROCESS, Option, options, options_of_all, shares
-from orchestrator.fleet.schedule import Placed, Schedule, by_rules, moved_forward
-from orchestrator.fleet.solver import by_solver
+from orchestrator.fleet.options import JOBS_OF_A_PROCESS, Option, options, options_of_all, recipe_of, shares
+from orchestrator.fleet.outlook import METHODS
+from orchestrator.fleet.schedule import Placed, Schedule, by_rules, in_turn
+from orchestrator.fleet.solver import by_solver, is_too_large
 from orchestrator.history import NOTHING_MEASURED
-from qlora_core.recipe import Method
+from qlora_core.recipe import Method, Recipe
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "clusters" / "examples"
@@ -48,7 +49,8 @@ def fleet_of(*pools: Any) -> Cluster:
 
 
 def way(pool: str, gpus: int, nodes: int, hours: float, cost: float | None = None) -> Option:
-    return Option(pool, gpus, nodes, hours, hours, hours, cost, cost, cost, cast(Any, None))
+    price = gpus * hours if cost is None else cost
+    return Option(pool, gpus, nodes, hours, hours, hours, cost, cost, cost, price, cast(Any, None))
 
 
 def check(schedule: Schedule, runs: list[Run], ways: dict[int, list[Option]], fleet: Cluster) -> None:
@@ -127,7 +129,7 @@ def test_no_run_could_begin_earlier_where_it_is(
     _, _, fleet = problem
     sizes = {pool.name: pool.gpus_per_node for pool in fleet.pools}
     by_start = [replace(one, start=one.start + 100, end=one.end + 100) for one in by_rules(*problem).placed]
-    placed = moved_forward(by_start, sizes)
+    placed = in_turn(by_start, sizes)
     assert all(after.start <= before.start for after, before in zip(placed, sorted(by_start, key=key), strict=True))
     for one in placed:
         others = [each for each in placed if each is not one and each.option.pool == one.option.pool]
@@ -148,7 +150,7 @@ def test_no_run_could_begin_earlier_where_it_is(
 
 def key(one: Placed) -> tuple[float, float]:
     """The order in which runs are moved."""
-    return one.start, one.run.release
+    return one.start, one.end
 
 
 @settings(max_examples=20, deadline=None)
@@ -186,6 +188,27 @@ def test_the_solver_finds_what_trying_everything_finds(runs: list[tuple[int, int
     assert found.least_late == pytest.approx(best)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.001, 0.1), st.integers(1, 3)), min_size=1, max_size=6), st.floats(0, 0.2))
+def test_no_order_of_short_runs_goes_below_what_the_solver_proves(runs: list[tuple[float, int]], due: float) -> None:
+    """One GPU, all asked for at once: the best of all orders, to seconds."""
+    fleet = fleet_of(pool("p", 1, 1))
+    ways = {number: [way("p", 1, 1, hours)] for number, (hours, _) in enumerate(runs)}
+    asked = [Run(number, 1, 0.0, due, weight) for number, (_, weight) in enumerate(runs)]
+
+    def late(order: tuple[int, ...]) -> float:
+        ends = itertools.accumulate(runs[number][0] for number in order)
+        return sum(runs[number][1] * max(0.0, end - due) for number, end in zip(order, ends, strict=True))
+
+    best = min(late(order) for order in itertools.permutations(range(len(runs))))
+    found = by_solver(asked, ways, fleet, by_rules(asked, ways, fleet), 5.0)
+    assert found is not None
+    assert found.least_late <= best + 1e-9
+    seconds = sum(weight for _, weight in runs) * len(runs)  # each run and deadline is rounded to one
+    assert best - seconds / 1800 <= found.least_late
+    assert found.late <= best + seconds / 1800
+
+
 def test_of_orders_that_come_to_the_same_price_the_one_is_taken_in_which_runs_wait_less() -> None:
     # one GPU: as they are asked for, the second waits half an hour; by deadline, the first and third wait for longer
     fleet = fleet_of(pool("p", 1, 1))
@@ -211,7 +234,9 @@ def test_ten_thousand_runs_on_a_thousand_nodes_are_placed() -> None:
     runs = [Run(n % 50, n, n / 60, n / 60 + 30 if n % 3 else None, 1 + n % 4) for n in range(10_000)]
     found = by_rules(runs, ways, fleet)
     assert len(found.placed) == 10_000
-    assert by_solver(runs, ways, fleet, found, 1.0) is None  # too large for it
+    assert is_too_large(runs, ways, fleet)
+    assert not is_too_large(runs[:9], ways, fleet)  # each on 2 x 4 ways of 125 nodes, and 20,000 are looked at
+    assert by_solver(runs[:9], ways, fleet, by_rules(runs[:9], ways, fleet), 1e-3) is None  # in so little time
 
 
 # --- the questions ----------------------------------------------------------------------------------------------------
@@ -221,23 +246,143 @@ def test_what_one_more_node_and_a_lost_pool_come_to_by_hand() -> None:
     fleet = fleet_of(pool("a", 1, 1), pool("b", 1, 1))
     ways = {0: [way("a", 1, 1, 10), way("b", 1, 1, 20)]}
     runs = [Run(0, n, 0.0, 20.0, 1) for n in range(4)]  # a carries two in time, b one
-    found = {one.title: one.figures for one in fleet_outlook.changes(fleet, runs, ways)}
+    work, beyond = fleet_outlook.Work(fleet, runs, ways), {0: list[Option]()}
+    found = {one.title: one.figures for one in fleet_outlook.changes(work, beyond)}
     assert fleet_outlook.figures_of(by_rules(runs, ways, fleet)).late == 1
     assert found["one more node of a"].late == 0
     assert found["one more node of b"].late == 0
     assert found["without a"].late == 3
     assert found["without b"].late == 2
-    assert fleet_outlook.fewest(fleet, fleet.pools[0], runs * 3, ways) == 5  # 12 runs: 6 of a carry 12 in time, b one
+    # 12 runs: 6 of a carry 12 in time, b one
+    assert fleet_outlook.fewest(replace(work, runs=runs * 3), fleet.pools[0], beyond) == 5
 
 
-def test_a_purchase_is_told_only_where_one_is_needed() -> None:
+def test_a_purchase_keeps_what_can_be_kept_by_hand() -> None:
     fleet = fleet_of(pool("a", 1, 1))
-    ways = {0: [way("a", 1, 1, 10)]}
+    ways, beyond = {0: [way("a", 1, 1, 10)]}, {0: list[Option]()}
+
+    def bought_for(*runs: Run) -> tuple[list[fleet_outlook.Purchase], set[int]]:
+        work = fleet_outlook.Work(fleet, runs, ways)
+        return fleet_outlook.purchases(work, beyond, by_rules(runs, ways, fleet))
+
     alone = [Run(0, 1, 0.0, 10.0, 1)]
-    assert fleet_outlook.purchases(fleet, alone, ways, by_rules(alone, ways, fleet)) == []
+    assert bought_for(*alone) == ([], set())
     three = [Run(0, n, 0.0, 10.0, 1) for n in range(3)]
-    [bought] = fleet_outlook.purchases(fleet, three, ways, by_rules(three, ways, fleet))
-    assert (bought.pool, bought.nodes, bought.per_week) == ("a", 2, None)
+    bought = fleet_outlook.Purchase("a", 2, None)
+    assert bought_for(*three) == ([bought], set())
+    # a job that is late whatever is bought: it is carried out after the others, and asks for nothing
+    ways[1], beyond[1] = [way("a", 1, 1, 8)], []
+    never = Run(1, 1, 0.0, 5.0, 1)
+    assert bought_for(*three, never) == ([bought], {1})
+    # on 3 nodes together it is in time, and 3 beside them carry the rest
+    beyond[1] = [way("a", 3, 3, 4)]
+    assert bought_for(*three, never) == ([replace(bought, nodes=5)], set())
+    # a job that fits nowhere yet
+    ways[1] = []
+    assert bought_for(never) == ([replace(bought, nodes=2)], set())
+    beyond[1] = []
+    assert bought_for(*three, never) == ([bought], {1})
+    assert bought_for(*alone, never) == ([], {1})  # what can be kept is
+
+
+def fleet_and_jobs(folder: Path, pools: list[str], jobs: list[str]) -> tuple[str | Path, ...]:
+    """Files of these, as arguments of the command."""
+    description = ["name: f", "currency: EUR", "pools:", *(f"- {{{one}}}" for one in pools)]
+    (folder / "fleet.yaml").write_text("\n".join(description))
+    (folder / "jobs.yaml").write_text("\n".join(["jobs:", *(f"- {{{one}}}" for one in jobs)]))
+    return folder / "fleet.yaml", "--jobs", folder / "jobs.yaml", "--seconds", "1"
+
+
+A100 = "name: a100, gpu: a100-80gb, gpus_per_node: 8, price_per_hour: 20.5, network_gbit_per_s: 1600, nvlink: true"
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        "name: quick, model: llama-3.1-8b, tokens: 2000M, deadline_hours: 10",  # in time on 16 GPUs alone
+        "name: big, model: 65b, tokens: 3M, recipe: {method: full, quantization: none}",  # fits on 16 GPUs alone
+    ],
+)
+def test_one_more_node_opens_the_ways_that_a_fleet_with_one_more_has(tmp_path: Path, job: str) -> None:
+    one = json.loads(ask(*fleet_and_jobs(tmp_path, [A100], [job]), "--json").stdout)
+    two = json.loads(ask(*fleet_and_jobs(tmp_path, [f"{A100}, nodes: 2"], [job]), "--json").stdout)
+    assert (one["figures"]["late"], one["figures"]["nowhere"]) != (0, 0)
+    [more] = one["changes"]
+    assert {**two["by_rules"], "title": "one more node of a100"} == more
+    assert (more["late"], more["nowhere"]) == (0, 0)
+    assert one["purchases"] == [{"pool": "a100", "nodes": 1, "per_week": 20.5 * 168}]
+    assert two["purchases"] == []
+
+
+def test_no_purchase_is_told_where_the_solver_keeps_what_the_rules_do_not(tmp_path: Path) -> None:
+    each = ((10, 3, 10.1), (29, 0, 13.2), (58, 3, 11.2), (58, 4, 17.2), (48, 5, 12.2))
+    jobs = [
+        f"name: j{n}, model: qwen2.5-7b, tokens: {tokens}M, start_hours: {start}, deadline_hours: {due}"
+        for n, (tokens, start, due) in enumerate(each)
+    ]
+    given = fleet_and_jobs(tmp_path, ["name: desk, gpu: rtx-4090, gpus_per_node: 1"], jobs)
+    answer = ask(*given, "--json", "--seconds", "5", "--report", tmp_path / "report.md")
+    found = json.loads(answer.stdout)
+    assert found["by_rules"]["late"] > 0
+    assert (found["figures"]["late"], found["purchases"]) == (0, [])
+    assert "smallest purchase" not in (tmp_path / "report.md").read_text()
+
+
+def test_where_runs_are_late_a_purchase_is_told_or_that_none_will_do(tmp_path: Path) -> None:
+    desk = "name: desk, gpu: rtx-4090, gpus_per_node: 1"
+    many = "name: many, model: qwen2.5-7b, tokens: 50M, per_week: 20000, deadline_hours: 6"
+    text = ask(*fleet_and_jobs(tmp_path, [desk], [many])).stdout
+    assert "The smallest purchase that keeps all deadlines" in text
+    assert "not with up to 64" in text
+    never = "name: never, model: qwen2.5-7b, tokens: 1B, deadline_hours: 0.1"
+    text = ask(*fleet_and_jobs(tmp_path, [desk], [never])).stdout
+    assert "All deadlines are kept that up to 64 more nodes of one kind could keep." in text
+    some = many.replace("20000", "60")
+    text = ask(*fleet_and_jobs(tmp_path, [desk], [some, never])).stdout
+    assert "not with up to 64" not in text
+    assert "None of these keeps the deadline of never." in text
+    assert "No GPUs of the fleet as it is keep the deadline of never." in text
+    impossible = ["name: ok, model: llama-3.1-8b, tokens: 2000M, per_week: 7, deadline_hours: 30"]
+    impossible += ["name: never, model: 65b, tokens: 3B, deadline_hours: 1"]
+    found = json.loads(ask(*fleet_and_jobs(tmp_path, [A100], impossible), "--seconds", "5", "--json").stdout)
+    assert (found["purchases"], found["no_purchase_keeps"]) == ([], ["never"])
+
+
+def test_where_a_pool_has_no_price_ways_are_compared_by_gpu_hours_and_no_sum_mixes_them(tmp_path: Path) -> None:
+    job = "name: ok, model: llama-3.1-8b, tokens: 2000M, per_week: 7, deadline_hours: 30"
+    given = fleet_and_jobs(tmp_path, [A100, "name: desk, gpu: rtx-4090, gpus_per_node: 4"], [job])
+    text = ask(*given, "--figures", tmp_path).stdout
+    assert "no schedule costs less" not in text
+    assert "Ways are compared by GPU hours: no price is given for desk." in text
+    assert "GPU hours of a run" in (tmp_path / "ways.svg").read_text()
+    fleet = load_cluster(tmp_path / "fleet.yaml")
+    found = options(load_jobs(tmp_path / "jobs.yaml").jobs[0], fleet, NOTHING_MEASURED)
+    assert {one.pool for one in found} == {"a100", "desk"}
+    assert [one.price for one in found] == pytest.approx([one.gpus * one.hours for one in found])
+
+
+def test_late_runs_are_listed_wherever_in_the_schedule_they_are(tmp_path: Path) -> None:
+    jobs = [
+        "name: many, model: qwen2.5-7b, tokens: 5M, per_week: 200",
+        "name: urgent, model: qwen2.5-7b, tokens: 50M, per_week: 3, start_hours: 100, deadline_hours: 2.2",
+    ]
+    given = fleet_and_jobs(tmp_path, ["name: desk, gpu: rtx-4090, gpus_per_node: 1"], jobs)
+    answer = ask(*given, "--json", "--report", tmp_path / "report.md")
+    assert json.loads(answer.stdout)["figures"]["late"] == 3
+    text = (tmp_path / "report.md").read_text()
+    assert [f"| urgent {number} |" in text for number in (1, 2, 3)] == [True] * 3
+    assert text.count("h too late |") == 3
+    assert "The first 40 of 203, and all 3 too late; --json has all." in text
+
+
+def test_too_little_time_is_not_told_as_too_large_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.fleet import solver
+
+    given = fleet_and_jobs(tmp_path, [A100], ["name: one, model: 7b, tokens: 1M"])
+    monkeypatch.setattr(solver, "by_solver", lambda *_: None)
+    assert "the solver found none in 1 s; a longer --seconds may do." in ask(*given).stdout
+    monkeypatch.setattr(solver, "is_too_large", lambda *_: True)
+    assert "there are too many runs and nodes for the solver." in ask(*given).stdout
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -363,6 +508,26 @@ def test_other_methods_are_planned_where_they_are_asked_for(tmp_path: Path) -> N
     assert "fits nowhere" not in rows["qlora"]
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(quantization="fp4", use_dora=True),
+        Recipe(method="lora", quantization="none", use_rslora=True, loraplus_lr_ratio=16.0),
+        Recipe(method="full", quantization="none"),
+    ],
+)
+def test_a_recipe_of_any_method_is_known_with_each_other(recipe: Recipe, method: Method) -> None:
+    job = JobForm(name="j", model="7b", tokens=1, recipe=recipe)
+    found = recipe_of(job, method)
+    assert found.method == method
+    expected = {"qlora": "fp4" if recipe.method == "qlora" else "nf4", "lora": "none", "full": "none"}
+    assert found.quantization == expected[method]
+    kept = {name: value for name, value in found.to_json().items() if name not in ("method", "quantization")}
+    if method != "full" != recipe.method:  # the adapters are as they were
+        assert kept == {name: recipe.to_json()[name] for name in kept}
+
+
 def test_an_option_takes_the_time_and_a_share_of_the_price_of_the_plan() -> None:
     fleet = load_cluster(EXAMPLES / "two-pools.yaml")
     [job] = [each for each in load_jobs(EXAMPLES / "jobs" / "two-pools.yaml").jobs if each.name == "support"]
@@ -394,6 +559,7 @@ weeks: 0
 jobs:
 - {name: a, model: no-such-model, tokens: 1M}
 - {name: a, model: 7b, tokens: many, per_week: -1}
+- {name: yes-and-no, model: 7b, tokens: true, per_week: true, priority: true}
 - {name: "<b>", model: 7b, tokens: 1M, deadline_hours: 0, recipe: {rank: 0}, more: 1}
 - 7
 """
@@ -401,25 +567,52 @@ jobs:
     with pytest.raises(RequestError) as error:
         load_jobs(tmp_path / "jobs.yaml")
     told = [problem.where for problem in error.value.problems]
-    for where in ("weeks", "job a.model", "job 2.name", "job 2.tokens", "job 2.per_week", "job 4"):
+    of_truths = [f"job yes-and-no.{field}" for field in ("tokens", "per_week", "priority")]
+    for where in ("weeks", "job a.model", "job 2.name", "job 2.tokens", "job 2.per_week", *of_truths, "job 5"):
         assert where in told, told
     assert any(where.endswith("deadline_hours") for where in told)
     assert any("rank" in where for where in told)
 
 
+JOB = "\n- {name: a, model: 7b, tokens: 1M}"
+
+
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("jobs: []", "jobs"),
-        ("x" * 70_000, "larger than 64 KiB"),
-        ("jobs:\n- {name: a, model: 7b, tokens: 1M, per_week: 100000}\nweeks: 500", "at most 100,000 can be planned"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\njobs: [*b]", "job 1"),
+        pytest.param("jobs: []", "jobs", id="none"),
+        pytest.param("x" * 5_000_000, "larger than 4,096 KiB", id="large"),
+        pytest.param(
+            "jobs:\n- {name: a, model: 7b, tokens: 1M, per_week: 100000}\nweeks: 500",
+            "at most 100,000 can be planned",
+            id="runs",
+        ),
+        pytest.param("a: &a [x, x]\nb: &b [*a, *a]\njobs: [*b]", "job 1", id="bomb"),
+        pytest.param("jobs:" + JOB.replace("{", "&a {") * 2000 + "\n- *a", r"it repeats \*a: aliases", id="long bomb"),
+        pytest.param("jobs: " + "[" * 70_000, "nested too deeply", id="deep"),
+        pytest.param("jobs:" + JOB * 2000 + "\n- {a: 1, a: 2}", "a is given twice", id="twice"),
+        pytest.param("jobs:" + JOB * 10_001, "at most 10,?000 items", id="many"),
     ],
 )
 def test_what_is_no_job_list_is_refused(tmp_path: Path, text: str, rule: str) -> None:
     (tmp_path / "jobs.yaml").write_text(text)
     with pytest.raises(RequestError, match=rule):
         load_jobs(tmp_path / "jobs.yaml")
+
+
+def test_ten_thousand_jobs_are_read_and_planned_once_for_each_recipe(tmp_path: Path) -> None:
+    lines = [
+        f"- {{name: job-{n}, model: {('7b', '13b')[n % 2]}, tokens: {1 + n}M, deadline_hours: 100, owner: anna}}"
+        for n in range(10_000)
+    ]
+    (tmp_path / "jobs.yaml").write_text("\n".join(["jobs:", *lines]))
+    jobs = load_jobs(tmp_path / "jobs.yaml").jobs
+    fleet = fleet_of(pool("p", 2, 8))
+    found = options_of_all([(job, None) for job in jobs], fleet, NOTHING_MEASURED)
+    assert len(found) == len(jobs) == 10_000
+    for number in (0, 5001, 9999):
+        assert found[number] == options(jobs[number], fleet, NOTHING_MEASURED)
+    assert len({id(each[0].way) for each in found}) == 2
 
 
 def test_markup_in_a_name_stays_text() -> None:
@@ -431,7 +624,10 @@ def test_many_jobs_are_shared_out_among_processors_and_come_back_in_order(
 ) -> None:
     fleet = fleet_of(pool("p", 1, 2))
     models = ["7b", "llama-3.1-8b"] * JOBS_OF_A_PROCESS
-    lines = [f"- {{name: j{number}, model: {model}, tokens: {number + 1}M}}" for number, model in enumerate(models)]
+    lines = [
+        f"- {{name: j{number}, model: {model}, tokens: {number + 1}M, recipe: {{rank: {1 + number // 2}}}}}"
+        for number, model in enumerate(models)
+    ]
     (tmp_path / "jobs.yaml").write_text("\n".join(["jobs:", *lines]))
     jobs = load_jobs(tmp_path / "jobs.yaml").jobs
     expected = [options(job, fleet, NOTHING_MEASURED) for job in jobs]
@@ -440,15 +636,16 @@ def test_many_jobs_are_shared_out_among_processors_and_come_back_in_order(
     assert len({found[0].hours for found in expected}) == len(jobs)  # no two of them are alike
 
 
-def test_the_jobs_of_a_process_are_of_one_model_and_those_that_take_long_come_first(tmp_path: Path) -> None:
+def test_what_a_process_plans_is_of_one_model_and_what_takes_long_comes_first() -> None:
     models = ["7b", "mixtral-8x7b", "7b", "13b", "7b", "mixtral-8x7b", "7b"]
-    lines = [f"- {{name: j{number}, model: {model}, tokens: 1M}}" for number, model in enumerate(models)]
-    (tmp_path / "jobs.yaml").write_text("\n".join(["jobs:", *lines]))
-    jobs = load_jobs(tmp_path / "jobs.yaml").jobs
-    asked: list[tuple[JobForm, Method | None]] = [(job, None) for job in jobs]
-    assert shares(asked, 3) == [[1, 5], [0, 2, 4], [6], [3]]
-    asked[2] = (jobs[2], "lora")
-    assert shares(asked, 3) == [[1, 5], [0, 4, 6], [2], [3]]
+    asked = [(model, Recipe(rank=rank)) for rank, model in enumerate(models, start=1)]
+
+    def ranks(most: int) -> list[list[int]]:
+        return [[recipe.rank for _, recipe in part] for part in shares(asked, most)]
+
+    assert ranks(3) == [[2, 6], [1, 3, 5], [7], [4]]
+    asked[2] = ("7b", Recipe(rank=3, method="lora", quantization="none"))
+    assert ranks(3) == [[2, 6], [1, 5, 7], [3], [4]]
 
 
 # --- hours ------------------------------------------------------------------------------------------------------------

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
 from launch.report.document import Document, Section, drawn
 from launch.report.words import gib
-from orchestrator.fleet.options import Option, least_of_each_pool
-from orchestrator.fleet.outlook import Change, Figures, Outlook
+from orchestrator.fleet.options import Option, is_priced, least_of_each_pool
+from orchestrator.fleet.outlook import MOST_NODES, Change, Figures, Outlook
 from orchestrator.fleet.schedule import Placed
+from qlora_core.strategy import Strategy
 
 SCHEMA_VERSION = 1
 MOST_ROWS = 40
 """Runs that a table lists; JSON has all."""
 MOST_WAYS = 200
 """Ways that a table lists."""
+MOST_LISTED = 2000
+"""Rows of a table that has one for each job, so that a page stays small."""
+MOST_NAMES = 12
+"""Jobs that a sentence names."""
 
 
 def document(answer: Outlook) -> Document:
@@ -41,15 +47,8 @@ def sections(answer: Outlook) -> Iterator[Section]:
         ],
         "All of these are scheduled by rules, so that they can be compared; the schedule above may be better.",
     )
-    if answer.purchases:
-        yield Section(
-            "The smallest purchase that keeps all deadlines",
-            ("pool", " more nodes", " a week"),
-            [
-                (one.pool, str(one.nodes), "-" if one.per_week is None else money(one.per_week, answer))
-                for one in answer.purchases
-            ],
-        )
+    if answer.figures.late or answer.figures.nowhere:
+        yield purchases(answer)
     if answer.methods:
         yield methods(answer)
 
@@ -63,7 +62,7 @@ def overview(answer: Outlook) -> Section:
         ("miss their deadline", f"{figures.late:,}, by {figures.late_hours:,.1f} h together"),
         (
             "weighted hours too late",
-            f"{plan.late:,.1f}; no schedule has fewer than {plan.least_late:,.1f}, to three minutes a run",
+            f"{plan.late:,.1f}; no schedule has fewer than {plan.least_late:,.1f}",
         ),
         ("cost", cost_words(figures, answer)),
         ("GPU hours", f"{figures.gpu_hours:,.1f}"),
@@ -71,7 +70,9 @@ def overview(answer: Outlook) -> Section:
         ("last end", f"{figures.ends:,.1f} h"),
         ("scheduled by", plan.by),
     ]
-    late = [f"{name} cannot be kept by any GPUs of the fleet." for name in answer.impossible]
+    late = []
+    if answer.impossible:
+        late = [f"No GPUs of the fleet as it is keep the deadline of {named(answer.impossible)}."]
     return Section(
         f"{answer.fleet.name}: {len(answer.jobs.jobs)} jobs", ("", " "), rows, " ".join([*answer.remarks, *late])
     )
@@ -79,11 +80,15 @@ def overview(answer: Outlook) -> Section:
 
 def cost_words(figures: Figures, answer: Outlook) -> str:
     """The cost with its interval."""
+    if figures.nowhere == figures.runs:
+        return "none: nothing fits"
     if figures.cost is None or figures.low_cost is None or figures.high_cost is None:
         return "not known: a pool that is used has no price"
     bounds = f"{money(figures.low_cost, answer)} to {money(figures.high_cost, answer)}"
-    least = money(answer.schedule.least_price, answer)
-    return f"{money(figures.cost, answer)} ({bounds}); no schedule costs less than {least}"
+    found = f"{money(figures.cost, answer)} ({bounds})"
+    if not is_priced(answer.fleet):
+        return found
+    return f"{found}; no schedule costs less than {money(answer.schedule.least_price, answer)}"
 
 
 def where_they_fit(answer: Outlook) -> Section:
@@ -102,8 +107,8 @@ def where_they_fit(answer: Outlook) -> Section:
     return Section(
         "Where each job fits",
         ("job", "model", "on", " hours", " to", " cost", " GiB a GPU"),
-        rows,
-        note,
+        rows[:MOST_LISTED],
+        note + left_out(rows),
         draw=drawn("fleet", "ways", answer),
     )
 
@@ -120,10 +125,17 @@ def way(option: Option, answer: Outlook) -> tuple[str, ...]:
 
 
 def schedule(answer: Outlook) -> Section:
-    """The first runs of the schedule, and all that are too late."""
+    """The first runs of the schedule, and the first of those that are too late."""
     placed = sorted(answer.schedule.placed, key=lambda one: (one.start, one.run.job))
-    shown = placed if len(placed) <= MOST_ROWS else placed[:MOST_ROWS]
-    note = "" if len(shown) == len(placed) else f"The first {MOST_ROWS} of {len(placed):,}; --json has all."
+    late = [one for one in placed if one.late_hours > 1e-9]
+    first = {id(one) for one in [*placed[:MOST_ROWS], *late[:MOST_ROWS]]}
+    shown = placed if len(placed) <= MOST_ROWS else [one for one in placed if id(one) in first]
+    note = ""
+    if len(shown) < len(placed):
+        those = ""
+        if late:
+            those = f", and {'all' if len(late) <= MOST_ROWS else f'the first {MOST_ROWS} of'} {len(late):,} too late"
+        note = f"The first {MOST_ROWS} of {len(placed):,}{those}; --json has all."
     return Section(
         "Schedule (hours from the beginning)",
         ("run", "on", "nodes", " asked for", " start", " end", " due", ""),
@@ -182,6 +194,26 @@ def pools(answer: Outlook) -> Section:
     return Section("Pools", columns, rows, note)
 
 
+def purchases(answer: Outlook) -> Section:
+    """What more nodes of each kind keep all deadlines."""
+    title, columns = "The smallest purchase that keeps all deadlines", ("pool", " more nodes", " a week")
+    left = f"None of these keeps the deadline of {named(answer.no_purchase_keeps)}." if answer.no_purchase_keeps else ""
+    plan, helped = answer.schedule, set(range(len(answer.jobs.jobs)))
+    helped -= {index for index in helped if answer.jobs.jobs[index].name in answer.no_purchase_keeps}
+    missed = {run.job for run in plan.nowhere} | {one.run.job for one in plan.placed if one.late_hours > 1e-9}
+    if not answer.purchases and not missed & helped:
+        kept = f"All deadlines are kept that up to {MOST_NODES} more nodes of one kind could keep."
+        return Section(title, text=(kept, left))
+    rows = [
+        (one.pool, str(one.nodes), "-" if one.per_week is None else money(one.per_week, answer))
+        for one in answer.purchases
+    ]
+    does = {one.pool for one in answer.purchases}
+    rows += [(pool.name, f"not with up to {MOST_NODES}", "") for pool in answer.fleet.pools if pool.name not in does]
+    note = "Nodes of one kind at a time, with all runs placed by rules."
+    return Section(title, columns, rows, f"{note} {left}".rstrip())
+
+
 def methods(answer: Outlook) -> Section:
     """Each job's cheapest way with each method."""
     rows = []
@@ -196,9 +228,20 @@ def methods(answer: Outlook) -> Section:
                 "" if not fits else "-" if one.cost is None else money(one.cost, answer),
             )
         )
-    return Section(
-        "The same work by other methods: the cheapest way", ("job", "method", " GPUs", " hours", " cost"), rows
-    )
+    title, columns = "The same work by other methods: the cheapest way", ("job", "method", " GPUs", " hours", " cost")
+    return Section(title, columns, rows[:MOST_LISTED], left_out(rows).strip())
+
+
+def left_out(rows: Sequence[object]) -> str:
+    """What is said of rows that a table has no room for."""
+    rest = len(rows) - MOST_LISTED
+    return f" The first {MOST_LISTED:,} rows; {rest:,} more are left out." if rest > 0 else ""
+
+
+def named(jobs: Sequence[str]) -> str:
+    """Jobs by their names, as far as a sentence can hold them."""
+    rest = len(jobs) - MOST_NAMES
+    return ", ".join(jobs[:MOST_NAMES]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def hours(value: float) -> str:
@@ -252,6 +295,7 @@ def as_json(answer: Outlook) -> str:
         "by_rules": dataclasses.asdict(answer.by_rules),
         "changes": [change_json(one) for one in answer.changes],
         "purchases": [dataclasses.asdict(one) for one in answer.purchases],
+        "no_purchase_keeps": list(answer.no_purchase_keeps),
         "methods": [dataclasses.asdict(one) for one in answer.methods],
         "remarks": list(answer.remarks),
     }
@@ -260,8 +304,14 @@ def as_json(answer: Outlook) -> str:
 
 def way_json(option: Option) -> dict[str, Any]:
     """A way's fields."""
-    fields = {field.name: getattr(option, field.name) for field in dataclasses.fields(option) if field.name != "way"}
-    return {**fields, "process_bytes": option.way.process_bytes, "strategy": dataclasses.asdict(option.way.strategy)}
+    fields = {field.name: getattr(option, field.name) for field in dataclasses.fields(option)[:-2]}
+    return {**fields, "process_bytes": option.way.process_bytes, "strategy": strategy_json(option.way.strategy)}
+
+
+@cache
+def strategy_json(strategy: Strategy) -> dict[str, Any]:
+    """A strategy's fields, which many ways have in common."""
+    return dataclasses.asdict(strategy)
 
 
 def change_json(change: Change) -> dict[str, Any]:

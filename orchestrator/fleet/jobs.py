@@ -22,14 +22,19 @@ WHERE = "job list"
 START = "Start from clusters/examples/jobs/two-pools.yaml"
 WEEK_HOURS = 168.0
 MOST_RUNS = 100_000
+MOST_JOBS = 10_000
+LARGEST_BYTES = 4 * 1024**2
+"""Of a job list: so many jobs with all of their fields and much of a recipe."""
 
 
 def _tokens(value: object) -> object:
     """A validator: a whole number, or text such as 20M."""
+    if isinstance(value, bool):
+        raise ValueError("it should be a number of tokens such as 12500000, 12.5M or 3B")
     return parse_tokens(value) if isinstance(value, str) else value
 
 
-Hours = Annotated[float, Field(ge=0, le=100_000)]
+Hours = Annotated[float, Field(ge=0, le=100_000, strict=True)]
 
 
 class _Section(BaseModel):
@@ -47,13 +52,13 @@ class JobForm(_Section):
     """Tokens that one run trains on, all epochs together: 12500000, 12.5M, 3B."""
     recipe: Recipe = Recipe()
     """As in a run specification."""
-    per_week: Annotated[float, Field(gt=0, le=100_000)] | None = None
+    per_week: Annotated[float, Field(gt=0, le=100_000, strict=True)] | None = None
     """Runs a week, evenly over it; left out, one run."""
     start_hours: Hours = 0.0
     """The first run is asked for so many hours after the beginning."""
-    deadline_hours: Annotated[float, Field(gt=0, le=100_000)] | None = None
+    deadline_hours: Annotated[float, Field(gt=0, le=100_000, strict=True)] | None = None
     """Hours from when a run is asked for until it has to have ended."""
-    priority: Annotated[int, Field(ge=1, le=100)] = 1
+    priority: Annotated[int, Field(ge=1, le=100, strict=True)] = 1
     """What an hour too late weighs."""
     owner: PlainName | None = None
     """Whose it is."""
@@ -64,9 +69,9 @@ class JobListForm(_Section):
 
     begins: Day | None = None
     """The day, as YYYY-MM-DD, from whose first hour on hours are counted; left out, a Monday."""
-    weeks: Annotated[float, Field(gt=0, le=520)] = 1.0
+    weeks: Annotated[float, Field(gt=0, le=520, strict=True)] = 1.0
     """For so long runs are asked for; what was asked for is carried out to its end."""
-    jobs: Annotated[list[Any], Field(min_length=1, max_length=1000)]
+    jobs: Annotated[list[Any], Field(min_length=1, max_length=MOST_JOBS)]
     """The jobs, each with a name of its own."""
 
 
@@ -116,7 +121,7 @@ def load_jobs(path: Path) -> JobList:
     Raises:
         RequestError: with every mistake of the file.
     """
-    fields = read_yaml(path, WHERE, START)
+    fields = read_yaml(path, WHERE, START, LARGEST_BYTES)
     given = fields.get("jobs")
     each = given if isinstance(given, list) else []
     problems = [*mistakes(JobListForm, fields), *mistakes_of_each("job", JobForm, each, "model", find_model)]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from statistics import mean
 
 from clusters.cluster import Cluster, Pool
 from clusters.hours import NEVER_CLOSES, OpenHours
-from orchestrator.fleet.jobs import WEEK_HOURS, JobList, Run
-from orchestrator.fleet.options import Option, options_of_all
-from orchestrator.fleet.schedule import ALWAYS_OPEN, Placed, Schedule, by_rules
+from orchestrator.fleet.jobs import WEEK_HOURS, JobForm, JobList, Run
+from orchestrator.fleet.options import Option, least_of_each_pool, options_of_all
+from orchestrator.fleet.schedule import Placed, Schedule, by_rules
 from orchestrator.history import History
 from qlora_core.recipe import Method
 
@@ -29,7 +31,7 @@ class Figures:
         late: runs that miss their deadline.
         late_hours: by how much, all together.
         waited_hours: of the mean run.
-        cost, low_cost, high_cost: of the GPUs taken; None where a pool that is used has no price.
+        cost, low_cost, high_cost: of the GPUs taken; None where a pool that is used has no price, or none is.
         gpu_hours: of all runs.
         ends: hours until the last run has ended.
     """
@@ -56,7 +58,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Purchase:
-    """So many nodes more of a pool's kind with which no deadline is missed.
+    """So many nodes more of a pool's kind with which all that can fits, and keeps its deadline.
 
     Attributes:
         per_week: what they cost a week, for the hours of the first in which they may be used; None without a price.
@@ -89,8 +91,10 @@ class Outlook:
     Attributes:
         hours: when those pools are open that close, by their names.
         ways: of each job, by its index.
-        impossible: jobs whose deadline no GPUs of the fleet can keep, even all alone.
+        impossible: jobs whose deadline no GPUs of the fleet as it is can keep, even all alone.
         by_rules: the figures that the changes are to be held against.
+        purchases: looked for where the schedule misses a deadline, or has a job that fits nowhere.
+        no_purchase_keeps: jobs with deadlines that none of these keeps, or that fit nowhere then; they are left out.
         remarks: what was assumed or left out.
     """
 
@@ -104,6 +108,7 @@ class Outlook:
     impossible: tuple[str, ...]
     changes: tuple[Change, ...]
     purchases: tuple[Purchase, ...]
+    no_purchase_keeps: tuple[str, ...]
     methods: tuple[ByMethod, ...]
     remarks: tuple[str, ...]
 
@@ -128,7 +133,8 @@ def outlook(
         other_methods: say what the same work takes by them, which takes two times as long again.
     """
     runs = jobs.runs()
-    ways = dict(enumerate(options_of_all([(job, None) for job in jobs.jobs], fleet, history)))
+    asked: list[tuple[JobForm, Method | None]] = [(job, None) for job in jobs.jobs]
+    ways = dict(enumerate(options_of_all(asked, fleet, history)))
     hours = {pool.name: OpenHours(pool.hours, jobs.begins) for pool in fleet.pools if pool.hours is not None}
     begun = by_rules(runs, ways, fleet, hours=hours)
     remarks: list[str] = []
@@ -143,13 +149,19 @@ def outlook(
             'The schedule is by rules alone: OR-tools is not installed (pip install "qlora-orchestrator[capacity]").'
         )
     else:
-        from orchestrator.fleet.solver import by_solver
+        from orchestrator.fleet.solver import by_solver, is_too_large
 
-        solved = by_solver(runs, ways, fleet, begun, seconds)
-        if solved is None:
+        if is_too_large(runs, ways, fleet):
             remarks.append("The schedule is by rules alone: there are too many runs and nodes for the solver.")
+        elif (solved := by_solver(runs, ways, fleet, begun, seconds)) is None:
+            remarks.append(
+                f"The schedule is by rules alone: the solver found none in {seconds:g} s; a longer --seconds may do."
+            )
         else:
             schedule = solved
+    unpriced = [pool.name for pool in fleet.pools if pool.price_per_hour is None]
+    if unpriced and len(unpriced) < len(fleet.pools):
+        remarks.append(f"Ways are compared by GPU hours: no price is given for {' and '.join(unpriced)}.")
     impossible = tuple(
         job.name
         for index, job in enumerate(jobs.jobs)
@@ -157,6 +169,13 @@ def outlook(
         and ways[index]
         and min(option.hours for option in ways[index]) > job.deadline_hours
     )
+    work = Work(fleet, runs, ways, begun.order, hours)
+    one_more = dict(enumerate(options_of_all(asked, fleet, history, more=1)))
+    bought: list[Purchase] = []
+    hopeless: set[int] = set()
+    if not is_kept(schedule):
+        beyond = dict(enumerate(options_of_all(asked, fleet, history, more=MOST_NODES)))
+        bought, hopeless = purchases(work, beyond, schedule)
     return Outlook(
         fleet=fleet,
         jobs=jobs,
@@ -166,8 +185,9 @@ def outlook(
         figures=figures_of(schedule),
         by_rules=figures_of(begun),
         impossible=impossible,
-        changes=tuple(changes(fleet, runs, ways, begun.order, hours)),
-        purchases=tuple(purchases(fleet, runs, ways, begun, hours)) if not impossible else (),
+        changes=tuple(changes(work, one_more)),
+        purchases=tuple(bought),
+        no_purchase_keeps=tuple(jobs.jobs[index].name for index in sorted(hopeless)),
         methods=tuple(by_method(fleet, jobs, ways, history)) if other_methods else (),
         remarks=tuple(remarks),
     )
@@ -192,70 +212,102 @@ def figures_of(schedule: Schedule) -> Figures:
 
 
 def total(placed: Sequence[Placed], which: str) -> float | None:
-    """The sum of a price over runs; None where one has none."""
+    """The sum of a price over runs; None where one has none, or there are none."""
     prices = [getattr(one.option, which) for one in placed]
-    return None if any(price is None for price in prices) else float(sum(prices))
+    return None if not prices or any(price is None for price in prices) else float(sum(prices))
 
 
-def changes(
-    fleet: Cluster,
-    runs: Sequence[Run],
-    ways: Mapping[int, Sequence[Option]],
-    order: int | None = None,
-    hours: Mapping[str, OpenHours] = ALWAYS_OPEN,
-) -> list[Change]:
-    """One more node of each pool; each pool lost; the runs placed in the same order as before."""
-    found = []
-    for pool in fleet.pools:
-        more = with_nodes(fleet, pool.name, pool.nodes + 1)
-        found.append(Change(f"one more node of {pool.name}", figures_of(by_rules(runs, ways, more, order, hours))))
-    for pool in fleet.pools if len(fleet.pools) > 1 else ():
-        less = replace(fleet, pools=tuple(each for each in fleet.pools if each is not pool))
-        left = {job: [way for way in each if way.pool != pool.name] for job, each in ways.items()}
-        found.append(Change(f"without {pool.name}", figures_of(by_rules(runs, left, less, order, hours))))
-    return found
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is placed by rules again and again, on one fleet and another, in the same order of ORDERS."""
+
+    fleet: Cluster
+    runs: Sequence[Run]
+    ways: Mapping[int, Sequence[Option]]
+    order: int | None = None
+    hours: Mapping[str, OpenHours] = field(default_factory=dict)
+
+    def without(self, pool: Pool) -> Schedule:
+        """Its schedule with a pool lost."""
+        less = replace(self.fleet, pools=tuple(each for each in self.fleet.pools if each is not pool))
+        left = {job: [way for way in each if way.pool != pool.name] for job, each in self.ways.items()}
+        return by_rules(self.runs, left, less, self.order, self.hours)
+
+    def with_more(self, pool: Pool, more: int, beyond: Mapping[int, Sequence[Option]]) -> Schedule:
+        """Its schedule with so many more nodes in a pool, and the ways `beyond` today's nodes that they open."""
+        nodes = pool.nodes + more
+        grown = tuple(replace(each, nodes=nodes) if each is pool else each for each in self.fleet.pools)
+        ways = {
+            job: [*each, *(way for way in beyond[job] if way.pool == pool.name and way.nodes <= nodes)]
+            for job, each in self.ways.items()
+        }
+        return by_rules(self.runs, ways, replace(self.fleet, pools=grown), self.order, self.hours)
+
+    def earliest_end(self, run: Run, found: Sequence[Option]) -> float:
+        """When a run could have ended, all alone; infinite where it fits nowhere."""
+        clocks = ((self.hours.get(one.pool, NEVER_CLOSES), one) for one in found)
+        return min((clock.end(clock.begin(run.release), one.hours) for clock, one in clocks), default=math.inf)
 
 
-def with_nodes(fleet: Cluster, name: str, nodes: int) -> Cluster:
-    """`fleet` with another number of nodes in a pool. Runs take no more GPUs than before."""
-    return replace(
-        fleet, pools=tuple(replace(pool, nodes=nodes) if pool.name == name else pool for pool in fleet.pools)
-    )
+def is_kept(schedule: Schedule) -> bool:
+    """Whether all runs fit and no deadline is missed."""
+    figures = figures_of(schedule)
+    return not figures.nowhere and not figures.late
+
+
+def changes(work: Work, beyond: Mapping[int, Sequence[Option]]) -> list[Change]:
+    """One more node of each pool; each pool lost.
+
+    Args:
+        beyond: of each job, the ways on one more node than a pool has.
+    """
+    pools = work.fleet.pools
+    more = [Change(f"one more node of {pool.name}", figures_of(work.with_more(pool, 1, beyond))) for pool in pools]
+    lost = [Change(f"without {pool.name}", figures_of(work.without(pool))) for pool in pools if len(pools) > 1]
+    return more + lost
 
 
 def purchases(
-    fleet: Cluster,
-    runs: Sequence[Run],
-    ways: Mapping[int, Sequence[Option]],
-    begun: Schedule,
-    hours: Mapping[str, OpenHours] = ALWAYS_OPEN,
-) -> list[Purchase]:
-    """Of each kind of node the fewest more with which all deadlines are kept, the cheapest first; none if they are."""
-    if begun.late == 0:
-        return []
+    work: Work, beyond: Mapping[int, Sequence[Option]], schedule: Schedule
+) -> tuple[list[Purchase], set[int]]:
+    """Of each kind of node the fewest more with which all runs fit and keep their deadlines, the cheapest first.
+
+    And jobs with runs for which none would do: those have to be carried out, too, as far as they fit, but not in time.
+
+    Args:
+        beyond: of each job, the ways on up to MOST_NODES more nodes than a pool has.
+        schedule: which may keep all that can be kept: then nothing is bought.
+    """
+    quickest = {job: least_of_each_pool([*each, *beyond[job]], attrgetter("hours")) for job, each in work.ways.items()}
+    ends = {run: work.earliest_end(run, quickest[run.job]) for run in work.runs}
+    hopeless = {run for run, end in ends.items() if end == math.inf or (run.due is not None and end > run.due + 1e-9)}
+    jobs = {run.job for run in hopeless}
+    missed = {one.run for one in schedule.placed if one.late_hours > 1e-9}
+    if hopeless.issuperset(missed.union(schedule.nowhere)):
+        return [], jobs
+    wanted = [replace(run, due=None) if run in hopeless else run for run in work.runs if ends[run] < math.inf]
+    asked = replace(work, runs=wanted)
     found = []
-    for pool in fleet.pools:
-        number = fewest(fleet, pool, runs, ways, begun.order, hours)
+    for pool in work.fleet.pools:
+        number = fewest(asked, pool, beyond)
         if number is not None:
-            open_hours = hours.get(pool.name, NEVER_CLOSES).opened(WEEK_HOURS)
+            open_hours = work.hours.get(pool.name, NEVER_CLOSES).opened(WEEK_HOURS)
             price = None if pool.price_per_hour is None else number * pool.price_per_hour * open_hours
             found.append(Purchase(pool.name, number, price))
-    return sorted(found, key=lambda one: (one.per_week is None, one.per_week or 0.0, one.nodes))
+    return sorted(found, key=lambda one: (one.per_week is None, one.per_week or 0.0, one.nodes)), jobs
 
 
-def fewest(
-    fleet: Cluster,
-    pool: Pool,
-    runs: Sequence[Run],
-    ways: Mapping[int, Sequence[Option]],
-    order: int | None = None,
-    hours: Mapping[str, OpenHours] = ALWAYS_OPEN,
-) -> int | None:
-    """How many more nodes of a pool it takes, up to MOST_NODES; None where that does not do."""
+def fewest(work: Work, pool: Pool, beyond: Mapping[int, Sequence[Option]]) -> int | None:
+    """How many more nodes of a pool it takes, up to MOST_NODES; None where that does not do.
+
+    0 where the deadlines that can be kept are missed for the sake of those that cannot.
+    """
 
     def enough(more: int) -> bool:
-        return by_rules(runs, ways, with_nodes(fleet, pool.name, pool.nodes + more), order, hours).late == 0
+        return is_kept(work.with_more(pool, more, beyond))
 
+    if enough(0):
+        return 0
     step = 1
     while step <= MOST_NODES and not enough(step):
         step *= 2

@@ -83,24 +83,25 @@ class Schedule:
         return self.late, self.price, math.fsum(one.waited_hours for one in self.placed)
 
 
-def moved_forward(placed: Iterable[Placed], gpus_of_a_node: Mapping[str, int]) -> tuple[Placed, ...]:
-    """Each run as early as its nodes can have it, in the order of their starts; none begins later than before.
+def in_turn(placed: Iterable[Placed], gpus_of_a_node: Mapping[str, int]) -> tuple[Placed, ...]:
+    """Each run on its nodes as early as they have room beside the runs before it, in the order of their starts.
 
-    It is for pools that never close.
+    It is for pools that never close. Where there was room for all, none begins later than before; of those that start
+    together the shorter goes first.
     """
     on_node: dict[tuple[str, int], list[tuple[float, float, int]]] = defaultdict(list)
     moved = []
-    for one in sorted(placed, key=lambda each: (each.start, each.run.release)):
+    for one in sorted(placed, key=lambda each: (each.start, each.end)):
         pool, wanted = one.option.pool, one.option.gpus_of_a_node
         taken = [on_node[pool, node] for node in one.nodes]
-        ends = (end for node in taken for _, end, _ in node)
-        for start in sorted({one.run.release, *(end for end in ends if one.run.release < end < one.start)}):
+        ends = {end for node in taken for _, end, _ in node if end > one.run.release}
+        start = next(
+            moment
+            for moment in sorted({one.run.release, *ends})
             if all(
-                most_taken(node, start, start + one.option.hours) + wanted <= gpus_of_a_node[pool] for node in taken
-            ):
-                break
-        else:
-            start = one.start
+                most_taken(node, moment, moment + one.option.hours) + wanted <= gpus_of_a_node[pool] for node in taken
+            )
+        )
         end = start + one.option.hours
         for node in taken:
             node.append((start, end, wanted))

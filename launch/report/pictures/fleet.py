@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from clusters.hours import NEVER_CLOSES, OpenHours
 from launch.report.pictures.style import COLORS, DASHES, INK, MARKERS, WIDTH, Picture, canvas, kind, styled
+from orchestrator.fleet.options import is_priced
 from orchestrator.fleet.outlook import Outlook
 from orchestrator.fleet.schedule import Placed
 
@@ -160,12 +161,12 @@ def bars_of(placed: Sequence[Placed], gpus: int) -> list[Bar]:
 
 
 def ways(answer: Outlook) -> Picture | None:
-    """Cost, or GPU hours without prices, against time of each job's ways; None where nothing fits."""
+    """Cost, or GPU hours where a pool has no price, against time of each job's ways; None where nothing fits."""
     every = {index: found for index, found in answer.ways.items() if found}
     if not every:
         return None
     shown = {index: found for index, found in every.items() if index < len(COLORS)}
-    priced = all(option.cost is not None for found in every.values() for option in found)
+    priced = is_priced(answer.fleet)
     pools = [pool.name for pool in answer.fleet.pools]
     with styled():
         figure = canvas(4.0)
