@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ BYTES_PER_TOKEN = 4
 """Of English text, about: four characters (OpenAI, "What are tokens and how to count them?"). Code and other languages
 have fewer."""
 
-NOT_LINES = (".json", ".parquet", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".zip")
+NOT_LINES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".zip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def by_tokenizer(path: Path, folder: Path, recipe: Recipe) -> Data | None:
 
 
 def lines_of(path: Path) -> tuple[int, int]:
-    """Lines of a file that are not empty, and bytes of the longest."""
+    """Records of a file, a line each, and bytes of the longest."""
     if path.suffix.lower() in NOT_LINES:
         rule = (
             f"without a model's folder and the train extra only lines of text are measured, and {path.suffix} is none"
@@ -84,8 +86,9 @@ def lines_of(path: Path) -> tuple[int, int]:
     lines = longest = 0
     try:
         with path.open("rb") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if text := line.strip():
+                    check_record(text, path, number)
                     lines, longest = lines + 1, max(longest, len(text))
     except OSError as error:
         rule = f"it cannot be read: {error.strerror or error}"
@@ -93,3 +96,16 @@ def lines_of(path: Path) -> tuple[int, int]:
     if not lines:
         raise request_error("--data", os.fspath(path), "it is empty", "Give one example a line")
     return lines, longest
+
+
+def check_record(line: bytes, path: Path, number: int) -> None:
+    """Raise a RequestError for a line that is no record of a training file."""
+    try:
+        record = json.loads(line.removeprefix(codecs.BOM_UTF8))
+    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError too
+        rule = f"line {number} is not JSON: {str(error).partition(chr(10))[0]}"
+    else:
+        if isinstance(record, dict):
+            return
+        rule = f"line {number} is no JSON object"
+    raise request_error("--data", path, rule, "Correct the line, or give JSONL: one example a line")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clusters.errors import Problem, RequestError, request_error
 from clusters.gpu import COMMON, find_gpu
-from orchestrator.devices import NODE_GPUS, any_nodes, cpu_target, pool_target
+from orchestrator.devices import NODE_GPUS, any_nodes, is_cpu, pool_target, this_cpu
 from orchestrator.plans import Choice, Target
 
 if TYPE_CHECKING:
@@ -104,21 +103,10 @@ def by_memory(targets: Collection[Target]) -> tuple[Target, ...]:
 def target_named(name: str, options: Options) -> Target:
     """The device of that name: a GPU of the catalogue, or this host's processor."""
     compute_dtype, workers = options["compute_dtype"], count_of(options)
-    if name.strip().lower() != "cpu":
-        pool = any_nodes(find_gpu(name), NODE_GPUS if any_number(options) else workers)
-        return pool_target(pool, compute_dtype, workers)
-    import psutil  # only where the CPU is asked for: it costs the start of every other plan
-
-    return cpu_target(compute_dtype, workers, psutil.virtual_memory().available, has_bfloat16())
-
-
-def has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16; only Linux says so without asking the processor."""
-    try:
-        known = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "amx_bf16" in known or "avx512_bf16" in known
+    if is_cpu(name):
+        return this_cpu(compute_dtype, workers)
+    pool = any_nodes(find_gpu(name), NODE_GPUS if any_number(options) else workers)
+    return pool_target(pool, compute_dtype, workers)
 
 
 def of_cluster(options: Options) -> Devices:

@@ -352,4 +352,9 @@ def data_of(options: Options, recipe: Recipe, choices: list[Choice]) -> Data:
         raise request_error("--data", path, "--tokens says how much there is already", "Pass one of the two")
     if path is None:
         return Data(tokens)
+    from qlora_core.data import is_address  # no other plan needs it
+
+    if is_address(path):
+        rule = "it is an address, and what a plan measures is a file of this machine"
+        raise request_error("--data", path.split("://")[0] + "://...", rule, "Copy some of it here, or pass --tokens")
     return measured(Path(path), Path(options["model"]).expanduser(), recipe, choices)

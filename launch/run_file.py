@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from clusters.errors import request_error
+from clusters.errors import Problem, RequestError, request_error
 from orchestrator.plans import Plan
 from orchestrator.question import STRATEGY_FIELDS
+from orchestrator.rules import unbuilt
 from qlora_core.files import replace_atomically
 from qlora_core.recipe import Recipe
 
@@ -25,13 +26,13 @@ def write_run(plan: Plan, options: Mapping[str, Any]) -> None:
     """Write the specification of `plan`.
 
     Raises:
-        RequestError: there is a file of that name, or it cannot be written.
+        RequestError: `qlora-train` would not run it, there is a file of that name, or it cannot be written.
     """
     import yaml  # only where something is written
 
     path = Path(options["write"])
-    if path.exists():
-        raise request_error(FLAG, path, "there is a file of that name", "Remove it, or write another")
+    if problems := list(refused(plan, path)):
+        raise RequestError(problems).named({"recipe.upcast": "--upcast"})
     text = yaml.safe_dump(run_of(plan, options, path.parent), sort_keys=False, allow_unicode=True)
     try:
         with replace_atomically(path) as temporary:
@@ -39,6 +40,18 @@ def write_run(plan: Plan, options: Mapping[str, Any]) -> None:
     except OSError as error:
         rule = f"it cannot be written: {error.strerror or error}"
         raise request_error(FLAG, path, rule, "Choose a folder that can") from error
+
+
+def refused(plan: Plan, path: Path) -> Iterator[Problem]:
+    """Why that file is not written."""
+    yield from unbuilt(plan.recipe)
+    if plan.group is not None:
+        rule = f"a run takes the GPUs of one pool, and this is planned for {plan.group}"
+        yield Problem(FLAG, str(path), rule, "Ask for fewer --gpus, or give a description with one of the pools")
+    if path.is_dir():
+        yield Problem(FLAG, str(path), "it is a folder", "Give a file in it, such as run.yaml")
+    elif path.exists():
+        yield Problem(FLAG, str(path), "there is a file of that name", "Remove it, or write another")
 
 
 def header(plan: Plan, options: Mapping[str, Any]) -> str:
@@ -71,8 +84,18 @@ def run_of(plan: Plan, options: Mapping[str, Any], folder: Path) -> dict[str, An
         "recipe": {**fields, **({"targets": list(targets)} if isinstance(targets, tuple) else {})},
         # accumulation follows from the tokens of a step
         "strategy": {field: getattr(plan.strategy, field) for field in STRATEGY_FIELDS},
+        **cluster_of(options["cluster"]),
         "output": f"runs/{name}-{recipe.method}",
     }
+
+
+def cluster_of(asked: str | None) -> dict[str, Any]:
+    """The section of a running Ray that was named; a description's machines are for `qlora-submit` to reach."""
+    if asked is None:
+        return {}
+    from orchestrator.discovery import is_address  # no other plan needs it
+
+    return {"cluster": {"address": asked}} if is_address(asked) else {}
 
 
 def model_of(plan: Plan, asked: str, folder: Path) -> str:

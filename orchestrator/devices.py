@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from clusters.cluster import Pool
 from clusters.gpu import Gpu, list_gpus
@@ -87,6 +88,27 @@ def cpu_target(requested_dtype: str, workers: int, memory_bytes: int, has_bfloat
     choice = compute_dtype(requested_dtype, "cpu", (0, 0), has_bfloat16)
     device = Device(kind="cpu", compute_dtype=as_dtype(choice.value), ranks_per_host=workers)
     return Target("cpu", device, memory_bytes // workers, choice)
+
+
+def is_cpu(name: str | None) -> bool:
+    """Whether a host's processor is meant where a GPU may be named."""
+    return name is not None and name.strip().lower() == "cpu"
+
+
+def this_cpu(requested_dtype: str, workers: int) -> Target:
+    """That of the host this runs on."""
+    import psutil  # only where the CPU is asked for: it costs the start of every other plan
+
+    return cpu_target(requested_dtype, workers, psutil.virtual_memory().available, _has_bfloat16())
+
+
+def _has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16; only Linux says so without asking the processor."""
+    try:
+        known = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in known or "avx512_bf16" in known
 
 
 def rates(target: Target) -> Rates:

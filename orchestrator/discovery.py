@@ -36,11 +36,16 @@ def find_cluster(text: str) -> Cluster:
     """
     if text == AUTO:
         return _automatic()
-    if _ADDRESS.fullmatch(text) and not os.path.exists(text):
+    if is_address(text):
         return running_ray(text)
     if not os.path.exists(text):
         raise request_error(FLAG, text, "there is no such file", FORMS)
     return load_cluster(Path(text))
+
+
+def is_address(text: str) -> bool:
+    """Whether `find_cluster` takes it for HOST:PORT of a running Ray."""
+    return bool(_ADDRESS.fullmatch(text)) and not os.path.exists(text)
 
 
 def running_ray(address: str) -> Cluster:

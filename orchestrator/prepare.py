@@ -19,6 +19,7 @@ from orchestrator.machine import Machine, describe, target_of
 from orchestrator.planner import divisors, plan_run
 from orchestrator.plans import Plan, Target
 from orchestrator.record import RunRecord, load_record
+from orchestrator.rules import unbuilt
 from orchestrator.spec import DatasetSpec, RunSpec, StrategySpec
 from orchestrator.targets import check_targets
 from orchestrator.trackers import missing
@@ -302,15 +303,6 @@ def commit_before(path: str, record: RunRecord | None) -> str | None:
 
 def refuse_unbuilt(spec: RunSpec) -> None:
     """Raise a RequestError for what a plan can describe and training cannot do yet, and for trackers not to be had."""
-    recipe = spec.recipe
-    problems = [
-        Problem(f"recipe.{field}", str(getattr(recipe, field)), "it can be planned, but not trained with yet", remedy)
-        for field, allowed, remedy in (
-            ("block_size", (64,), "Leave it at 64"),
-            ("upcast", ("none",), "Leave it at none, which is leaner"),
-        )
-        if getattr(recipe, field) not in allowed
-    ]
-    problems += missing(spec.tracking)
+    problems = [*unbuilt(spec.recipe), *missing(spec.tracking)]
     if problems:
         raise RequestError(problems)

@@ -48,11 +48,22 @@ def check_strategy(recipe: Recipe, strategy: Strategy, where: str, targets: Sequ
     if strategy.offload == "all" and strategy.zero_stage in (1, 2):
         rule, remedy = "only ZeRO stage 3 offloads the base model", "Choose ZeRO stage 3, or offload the optimizer"
         problems.append(Problem(where.format("offload"), "all", rule, remedy))
-    no_gpu = bool(targets) and all(target.device.kind == "cpu" for target in targets)
-    if strategy.attention == "flash_attention_2" and no_gpu:
-        problems.append(Problem(where.format("attention"), "flash_attention_2", "it needs a CUDA GPU", "Use sdpa"))
+    without = [target for target in targets if not target.device.flash_attention]
+    if strategy.attention == "flash_attention_2" and without and len(without) == len(targets):
+        rule = "it needs a CUDA GPU, Ampere or newer"
+        problems.append(Problem(where.format("attention"), "flash_attention_2", rule, "Use sdpa"))
     if problems:
         raise RequestError(problems)
+
+
+def unbuilt(recipe: Recipe) -> Iterator[Problem]:
+    """What a plan can describe and training cannot do yet."""
+    for field, only, remedy in (
+        ("block_size", 64, "Leave it at 64"),
+        ("upcast", "none", "Leave it at none, which is leaner"),
+    ):
+        if (value := getattr(recipe, field)) != only:
+            yield Problem(f"recipe.{field}", str(value), "it can be planned, but not trained with yet", remedy)
 
 
 def check_float16(recipe: Recipe) -> None:

@@ -1,9 +1,15 @@
 """The strategy: how a recipe's step is spread over GPUs and made to fit. It changes no mathematics."""
 
-from __future__ import annotations
+# The annotations are not postponed: `broken` reads them.
 
+import dataclasses
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+from qlora_core.checks import Check, check_of
+from qlora_core.recipe import Count
 
 ZeroStage = Literal[0, 1, 2, 3]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -35,9 +41,9 @@ class Strategy:
         offload: what DeepSpeed keeps in host memory.
     """
 
-    world_size: int = 1
-    micro_batch: int = 1
-    gradient_accumulation: int = 1
+    world_size: Count = 1
+    micro_batch: Count = 1
+    gradient_accumulation: Count = 1
     gradient_checkpointing: bool = True
     attention: Attention = "sdpa"
     loss: Loss = "chunked"
@@ -49,3 +55,19 @@ class Strategy:
     def sequences_per_step(self) -> int:
         """Sequences of one optimizer step over all GPUs and micro-batches."""
         return self.world_size * self.micro_batch * self.gradient_accumulation
+
+
+def broken(strategy: Strategy) -> Iterator[tuple[str, object, str]]:
+    """Fields whose value is none of theirs: name, value, and the rule it breaks.
+
+    A `Strategy` does not check itself, for a search makes thousands.
+    """
+    for name, check in _checks():
+        value = getattr(strategy, name)
+        if rule := check(value):
+            yield name, value, rule
+
+
+@functools.cache
+def _checks() -> tuple[tuple[str, Check], ...]:
+    return tuple((field.name, check_of(field.type)) for field in dataclasses.fields(Strategy))

@@ -6,11 +6,12 @@ The hand's figures leave out rounding, code books and norms: all of them togethe
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from clusters.cluster import Cluster
+from clusters.errors import RequestError
 from clusters.gpu import GIB, find_gpu
 from orchestrator import plan
 from orchestrator.devices import any_nodes
@@ -332,3 +333,30 @@ def test_405b_on_8_x_80_gb_is_divided_and_the_host_has_to_load_it_eight_times() 
     assert answer.estimate.host.load_peak_bytes == pytest.approx(loading, rel=0.01)  # 1.8 TB
     small = of_nodes("a100-80gb", 8, host_gib=1152)
     assert not plan("llama-3.1-405b", recipe=step, strategy=divided, cluster=small).fits
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"strategy": {"zero_stage": 7, "attention": "all"}}, ["strategy.attention", "strategy.zero_stage"]),
+        ({"strategy": {"micro_batch": -2, "loss": "bar"}}, ["strategy.micro_batch", "strategy.loss"]),
+        ({"gpus": True, "tokens": 2.5}, ["gpus", "tokens"]),
+        ({"gpu": "a100", "objective": "best", "open_fields": ["rank"]}, ["gpu", "objective", "open_fields"]),
+        ({"open_fields": ["seq_len"]}, ["open_fields"]),
+        ({"gpus": 3, "recipe": Recipe(), "strategy": {}}, ["strategy"]),  # 16 sequences a step are not 3
+        ({"strategy": {"attention": "flash_attention_2"}}, ["strategy.attention"]),
+    ],
+)
+def test_what_cannot_be_asked_in_python_is_refused_by_the_names_of_the_arguments(
+    asked: dict[str, Any], words: list[str]
+) -> None:
+    strategy = {"strategy": Strategy(**asked["strategy"])} if "strategy" in asked else {}
+    with pytest.raises(RequestError) as refused:
+        plan("7b", **{"gpu": "t4", **asked, **strategy})
+    assert [problem.where for problem in refused.value.problems] == words
+
+
+def test_the_processor_of_this_host_is_a_device_in_python_too() -> None:
+    answer = plan("smollm2-135m", gpu="cpu")
+    assert answer.target.device.kind == "cpu"
+    assert answer.verdict.process_bytes == answer.verdict.allocated_bytes, "no context, and nothing in reserve"

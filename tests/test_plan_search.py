@@ -14,7 +14,9 @@ import pytest
 import yaml
 from test_plan_command import Ask, ask
 
-from orchestrator.spec import load_spec
+from launch.run_file import write_run
+from orchestrator import plan
+from orchestrator.spec import ClusterSpec, load_spec
 
 __all__ = ["ask"]
 ROOT = Path(__file__).parents[1]
@@ -420,9 +422,45 @@ def test_data_that_wants_a_specification_is_told_from_its_size(ask: Ask, tmp_pat
     assert choice["reason"].endswith("exactly from a run's specification: no known format has them")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"text": "hello"}\n\n{"text": "no end"\n', "line 3 is not JSON"),
+        ('{"text": "hello"}\n["a", "list"]\n', "line 2 is no JSON object"),
+        ("question,answer\nwhy,because\n", "line 1 is not JSON"),
+        (bytes(range(128, 256)), "line 1 is not JSON"),
+    ],
+)
+def test_what_no_run_would_read_as_data_is_no_data(ask: Ask, tmp_path: Path, text: str | bytes, words: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    answer = ask("--model", "7b", "--gpu", "l4", "--data", str(path))
+    assert (answer.code, answer.out) == (2, "")
+    assert words in answer.err
+
+
+def test_a_run_for_the_gpus_of_two_pools_is_not_written(ask: Ask, tmp_path: Path) -> None:
+    pools = str(ROOT / "clusters" / "examples" / "two-pools.yaml")
+    path = tmp_path / "run.yaml"
+    asked = ("--model", "llama-3.1-8b", "--cluster", pools, "--objective", "fastest")
+    answer = ask(*asked, "--write", str(path))
+    assert answer.code == 2
+    assert "the GPUs of one pool" in answer.err
+    assert not path.exists()
+
+
+def test_a_run_planned_for_a_running_ray_is_written_for_that_ray(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    write_run(plan("7b", gpu="l4"), {"write": path, "model": "7b", "data": None, "cluster": "10.0.0.5:6379"})
+    assert load_spec(path).cluster == ClusterSpec(address="10.0.0.5:6379")
+
+
 @pytest.mark.slow
-def test_a_written_run_is_planned_by_a_dry_run_as_it_was_written(ask: Ask, tmp_path: Path) -> None:
-    base = tmp_path / "base"
+def test_a_written_run_is_planned_by_a_dry_run_as_it_was_written(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = Path("base")
     make = [sys.executable, str(ROOT / "examples" / "make_demo_base.py"), "--out", str(base), "--steps", "2"]
     subprocess.run(make, check=True, capture_output=True)
     path = tmp_path / "run.yaml"

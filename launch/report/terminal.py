@@ -155,7 +155,8 @@ def speed_words(step: StepTime) -> str:
 def duration_words(run: Duration) -> str:
     """How long a run takes and what it costs, each with its bounds."""
     bounds = f"{time_words(run.low_seconds)} to {time_words(run.high_seconds)}"
-    words = f"{run.steps:,} steps in {time_words(run.seconds)} ({bounds}), {run.gpu_hours:,.1f} GPU hours"
+    steps = "1 step" if run.steps == 1 else f"{run.steps:,} steps"
+    words = f"{steps} in {time_words(run.seconds)} ({bounds}), {run.gpu_hours:,.1f} GPU hours"
     if run.price is None:
         return words
     return f"{words}, {run.price:,.2f} {run.currency} ({run.low_price:,.2f} to {run.high_price:,.2f})"
