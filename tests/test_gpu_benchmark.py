@@ -356,8 +356,40 @@ def test_a_run_goes_on_with_the_file_of_the_same_device_and_versions(
     assert [row["name"] for row in told] == ["fp4"]
     assert after.rates == json.loads(out.read_text())["rates"] == known
     assert [(row["name"], row["status"]) for row in after.rows] == [("defaults-1b", "measured"), ("fp4", "failed")]
-    for change in ({"versions": {"torch": "2.14.0"}}, {"device": {"name": "H100", "driver": "580"}}, {"dry": True}):
-        assert runner.Record(out, {**facts, **change}).rows == []
+
+
+def test_a_file_of_another_device_or_other_versions_is_left_as_it_is(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    facts = {"dry": False, "device": {"name": "A100", "driver": "580"}, "versions": {"torch": "2.13.0"}}
+    runner.Record(out, facts).put({**BY_NAME["tiny"].as_json(), "status": "measured"})
+    kept = out.read_text()
+    changes: list[dict[str, Any]] = [
+        {"versions": {"torch": "2.14.0"}},
+        {"device": {"name": "H100", "driver": "580"}},
+        {"dry": True},
+    ]
+    for number, change in enumerate(changes, 2):
+        other = runner.Record(out, {**facts, **change})
+        assert (other.out.name, other.rows) == (f"gpu-{number}.json", [])
+    assert runner.Record(out, {**facts, "versions": {"torch": "2.14.0"}}).out.name == "gpu-2.json"  # and goes on there
+    assert out.read_text() == kept
+
+
+@pytest.mark.parametrize("there", ['{"rows": [', "[]", "{}"])
+def test_what_is_no_record_is_neither_gone_on_with_nor_replaced(there: str, tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    out.write_text(there)
+    with pytest.raises(RequestError, match=r"--out: it is no record of `make gpu`.*gpu\.json.* Move it away"):
+        runner.Record(out, {"dry": True})
+    assert out.read_text() == there
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "probe", lambda: {**A100, "kind": "cpu", "versions": {}})
+    monkeypatch.setattr(runner, "ask_rates", None)
+    result = CliRunner().invoke(entry.command, ["--dry", "--out", "/proc/x/y.json"])
+    assert isinstance(result.exception, RequestError)
+    assert str(result.exception).startswith("--out: it cannot be read and written: No such file")
 
 
 # --- what a device achieves ------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def steps() -> Iterator[tuple[str, str]]:
 @pytest.mark.xdist_group("workers")
 def test_who_follows_the_tutorial_has_an_adapter_that_answers(tmp_path: Path) -> None:
     environment = {**os.environ, "QLORA_LEDGER": str(tmp_path / "ledger.sqlite")}
-    printed = {}
+    printed: dict[str, str] = {}
     for what, text in steps():
         if what != "run":
             (tmp_path / what.removeprefix("save ")).write_text(text)

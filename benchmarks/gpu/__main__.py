@@ -55,7 +55,7 @@ def command(minutes: float, dry: bool, only: str, out: Path | None, debug: bool)
     runner.run(cases, machine, record, clock, lambda row: console.print(table.one_line(row), highlight=False))
     table.show(record.rows, console)
     console.print(table.rates_line(record.rates or {}), highlight=False)
-    console.print(f"Written to {out}", highlight=False, soft_wrap=True)
+    console.print(f"Written to {record.out}", highlight=False, soft_wrap=True)
     return 0 if any(row["status"] == "measured" for row in record.rows) else 1
 
 

@@ -122,8 +122,8 @@ def on_gpu() -> tuple[str, list[dict[str, Any]]]:
     `products`, in each of them, is the part of the step that its products would take at the rate that this card was
     measured to multiply at; None where that was not measured.
     """
-    for path in sorted(FOLDER.glob("gpu-*.json"), key=lambda path: path.stem[-len("2026-11-27") :], reverse=True):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    records = {path: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("gpu-*.json")}
+    for path, record in sorted(records.items(), key=lambda one: str(one[1]["date"]), reverse=True):
         if rows := [row for row in record["rows"] if row["steps"] > 2 and row["status"] == "measured"]:
             device, versions = record["device"], record["versions"]
             rows = [{**row, "products": products_share(row, record)} for row in rows]
