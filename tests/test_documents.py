@@ -9,7 +9,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -72,6 +73,27 @@ def test_the_site_is_built_and_every_link_and_anchor_leads_somewhere(tmp_path: P
     assert "Usage: qlora-submit status" in commands
     fields = (tmp_path / "site" / "reference" / "configuration.html").read_text()
     assert "Seeds the adapters, the split and the order of the data." in fields
+
+
+def test_the_readme_holds_its_memory_against_others_as_it_was_measured() -> None:
+    results = ROOT / "benchmarks" / "results"
+    planners = json.loads((results / "planners.json").read_text())["planners"]
+    on_t4 = [planners[name]["errors"]["allocated"]["mean"] for name in ("ours, formula", "ours, trace")]
+    peer = min(one["errors"]["allocated"]["mean"] for name, one in planners.items() if can_be_nearest(name, one))
+    rows = json.loads((results / "gpu-nvidia-h200-2026-11-27.json").read_text())["rows"]
+    formula, traced, whole, whole_traced = (
+        fmean(abs(row["errors_percent"][estimator][tier]) for row in rows if row["status"] == "measured")
+        for tier in ("allocated", "process")
+        for estimator in ("formula", "trace")
+    )
+    readme = (ROOT / "README.md").read_text()
+    both = "{:.2f} % by the formula, {:.2f} % traced"
+    assert f"{both.format(*on_t4)}; the nearest other planner {peer:.1f} %, with constants fitted" in readme
+    assert f"{both.format(formula, traced)}; of the whole process {whole:.1f} % and {whole_traced:.1f} %" in readme
+
+
+def can_be_nearest(name: str, planner: dict[str, Any]) -> bool:
+    return not name.startswith("ours") and planner["errors"]["allocated"] is not None
 
 
 def test_the_python_of_the_planning_guide_runs() -> None:
