@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from benchmarks import search
-from benchmarks.peers import PEERS, installed, put_in_hub_cache
+from benchmarks.peers import PEERS, installed, put_in_hub_cache, versions_of
 from benchmarks.place import Place
 from clusters.errors import RunFailed
 from clusters.gpu import find_gpu
@@ -37,6 +37,7 @@ DOCUMENT = ROOT / "docs" / "speed.md"
 PLACE = Place(DOCUMENT, "make speed")
 
 PEER, PEER_VERSION = "fitcheck-llm", "0.3.1"
+PEER_PACKAGES = (PEER, "huggingface_hub", "click", "rich")
 PEER_MODEL = "huggyllama/llama-65b"
 PEER_COMMAND = (
     f"{PEER_MODEL} --qlora --double-quant --lora-r 64 --lora-targets full --batch-size 1 --seq-len 512 --flash-attn"
@@ -107,7 +108,10 @@ def command(rounds: int, debug: bool) -> int:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **versions()},
-        "peer": {"command": f"fitcheck {PEER_COMMAND}", "versions": peer_versions(peer)},
+        "peer": {
+            "command": f"fitcheck {PEER_COMMAND}",
+            "versions": versions_of(peer, (PEER, "huggingface_hub", "click", "rich")),
+        },
         "rounds": rounds,
         "cold_start": cold_start_rows(times),
         "estimate": {name: in_us(call_times(ask)) for name, ask in questions().items()},
@@ -264,14 +268,6 @@ def install_peer() -> Path:
 def versions() -> dict[str, str]:
     """Of what a plan is made with."""
     return {name: metadata.version(name) for name in ("qlora-orchestrator", "pydantic", "click", "rich", "pyyaml")}
-
-
-def peer_versions(peer: Path) -> dict[str, str]:
-    """Of what the peer is made with."""
-    site = [str(folder) for folder in peer.glob("lib/python*/site-packages")]
-    names = (PEER, "huggingface_hub", "click", "rich")
-    found = {one.name: one.version for one in metadata.distributions(path=site)}
-    return {name: found[name] for name in names}
 
 
 def machine() -> dict[str, Any]:

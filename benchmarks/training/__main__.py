@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from benchmarks.peers import QUIET, installed, run_to_end
+from benchmarks.peers import QUIET, installed, run_to_end, versions_of
 from benchmarks.speed import ROOT, machine
 from benchmarks.training import memory, page
 from benchmarks.training.case import Case, chosen_dtype, make_model, write_spec
@@ -32,6 +32,10 @@ from qlora_core.training.layout import lay_out
 
 WORK = ROOT / ".cache" / "bench"
 TRL_VERSION, UNSLOTH_VERSION = "1.16.0", "2026.10.9"
+UNSLOTH_WITH = ("unsloth_zoo==2026.10.9", "transformers==5.17.0", "trl==1.15.0", "datasets==4.8.5")
+"""The newest that this Unsloth takes: other versions would make other figures."""
+BOTH = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl")
+"""What of a peer's environment is written down beside the peer itself."""
 WARM_UP = 4
 """First steps of each run, which are left out: ours are followed by the storage tracker."""
 PEER_SECONDS = 150
@@ -53,7 +57,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 
 @click.command(name="benchmarks.training")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each loop, in turn.")
+@click.option("--rounds", type=click.IntRange(min=1), default=4, show_default=True, help="Runs of each loop, in turn.")
 @click.option("--steps", type=click.IntRange(min=WARM_UP + 1), default=10, show_default=True, help="Steps of a run.")
 @click.option("--tiny", is_flag=True, help="A model of a few layers, and no results kept: to try the benchmark itself.")
 @click.option("--only-ray", is_flag=True, help="What a launch by Ray costs a step; other results stay as they are.")
@@ -77,7 +81,11 @@ def command(rounds: int, steps: int, tiny: bool, only_ray: bool, debug: bool) ->
         "schema_version": 1,
         "date": today(),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), "trl": TRL_VERSION, "unsloth": UNSLOTH_VERSION, **versions()},
+        "versions": {"python": platform.python_version(), **versions()},
+        "peers": {
+            "TRL": versions_of(peers.trl.parents[1], BOTH),
+            "Unsloth": versions_of(peers.unsloth.parents[1], (*BOTH, "unsloth", "unsloth_zoo")),
+        },
         "case": asdict(case),
         "auto": auto,
         "rounds": rounds,
@@ -256,7 +264,7 @@ class Peers(NamedTuple):
 
 
 def installed_peers() -> Peers:
-    """TRL with our versions of all that both use; Unsloth, which wants older ones, with those that it can have.
+    """TRL with our versions of all that both use; Unsloth with `UNSLOTH_WITH`, which are older.
 
     Raises:
         RunFailed: one cannot be installed.
@@ -265,12 +273,12 @@ def installed_peers() -> Peers:
     trl = installed("trl", TRL_VERSION, (*both, "transformers"))
     # it does without, where text is trained; their binaries are made for one build of torch, which need not be this one
     without = ("torchvision", "xformers")
-    unsloth = installed("unsloth", UNSLOTH_VERSION, ours=both, without=without)
+    unsloth = installed("unsloth", UNSLOTH_VERSION, UNSLOTH_WITH, ours=both, without=without)
     return Peers(*(folder / "bin" / "python" for folder in (trl, unsloth)))
 
 
 def versions() -> dict[str, str]:
-    """Of what both sides train with."""
+    """Of what ours trains with."""
     names = ("torch", "transformers", "peft", "bitsandbytes", "ray")
     return {name: metadata.version(name) for name in names}
 

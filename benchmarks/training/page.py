@@ -221,15 +221,21 @@ def tables(results: Mapping[str, Any]) -> str:
 def where(results: Mapping[str, Any]) -> list[str]:
     """What was measured on, and how often."""
     on = results["machine"]
-    installed = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    peers = (f"{name}'s environment: {listed(versions)}." for name, versions in results["peers"].items())
     return [
         f"Measured on {results['date']}: {on['processor']}, {on['cores']} cores, {on['system']}, load {on['load']}, on",
         f"which `auto` is {results['auto']};",
-        f"{installed}.",
+        f"{listed(results['versions'])}.",
+        *peers,
         f"{results['rounds']} rounds; a figure is the median of {results['steps']} steps after the warm-up. A run of",
         "a peer's ends after two and a half minutes; where that is within the warm-up, all its steps but the first",
         "count.",
     ]
+
+
+def listed(versions: Mapping[str, str]) -> str:
+    """Names and versions."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def goal_table(found: Iterable[Goal]) -> list[str]:
