@@ -77,7 +77,7 @@ endif
 speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a peer (docs/speed.md)
 	$(BIN)/python -m benchmarks.speed
 
-bench: speed planners waiting start profile fleet load growth training ## all of these (docs/benchmarks.md); on a quiet machine, long
+bench: speed planners accuracy waiting start profile fleet load growth training figures ## all of these (docs/benchmarks.md); on a quiet machine, long
 
 training: $(INSTALLED) ## training beside TRL's, Unsloth's and a bare loop, and its memory (docs/benchmarks.md); on a quiet machine
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.training
