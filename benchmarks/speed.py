@@ -47,6 +47,10 @@ PEER_COMMAND = (
 
 BARE, PLAN, FITCHECK = "bare imports", "qlora-plan", "fitcheck"
 ESTIMATE_CALLS = 300
+PACKAGES = ("qlora-orchestrator", "pydantic", "click", "rich", "pyyaml")
+"""What a plan is made with."""
+TRAINING = ("torch", "transformers", "peft", "bitsandbytes", "ray")
+"""What a run is made with."""
 TRACE = """
 import json, time
 begin = time.perf_counter()
@@ -105,9 +109,7 @@ def command(rounds: int, debug: bool) -> int:
     times = interleaved(commands(peer), rounds, environment())
     results = {
         "schema_version": 1,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **versions()},
+        **facts(*PACKAGES),
         "peer": {
             "command": f"fitcheck {PEER_COMMAND}",
             "versions": versions_of(peer, (PEER, "huggingface_hub", "click", "rich")),
@@ -265,9 +267,27 @@ def install_peer() -> Path:
     return installed(PEER, PEER_VERSION)
 
 
-def versions() -> dict[str, str]:
-    """Of what a plan is made with."""
-    return {name: metadata.version(name) for name in ("qlora-orchestrator", "pydantic", "click", "rich", "pyyaml")}
+def facts(*packages: str) -> dict[str, Any]:
+    """What every file of results says: when something was measured, on what, and with which versions of `packages`."""
+    versions = {name: metadata.version(name) for name in packages}
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def listed(versions: Mapping[str, str] | str) -> str:
+    """Versions in words; that they were not recorded, where they were not."""
+    if isinstance(versions, str):
+        return f"versions {versions}"
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def on(results: Mapping[str, Any]) -> str:
+    """What all results of a file were measured on, and with, in words."""
+    here = results["machine"]
+    return f"{here['processor']}, {here['cores']} cores, {results['date']}; {listed(results['versions'])}"
 
 
 def machine() -> dict[str, Any]:
@@ -303,8 +323,7 @@ def goals(results: Mapping[str, Any]) -> Iterator[Goal]:
 def tables(results: Mapping[str, Any]) -> str:
     """The results as they stand in the document."""
     on, peer = results["machine"], results["peer"]["versions"]
-    installed = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    peers = ", ".join(f"{name} {version}" for name, version in peer.items())
+    installed, peers = listed(results["versions"]), listed(peer)
     trace = results["trace"]
     lines = [
         f"Measured on {results['date']}: {on['processor']}, {on['cores']} cores, {on['system']}, load {on['load']};",

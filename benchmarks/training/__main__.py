@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
 import sys
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
 from benchmarks.peers import QUIET, installed, run_to_end, versions_of
-from benchmarks.speed import ROOT, machine
+from benchmarks.speed import ROOT, TRAINING, facts
 from benchmarks.training import memory, page
 from benchmarks.training.case import Case, chosen_dtype, make_model, write_spec
 from benchmarks.training.order import order_of
@@ -79,9 +76,7 @@ def command(rounds: int, steps: int, tiny: bool, only_ray: bool, debug: bool) ->
     rates, peaks = speed(case, work, model, rounds, steps, auto, peers)
     results = {
         "schema_version": 1,
-        "date": today(),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **versions()},
+        **facts(*TRAINING),
         "peers": {
             "TRL": versions_of(peers.trl.parents[1], BOTH),
             "Unsloth": versions_of(peers.unsloth.parents[1], (*BOTH, "unsloth", "unsloth_zoo")),
@@ -109,11 +104,6 @@ def keep(results: dict[str, Any], auto: str, tiny: bool) -> None:
         write_json(page.results_file(auto), results)
         page.write()
     click.echo(page.tables(results))
-
-
-def today() -> str:
-    """The date, as results have it."""
-    return datetime.now(UTC).date().isoformat()
 
 
 # --- the loops, each in a process of its own --------------------------------------------------------------------------
@@ -217,7 +207,7 @@ def beside_ray(case: Case, work: Path, model: Path, turns: int) -> dict[str, Any
     """
     short = replace(case, seq_len=min(case.seq_len, 256))
 
-    on = machine()
+    when = facts(*TRAINING)
 
     def specified(name: str) -> Path:
         path = write_spec(short, work / "ray" / name, model, steps=RAY_STEPS, compute_dtype="float32")
@@ -236,7 +226,7 @@ def beside_ray(case: Case, work: Path, model: Path, turns: int) -> dict[str, Any
         for name, argv in commands.items()
     }
     found = by_turns(trainings, warm_up=WARM_UP, turns=turns, seconds=TURN_SECONDS)
-    return {**found, "date": today(), "machine": on}
+    return {**found, **when}
 
 
 def memory_measured(case: Case, work: Path, model: Path) -> list[dict[str, Any]]:
@@ -275,12 +265,6 @@ def installed_peers() -> Peers:
     without = ("torchvision", "xformers")
     unsloth = installed("unsloth", UNSLOTH_VERSION, UNSLOTH_WITH, ours=both, without=without)
     return Peers(*(folder / "bin" / "python" for folder in (trl, unsloth)))
-
-
-def versions() -> dict[str, str]:
-    """Of what ours trains with."""
-    names = ("torch", "transformers", "peft", "bitsandbytes", "ray")
-    return {name: metadata.version(name) for name in names}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.gpu.achieved import measured_rates
 from benchmarks.place import Place
-from benchmarks.speed import ROOT, spread
+from benchmarks.speed import ROOT, listed, spread
 from benchmarks.tokenization import BATCHED
 from benchmarks.training import memory
 from qlora_core.catalogue import find_model
@@ -231,11 +231,6 @@ def where(results: Mapping[str, Any]) -> list[str]:
         "a peer's ends after two and a half minutes; where that is within the warm-up, all its steps but the first",
         "count.",
     ]
-
-
-def listed(versions: Mapping[str, str]) -> str:
-    """Names and versions."""
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def goal_table(found: Iterable[Goal]) -> list[str]:
