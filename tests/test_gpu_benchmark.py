@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import bitsandbytes as bnb
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -23,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.accuracy import step_time_page
 from benchmarks.gpu import __main__ as entry
-from benchmarks.gpu import device, measure, predict, rates, runner, tracer, unsloth
+from benchmarks.gpu import device, measure, predict, rates, recovery, runner, tracer, unsloth
 from benchmarks.gpu.achieved import NOMINAL, achieved, measured_rates
 from benchmarks.gpu.base import random_base
 from benchmarks.gpu.job import Job, Start
@@ -174,7 +176,7 @@ def run_with(child: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, min
     runner.run([BY_NAME["defaults-1b"]], {**A100, **machine}, record, runner.Clock(minutes), told.append)
     assert told == record.rows
     written = json.loads((tmp_path / "out.json").read_text())
-    assert written == {"schema_version": 1, "dry": False, "rates": None, "rows": record.rows}
+    assert written == {"schema_version": 1, "dry": False, "rates": None, "recovery": None, "rows": record.rows}
     [row] = record.rows
     return row
 
@@ -519,6 +521,63 @@ def test_a_machine_that_cannot_measure_is_told_so(
     assert message in str(result.exception)
 
 
+ROW = '{"fault": "out of GPU memory, really", "survived": true, "steps_lost": 0, "seconds": 71.5}'
+"""What tests/chaos/test_cuda.py leaves."""
+
+
+@pytest.mark.parametrize(
+    ("program", "left", "said"),
+    [
+        (f"import os; open(os.environ['CHAOS_ROWS'], 'w').write({ROW!r})", 200, json.loads(ROW)),
+        ("print('no GPU')", 200, {"failed": "pytest ended with exit code 0", "log": ["no GPU"]}),
+        ("raise SystemExit('it was lost')", 200, {"failed": "pytest ended with exit code 1", "log": ["it was lost"]}),
+        ("", 100, {"skipped": "it takes about 120 s, and 100 s are left"}),
+    ],
+    ids=["survived", "skipped itself", "failed", "too late"],
+)
+def test_what_becomes_of_a_run_that_memory_runs_out_of_is_in_the_record(
+    program: str, left: float, said: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "PACKAGES", ())
+    monkeypatch.setattr(recovery, "COMMAND", (sys.executable, "-c", program))
+    assert recovery.measure(runner.Clock(left / 60)) == said
+
+
+def test_recovery_is_stopped_at_the_end_of_the_time_with_all_that_it_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = f"import os, time; open({str(tmp_path / 'child')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    monkeypatch.setattr(recovery, "PACKAGES", ())
+    monkeypatch.setattr(recovery, "COMMAND", (sys.executable, "-c", program))
+    monkeypatch.setattr(recovery, "SECONDS", 1.0)
+    assert recovery.measure(runner.Clock(3 / 60)) == {"failed": "stopped: it had not ended after 3 s"}
+    with contextlib.suppress(psutil.NoSuchProcess):  # one that nobody waits for is still listed
+        assert psutil.Process(int((tmp_path / "child").read_text())).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(("only", "asked"), [([], 1), (["--only", "tiny"], 0)])
+def test_recovery_is_asked_once_and_not_where_some_rows_were_asked_for(
+    only: list[str], asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def measured(clock: runner.Clock) -> dict[str, Any]:
+        calls.append(clock)
+        return dict(json.loads(ROW))
+
+    monkeypatch.setattr(entry, "probe", lambda: {**A100, "versions": {}, "driver": "580"})
+    monkeypatch.setattr(runner, "ask_rates", lambda *_: {"failed": "it is not asked here"})
+    monkeypatch.setattr(runner, "run", lambda *_: None)
+    monkeypatch.setattr(recovery, "measure", measured)
+    out = tmp_path / "gpu.json"
+    for _ in range(2):
+        printed = CliRunner().invoke(entry.command, ["--out", str(out), *only]).output
+    assert len(calls) == asked
+    assert json.loads(out.read_text())["recovery"] == (json.loads(ROW) if asked else None)
+    assert ("survived, 0 steps done twice, 72 s." if asked else "not measured: not asked") in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [(["--only", "nothing"], "--only"), (["--dry", "--out", "benchmarks/results/gpu.json"], "--out")],
@@ -542,6 +601,7 @@ def test_make_gpu_takes_the_machines_python_and_puts_wheels_beside_it() -> None:
     plain = commands("WHEELS=")
     assert "python3 -m benchmarks.gpu --minutes 9" in plain
     assert "pip" not in plain
+    assert "chaos" not in plain  # what has no clock
     with_wheels = commands("WHEELS=folder", "PYTHON=/opt/python3", "MINUTES=4")
     assert "/opt/python3 -m pip install -q --no-index --no-deps --target .cache/gpu-site folder/*.whl" in with_wheels
     assert "/opt/python3 -m benchmarks.gpu --minutes 4" in with_wheels

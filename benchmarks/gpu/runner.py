@@ -55,7 +55,7 @@ class Record:
     def __init__(self, out: Path, facts: Mapping[str, Any]) -> None:
         try:
             self.out, earlier = measured_before(out, facts)
-            self._facts = {**facts, "rates": earlier.get("rates")}
+            self._facts = {**facts, **{what: earlier.get(what) for what in ("rates", "recovery")}}
             self.rows: list[Row] = [row for row in earlier.get("rows", []) if row["status"] == "measured"]
             self._write()
         except OSError as error:
@@ -70,6 +70,16 @@ class Record:
     def put_rates(self, said: Mapping[str, Any]) -> None:
         """Add what the device achieves."""
         self._facts["rates"] = said
+        self._write()
+
+    @property
+    def recovery(self) -> dict[str, Any] | None:
+        """What `benchmarks.gpu.recovery` said; None before it was asked."""
+        return cast(dict[str, Any] | None, self._facts["recovery"])
+
+    def put_recovery(self, said: Mapping[str, Any]) -> None:
+        """Add what became of a run that memory ran out of."""
+        self._facts["recovery"] = said
         self._write()
 
     def has(self, case: Case) -> bool:
