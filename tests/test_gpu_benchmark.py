@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -35,10 +36,11 @@ from clusters.errors import RequestError
 from clusters.gpu import find_gpu, list_gpus
 from orchestrator import devices
 from qlora_core.catalogue import find_model
+from qlora_core.memory.formula import kernel_in_use
 from qlora_core.memory.measure import model_tensors
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.step_time import Achieved
-from qlora_core.strategy import Loss, Strategy
+from qlora_core.strategy import Attention, Loss, Strategy
 from qlora_core.training.model import load_base
 
 ROOT = Path(__file__).parents[1]
@@ -87,10 +89,39 @@ def test_the_matrix_spans_sizes_families_and_strategies() -> None:
     flagship = BY_NAME["defaults-65b"]
     assert (flagship.model, flagship.strategy.micro_batch, flagship.recipe.seq_len) == ("llama-65b", 1, 512)
     assert {case.recipe.quantization for case in MATRIX} == {"nf4", "fp4", "int8", "none"}
-    assert {case.strategy.attention for case in MATRIX} == {"sdpa", "eager"}
+    assert {case.strategy.attention for case in MATRIX} == set(get_args(Attention))
+    on_a100 = predict.device_of(A100)
+    kernels = {kernel_in_use(case.architecture(), case.recipe, case.strategy, on_a100) for case in MATRIX}
+    assert kernels >= {"flash", "efficient", "eager"}  # efficient: peft's upcast makes attention's inputs float32
     assert {case.strategy.loss for case in MATRIX} == set(get_args(Loss))
     for fact in ("gradient_checkpointing", "paged_optimizer"):
         assert len({getattr(case.strategy, fact) for case in MATRIX}) == 2
+
+
+def test_timed_rows_are_as_large_as_the_gpu_s_free_memory_lets_them_be() -> None:
+    timed = [case for case in MATRIX if case.is_timed]
+    t4 = {**A100, "name": "Tesla T4", "compute_capability": [7, 5]}
+    for machine, free in ((t4, int(14.4 * GIB)), (A100, 23 * GIB), (A100, 39 * GIB)):
+        device = predict.device_of(machine)
+        rows = {case.name: case for case in predict.fitted(MATRIX, device, free)}
+        assert list(rows) == list(BY_NAME)
+        ours, trl, unsloth_s = (rows[name] for name in ("timed-8b", "timed-8b-trl", "timed-8b-unsloth"))
+        sizes = {(case.strategy.micro_batch, case.recipe.seq_len) for case in (ours, trl, unsloth_s)}
+        assert len(sizes) == 1
+        for case in (ours, trl):
+            assert predict.does_not_fit(predict.by_formula(case, device), free) is None
+            assert case.recipe.tokens_per_step == case.strategy.micro_batch * case.recipe.seq_len
+        assert rows["defaults-65b"] == BY_NAME["defaults-65b"]  # memory is what it is there for
+    on_h200 = predict.fitted(timed, predict.device_of({**A100, "name": "NVIDIA H200"}), 139 * GIB)
+    assert on_h200 == timed  # so that rows of large GPUs can be compared
+
+
+def test_a_row_of_flash_attention_2_is_skipped_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["flash-attention-2"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert predict.lacks_a_package(case) == "it wants flash-attn, which is not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert predict.lacks_a_package(case) is None
 
 
 def test_four_minutes_reach_65b() -> None:

@@ -138,7 +138,7 @@ def test_a_gpu_s_rates_are_those_of_the_newest_file_that_has_any(
             "steps": steps,
             "status": "measured",
             "strategy": {"micro_batch": 2, "gradient_checkpointing": loop == "trl", "world_size": 1},
-            "recipe": {"lora_dtype": "float32", "autocast": loop == "ours"},
+            "recipe": {"seq_len": 2048, "lora_dtype": "float32", "autocast": loop == "ours"},
             "measured": {"tokens_per_second": rate, "allocated_bytes": 2**33},
         }
 

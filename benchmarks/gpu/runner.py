@@ -167,10 +167,10 @@ def run(
 
     Those that the record has are not measured again.
     """
-    cases = [case for case in cases if not record.has(case)]
+    device = predict.device_of(machine)
+    cases = [case for case in predict.fitted(cases, device, machine["free_bytes"]) if not record.has(case)]
     if not cases:
         return
-    device = predict.device_of(machine)
     pace = 1.0
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -184,7 +184,7 @@ def run(
             should_take = pace * predict.seconds(case, machine)
             reason = (
                 predict.too_few(case, machine)
-                or predict.lacks_a_peer(case)
+                or predict.lacks_a_package(case)
                 or predict.does_not_fit(formula, machine["free_bytes"])
                 or too_late(should_take, clock)
             )

@@ -153,8 +153,10 @@ def gpu_table() -> list[str]:
     where, rows = on_gpu()
     if not rows:
         return ["On a GPU: not measured yet.", ""]
+    lengths = sorted({row["recipe"]["seq_len"] for row in rows}, reverse=True)
     lines = [
-        f"On a GPU, {where}; one run of each, rank 16, sequences of 2,048, the median step without the first.",
+        f"On a GPU, {where}; one run of each, rank 16, sequences of {' or '.join(f'{each:,}' for each in lengths)}, "
+        "the median step without the first.",
         "Products: the part of a step that they would take at the rate at which the card was measured to multiply.",
         "",
         "| model | run | tokens/s | of TRL's | products | peak allocated, GiB |",
@@ -164,7 +166,9 @@ def gpu_table() -> list[str]:
     for row in rows:
         strategy, measured, model = row["strategy"], row["measured"], row["model"]
         kept = "checkpointed" if strategy["gradient_checkpointing"] else "all activations kept"
-        name = f"{WHOSE[row['loop']]}: {strategy['micro_batch']} at a time, {kept}, {adapters_words(row['recipe'])}"
+        length = f" of {row['recipe']['seq_len']:,}" if len(lengths) > 1 else ""
+        how = f"{strategy['micro_batch']} at a time{length}, {kept}, {adapters_words(row['recipe'])}"
+        name = f"{WHOSE[row['loop']]}: {how}"
         several = strategy["world_size"] > 1
         if several:
             name += f", on {strategy['world_size']} GPUs, ZeRO {strategy['zero_stage']}"
