@@ -67,17 +67,12 @@ else
 	rm -rf $(GPU_SITE)
 	$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --target $(GPU_SITE) $(WHEELS)/*.whl)
 	UNSLOTH_PYTHON="$(UNSLOTH)" PYTHONPATH="$(CURDIR)/$(GPU_SITE):examples:$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --only "$(ONLY)"
-	@if PYTHONPATH="$(CURDIR)/$(GPU_SITE):$$PYTHONPATH" $(GPU_PYTHON) -c "import pytest, ray, deepspeed" 2>/dev/null; then \
-		PYTHONPATH="$(CURDIR)/$(GPU_SITE):$$PYTHONPATH" $(GPU_PYTHON) -m pytest -m "" -s tests/chaos/test_cuda.py; \
-	else \
-		echo "Recovery from CUDA out-of-memory: not measured. It wants pytest, ray, deepspeed and this package."; \
-	fi
 endif
 
 speed: $(INSTALLED) ## how long planning takes, beside its bare imports and a peer (docs/speed.md)
 	$(BIN)/python -m benchmarks.speed
 
-bench: speed planners waiting start profile fleet load growth training ## all of these (docs/benchmarks.md); on a quiet machine, long
+bench: speed planners accuracy waiting start profile fleet load growth training figures ## all of these (docs/benchmarks.md); on a quiet machine, long
 
 training: $(INSTALLED) ## training beside TRL's, Unsloth's and a bare loop, and its memory (docs/benchmarks.md); on a quiet machine
 	PYTHONPATH=examples $(BIN)/python -m benchmarks.training

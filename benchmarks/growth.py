@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,11 @@ import click
 from benchmarks import start
 from benchmarks.place import Place
 from benchmarks.reliability import saving
-from benchmarks.speed import ROOT, machine
-from benchmarks.training.case import Case, make_model, write_spec
+from benchmarks.speed import ROOT, TRAINING, facts, on, spread
+from benchmarks.training.case import Case, chosen_dtype, make_model, write_spec
 from launch.report.pictures.style import COLORS, MARKERS, Picture, canvas, styled, svg_of
+from orchestrator.prepare import prepare
+from orchestrator.spec import load_spec
 from qlora_core.files import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "growth.json"
@@ -32,27 +33,37 @@ PICTURE = ROOT / "docs" / "benchmarks" / "growth.svg"
 WORK = ROOT / ".cache" / "bench" / "growth"
 CASE = Case(layers=4, hidden=256, vocabulary=4096, seq_len=256)
 LAYERS, LENGTHS, WORKERS, RANKS = (2, 4, 8, 16), (64, 128, 256, 512), (1, 2, 4), (8, 32, 128)
+CASES = {
+    "layers": {size: replace(CASE, layers=size) for size in LAYERS},
+    "lengths": {size: replace(CASE, seq_len=size) for size in LENGTHS},
+}
 STEPS, WARM_UP = 12, 6
 """Steps of a run, and how many of them are followed by the storage tracker, which takes time: they are not timed."""
 MIB = 1024**2
 
 
-def written(case: Case, name: str) -> Path:
+def written(case: Case, name: str, dtype: str, work: Path = WORK) -> Path:
     """The specification of a case's run, its model made where it is not there."""
-    return write_spec(case, WORK / name, make_model(case, WORK / f"model-{case.layers}"), steps=STEPS)
+    model = make_model(case, work / f"model-{case.layers}")
+    return write_spec(case, work / name, model, steps=STEPS, compute_dtype=dtype)
 
 
-def trained(case: Case, name: str) -> dict[str, float]:
-    """Seconds of a step, and bytes at its peak as measured and as predicted, in a process of its own."""
-    specification = written(case, name)
+def predicted(specification: Path) -> int:
+    """The peak that a run is planned with."""
+    return prepare(load_spec(specification)).plan.estimate.gpu.allocated_bytes
+
+
+def trained(case: Case, name: str, dtype: str) -> dict[str, Any]:
+    """Seconds of steps, and bytes at its peak as measured and as predicted, in a process of its own."""
+    specification = written(case, name, dtype)
     shutil.rmtree(specification.with_name("out"), ignore_errors=True)
     answer = specification.with_name("answer.json")
     subprocess.run([sys.executable, "-m", "benchmarks.growth", "--train", specification, answer], cwd=ROOT, check=True)
-    found: dict[str, float] = json.loads(answer.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return found
 
 
-def train_here(specification: Path) -> dict[str, float]:
+def train_here(specification: Path) -> dict[str, Any]:
     """What `trained` asks for."""
     from benchmarks.training.loops import Watch, begun
     from qlora_core.quiet import quiet_libraries
@@ -62,15 +73,15 @@ def train_here(specification: Path) -> dict[str, float]:
     (run, plan), watch = begun(specification), Watch()
     train(run, watch, None)
     return {
-        "seconds": statistics.median(step["seconds"] for step in watch.steps[WARM_UP:]),
+        "seconds": [step["seconds"] for step in watch.steps[WARM_UP:]],
         "measured": max(watch.steps[-1]["peaks"].values()),
         "predicted": plan.estimate.gpu.allocated_bytes,
     }
 
 
-def started(workers: int) -> dict[str, float]:
+def started(workers: int, dtype: str) -> dict[str, float]:
     """Seconds until the first step of a run with so many workers is done, and of each step after it."""
-    specification = written(CASE, f"workers-{workers}")
+    specification = written(CASE, f"workers-{workers}", dtype)
     tokens = f"recipe.tokens_per_step={max(WORKERS) * CASE.seq_len}"
     moments = start.moments(specification, f"strategy.world_size={workers}", "strategy.micro_batch=1", tokens)
     seen = dict(zip(start.PARTS, moments, strict=True))
@@ -89,16 +100,17 @@ def saved(rank: int) -> dict[str, Any]:
     return {"bytes": found["bytes"], "lost": found["lost_seconds"]}
 
 
-def grown(name: str, rows: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+def grown(name: str, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """A table of steps against what grows."""
     yield from (
-        f"| {name} | s of a step | MiB measured | MiB predicted | error |",
-        "| ---: | ---: | ---: | ---: | ---: |",
+        f"| {name} | s of a step | quartiles | MiB measured | MiB predicted | error |",
+        "| ---: | ---: | --- | ---: | ---: | ---: |",
     )
     for size, row in rows.items():
-        error = row["predicted"] / row["measured"] - 1
+        error, seconds = row["predicted"] / row["measured"] - 1, spread(row["seconds"])
+        steps = f"{seconds['median']:.3f} | {seconds['low']:.3f} to {seconds['high']:.3f}"
         sizes = f"{row['measured'] / MIB:,.1f} | {row['predicted'] / MIB:,.1f} | {error:+z.1%}"
-        yield f"| {int(size):,} | {row['seconds']:.3f} | {sizes} |"
+        yield f"| {int(size):,} | {steps} | {sizes} |"
     yield ""
 
 
@@ -106,8 +118,8 @@ def text_of(results: Mapping[str, Any]) -> str:
     """What is written into the page."""
     lines = [
         f"A Llama of {CASE.layers} layers of width {CASE.hidden}, NF4, rank {CASE.rank}, {CASE.micro_batch} x "
-        f"{CASE.seq_len} tokens a step, checkpointed, where nothing else is said ({results['machine']['processor']}, "
-        f"{results['machine']['cores']} cores, {results['date']}). A step is the median of {STEPS - WARM_UP}; "
+        f"{CASE.seq_len} tokens a step, checkpointed, computed in {results['compute_dtype']}, where nothing else is "
+        f"said ({on(results)}). A step is the median of {STEPS - WARM_UP}; "
         "memory is the bytes of live tensors at the peak. "
         f"{CASE.layers} layers and {CASE.seq_len} tokens are the same run, twice: so far do two measurements differ.",
         "",
@@ -147,9 +159,9 @@ def picture_of(results: Mapping[str, Any]) -> Picture:
         figure = canvas(4.6)
         for column, (name, words) in enumerate((("layers", "layers"), ("lengths", "tokens of a sequence"))):
             sizes = [int(size) for size in results[name]]
-            rows: Sequence[Mapping[str, float]] = list(results[name].values())
+            rows: Sequence[Mapping[str, Any]] = list(results[name].values())
             above, below = figure.add_subplot(2, 2, 1 + column), figure.add_subplot(2, 2, 3 + column)
-            above.plot(sizes, [row["seconds"] for row in rows], color=COLORS[2], marker=MARKERS[2])
+            above.plot(sizes, [spread(row["seconds"])["median"] for row in rows], color=COLORS[2], marker=MARKERS[2])
             above.set_ylabel("s of a step")
             measured, predicted = ([row[kind] / MIB for row in rows] for kind in ("measured", "predicted"))
             below.plot(sizes, measured, color=COLORS[0], marker=MARKERS[0], linestyle="", label="measured")
@@ -170,13 +182,16 @@ def main(train: tuple[Path, Path] | None) -> None:
     if train is not None:
         write_json(train[1], train_here(train[0]))
         return
+    dtype = chosen_dtype()
     results: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "layers": {size: trained(replace(CASE, layers=size), f"layers-{size}") for size in LAYERS},
-        "lengths": {size: trained(replace(CASE, seq_len=size), f"length-{size}") for size in LENGTHS},
-        "workers": {workers: started(workers) for workers in WORKERS},
-        "ranks": {rank: saved(rank) for rank in RANKS},
+        **facts(*TRAINING),
+        "compute_dtype": dtype,
+        **{
+            what: {str(size): trained(case, f"{what}-{size}", dtype) for size, case in cases.items()}
+            for what, cases in CASES.items()
+        },
+        "workers": {str(workers): started(workers, dtype) for workers in WORKERS},
+        "ranks": {str(rank): saved(rank) for rank in RANKS},
     }
     write_json(RESULTS, results)
     PICTURE.parent.mkdir(exist_ok=True)

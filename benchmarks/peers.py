@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 
 from clusters.errors import RunFailed
@@ -28,6 +30,8 @@ def installed(
 ) -> Path:
     """The environment of a distribution, made where it is not there, with our versions of what both use.
 
+    Its folder's name has a digest of all that was asked for: where a version of ours changes, it is made anew.
+
     Args:
         options: of pip, or more to install.
         ours: of what our version is taken; None: of all. For a distribution that does not work with some of ours.
@@ -36,13 +40,15 @@ def installed(
     Raises:
         RunFailed: it cannot be installed.
     """
-    folder = PEERS / f"{name}-{version}"
+    constraints = ROOT / "constraints.txt"
+    wanted = [f"{name}=={version}", *options, *(() if ours is None else pinned(ours))]
+    held = constraints.read_text(encoding="utf-8") if ours is None else ""
+    digest = hashlib.sha256("\n".join([*wanted, *without, held]).encode()).hexdigest()
+    folder = PEERS / f"{name}-{version}-{digest[:8]}"
     if not (folder / "installed").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        python = str(folder / "bin" / "python")
-        wanted = [f"{name}=={version}", *options]
-        wanted += ["--constraint", str(ROOT / "constraints.txt")] if ours is None else pinned(ours)
-        pip = [python, "-m", "pip"]
+        wanted += ["--constraint", str(constraints)] if ours is None else []
+        pip = [str(folder / "bin" / "python"), "-m", "pip"]
         steps = [[sys.executable, "-m", "venv", str(folder)], [*pip, "install", "-q", *wanted]]
         steps += [[*pip, "uninstall", "-q", "-y", *without]] if without else []
         for step in steps:
@@ -52,6 +58,13 @@ def installed(
                 raise RunFailed(f"{name} {version} could not be installed: {reason}.", "It needs a package index.")
         (folder / "installed").touch()
     return folder
+
+
+def versions_of(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """The versions that an environment has of some distributions."""
+    site = [str(each) for each in folder.glob("lib/python*/site-packages")]
+    found = {one.name: one.version for one in metadata.distributions(path=site)}
+    return {name: found[name] for name in names}
 
 
 def run_to_end(argv: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:

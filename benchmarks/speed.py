@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from benchmarks import search
-from benchmarks.peers import PEERS, installed, put_in_hub_cache
+from benchmarks.peers import PEERS, installed, put_in_hub_cache, versions_of
 from benchmarks.place import Place
 from clusters.errors import RunFailed
 from clusters.gpu import find_gpu
@@ -37,6 +37,7 @@ DOCUMENT = ROOT / "docs" / "speed.md"
 PLACE = Place(DOCUMENT, "make speed")
 
 PEER, PEER_VERSION = "fitcheck-llm", "0.3.1"
+PEER_PACKAGES = (PEER, "huggingface_hub", "click", "rich")
 PEER_MODEL = "huggyllama/llama-65b"
 PEER_COMMAND = (
     f"{PEER_MODEL} --qlora --double-quant --lora-r 64 --lora-targets full --batch-size 1 --seq-len 512 --flash-attn"
@@ -46,6 +47,10 @@ PEER_COMMAND = (
 
 BARE, PLAN, FITCHECK = "bare imports", "qlora-plan", "fitcheck"
 ESTIMATE_CALLS = 300
+PACKAGES = ("qlora-orchestrator", "pydantic", "click", "rich", "pyyaml")
+"""What a plan is made with."""
+TRAINING = ("torch", "transformers", "peft", "bitsandbytes", "ray")
+"""What a run is made with."""
 TRACE = """
 import json, time
 begin = time.perf_counter()
@@ -104,10 +109,11 @@ def command(rounds: int, debug: bool) -> int:
     times = interleaved(commands(peer), rounds, environment())
     results = {
         "schema_version": 1,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **versions()},
-        "peer": {"command": f"fitcheck {PEER_COMMAND}", "versions": peer_versions(peer)},
+        **facts(*PACKAGES),
+        "peer": {
+            "command": f"fitcheck {PEER_COMMAND}",
+            "versions": versions_of(peer, (PEER, "huggingface_hub", "click", "rich")),
+        },
         "rounds": rounds,
         "cold_start": cold_start_rows(times),
         "estimate": {name: in_us(call_times(ask)) for name, ask in questions().items()},
@@ -261,17 +267,27 @@ def install_peer() -> Path:
     return installed(PEER, PEER_VERSION)
 
 
-def versions() -> dict[str, str]:
-    """Of what a plan is made with."""
-    return {name: metadata.version(name) for name in ("qlora-orchestrator", "pydantic", "click", "rich", "pyyaml")}
+def facts(*packages: str) -> dict[str, Any]:
+    """What every file of results says: when something was measured, on what, and with which versions of `packages`."""
+    versions = {name: metadata.version(name) for name in packages}
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
 
 
-def peer_versions(peer: Path) -> dict[str, str]:
-    """Of what the peer is made with."""
-    site = [str(folder) for folder in peer.glob("lib/python*/site-packages")]
-    names = (PEER, "huggingface_hub", "click", "rich")
-    found = {one.name: one.version for one in metadata.distributions(path=site)}
-    return {name: found[name] for name in names}
+def listed(versions: Mapping[str, str] | str) -> str:
+    """Versions in words; that they were not recorded, where they were not."""
+    if isinstance(versions, str):
+        return f"versions {versions}"
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def on(results: Mapping[str, Any]) -> str:
+    """What all results of a file were measured on, and with, in words."""
+    here = results["machine"]
+    return f"{here['processor']}, {here['cores']} cores, {results['date']}; {listed(results['versions'])}"
 
 
 def machine() -> dict[str, Any]:
@@ -307,8 +323,7 @@ def goals(results: Mapping[str, Any]) -> Iterator[Goal]:
 def tables(results: Mapping[str, Any]) -> str:
     """The results as they stand in the document."""
     on, peer = results["machine"], results["peer"]["versions"]
-    installed = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    peers = ", ".join(f"{name} {version}" for name, version in peer.items())
+    installed, peers = listed(results["versions"]), listed(peer)
     trace = results["trace"]
     lines = [
         f"Measured on {results['date']}: {on['processor']}, {on['cores']} cores, {on['system']}, load {on['load']};",

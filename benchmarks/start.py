@@ -8,18 +8,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from benchmarks.place import Place
-from benchmarks.speed import ROOT, machine
+from benchmarks.speed import ROOT, TRAINING, facts, on, spread
 from benchmarks.training.case import Case, make_model, write_spec
 from qlora_core.files import write_json
 
@@ -66,33 +65,35 @@ def moments(specification: Path, *overrides: str) -> list[float]:
 @click.command(name="benchmarks.start")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 def main(rounds: int) -> None:
-    """Run it a few times, and write the medians."""
+    """Run it a few times, and write when each part was done."""
     model = make_model(CASE, WORK / "model")
     specification = write_spec(CASE, WORK / "run", model, steps=3)
     moments(specification)  # bytecode and files' caches
     found = [moments(specification) for _ in range(rounds)]
-    reached = [statistics.median(each) for each in zip(*found, strict=True)]
-    results: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "rounds": rounds,
-        "seconds": dict(zip(PARTS, reached, strict=True)),
-    }
+    seconds = dict(zip(PARTS, map(list, zip(*found, strict=True)), strict=True))
+    results: dict[str, Any] = {**facts(*TRAINING), "seconds": seconds}
     write_json(RESULTS, results)
-    lines = [
-        f"Medians of {rounds} runs ({results['machine']['processor']}, {results['machine']['cores']} cores, "
-        f"{results['date']}):",
-        "",
-        "| until | seconds from the command | of it |",
-        "| --- | ---: | ---: |",
-    ]
-    before = 0.0
-    for part, moment in results["seconds"].items():
-        lines.append(f"| {part} | {moment:.1f} | {moment - before:.1f} |")
-        before = moment
-    text = "\n".join(lines) + "\n"
+    text = table(results)
     PLACE.write(text)
     click.echo(text)
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """What docs/performance.md shows."""
+    reached = {part: spread(moments) for part, moments in results["seconds"].items()}
+    lines = [
+        f"Medians of {len(results['seconds'][PARTS[0]])} runs ({on(results)}):",
+        "",
+        "| until | seconds from the command | quartiles | of it |",
+        "| --- | ---: | --- | ---: |",
+    ]
+    before = 0.0
+    for part, found in reached.items():
+        moment = found["median"]
+        quartiles = f"{found['low']:.1f} to {found['high']:.1f}"
+        lines.append(f"| {part} | {moment:.1f} | {quartiles} | {moment - before:.1f} |")
+        before = moment
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

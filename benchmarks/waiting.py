@@ -9,15 +9,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Any
 
 import click
 
 from benchmarks.place import Place
-from benchmarks.speed import ROOT, machine
+from benchmarks.speed import ROOT, facts, on, spread
 from qlora_core.files import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "waiting.json"
@@ -30,7 +29,7 @@ WAYS = {
 STEPS = (64, 16, 38), (512, 2, 256)
 """A small one and one whose products are large: width, sequences, tokens of one."""
 STEP = """
-import json, statistics, sys, time
+import json, sys, time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
@@ -45,16 +44,17 @@ def step():
     return time.perf_counter() - began
 for _ in range(5):
     step()
-print(json.dumps(statistics.median(step() for _ in range(20))))
+print(json.dumps([step() for _ in range(20)]))
 """
 
 
-def seconds_of_a_step(threads: int, step: Sequence[int], environment: dict[str, str]) -> float:
-    """The median of 20 steps of one of `STEPS` through a Llama of two layers, in a process of its own."""
+def seconds_of_steps(threads: int, step: Sequence[int], environment: dict[str, str]) -> list[float]:
+    """Seconds of 20 steps of one of `STEPS` through a Llama of two layers, in a process of its own."""
     unset = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     command = [sys.executable, "-c", STEP, *map(str, (threads, *step))]
     done = subprocess.run(command, env={**unset, **environment}, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    seconds: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
 
 
 @contextmanager
@@ -70,38 +70,44 @@ def busy() -> Iterator[None]:
 @click.command(name="benchmarks.waiting")
 def main() -> None:
     """Time a step under each way to wait, alone and beside a busy process."""
-    threads, before = os.cpu_count() or 1, machine()
-    rows: dict[str, list[float]] = {}
+    threads, before = os.cpu_count() or 1, facts("torch", "transformers")
+    rows: dict[str, list[list[float]]] = {}
     for way, environment in WAYS.items():
-        alone = [seconds_of_a_step(threads, step, environment) for step in STEPS]
+        alone = [seconds_of_steps(threads, step, environment) for step in STEPS]
         with busy():
-            rows[way] = [*alone, *(seconds_of_a_step(threads, step, environment) for step in STEPS)]
-    results: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": before,
-        "threads": threads,
-        "seconds": rows,
-    }
+            rows[way] = [*alone, *(seconds_of_steps(threads, step, environment) for step in STEPS)]
+    results: dict[str, Any] = {**before, "threads": threads, "seconds": rows}
     write_json(RESULTS, results)
-    usual = rows["as OpenMP has it"][: len(STEPS)]
+    text = table(results)
+    PLACE.write(text)
+    click.echo(text)
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """What docs/performance.md shows: of each way the steps of `STEPS`, alone and then beside a busy process."""
+    rows, threads = results["seconds"], results["threads"]
+    usual = [spread(steps)["median"] for steps in rows["as OpenMP has it"][: len(STEPS)]]
     shown = [f"{sequences} x {tokens}, width {width}" for width, sequences, tokens in STEPS]
     columns = [*shown, *(f"{step}, beside one busy process" for step in shown)]
     milliseconds = " and ".join(f"{1000 * seconds:.1f} ms" for seconds in usual)
     lines = [
-        f"A step through a Llama of two layers, {threads} threads, medians of 20, as ratios to the step with OpenMP's "
-        f"own way to wait on a quiet machine, {milliseconds} "
-        f"({results['machine']['processor']}, {results['machine']['cores']} cores, {results['date']}):",
+        f"A step through a Llama of two layers, {threads} threads, medians of 20 and their quartiles, as ratios to "
+        f"the step with OpenMP's own way to wait on a quiet machine, {milliseconds} ({on(results)}):",
         "",
         f"| threads wait | {' | '.join(columns)} |",
         f"| --- |{' ---: |' * len(columns)}",
         *(
-            f"| {way} | {' | '.join(f'{each / of:.2f}' for each, of in zip(seconds, usual * 2, strict=True))} |"
-            for way, seconds in rows.items()
+            f"| {way} | {' | '.join(of_usual(steps, of) for steps, of in zip(found, usual * 2, strict=True))} |"
+            for way, found in rows.items()
         ),
     ]
-    text = "\n".join(lines) + "\n"
-    PLACE.write(text)
-    click.echo(text)
+    return "\n".join(lines) + "\n"
+
+
+def of_usual(steps: Sequence[float], usual: float) -> str:
+    """A cell of the table."""
+    found = spread([step / usual for step in steps])
+    return f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
 if __name__ == "__main__":

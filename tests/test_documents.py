@@ -8,14 +8,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks import screens
+from benchmarks import figures, screens
 from benchmarks.reliability import page
 from clusters.gpu import GIB, find_gpu
+from launch.report.pictures.style import Picture, svg_of
 from orchestrator.devices import gpu_target
 from orchestrator.recovery import RULES
 from qlora_core.architecture import ModelArchitecture
@@ -72,6 +75,41 @@ def test_the_site_is_built_and_every_link_and_anchor_leads_somewhere(tmp_path: P
     assert "Usage: qlora-submit status" in commands
     fields = (tmp_path / "site" / "reference" / "configuration.html").read_text()
     assert "Seeds the adapters, the split and the order of the data." in fields
+
+
+def test_the_readme_holds_its_memory_against_others_as_it_was_measured() -> None:
+    results = ROOT / "benchmarks" / "results"
+    planners = json.loads((results / "planners.json").read_text())["planners"]
+    on_t4 = [planners[name]["errors"]["allocated"]["mean"] for name in ("ours, formula", "ours, trace")]
+    peer = min(one["errors"]["allocated"]["mean"] for name, one in planners.items() if can_be_nearest(name, one))
+    rows = json.loads((results / "gpu-nvidia-h200-2026-11-27.json").read_text())["rows"]
+    formula, traced, whole, whole_traced = (
+        fmean(abs(row["errors_percent"][estimator][tier]) for row in rows if row["status"] == "measured")
+        for tier in ("allocated", "process")
+        for estimator in ("formula", "trace")
+    )
+    readme = (ROOT / "README.md").read_text()
+    both = "{:.2f} % by the formula, {:.2f} % traced"
+    assert f"{both.format(*on_t4)}; the nearest other planner {peer:.1f} %, with constants fitted" in readme
+    assert f"{both.format(formula, traced)}; of the whole process {whole:.1f} % and {whole_traced:.1f} %" in readme
+
+
+def test_make_bench_runs_all_that_the_benchmarks_page_lists_but_what_it_says_it_does_not() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text().partition("## Training")[0]
+    listed = re.findall(r"`make (\w+)`", "".join(line for line in page.splitlines() if line.startswith("|")))
+    assert "`make chaos`, `make scale`) is not in it" in page
+    [bench] = re.findall(r"^bench: ([a-z ]+) ##", (ROOT / "Makefile").read_text(), re.M)
+    assert set(bench.split()) == set(listed) - {"chaos", "scale", "gpu"}
+
+
+@pytest.mark.parametrize("draw", [figures.levels, figures.methods, figures.paging], ids=lambda draw: draw.__name__)
+def test_the_pictures_of_memory_are_those_that_are_drawn_now(draw: Callable[[], Picture]) -> None:
+    picture = draw()
+    assert svg_of(picture) == (figures.FOLDER / f"{picture.name}.svg").read_text()
+
+
+def can_be_nearest(name: str, planner: dict[str, Any]) -> bool:
+    return not name.startswith("ours") and planner["errors"]["allocated"] is not None
 
 
 def test_the_python_of_the_planning_guide_runs() -> None:

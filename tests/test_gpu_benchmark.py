@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import bitsandbytes as bnb
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -23,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.accuracy import step_time_page
 from benchmarks.gpu import __main__ as entry
-from benchmarks.gpu import device, measure, predict, rates, runner, tracer, unsloth
+from benchmarks.gpu import device, measure, predict, rates, recovery, runner, tracer, unsloth
 from benchmarks.gpu.achieved import NOMINAL, achieved, measured_rates
 from benchmarks.gpu.base import random_base
 from benchmarks.gpu.job import Job, Start
@@ -33,10 +36,11 @@ from clusters.errors import RequestError
 from clusters.gpu import find_gpu, list_gpus
 from orchestrator import devices
 from qlora_core.catalogue import find_model
+from qlora_core.memory.formula import kernel_in_use
 from qlora_core.memory.measure import model_tensors
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.step_time import Achieved
-from qlora_core.strategy import Loss, Strategy
+from qlora_core.strategy import Attention, Loss, Strategy
 from qlora_core.training.model import load_base
 
 ROOT = Path(__file__).parents[1]
@@ -85,10 +89,39 @@ def test_the_matrix_spans_sizes_families_and_strategies() -> None:
     flagship = BY_NAME["defaults-65b"]
     assert (flagship.model, flagship.strategy.micro_batch, flagship.recipe.seq_len) == ("llama-65b", 1, 512)
     assert {case.recipe.quantization for case in MATRIX} == {"nf4", "fp4", "int8", "none"}
-    assert {case.strategy.attention for case in MATRIX} == {"sdpa", "eager"}
+    assert {case.strategy.attention for case in MATRIX} == set(get_args(Attention))
+    on_a100 = predict.device_of(A100)
+    kernels = {kernel_in_use(case.architecture(), case.recipe, case.strategy, on_a100) for case in MATRIX}
+    assert kernels >= {"flash", "efficient", "eager"}  # efficient: peft's upcast makes attention's inputs float32
     assert {case.strategy.loss for case in MATRIX} == set(get_args(Loss))
     for fact in ("gradient_checkpointing", "paged_optimizer"):
         assert len({getattr(case.strategy, fact) for case in MATRIX}) == 2
+
+
+def test_timed_rows_are_as_large_as_the_gpu_s_free_memory_lets_them_be() -> None:
+    timed = [case for case in MATRIX if case.is_timed]
+    t4 = {**A100, "name": "Tesla T4", "compute_capability": [7, 5]}
+    for machine, free in ((t4, int(14.4 * GIB)), (A100, 23 * GIB), (A100, 39 * GIB)):
+        device = predict.device_of(machine)
+        rows = {case.name: case for case in predict.fitted(MATRIX, device, free)}
+        assert list(rows) == list(BY_NAME)
+        ours, trl, unsloth_s = (rows[name] for name in ("timed-8b", "timed-8b-trl", "timed-8b-unsloth"))
+        sizes = {(case.strategy.micro_batch, case.recipe.seq_len) for case in (ours, trl, unsloth_s)}
+        assert len(sizes) == 1
+        for case in (ours, trl):
+            assert predict.does_not_fit(predict.by_formula(case, device), free) is None
+            assert case.recipe.tokens_per_step == case.strategy.micro_batch * case.recipe.seq_len
+        assert rows["defaults-65b"] == BY_NAME["defaults-65b"]  # memory is what it is there for
+    on_h200 = predict.fitted(timed, predict.device_of({**A100, "name": "NVIDIA H200"}), 139 * GIB)
+    assert on_h200 == timed  # so that rows of large GPUs can be compared
+
+
+def test_a_row_of_flash_attention_2_is_skipped_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["flash-attention-2"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert predict.lacks_a_package(case) == "it wants flash-attn, which is not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert predict.lacks_a_package(case) is None
 
 
 def test_four_minutes_reach_65b() -> None:
@@ -174,7 +207,7 @@ def run_with(child: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, min
     runner.run([BY_NAME["defaults-1b"]], {**A100, **machine}, record, runner.Clock(minutes), told.append)
     assert told == record.rows
     written = json.loads((tmp_path / "out.json").read_text())
-    assert written == {"schema_version": 1, "dry": False, "rates": None, "rows": record.rows}
+    assert written == {"schema_version": 1, "dry": False, "rates": None, "recovery": None, "rows": record.rows}
     [row] = record.rows
     return row
 
@@ -356,8 +389,40 @@ def test_a_run_goes_on_with_the_file_of_the_same_device_and_versions(
     assert [row["name"] for row in told] == ["fp4"]
     assert after.rates == json.loads(out.read_text())["rates"] == known
     assert [(row["name"], row["status"]) for row in after.rows] == [("defaults-1b", "measured"), ("fp4", "failed")]
-    for change in ({"versions": {"torch": "2.14.0"}}, {"device": {"name": "H100", "driver": "580"}}, {"dry": True}):
-        assert runner.Record(out, {**facts, **change}).rows == []
+
+
+def test_a_file_of_another_device_or_other_versions_is_left_as_it_is(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    facts = {"dry": False, "device": {"name": "A100", "driver": "580"}, "versions": {"torch": "2.13.0"}}
+    runner.Record(out, facts).put({**BY_NAME["tiny"].as_json(), "status": "measured"})
+    kept = out.read_text()
+    changes: list[dict[str, Any]] = [
+        {"versions": {"torch": "2.14.0"}},
+        {"device": {"name": "H100", "driver": "580"}},
+        {"dry": True},
+    ]
+    for number, change in enumerate(changes, 2):
+        other = runner.Record(out, {**facts, **change})
+        assert (other.out.name, other.rows) == (f"gpu-{number}.json", [])
+    assert runner.Record(out, {**facts, "versions": {"torch": "2.14.0"}}).out.name == "gpu-2.json"  # and goes on there
+    assert out.read_text() == kept
+
+
+@pytest.mark.parametrize("there", ['{"rows": [', "[]", "{}"])
+def test_what_is_no_record_is_neither_gone_on_with_nor_replaced(there: str, tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    out.write_text(there)
+    with pytest.raises(RequestError, match=r"--out: it is no record of `make gpu`.*gpu\.json.* Move it away"):
+        runner.Record(out, {"dry": True})
+    assert out.read_text() == there
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "probe", lambda: {**A100, "kind": "cpu", "versions": {}})
+    monkeypatch.setattr(runner, "ask_rates", None)
+    result = CliRunner().invoke(entry.command, ["--dry", "--out", "/proc/x/y.json"])
+    assert isinstance(result.exception, RequestError)
+    assert str(result.exception).startswith("--out: it cannot be read and written: No such file")
 
 
 # --- what a device achieves ------------------------------------------------------------------------------------------
@@ -487,6 +552,63 @@ def test_a_machine_that_cannot_measure_is_told_so(
     assert message in str(result.exception)
 
 
+ROW = '{"fault": "out of GPU memory, really", "survived": true, "steps_lost": 0, "seconds": 71.5}'
+"""What tests/chaos/test_cuda.py leaves."""
+
+
+@pytest.mark.parametrize(
+    ("program", "left", "said"),
+    [
+        (f"import os; open(os.environ['CHAOS_ROWS'], 'w').write({ROW!r})", 200, json.loads(ROW)),
+        ("print('no GPU')", 200, {"failed": "pytest ended with exit code 0", "log": ["no GPU"]}),
+        ("raise SystemExit('it was lost')", 200, {"failed": "pytest ended with exit code 1", "log": ["it was lost"]}),
+        ("", 100, {"skipped": "it takes about 120 s, and 100 s are left"}),
+    ],
+    ids=["survived", "skipped itself", "failed", "too late"],
+)
+def test_what_becomes_of_a_run_that_memory_runs_out_of_is_in_the_record(
+    program: str, left: float, said: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "PACKAGES", ())
+    monkeypatch.setattr(recovery, "COMMAND", (sys.executable, "-c", program))
+    assert recovery.measure(runner.Clock(left / 60)) == said
+
+
+def test_recovery_is_stopped_at_the_end_of_the_time_with_all_that_it_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = f"import os, time; open({str(tmp_path / 'child')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    monkeypatch.setattr(recovery, "PACKAGES", ())
+    monkeypatch.setattr(recovery, "COMMAND", (sys.executable, "-c", program))
+    monkeypatch.setattr(recovery, "SECONDS", 1.0)
+    assert recovery.measure(runner.Clock(3 / 60)) == {"failed": "stopped: it had not ended after 3 s"}
+    with contextlib.suppress(psutil.NoSuchProcess):  # one that nobody waits for is still listed
+        assert psutil.Process(int((tmp_path / "child").read_text())).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(("only", "asked"), [([], 1), (["--only", "tiny"], 0)])
+def test_recovery_is_asked_once_and_not_where_some_rows_were_asked_for(
+    only: list[str], asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def measured(clock: runner.Clock) -> dict[str, Any]:
+        calls.append(clock)
+        return dict(json.loads(ROW))
+
+    monkeypatch.setattr(entry, "probe", lambda: {**A100, "versions": {}, "driver": "580"})
+    monkeypatch.setattr(runner, "ask_rates", lambda *_: {"failed": "it is not asked here"})
+    monkeypatch.setattr(runner, "run", lambda *_: None)
+    monkeypatch.setattr(recovery, "measure", measured)
+    out = tmp_path / "gpu.json"
+    for _ in range(2):
+        printed = CliRunner().invoke(entry.command, ["--out", str(out), *only]).output
+    assert len(calls) == asked
+    assert json.loads(out.read_text())["recovery"] == (json.loads(ROW) if asked else None)
+    assert ("survived, 0 steps done twice, 72 s." if asked else "not measured: not asked") in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [(["--only", "nothing"], "--only"), (["--dry", "--out", "benchmarks/results/gpu.json"], "--out")],
@@ -510,6 +632,7 @@ def test_make_gpu_takes_the_machines_python_and_puts_wheels_beside_it() -> None:
     plain = commands("WHEELS=")
     assert "python3 -m benchmarks.gpu --minutes 9" in plain
     assert "pip" not in plain
+    assert "chaos" not in plain  # what has no clock
     with_wheels = commands("WHEELS=folder", "PYTHON=/opt/python3", "MINUTES=4")
     assert "/opt/python3 -m pip install -q --no-index --no-deps --target .cache/gpu-site folder/*.whl" in with_wheels
     assert "/opt/python3 -m benchmarks.gpu --minutes 4" in with_wheels

@@ -129,5 +129,6 @@ def test_the_commands_are_those_of_the_document() -> None:
 
 
 def test_the_machine_and_the_versions_are_named() -> None:
-    assert speed.machine()["processor"]
-    assert set(speed.versions()) >= {"pydantic", "click", "rich"}
+    facts = speed.facts(*speed.PACKAGES)
+    assert facts["machine"]["processor"]
+    assert set(facts["versions"]) >= {"python", "pydantic", "click", "rich"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import peers
 from benchmarks.tokenization import BATCHED
 from benchmarks.training import memory, page
 from benchmarks.training.case import Case, write_spec
@@ -50,6 +52,7 @@ def results(**changes: Any) -> dict[str, Any]:
         "date": "2026-01-01",
         "machine": {"processor": "a processor", "cores": 2, "system": "Linux", "load": 0.5},
         "versions": {"python": "3.11"},
+        "peers": {"TRL": {"trl": "1.2", "transformers": "5.1"}, "Unsloth": {"unsloth": "3.4", "transformers": "5.0"}},
         "case": {"layers": 8, "hidden": 512, "vocabulary": 8192, "rank": 16, "micro_batch": 2, "seq_len": 512},
         "auto": "float32",
         "padding_percent": 1.25,
@@ -83,6 +86,41 @@ def test_the_goals_say_what_is_reached_what_is_missed_and_what_is_not_measured(
     assert "| ours, float32 | 100 | 2.50x | 1.25x | 2.50 to 2.50, 1.25 to 1.25 | 3 |" in text
 
 
+def test_the_versions_of_a_peer_are_those_of_its_own_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = page.tables(results())
+    assert "TRL's environment: trl 1.2, transformers 5.1." in text
+    assert "Unsloth's environment: unsloth 3.4, transformers 5.0." in text
+    site = tmp_path / "lib" / "python3.11" / "site-packages" / "transformers-5.0.dist-info"
+    site.mkdir(parents=True)
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.0\n")
+    assert peers.versions_of(tmp_path, ["transformers"]) == {"transformers": "5.0"}  # and not the one of this Python
+
+
+def test_a_peer_is_installed_anew_where_a_version_of_ours_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        (tmp_path / "peers" / Path(command[-1])).mkdir(parents=True, exist_ok=True)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(peers, "PEERS", tmp_path / "peers")
+    monkeypatch.setattr(peers, "ROOT", tmp_path)
+    monkeypatch.setattr(subprocess, "run", run)
+    folders = []
+    for torch, extra in (("2.13.0", "zoo==1"), ("2.13.0", "zoo==1"), ("2.14.0", "zoo==1"), ("2.14.0", "zoo==2")):
+        (tmp_path / "constraints.txt").write_text(f"torch=={torch}\nother==1\n")
+        before = len(asked)
+        folders.append((peers.installed("peer", "1.0", [extra], ours=["torch"]), len(asked) > before))
+    assert [anew for _, anew in folders] == [True, False, True, True]
+    assert len({folder for folder, _ in folders}) == 3
+    assert asked[1][-3:] == ["peer==1.0", "zoo==1", "torch==2.13.0"]
+
+
 def test_a_figure_of_another_benchmark_is_read_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenization.json").write_text(json.dumps({"median of that": {BATCHED: 0.95}}))
     monkeypatch.setattr(page, "TOKENIZATION", tmp_path / "tokenization.json")
@@ -100,7 +138,7 @@ def test_a_gpu_s_rates_are_those_of_the_newest_file_that_has_any(
             "steps": steps,
             "status": "measured",
             "strategy": {"micro_batch": 2, "gradient_checkpointing": loop == "trl", "world_size": 1},
-            "recipe": {"lora_dtype": "float32", "autocast": loop == "ours"},
+            "recipe": {"seq_len": 2048, "lora_dtype": "float32", "autocast": loop == "ours"},
             "measured": {"tokens_per_second": rate, "allocated_bytes": 2**33},
         }
 

@@ -14,6 +14,7 @@ import pytest
 
 TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial.md"
 BLOCK = re.compile(r"```(python|yaml|console)\n(.*?)```", re.S)
+SHOWN = re.compile(r"```text\n(.*?)```", re.S)
 NAMED = re.compile(r"Save\s+this\s+as\s+`([\w.]+)`")
 
 
@@ -32,7 +33,7 @@ def steps() -> Iterator[tuple[str, str]]:
 @pytest.mark.xdist_group("workers")
 def test_who_follows_the_tutorial_has_an_adapter_that_answers(tmp_path: Path) -> None:
     environment = {**os.environ, "QLORA_LEDGER": str(tmp_path / "ledger.sqlite")}
-    printed = {}
+    printed: dict[str, str] = {}
     for what, text in steps():
         if what != "run":
             (tmp_path / what.removeprefix("save ")).write_text(text)
@@ -43,8 +44,14 @@ def test_who_follows_the_tutorial_has_an_adapter_that_answers(tmp_path: Path) ->
             [program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, f"{text}: {done.stdout}{done.stderr}"
-        printed[text] = done.stdout
+        printed.setdefault(text, done.stdout)  # of a command that stands twice, what it did the first time
     assert "FITS" in printed["qlora-train run.yaml --dry-run"]
+    if "bfloat16: " in printed["qlora-train run.yaml --dry-run"]:  # as where the page's figures are from
+        said = [line.rstrip() for line in printed["qlora-train run.yaml"].splitlines()]
+        shown = "".join(SHOWN.findall(TUTORIAL.read_text()))
+        figures = [line for line in shown.splitlines() if "MiB" in line]
+        assert len(figures) == 2
+        assert [line for line in figures if line not in said] == []
     assert printed["python ask.py"].strip() == "In the cellar."
     assert (tmp_path / "runs" / "first" / "report.html").is_file()
     assert (tmp_path / "merged" / "config.json").is_file()

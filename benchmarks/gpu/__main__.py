@@ -14,7 +14,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from benchmarks.gpu import runner, table
+from benchmarks.gpu import recovery, runner, table
 from benchmarks.gpu.matrix import chosen
 from clusters.errors import RunFailed, request_error
 from launch.command import main as run_command
@@ -53,9 +53,12 @@ def command(minutes: float, dry: bool, only: str, out: Path | None, debug: bool)
     if record.rates is None or "failed" in record.rates:
         record.put_rates(runner.ask_rates(machine, clock))
     runner.run(cases, machine, record, clock, lambda row: console.print(table.one_line(row), highlight=False))
+    if not dry and not only and "survived" not in (record.recovery or {}):
+        record.put_recovery(recovery.measure(clock))
     table.show(record.rows, console)
     console.print(table.rates_line(record.rates or {}), highlight=False)
-    console.print(f"Written to {out}", highlight=False, soft_wrap=True)
+    console.print(table.recovery_line(record.recovery or {}), highlight=False)
+    console.print(f"Written to {record.out}", highlight=False, soft_wrap=True)
     return 0 if any(row["status"] == "measured" for row in record.rows) else 1
 
 

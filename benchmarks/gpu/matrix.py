@@ -50,6 +50,11 @@ class Case:
         """Whether the estimators know its loop: none knows the kernels and the checkpoints of Unsloth."""
         return self.loop != "unsloth"
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether it is there for its rate on one GPU, of whatever size."""
+        return self.steps > 2 and self.strategy.world_size == 1
+
     def config_fields(self) -> dict[str, Any]:
         """What its model's ``config.json`` holds."""
         fields: dict[str, Any] = json.loads((_MODELS / f"{self.model}.json").read_bytes())
@@ -146,6 +151,7 @@ MATRIX: tuple[Case, ...] = (
     case("full-loss", "llama-3.2-1b", micro_batch=4, seq_len=1024, loss="full", **UNPAGED),
     case("liger-loss", "llama-3.2-1b", micro_batch=4, seq_len=1024, loss="liger", **UNPAGED),
     case("eager", "llama-3.2-1b", micro_batch=2, seq_len=1024, attention="eager", **UNPAGED),
+    case("flash-attention-2", "llama-3.2-1b", micro_batch=2, seq_len=1024, attention="flash_attention_2", **UNPAGED),
     case("sixteen-bit", "llama-3.2-1b", seq_len=1024, **SIXTEEN_BIT, **UNPAGED),
     case("no-double-quantization", "llama-3.2-1b", double_quantization=False),
     case("fp4", "llama-3.2-1b", quantization="fp4"),
@@ -185,11 +191,23 @@ def chosen(*, dry: bool, only: tuple[str, ...] = ()) -> Iterator[Case]:
 
 
 def small(one: Case) -> Case:
-    """`one` with its model shrunk and at most 2 sequences of 64 tokens. A CPU has no managed memory to page to."""
-    strategy = dataclasses.replace(one.strategy, micro_batch=min(one.strategy.micro_batch, 2), paged_optimizer=False)
-    rank, tokens = min(one.recipe.rank, 8), 64 * strategy.sequences_per_step
-    recipe = dataclasses.replace(one.recipe, seq_len=64, tokens_per_step=tokens, rank=rank)
-    return dataclasses.replace(one, recipe=recipe, strategy=strategy, small=True, steps=2)
+    """`one` with its model shrunk and at most 2 sequences of 64 tokens.
+
+    A CPU has no managed memory to page to, and no flash_attention_2.
+    """
+    attention = "sdpa" if one.strategy.attention == "flash_attention_2" else one.strategy.attention
+    strategy = dataclasses.replace(one.strategy, paged_optimizer=False, attention=attention)
+    recipe = dataclasses.replace(one.recipe, rank=min(one.recipe.rank, 8))
+    shrunk = dataclasses.replace(one, recipe=recipe, strategy=strategy, small=True, steps=2)
+    return sized(shrunk, min(strategy.micro_batch, 2), 64)
+
+
+def sized(one: Case, micro_batch: int, seq_len: int) -> Case:
+    """`one` with so many sequences of so many tokens."""
+    strategy = dataclasses.replace(one.strategy, micro_batch=micro_batch)
+    tokens = seq_len * strategy.sequences_per_step
+    recipe = dataclasses.replace(one.recipe, seq_len=seq_len, tokens_per_step=tokens)
+    return dataclasses.replace(one, recipe=recipe, strategy=strategy)
 
 
 def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.gpu.matrix import Case
+from benchmarks.gpu.matrix import Case, sized
 from clusters.errors import RequestError
 from clusters.gpu import find_gpu
 from orchestrator.devices import as_dtype, compute_dtype
@@ -22,6 +23,8 @@ UNKNOWN_CONTEXT_BYTES = 512 * MIB
 
 UNSLOTH_PYTHON = "UNSLOTH_PYTHON"
 """The environment variable with the Python that has Unsloth, which wants other versions than ours."""
+SHORTEST = 512
+"""Tokens of a sequence with which a row is timed at least."""
 START_SECONDS = 12.0
 """Importing, the CUDA context, the libraries' kernels."""
 LOADED_BYTES_PER_S = 1.5e9
@@ -73,8 +76,10 @@ def too_few(case: Case, machine: Mapping[str, Any]) -> str | None:
     return f"it needs {wanted} GPUs, and there {'is 1' if there == 1 else f'are {there}'}" if wanted > there else None
 
 
-def lacks_a_peer(case: Case) -> str | None:
-    """Why nobody can run a case's loop, or None. That of TRL says so itself: it runs in this Python."""
+def lacks_a_package(case: Case) -> str | None:
+    """Why nobody can run a case's loop or its kernel, or None. TRL's says so itself: it runs in this Python."""
+    if case.strategy.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        return "it wants flash-attn, which is not installed"
     if case.loop != "unsloth" or os.environ.get(UNSLOTH_PYTHON):
         return None
     return "it wants a Python that has Unsloth: UNSLOTH=path/to/python"
@@ -89,6 +94,46 @@ def does_not_fit(predicted: Mapping[str, Any], free_bytes: int) -> str | None:
     if needed <= free_bytes:
         return None
     return f"it needs {needed / 1024**3:.1f} GiB by the formula, and {free_bytes / 1024**3:.1f} GiB are free"
+
+
+def fitted(cases: Sequence[Case], device: Device, free_bytes: int) -> list[Case]:
+    """`cases`, those that are timed with the longest sequences, and the most of them, that fit: their own or halves.
+
+    All of one model have the same length, and those that are checkpointed, and those that are not, the same
+    micro-batch, so that rates can be compared. What does not fit at `SHORTEST` stays as it is, and is skipped.
+    """
+
+    def fits(case: Case) -> bool:
+        return does_not_fit(by_formula(case, device), free_bytes) is None
+
+    timed = [case for case in cases if case.is_timed]
+    sizes: dict[str, tuple[int, int]] = {}
+    for model in dict.fromkeys(case.model for case in timed):
+        alike: dict[tuple[bool, int], list[Case]] = {}
+        for case in (case for case in timed if case.model == model):
+            key = not case.strategy.gradient_checkpointing, case.strategy.micro_batch
+            alike.setdefault(key, []).append(case)
+        groups = [alike[key] for key in sorted(alike)]  # what is checkpointed, as TRL's is, says how long
+        for seq_len in halves(groups[0][0].recipe.seq_len, SHORTEST):
+            found = [largest_micro_batch(group, seq_len, fits) for group in groups]
+            if found[0] is not None:
+                for group, most in zip(groups, found, strict=True):
+                    sizes.update({case.name: (most, seq_len) for case in group if most is not None})
+                break
+    return [sized(case, *sizes[case.name]) if case.name in sizes else case for case in cases]
+
+
+def largest_micro_batch(group: Sequence[Case], seq_len: int, fits: Callable[[Case], bool]) -> int | None:
+    """The largest with which all of `group` fit, up to their own; None where not even one sequence does."""
+    most = halves(group[0].strategy.micro_batch, 1)
+    return next((each for each in most if all(fits(sized(case, each, seq_len)) for case in group)), None)
+
+
+def halves(most: int, least: int) -> Iterator[int]:
+    """`most`, its half and so on, down to `least`."""
+    while most >= least:
+        yield most
+        most //= 2
 
 
 def seconds(case: Case, machine: Mapping[str, Any]) -> float:

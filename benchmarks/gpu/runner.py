@@ -18,6 +18,7 @@ from benchmarks.gpu import predict
 from benchmarks.gpu.job import Job
 from benchmarks.gpu.matrix import Case
 from benchmarks.gpu.tracer import Tracers
+from clusters.errors import request_error
 from qlora_core.files import write_json
 from qlora_core.recipe import Dtype
 
@@ -41,14 +42,25 @@ Row = dict[str, Any]
 class Record:
     """The JSON of a run, written whole after every change, so that an interruption loses nothing.
 
-    What an earlier run of the same versions measured on the same kind of device is kept, where the file is there.
+    What an earlier run of the same versions measured on the same kind of device is kept, where the file is there; a
+    file of other ones is left as it is, and a name that is free is taken.
+
+    Attributes:
+        out: the file.
+
+    Raises:
+        RequestError: it cannot be read or written.
     """
 
     def __init__(self, out: Path, facts: Mapping[str, Any]) -> None:
-        self._out = out
-        earlier = measured_before(out, facts)
-        self._facts = {**facts, "rates": earlier.get("rates")}
-        self.rows: list[Row] = [row for row in earlier.get("rows", []) if row["status"] == "measured"]
+        try:
+            self.out, earlier = measured_before(out, facts)
+            self._facts = {**facts, **{what: earlier.get(what) for what in ("rates", "recovery")}}
+            self.rows: list[Row] = [row for row in earlier.get("rows", []) if row["status"] == "measured"]
+            self._write()
+        except OSError as error:
+            rule = f"it cannot be read and written: {error.strerror or error}"
+            raise request_error("--out", out, rule, "Name a file in a folder of your own") from error
 
     @property
     def rates(self) -> dict[str, Any] | None:
@@ -58,6 +70,16 @@ class Record:
     def put_rates(self, said: Mapping[str, Any]) -> None:
         """Add what the device achieves."""
         self._facts["rates"] = said
+        self._write()
+
+    @property
+    def recovery(self) -> dict[str, Any] | None:
+        """What `benchmarks.gpu.recovery` said; None before it was asked."""
+        return cast(dict[str, Any] | None, self._facts["recovery"])
+
+    def put_recovery(self, said: Mapping[str, Any]) -> None:
+        """Add what became of a run that memory ran out of."""
+        self._facts["recovery"] = said
         self._write()
 
     def has(self, case: Case) -> bool:
@@ -71,21 +93,40 @@ class Record:
         self._write()
 
     def _write(self) -> None:
-        write_json(self._out, {"schema_version": SCHEMA_VERSION, **self._facts, "rows": self.rows})
+        write_json(self.out, {"schema_version": SCHEMA_VERSION, **self._facts, "rows": self.rows})
 
 
-def measured_before(out: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The file of an earlier run, if that was of the same device and versions; else nothing."""
-    if not out.exists():
-        return {}
-    before: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return before if identity(before) == identity({"schema_version": SCHEMA_VERSION, **facts}) else {}
+def measured_before(out: Path, facts: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The file of an earlier run of the same device and versions, and what it says; else a name that is free."""
+    wanted, named, number = identity({"schema_version": SCHEMA_VERSION, **facts}), out, 1
+    while out.exists():
+        if identity(before := written(out)) == wanted:
+            return out, before
+        out = named.with_stem(f"{named.stem}-{(number := number + 1)}")
+    return out, {}
+
+
+def written(path: Path) -> dict[str, Any]:
+    """The record in a file.
+
+    Raises:
+        RequestError: it holds something else.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        is_one = isinstance(record, dict) and isinstance(record.get("rows"), list)
+    except ValueError:
+        is_one = False
+    if not is_one:
+        rule = "it is no record of `make gpu`, which is a JSON object with rows"
+        raise request_error("--out", path, rule, "Move it away, or name another file")
+    return cast(dict[str, Any], record)
 
 
 def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """What two runs must have in common for their rows to stand in one file."""
     return (
-        record["schema_version"],
+        record.get("schema_version"),
         record.get("dry"),
         record.get("device", {}).get("name"),
         record.get("device", {}).get("driver"),
@@ -126,10 +167,10 @@ def run(
 
     Those that the record has are not measured again.
     """
-    cases = [case for case in cases if not record.has(case)]
+    device = predict.device_of(machine)
+    cases = [case for case in predict.fitted(cases, device, machine["free_bytes"]) if not record.has(case)]
     if not cases:
         return
-    device = predict.device_of(machine)
     pace = 1.0
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -143,7 +184,7 @@ def run(
             should_take = pace * predict.seconds(case, machine)
             reason = (
                 predict.too_few(case, machine)
-                or predict.lacks_a_peer(case)
+                or predict.lacks_a_package(case)
                 or predict.does_not_fit(formula, machine["free_bytes"])
                 or too_late(should_take, clock)
             )

@@ -53,6 +53,16 @@ def rates_line(said: Mapping[str, Any]) -> str:
     return f"Operations, bytes or kernels a second, medians: {', '.join(medians)}."
 
 
+def recovery_line(said: Mapping[str, Any]) -> str:
+    """What became of a run that memory ran out of."""
+    if "survived" not in said:
+        reason = said.get("failed") or said.get("skipped") or "not asked"
+        return f"Recovery from CUDA out-of-memory: not measured: {reason}"
+    return (
+        f"Recovery from CUDA out-of-memory: survived, {said['steps_lost']} steps done twice, {said['seconds']:.0f} s."
+    )
+
+
 def _errors(row: Mapping[str, Any], figure: str) -> str:
     said = [row["errors_percent"].get(estimator, {}).get(figure) for estimator in ("formula", "trace")]
     return " / ".join("-" if error is None else f"{error:+.1f}" for error in said)

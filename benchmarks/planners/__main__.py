@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean, median
@@ -24,7 +23,7 @@ import click
 from benchmarks.accuracy import t4
 from benchmarks.peers import installed, put_in_hub_cache
 from benchmarks.place import Place
-from benchmarks.speed import ROOT, machine
+from benchmarks.speed import ROOT, facts
 from clusters.errors import RunFailed
 from launch.command import main as run_command
 from qlora_core.files import write_json
@@ -37,6 +36,8 @@ SCRIPT = Path(__file__).with_name("asked.py")
 FIGURES = ("allocated", "reserved", "process", "after loading")
 """What a planner may say, of those that a row has."""
 TIMED = 200
+PACKAGES = ("qlora-orchestrator", "torch", "transformers", "peft", "bitsandbytes")
+"""What our own answers are made with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +150,7 @@ def command(debug: bool) -> int:
             }
     results = {
         "schema_version": 1,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
+        **facts(*PACKAGES),
         "rows": len(t4.t4_rows()),
         "planners": {
             name: {

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import click
 
 from benchmarks.reliability import page, saving
-from benchmarks.speed import ROOT, machine
+from benchmarks.speed import ROOT, facts
 from launch.command import main as run_command
 from qlora_core.files import write_json
 
@@ -29,9 +26,7 @@ def command(debug: bool) -> int:
     os.environ["QLORA_LEDGER"] = str(WORK / "ledger.sqlite")
     results = {
         "schema_version": 1,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        **facts(*PACKAGES),
         "faults": [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()],
         "curves": curves,
         "saving": {"every": saving.EVERY, **saving.measured(WORK)},

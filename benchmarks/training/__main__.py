@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
 import sys
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
-from benchmarks.peers import QUIET, installed, run_to_end
-from benchmarks.speed import ROOT, machine
+from benchmarks.peers import QUIET, installed, run_to_end, versions_of
+from benchmarks.speed import ROOT, TRAINING, facts
 from benchmarks.training import memory, page
 from benchmarks.training.case import Case, chosen_dtype, make_model, write_spec
 from benchmarks.training.order import order_of
@@ -32,6 +29,10 @@ from qlora_core.training.layout import lay_out
 
 WORK = ROOT / ".cache" / "bench"
 TRL_VERSION, UNSLOTH_VERSION = "1.16.0", "2026.10.9"
+UNSLOTH_WITH = ("unsloth_zoo==2026.10.9", "transformers==5.17.0", "trl==1.15.0", "datasets==4.8.5")
+"""The newest that this Unsloth takes: other versions would make other figures."""
+BOTH = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl")
+"""What of a peer's environment is written down beside the peer itself."""
 WARM_UP = 4
 """First steps of each run, which are left out: ours are followed by the storage tracker."""
 PEER_SECONDS = 150
@@ -53,7 +54,7 @@ OURS: dict[str, dict[str, Any]] = {
 
 
 @click.command(name="benchmarks.training")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each loop, in turn.")
+@click.option("--rounds", type=click.IntRange(min=1), default=4, show_default=True, help="Runs of each loop, in turn.")
 @click.option("--steps", type=click.IntRange(min=WARM_UP + 1), default=10, show_default=True, help="Steps of a run.")
 @click.option("--tiny", is_flag=True, help="A model of a few layers, and no results kept: to try the benchmark itself.")
 @click.option("--only-ray", is_flag=True, help="What a launch by Ray costs a step; other results stay as they are.")
@@ -75,9 +76,11 @@ def command(rounds: int, steps: int, tiny: bool, only_ray: bool, debug: bool) ->
     rates, peaks = speed(case, work, model, rounds, steps, auto, peers)
     results = {
         "schema_version": 1,
-        "date": today(),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), "trl": TRL_VERSION, "unsloth": UNSLOTH_VERSION, **versions()},
+        **facts(*TRAINING),
+        "peers": {
+            "TRL": versions_of(peers.trl.parents[1], BOTH),
+            "Unsloth": versions_of(peers.unsloth.parents[1], (*BOTH, "unsloth", "unsloth_zoo")),
+        },
         "case": asdict(case),
         "auto": auto,
         "rounds": rounds,
@@ -101,11 +104,6 @@ def keep(results: dict[str, Any], auto: str, tiny: bool) -> None:
         write_json(page.results_file(auto), results)
         page.write()
     click.echo(page.tables(results))
-
-
-def today() -> str:
-    """The date, as results have it."""
-    return datetime.now(UTC).date().isoformat()
 
 
 # --- the loops, each in a process of its own --------------------------------------------------------------------------
@@ -209,7 +207,7 @@ def beside_ray(case: Case, work: Path, model: Path, turns: int) -> dict[str, Any
     """
     short = replace(case, seq_len=min(case.seq_len, 256))
 
-    on = machine()
+    when = facts(*TRAINING)
 
     def specified(name: str) -> Path:
         path = write_spec(short, work / "ray" / name, model, steps=RAY_STEPS, compute_dtype="float32")
@@ -228,7 +226,7 @@ def beside_ray(case: Case, work: Path, model: Path, turns: int) -> dict[str, Any
         for name, argv in commands.items()
     }
     found = by_turns(trainings, warm_up=WARM_UP, turns=turns, seconds=TURN_SECONDS)
-    return {**found, "date": today(), "machine": on}
+    return {**found, **when}
 
 
 def memory_measured(case: Case, work: Path, model: Path) -> list[dict[str, Any]]:
@@ -256,7 +254,7 @@ class Peers(NamedTuple):
 
 
 def installed_peers() -> Peers:
-    """TRL with our versions of all that both use; Unsloth, which wants older ones, with those that it can have.
+    """TRL with our versions of all that both use; Unsloth with `UNSLOTH_WITH`, which are older.
 
     Raises:
         RunFailed: one cannot be installed.
@@ -265,14 +263,8 @@ def installed_peers() -> Peers:
     trl = installed("trl", TRL_VERSION, (*both, "transformers"))
     # it does without, where text is trained; their binaries are made for one build of torch, which need not be this one
     without = ("torchvision", "xformers")
-    unsloth = installed("unsloth", UNSLOTH_VERSION, ours=both, without=without)
+    unsloth = installed("unsloth", UNSLOTH_VERSION, UNSLOTH_WITH, ours=both, without=without)
     return Peers(*(folder / "bin" / "python" for folder in (trl, unsloth)))
-
-
-def versions() -> dict[str, str]:
-    """Of what both sides train with."""
-    names = ("torch", "transformers", "peft", "bitsandbytes", "ray")
-    return {name: metadata.version(name) for name in names}
 
 
 if __name__ == "__main__":

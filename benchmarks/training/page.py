@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.gpu.achieved import measured_rates
 from benchmarks.place import Place
-from benchmarks.speed import ROOT, spread
+from benchmarks.speed import ROOT, listed, spread
 from benchmarks.tokenization import BATCHED
 from benchmarks.training import memory
 from qlora_core.catalogue import find_model
@@ -122,8 +122,8 @@ def on_gpu() -> tuple[str, list[dict[str, Any]]]:
     `products`, in each of them, is the part of the step that its products would take at the rate that this card was
     measured to multiply at; None where that was not measured.
     """
-    for path in sorted(FOLDER.glob("gpu-*.json"), key=lambda path: path.stem[-len("2026-11-27") :], reverse=True):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    records = {path: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("gpu-*.json")}
+    for path, record in sorted(records.items(), key=lambda one: str(one[1]["date"]), reverse=True):
         if rows := [row for row in record["rows"] if row["steps"] > 2 and row["status"] == "measured"]:
             device, versions = record["device"], record["versions"]
             rows = [{**row, "products": products_share(row, record)} for row in rows]
@@ -153,8 +153,10 @@ def gpu_table() -> list[str]:
     where, rows = on_gpu()
     if not rows:
         return ["On a GPU: not measured yet.", ""]
+    lengths = sorted({row["recipe"]["seq_len"] for row in rows}, reverse=True)
     lines = [
-        f"On a GPU, {where}; one run of each, rank 16, sequences of 2,048, the median step without the first.",
+        f"On a GPU, {where}; one run of each, rank 16, sequences of {' or '.join(f'{each:,}' for each in lengths)}, "
+        "the median step without the first.",
         "Products: the part of a step that they would take at the rate at which the card was measured to multiply.",
         "",
         "| model | run | tokens/s | of TRL's | products | peak allocated, GiB |",
@@ -164,7 +166,9 @@ def gpu_table() -> list[str]:
     for row in rows:
         strategy, measured, model = row["strategy"], row["measured"], row["model"]
         kept = "checkpointed" if strategy["gradient_checkpointing"] else "all activations kept"
-        name = f"{WHOSE[row['loop']]}: {strategy['micro_batch']} at a time, {kept}, {adapters_words(row['recipe'])}"
+        length = f" of {row['recipe']['seq_len']:,}" if len(lengths) > 1 else ""
+        how = f"{strategy['micro_batch']} at a time{length}, {kept}, {adapters_words(row['recipe'])}"
+        name = f"{WHOSE[row['loop']]}: {how}"
         several = strategy["world_size"] > 1
         if several:
             name += f", on {strategy['world_size']} GPUs, ZeRO {strategy['zero_stage']}"
@@ -221,11 +225,12 @@ def tables(results: Mapping[str, Any]) -> str:
 def where(results: Mapping[str, Any]) -> list[str]:
     """What was measured on, and how often."""
     on = results["machine"]
-    installed = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    peers = (f"{name}'s environment: {listed(versions)}." for name, versions in results["peers"].items())
     return [
         f"Measured on {results['date']}: {on['processor']}, {on['cores']} cores, {on['system']}, load {on['load']}, on",
         f"which `auto` is {results['auto']};",
-        f"{installed}.",
+        f"{listed(results['versions'])}.",
+        *peers,
         f"{results['rounds']} rounds; a figure is the median of {results['steps']} steps after the warm-up. A run of",
         "a peer's ends after two and a half minutes; where that is within the warm-up, all its steps but the first",
         "count.",
