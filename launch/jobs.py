@@ -127,9 +127,8 @@ def machine_of(address: str, pool: str | None = None, described: Cluster | None 
         raise request_error("--address", address, "that Ray has no node", "Start one: ray start --address=...")
     if not any(each.get("GPU") for each in resources):
         if pool is not None or described is not None:
-            raise request_error(
-                "--pool", pool or "", "that Ray has no GPU", "Leave --cluster and --pool out to take CPUs"
-            )
+            where, given = ("--cluster", described.source) if described is not None else ("--pool", pool)
+            raise request_error(where, given, "that Ray has no GPU", "Leave --cluster and --pool out to take its CPUs")
         hosts = [each for each in resources if each.get("CPU")] or resources
         least = min(int(each.get("memory", 0)) for each in hosts)
         # a process a node, unless the specification says otherwise
@@ -161,10 +160,8 @@ def as_described(found: Cluster, wanted: Pool) -> Pool:
         if (pool.gpu, pool.gpus_per_node) == (wanted.gpu, wanted.gpus_per_node):
             return replace(pool, nodes=min(pool.nodes, wanted.nodes))
     rule = f"no node of {found.source} has {wanted.gpus_per_node} {wanted.gpu.name}"
-    others = ", ".join(f"{pool.nodes} with {pool.gpus_per_node} {pool.gpu.name}" for pool in found.pools)
-    raise request_error(
-        "--pool", wanted.name, rule, f"Start such nodes, or give another pool: it has {others or 'none'}"
-    )
+    there = ", ".join(f"{pool.nodes} with {pool.gpus_per_node} {pool.gpu.name}" for pool in found.pools)
+    raise request_error("--pool", wanted.name, rule, f"Start such nodes, or give another pool: there are {there}")
 
 
 # --- submitting -------------------------------------------------------------------------------------------------------
@@ -206,8 +203,9 @@ def submit(
         RequestError: the run is under way.
     """
     before = jobs_of(client, spec)
-    if before and before[-1].status in UNDER_WAY:
-        raise under_way(spec, before[-1].id)
+    for job in before:
+        if job.status in UNDER_WAY:
+            raise under_way(spec, job.id)
     pack(spec, order, local, folder)
     wanted = f"{id_stem(spec)}-{before[-1].number + 1 if before else 1}"
     retrying = Retrying(
@@ -230,7 +228,7 @@ def submit(
                 entrypoint_resources={HEAD_NODE: 0.001},
             )
         )
-    except RuntimeError as error:
+    except (RuntimeError, OSError, RayError) as error:
         if "already exists" in str(error):
             raise under_way(spec, wanted) from None
         raise no_jobs(client.get_address(), error) from None
@@ -269,7 +267,7 @@ def known(client: JobSubmissionClient, job: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, RayError) as error:  # OSError: a connection that breaks off
-        if "does not exist" in str(error) or "404" in str(error):
+        if isinstance(error, RuntimeError) and re.search("does not exist|status code 404", str(error)):
             rule = "that cluster knows no such job"
             raise request_error("JOB", job, rule, "qlora-submit list shows those it knows") from None
         raise no_jobs(client.get_address(), error) from None
