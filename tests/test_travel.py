@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from real_runs import Run, make_run
 
 from clusters.errors import RequestError
-from launch.job import shared
+from launch.job import job, shared
 from launch.travel import JobOrder, pack, read_order, travelling
 from orchestrator.machine import Machine
-from orchestrator.spec import load_spec
+from orchestrator.prepare import prepare
+from orchestrator.spec import RunSpec, load_spec
 
 CPUS = Machine(kind="cpu", name="CPUs of 2 nodes", devices=2, memory_bytes=2**33, compute_capability=(0, 0))
 ORDER = JobOrder(CPUS, "demo-base", force=True)
@@ -89,3 +93,40 @@ def test_a_base_that_was_changed_is_not_taken_for_the_one_that_an_earlier_submis
     second = shared(folder, output, "base")
     assert [(path / "model.safetensors").read_bytes() for path in (first, second)] == [b"first", b"other"]
     assert sorted(path.name for path in output.iterdir()) == sorted([first.name, second.name])
+
+
+def test_a_job_carries_out_what_was_decided_with_the_base_where_all_nodes_see_it(
+    tmp_path: Path, tiny_base: Path, conversations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[RunSpec, dict[str, Any]]] = []
+
+    def carried_out(spec: RunSpec, **decided: Any) -> int:
+        asked.append((spec, decided))
+        return 0
+
+    spec = load_spec(run_of(tmp_path, tiny_base, conversations).specification)
+    folder = tmp_path / "travels"
+    folder.mkdir()
+    pack(spec, ORDER, travelling(spec), folder)
+    monkeypatch.setattr("launch.train.carry_out", carried_out)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.chdir(tmp_path)  # and back: a job goes into its output folder
+    found = CliRunner().invoke(job, ["--folder", str(folder)], standalone_mode=False, catch_exceptions=False)
+    assert found.return_value == 0
+    [(carried, decided)] = asked
+    assert decided == {"force": True, "machine": CPUS, "model_name": "demo-base"}
+    assert Path(carried.model).parent == Path(spec.output)
+    assert (Path(carried.model) / "config.json").read_bytes() == (tiny_base / "config.json").read_bytes()
+
+
+def test_a_base_is_planned_and_recorded_under_the_name_that_it_is_given(
+    tmp_path: Path, tiny_base: Path, conversations: Path
+) -> None:
+    spec = load_spec(run_of(tmp_path, tiny_base, conversations).specification)
+    here = prepare(spec, machine=CPUS)
+    copied = spec.model_copy(update={"model": str(shutil.copytree(tiny_base, tmp_path / "copy"))})
+    there = prepare(copied, machine=CPUS, model_name=here.base.architecture.name)
+    assert there.plan.to_json()["model"]["name"] == str(tiny_base)
+    assert there.plan.digest == here.plan.digest
+    assert there.identity == here.identity
+    assert there.base.folder == tmp_path / "copy"
