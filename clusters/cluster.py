@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clusters.errors import request_error
 from clusters.gpu import GIB, Gpu, find_gpu
 
 if TYPE_CHECKING:
@@ -85,6 +86,20 @@ class Cluster:
     unknown: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     region: str | None = None
+
+
+def chosen_pool(cluster: Cluster, name: str | None) -> Pool:
+    """The pool of that name; without one, the pool with the most GPUs.
+
+    Raises:
+        RequestError: there is no such pool.
+    """
+    pools = {pool.name: pool for pool in cluster.pools}
+    if name is None:
+        return max(cluster.pools, key=lambda pool: pool.gpus)
+    if name not in pools:
+        raise request_error("--pool", name, f"{cluster.source} has no such pool", f"Give one of {', '.join(pools)}")
+    return pools[name]
 
 
 def load_cluster(path: Path) -> Cluster:

@@ -38,7 +38,7 @@ sleep 15
 submit examples/demo.yaml name=second "output=$work/runs/second" recipe.learning_rate=1e-3
 first=$(qlora-submit list | awk '/^ ?first-/ {print $1}')
 second=$(qlora-submit list | awk '/^ ?second-/ {print $1}')
-until qlora-submit status "$second" | grep -q '^waits.*waiting for'; do sleep 1; done
+until qlora-submit status "$second" | grep -q '^waits.*waiting for .* at once'; do sleep 1; done
 show qlora-submit list
 show qlora-submit status "$first"
 show qlora-submit status "$second"

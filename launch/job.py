@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import shutil
 import sys
@@ -13,6 +13,7 @@ try:
     import click
 
     from launch import command
+    from qlora_core.files import replace_folder
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"error: the Python of this job, {sys.executable}, has no {error.name}. Install qlora-orchestrator[train] for "
@@ -20,7 +21,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 FOLDERS = {"model": "base", "adapter": "adapter-before"}
-"""The folders of a model and an adapter that travelled, beside the run."""
+"""What the folders of a model and an adapter that travelled are called beside the run, before a digest."""
 
 
 @click.command("launch.job")
@@ -33,36 +34,39 @@ FOLDERS = {"model": "base", "adapter": "adapter-before"}
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def job(folder: Path, debug: bool) -> int:
     """Carry out the run of a folder's run.yaml on the Ray of RAY_ADDRESS, which started this job."""
-    from launch.jobs import ORDER_FILE, SPECIFICATION
-
     command.require_train_extra("a job's Python, the `python` on PATH of the head's node,")
     from launch.train import carry_out
-    from orchestrator.machine import Machine
+    from launch.travel import SPECIFICATION, read_order
     from orchestrator.spec import ClusterSpec, load_spec
 
     spec = load_spec((folder / SPECIFICATION).resolve())
-    fields = json.loads((folder / ORDER_FILE).read_text(encoding="utf-8"))
-    machine = Machine(**{**fields, "compute_capability": tuple(fields["compute_capability"])})
+    order = read_order(folder)
     changes: dict[str, Any] = {"cluster": ClusterSpec(address=os.environ["RAY_ADDRESS"])}
     for field, name in FOLDERS.items():
         travelled = getattr(spec, field)
         if travelled is not None and Path(travelled).is_relative_to(folder.resolve()):
-            changes[field] = str(shared(Path(travelled), Path(spec.output) / name))
+            changes[field] = str(shared(Path(travelled), Path(spec.output), name))
     spec = spec.model_copy(update=changes)
     # Ray may fetch the folder that travelled anew while the run goes on; a process whose folder is gone starts no other
     Path(spec.output).mkdir(parents=True, exist_ok=True)
     os.chdir(spec.output)
-    return carry_out(spec, force=False, machine=machine)
+    return carry_out(spec, force=order.force, machine=order.machine, model_name=order.model)
 
 
-def shared(travelled: Path, target: Path) -> Path:
-    """A copy of a folder that all nodes see: what travels lies at another place on each of them."""
+def shared(travelled: Path, output: Path, name: str) -> Path:
+    """A copy of a folder that all nodes see, since what travels lies at another place on each of them.
+
+    It is called by its contents: what an earlier submission brought is not taken for what was changed since.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in travelled.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(f"{path.relative_to(travelled)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    target = output / f"{name}-{digest.hexdigest()[:8]}"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beginning = target.with_name(f".{target.name}")
-        shutil.rmtree(beginning, ignore_errors=True)
-        shutil.copytree(travelled, beginning)
-        beginning.rename(target)
+        output.mkdir(parents=True, exist_ok=True)
+        with replace_folder(target) as beginning:
+            shutil.copytree(travelled, beginning)
     return target
 
 

@@ -1,53 +1,61 @@
-"""Runs as jobs of a Ray cluster: what travels, who is already writing, and what became of it (Ray's Jobs API)."""
+"""Runs as jobs of a Ray cluster: what it has, who is already writing, and what became of them (Ray's Jobs API)."""
 
 from __future__ import annotations
 
-import dataclasses
 import getpass
 import hashlib
 import json
 import logging
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import ray
-import yaml
+from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
+from tenacity import Retrying, retry_if_exception, retry_if_exception_type, stop_after_delay, wait_fixed
 
 import clusters
 import launch
 import orchestrator
 import qlora_core
-from clusters.errors import RequestError, first_line, request_error
+from clusters.cluster import Cluster, Pool, chosen_pool
+from clusters.errors import Problem, RequestError, first_line, request_error
 from launch.report.words import gib
+from launch.travel import JobOrder, pack
 from orchestrator.machine import Machine, machine_of_pool
 from orchestrator.order import WAITING
-from orchestrator.places import places, put
+from orchestrator.places import Place
 from orchestrator.plans import Plan
 from orchestrator.ray_nodes import cluster_of, gpus_of, types_of
 from orchestrator.record import load_record
 from orchestrator.spec import RunSpec
 
 PACKAGES = (clusters, launch, orchestrator, qlora_core)
-TRAVELS_BYTES = 100 * 1000**2
-"""Local files up to so much go along with a job; Ray itself refuses more than 500 MiB."""
 MOST_NODES = 10_000
+DASHBOARD = "Give http://HOST:PORT of the dashboard of a head that runs (ray start --head; 8265 by default)"
 START_SECONDS = 60
 """A cluster that has just been started takes no jobs for some seconds."""
+LOST_SECONDS = 300
+"""Who follows a job tries for so long to find a cluster again that does not answer any more."""
 DRIVER_BYTES = 1024**3
 """What drives a run on the head: the job's process, and the attempt's."""
 HEAD_NODE = "node:__internal_head__"
 """A resource that Ray gives to the head's node."""
 UNDER_WAY = (JobStatus.PENDING, JobStatus.RUNNING)
-ORDER_FILE, SPECIFICATION = "machine.json", "run.yaml"
 ENTRYPOINT = "python -m launch.job"
+NOT_STARTED = f"{WAITING}the head to start it"
+"""What Ray says in two sentences of a job that has no room yet, or whose files are not unpacked yet."""
+Answer = TypeVar("Answer")
+
+
+class NoAnswer(RequestError):
+    """No Jobs API answers at an address, or it does not any more."""
 
 
 class Submitted(NamedTuple):
@@ -67,6 +75,9 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         RequestError: nothing answers there, it is no Ray, or it refuses the token.
     """
+    if not address.startswith(("http://", "https://")):  # Ray would look for something else there, for a minute
+        raise request_error("--address", address, "it does not begin with http:// or https://", DASHBOARD)
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.ERROR)  # of files of more than 10 MB
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
         logging.getLogger(name).setLevel(logging.WARNING)  # they tell of each package that is uploaded
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers it to what it is given
@@ -79,22 +90,33 @@ def connect(address: str) -> JobSubmissionClient:
 def no_jobs(address: str, error: Exception) -> RequestError:
     """The error of a cluster whose Jobs API cannot be used."""
     if re.search(r"[Aa]uthenticat|[Uu]nauthorized|[Ff]orbidden|\b40[13]\b", str(error)):
-        has_one = os.environ.get("RAY_AUTH_MODE") == "token"
-        rule = "it refuses the token" if has_one else "it wants a token, and none is set"
         remedy = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
-    else:
-        rule = f"no Jobs API of a Ray answers there: {first_line(error)}"
-        remedy = "Give http://HOST:PORT of the dashboard of a head that runs (ray start --head; 8265 by default)"
-    return request_error("--address", address, rule, remedy)
+        return request_error("--address", address, token_rule(), remedy)
+    rule = f"no Jobs API of a Ray answers there: {first_line(error)}"
+    return NoAnswer([Problem("--address", address, rule, DASHBOARD)])
 
 
-def machine_of(address: str) -> tuple[Machine, str | None]:
+def token_rule() -> str:
+    """What is wrong with the token that this machine has for a cluster, where the cluster does not take it."""
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return "it wants a token, and none is set"
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if not os.environ.get("RAY_AUTH_TOKEN") and not file.is_file():
+        return f"it wants a token, and there is no file {file}"
+    return "it refuses the token"
+
+
+def machine_of(address: str, pool: str | None = None, described: Cluster | None = None) -> tuple[Machine, str | None]:
     """What the workers of a cluster run on, and a remark where something is assumed.
 
-    GPUs are those of the pool with the most of them; without any, workers are processes on its CPUs.
+    GPUs are those of a pool, by default the one with the most of them; without any, workers are processes on CPUs.
+
+    Args:
+        pool: of the description, or without one as `qlora-plan --cluster HOST:PORT` names it.
+        described: the pool's GPUs and how many of them are meant; what there is of them the cluster says.
 
     Raises:
-        RequestError: no node is alive, or its GPUs are not in the catalogue.
+        RequestError: no node is alive, its GPUs are not in the catalogue, or it has no such pool.
     """
     try:
         nodes = [node for node in list_nodes(address, limit=MOST_NODES) if node.state == "ALIVE"]
@@ -104,6 +126,9 @@ def machine_of(address: str) -> tuple[Machine, str | None]:
     if not resources:
         raise request_error("--address", address, "that Ray has no node", "Start one: ray start --address=...")
     if not any(each.get("GPU") for each in resources):
+        if pool is not None or described is not None:
+            where, given = ("--cluster", described.source) if described is not None else ("--pool", pool)
+            raise request_error(where, given, "that Ray has no GPU", "Leave --cluster and --pool out to take its CPUs")
         hosts = [each for each in resources if each.get("CPU")] or resources
         least = min(int(each.get("memory", 0)) for each in hosts)
         # a process a node, unless the specification says otherwise
@@ -111,27 +136,42 @@ def machine_of(address: str) -> tuple[Machine, str | None]:
     found = cluster_of([{"Alive": True, "Resources": each} for each in resources], address)
     if not found.pools:
         raise request_error("--address", address, "; ".join(found.unknown), "Give a cluster whose GPUs are known")
-    pool = max(found.pools, key=lambda pool: pool.gpus)
+    taken = chosen_pool(found, pool) if described is None else as_described(found, chosen_pool(described, pool))
     remarks = list(found.remarks)
     kind = None
     if len(found.pools) > 1:
-        remarks.append(f"planned for its {pool.gpus} {pool.gpu.name}; it has other GPUs, too")
+        if pool is None and described is None:
+            others = " or ".join(each.name for each in found.pools if each is not taken)
+            remarks.append(f"planned for its {taken.gpus} {taken.gpu.name}; --pool {others} takes others")
         # of a wide and a narrow name, A100 and A100-80G, the one that leaves no doubt
         kind = max(
-            (name for each in resources for name in types_of(each) if pool.gpu in gpus_of(types_of(each))), key=len
+            (name for each in resources for name in types_of(each) if taken.gpu in gpus_of(types_of(each))), key=len
         )
-    return machine_of_pool(pool, kind), "; ".join(remarks) or None
+    return machine_of_pool(taken, kind), "; ".join(remarks) or None
+
+
+def as_described(found: Cluster, wanted: Pool) -> Pool:
+    """What a running Ray has of a described pool: its GPUs, on no more nodes than were meant.
+
+    Raises:
+        RequestError: it has no such nodes.
+    """
+    for pool in found.pools:
+        if (pool.gpu, pool.gpus_per_node) == (wanted.gpu, wanted.gpus_per_node):
+            return replace(pool, nodes=min(pool.nodes, wanted.nodes))
+    rule = f"no node of {found.source} has {wanted.gpus_per_node} {wanted.gpu.name}"
+    there = ", ".join(f"{pool.nodes} with {pool.gpus_per_node} {pool.gpu.name}" for pool in found.pools)
+    raise request_error("--pool", wanted.name, rule, f"Start such nodes, or give another pool: there are {there}")
 
 
 # --- submitting -------------------------------------------------------------------------------------------------------
 
 
 def jobs_of(client: JobSubmissionClient, spec: RunSpec) -> list[Submitted]:
-    """The jobs of a run's output folder, in their order."""
-    stem = id_stem(spec)
+    """The jobs of a run's output folder, under whatever name, in their order."""
     found = []
     for job in client.list_jobs():
-        matched = re.fullmatch(rf"{re.escape(stem)}-(\d+)", job.submission_id or "")
+        matched = re.fullmatch(rf".+-{folder_digest(spec)}-(\d+)", job.submission_id or "")
         if matched and job.submission_id:
             found.append(Submitted(job.submission_id, int(matched[1]), job.status))
     return sorted(found, key=lambda job: job.number)
@@ -139,25 +179,34 @@ def jobs_of(client: JobSubmissionClient, spec: RunSpec) -> list[Submitted]:
 
 def id_stem(spec: RunSpec) -> str:
     """What the ids of a run's jobs begin with: its name, and what tells its output folder from others."""
-    return f"{spec.name}-{hashlib.sha256(spec.output.encode()).hexdigest()[:8]}"
+    return f"{spec.name}-{folder_digest(spec)}"
 
 
-def submit(client: JobSubmissionClient, spec: RunSpec, machine: Machine, plan: Plan, folder: Path) -> str:
-    """Submit a run that was planned for `machine`; returns the job's id.
+def folder_digest(spec: RunSpec) -> str:
+    """What tells a run's output folder from others in the ids of jobs."""
+    return hashlib.sha256(spec.output.encode()).hexdigest()[:8]
+
+
+def submit(
+    client: JobSubmissionClient, spec: RunSpec, order: JobOrder, plan: Plan, local: Mapping[Place, Path], folder: Path
+) -> str:
+    """Submit a run that was planned; returns the job's id.
 
     The id follows from the output folder and the jobs that it has had, and Ray takes an id once: of two submitters at
     the same time one is refused.
 
     Args:
+        local: what `travelling` found.
         folder: an empty one, for what travels.
 
     Raises:
-        RequestError: the run is under way, or too much would have to travel.
+        RequestError: the run is under way.
     """
     before = jobs_of(client, spec)
-    if before and before[-1].status in UNDER_WAY:
-        raise under_way(spec, before[-1].id)
-    pack(spec, machine, folder)
+    for job in before:
+        if job.status in UNDER_WAY:
+            raise under_way(spec, job.id)
+    pack(spec, order, local, folder)
     wanted = f"{id_stem(spec)}-{before[-1].number + 1 if before else 1}"
     retrying = Retrying(
         stop=stop_after_delay(START_SECONDS), wait=wait_fixed(2), retry=retry_if_exception(is_starting), reraise=True
@@ -179,7 +228,7 @@ def submit(client: JobSubmissionClient, spec: RunSpec, machine: Machine, plan: P
                 entrypoint_resources={HEAD_NODE: 0.001},
             )
         )
-    except RuntimeError as error:
+    except (RuntimeError, OSError, RayError) as error:
         if "already exists" in str(error):
             raise under_way(spec, wanted) from None
         raise no_jobs(client.get_address(), error) from None
@@ -209,57 +258,6 @@ def metadata(spec: RunSpec, plan: Plan) -> dict[str, str]:
     }
 
 
-def pack(spec: RunSpec, machine: Machine, folder: Path) -> None:
-    """Put into `folder` what the job needs: the specification, what it was planned for, and local files that it names.
-
-    Raises:
-        RequestError: they are larger than what may travel.
-    """
-    fields = fields_of(spec)
-    local = {place: Path(text) for place, text in places(fields).items() if place != ("output",)}
-    local = {place: path for place, path in local.items() if path.is_absolute() and path.exists()}
-    size = sum(map(size_of, local.values()))
-    if size > TRAVELS_BYTES:
-        large = max(local, key=lambda place: size_of(local[place]))
-        raise request_error(
-            ".".join(large),
-            local[large],
-            f"{size / 1e6:,.0f} MB would have to travel, and at most {TRAVELS_BYTES / 1e6:.0f} MB do",
-            "Put it on storage that all nodes see, and name it by an address (s3://...) or a Hub id",
-        )
-    for place, path in local.items():
-        target = folder / ".".join(place) / path.name
-        target.parent.mkdir()
-        if path.is_dir():
-            shutil.copytree(path, target)
-        else:
-            shutil.copy2(path, target)
-        put(fields, place, str(target.relative_to(folder)))
-    for name, text in texts_of(fields, machine).items():
-        (folder / name).write_text(text, encoding="utf-8")
-
-
-def fields_of(spec: RunSpec) -> dict[str, Any]:
-    """A specification for a job, whose cluster is the one that it is in."""
-    fields = spec.model_dump(mode="json", exclude_unset=True) | {"output": spec.output}
-    fields.pop("cluster", None)
-    return fields
-
-
-def texts_of(fields: Mapping[str, Any], machine: Machine) -> dict[str, str]:
-    """What `launch.job` reads, by the files' names: the specification, and what it was planned for."""
-    return {
-        SPECIFICATION: yaml.safe_dump(dict(fields), sort_keys=False),
-        ORDER_FILE: json.dumps(dataclasses.asdict(machine)) + "\n",
-    }
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all below a folder."""
-    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
-    return sum(each.stat().st_size for each in files)
-
-
 # --- afterwards -------------------------------------------------------------------------------------------------------
 
 
@@ -268,11 +266,32 @@ def known(client: JobSubmissionClient, job: str) -> Iterator[None]:
     """Turn Ray's error about a job that it does not know into one of ours."""
     try:
         yield
-    except RuntimeError as error:
-        if "does not exist" in str(error) or "404" in str(error):
+    except (RuntimeError, OSError, RayError) as error:  # OSError: a connection that breaks off
+        if isinstance(error, RuntimeError) and re.search("does not exist|status code 404", str(error)):
             rule = "that cluster knows no such job"
             raise request_error("JOB", job, rule, "qlora-submit list shows those it knows") from None
         raise no_jobs(client.get_address(), error) from None
+
+
+def steadily(client: JobSubmissionClient, job: str, ask: Callable[[str], Answer]) -> Answer:
+    """What a cluster that has answered before says of a job, also where the connection is lost for some minutes.
+
+    Raises:
+        RequestError: it knows no such job, or is not to be found again.
+    """
+
+    def asked() -> Answer:
+        with known(client, job):
+            return ask(job)
+
+    stop = stop_after_delay(LOST_SECONDS)
+    retrying = Retrying(stop=stop, wait=wait_fixed(2), retry=retry_if_exception_type(NoAnswer), reraise=True)
+    try:
+        return retrying(asked)
+    except NoAnswer as error:
+        rule = f"the connection was lost, and for {LOST_SECONDS} s nothing has answered; the job goes on without it"
+        remedy = f"Later: qlora-submit wait {job}"
+        raise request_error("--address", client.get_address(), rule, remedy) from error
 
 
 def details(client: JobSubmissionClient, job: str) -> JobDetails:
@@ -312,7 +331,7 @@ def progress(output: Path) -> str | None:
 def says(client: JobSubmissionClient, job: JobDetails) -> str | None:
     """What a job waits for, in its own words or in Ray's; None where it waits for nothing."""
     if job.status is JobStatus.PENDING:
-        return job.message or None
+        return NOT_STARTED
     if job.status is not JobStatus.RUNNING or job.submission_id is None:
         return None
     with known(client, job.submission_id):

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clusters import kuberay, ray_launcher, slurm
-from clusters.cluster import Cluster, Pool, load_cluster
+from clusters.cluster import Cluster, Pool, chosen_pool, load_cluster
 from clusters.errors import Problem, RequestError, request_error
 from clusters.workload import Volume, Workload, nodes_for
 from launch import jobs
+from launch.travel import JobOrder, fields_of, texts_of
 from orchestrator.machine import Machine, describe, machine_of_pool
 from orchestrator.places import places
 from orchestrator.plans import Plan
@@ -66,21 +67,18 @@ def place(asked: Asked, spec: RunSpec) -> Place:
         # nothing is known of the nodes: each is taken to be like this machine
         return Place(dataclasses.replace(here, kind="cpu", devices=workers if isinstance(workers, int) else 1))
     cluster = load_cluster(asked.cluster)
-    pools = {pool.name: pool for pool in cluster.pools}
-    if asked.pool is not None and asked.pool not in pools:
-        rule = "the description has no such pool"
-        raise request_error("--pool", asked.pool, rule, f"Give one of {', '.join(pools)}")
-    pool = pools[asked.pool] if asked.pool is not None else max(cluster.pools, key=lambda each: each.gpus)
+    pool = chosen_pool(cluster, asked.pool)
     return Place(machine_of_pool(pool), cluster, pool)
 
 
-def rendered(asked: Asked, prepared: Prepared, where: Place) -> str:
-    """The manifest.
+def rendered(asked: Asked, prepared: Prepared, where: Place, *, force: bool) -> str:
+    """The manifest; with `force` of a run that is carried out even if it cannot fit.
 
     Raises:
         RequestError: something would have to travel, or the form lacks what it needs.
     """
-    workload = workload_of(asked, prepared.spec, prepared.plan, where)
+    order = JobOrder(where.machine, prepared.base.architecture.name, force)
+    workload = workload_of(asked, prepared.spec, prepared.plan, where, order)
     if asked.form == "kuberay":
         return kuberay.render(workload)
     if asked.form == "slurm":
@@ -90,7 +88,7 @@ def rendered(asked: Asked, prepared: Prepared, where: Place) -> str:
     return ray_launcher.render(workload, where.cluster, where.pool)
 
 
-def workload_of(asked: Asked, spec: RunSpec, plan: Plan, where: Place) -> Workload:
+def workload_of(asked: Asked, spec: RunSpec, plan: Plan, where: Place, order: JobOrder) -> Workload:
     """What the run asks of the cluster."""
     volume = shared_volume(asked, spec)
     workers = plan.strategy.world_size
@@ -100,7 +98,7 @@ def workload_of(asked: Asked, spec: RunSpec, plan: Plan, where: Place) -> Worklo
     ray_version = metadata.version("ray")
     return Workload(
         name=jobs.id_stem(spec),
-        files=jobs.texts_of(jobs.fields_of(spec), where.machine),  # paths stay as they are
+        files=texts_of(fields_of(spec), order),  # paths stay as they are
         output=spec.output,
         metadata=jobs.metadata(spec, plan),
         nodes=nodes,

@@ -1,172 +1,29 @@
-"""qlora-submit: hand a run to a Ray cluster as a job, follow it there, and fetch what came of it."""
+"""qlora-submit: hand a run to a Ray cluster as a job, or print a manifest of it."""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-import time
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
-from clusters.errors import RunFailed, request_error
+from clusters.cluster import load_cluster
+from clusters.errors import request_error
 from launch import command
 from launch.command import require_train_extra
+from launch.submitted import followed, list_jobs, logs, of_cluster, result, status, stop, wait
 from orchestrator.spec import RunSpec, load_spec
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobDetails, JobSubmissionClient
-
-POLL_SECONDS = 1.0
-PIPED_WIDTH = 200
-"""Columns where there is no terminal: nothing is cut off."""
-STOP_SECONDS = 120.0
-"""A job that was asked to stop may take so long to finish its step and write its checkpoint."""
+    from ray.job_submission import JobSubmissionClient
 
 FORMS = ("kuberay", "slurm", "ray-cluster")
 """Of manifests; see launch/render.py."""
-
-Command = Callable[..., Any]
-
-
-def of_cluster(function: Command) -> Command:
-    """The options of every command here."""
-    function = click.option("--debug", is_flag=True, help="Show tracebacks.")(function)
-    return click.option(
-        "--address",
-        envvar="RAY_API_SERVER_ADDRESS",
-        default="http://127.0.0.1:8265",
-        show_default=True,
-        metavar="http://HOST:PORT",
-        help="The dashboard of the cluster's head. [env: RAY_API_SERVER_ADDRESS]",
-    )(function)
-
-
-def of_job(function: Command) -> Command:
-    """A command about one job."""
-    return click.argument("job", metavar="JOB")(of_cluster(function))
-
-
-@click.command("status")
-@of_job
-def status(job: str, address: str, debug: bool) -> int:
-    """Where a job stands."""
-    from launch import jobs
-
-    client = client_of(address)
-    found = jobs.details(client, job)
-    show(found, jobs.says(client, found))
-    return 0
-
-
-@click.command("logs")
-@click.option("--follow", is_flag=True, help="Until the job ends.")
-@of_job
-def logs(job: str, follow: bool, address: str, debug: bool) -> int:
-    """What a job has printed."""
-    from launch import jobs
-
-    client = client_of(address)
-    if follow:
-        return followed(client, job)
-    with jobs.known(client, job):
-        click.echo(client.get_job_logs(job), nl=False)
-    return 0
-
-
-@click.command("wait")
-@of_job
-def wait(job: str, address: str, debug: bool) -> int:
-    """Wait for the end of a job; the exit code is the run's."""
-    return code_of(waited(client_of(address), job))
-
-
-@click.command("stop")
-@of_job
-def stop(job: str, address: str, debug: bool) -> int:
-    """Stop a job after its step, with a checkpoint; the same run submitted again goes on from there."""
-    from launch import jobs
-
-    client = client_of(address)
-    found = jobs.details(client, job)
-    if found.status not in jobs.UNDER_WAY:
-        click.echo(f"{job} has ended already: {found.status.value.lower()}.")
-        return 0
-    output = Path((found.metadata or {}).get("output", ""))
-    if output.is_absolute() and (output / "run.json").exists():
-        (output / ".stop").touch()
-        deadline = time.monotonic() + STOP_SECONDS
-        while found.status in jobs.UNDER_WAY and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-            found = jobs.details(client, job)
-    if found.status in jobs.UNDER_WAY:  # it has not begun, or its folder is not to be seen from here
-        client.stop_job(job)
-        found = waited(client, job)
-    click.echo(f"{job} has ended: {found.status.value.lower()}.")
-    if so_far := jobs.progress(output):
-        click.echo(f"The run: {so_far}.")
-    return 0
-
-
-@click.command("list")
-@of_cluster
-def list_jobs(address: str, debug: bool) -> int:
-    """The runs that were submitted to a cluster, the newest first."""
-    from rich.table import Table
-
-    from launch import jobs
-    from launch.report.words import echo
-
-    client = client_of(address)
-    table = Table(box=None)
-    for name in ("job", "status", "model", "workers", "predicted", "owner", "submitted", "waits"):
-        table.add_column(name, no_wrap=True)
-    for one in jobs.ours(client.list_jobs()):
-        said = one.metadata or {}
-        facts = (said.get(name, "") for name in ("model", "workers", "predicted", "owner"))
-        waits = jobs.says(client, one) or ""
-        table.add_row(one.submission_id, one.status.value.lower(), *facts, moment(one.start_time), waits)
-    echo(table if table.row_count else "No run was submitted to this cluster.", piped_width=PIPED_WIDTH)
-    return 0
-
-
-@click.command("result")
-@click.option(
-    "--to", type=click.Path(path_type=Path, file_okay=False), help="Copy adapter and report into this folder."
-)
-@of_job
-def result(job: str, to: Path | None, address: str, debug: bool) -> int:
-    """Where the adapter and the report of a job are, or a copy of them."""
-    from launch import jobs
-    from launch.report.run_report import FILE_NAME, PAGE_NAME
-
-    found = jobs.details(client_of(address), job)
-    output = Path((found.metadata or {}).get("output", ""))
-    kept = [
-        output / name for name in ("adapter", "model", FILE_NAME, PAGE_NAME, "run.json") if (output / name).exists()
-    ]
-    if found.status in jobs.UNDER_WAY:
-        raise RunFailed(f"{job} has not ended: {found.status.value.lower()}.", f"qlora-submit wait {job}")
-    if not kept:
-        where = f"It wrote to {output} of the cluster's nodes, which holds nothing that can be seen from here."
-        raise RunFailed(where, "Fetch it from a node, or submit with an output on storage that this machine sees.")
-    if to is None:
-        for path in kept:
-            click.echo(path)
-        return 0
-    if to.exists() and any(to.iterdir()):
-        raise request_error("--to", to, "it is not empty", "Name a new folder")
-    to.mkdir(parents=True, exist_ok=True)
-    for path in kept:
-        if path.is_dir():
-            shutil.copytree(path, to / path.name)
-        else:
-            shutil.copy2(path, to)
-        click.echo(to / path.name)
-    return 0
+ELSEWHERE = ("cluster", "pool")
+"""Options of manifests that say something without one, too."""
 
 
 @click.command("qlora-submit", cls=command.WithSubcommands, subcommands=(status, logs, wait, stop, list_jobs, result))
@@ -174,15 +31,22 @@ def result(job: str, to: Path | None, address: str, debug: bool) -> int:
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option("--follow", is_flag=True, help="Show what it prints until it ends; the exit code is the run's.")
 @click.option("--force", is_flag=True, help="Submit even if the plan says that it cannot fit.")
+@click.option("--fresh", is_flag=True, help="Start anew in a folder beside the output folder, if a run lies there.")
+@click.option(
+    "--shared",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False, resolve_path=True),
+    help="A folder that all nodes see at the same path: data and models in it stay there. May be given several times.",
+)
 @click.option(
     "--render", type=click.Choice(FORMS), help="Print a manifest instead, for a cluster that is made for the run."
 )
 @click.option(
     "--cluster",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="With --render: the description of the cluster (docs/clusters.md); without one, workers are on CPUs.",
+    help="The description of the cluster (docs/clusters.md). With --render and without one, workers are on CPUs.",
 )
-@click.option("--pool", help="With --cluster: the pool to run on.  [default: the one with the most GPUs]")
+@click.option("--pool", help="The pool to run on.  [default: the one with the most GPUs]")
 @click.option("--image", help="With --render: a container image with all that a run imports.")
 @click.option("--package", help="With --render and no --image: how pip finds this package, such as a wheel's address.")
 @click.option("--volume", metavar="CLAIM:MOUNT", help="With --render kuberay: what all pods share.")
@@ -196,6 +60,8 @@ def submit(
     overrides: tuple[str, ...],
     follow: bool,
     force: bool,
+    fresh: bool,
+    shared: tuple[Path, ...],
     render: str | None,
     address: str,
     debug: bool,
@@ -207,24 +73,35 @@ def submit(
     plan, if it cannot fit.
     """
     check_manifest(render, manifest, follow)
+    if render is not None and shared:
+        raise request_error("--shared", shared[0], "with a manifest nothing travels", "Leave it out")
     spec = load_spec(specification, overrides)
+    check_cluster(spec, address if render is None else None)
     require_train_extra("qlora-submit")
     from qlora_core.quiet import quiet_libraries
 
     quiet_libraries()
-    if render is not None:
-        return print_manifest(spec, force, {"form": render, **manifest})
     from launch import jobs
     from launch.report.terminal import print_plan
+    from launch.travel import JobOrder, travelling
     from orchestrator.prepare import prepare
 
+    if render is not None:
+        return print_manifest(beside(spec, None) if fresh else spec, force, {"form": render, **manifest})
     client = jobs.connect(address)
     if remark := jobs.another_ray(client):
         command.warn(remark)
+    if fresh:
+        spec = beside(spec, client)
+        click.echo(f"Output: {spec.output}")
     if complete(spec):
-        click.echo(f"The run in {spec.output} is complete already; nothing was submitted.")
+        click.echo(
+            f"The run in {spec.output} is complete already; nothing was submitted. --fresh starts anew beside it."
+        )
         return 0
-    machine, remark = jobs.machine_of(address)
+    local = travelling(spec, shared)
+    described = None if manifest["cluster"] is None else load_cluster(manifest["cluster"])
+    machine, remark = jobs.machine_of(address, manifest["pool"], described)
     if remark:
         command.warn(remark)
     prepared = prepare(spec, tell=lambda text: click.echo(text, err=True), machine=machine)
@@ -232,8 +109,9 @@ def submit(
     if not prepared.plan.fits and not force:
         command.fail("The plan does not fit, so nothing was submitted.", "Change what it shows, or pass --force.")
         return 1
+    order = JobOrder(machine, prepared.base.architecture.name, force)
     with tempfile.TemporaryDirectory(prefix="qlora-job-") as folder:
-        job = jobs.submit(client, spec, machine, prepared.plan, Path(folder))
+        job = jobs.submit(client, spec, order, prepared.plan, local, Path(folder))
     click.echo(f"\nSubmitted as {job}.")
     if follow:
         return followed(client, job)
@@ -243,14 +121,38 @@ def submit(
 
 def check_manifest(render: str | None, options: Mapping[str, Any], follow: bool) -> None:
     """Raise a RequestError for options that say nothing here."""
-    given = [name for name, value in options.items() if value is not None]
+    given = [name for name, value in options.items() if value is not None and name not in ELSEWHERE]
     if render is None and given:
         rule = "it is about a manifest"
         raise request_error(f"--{given[0]}", options[given[0]], rule, f"Add --render {' or '.join(FORMS)}")
     if render is not None and follow:
         raise request_error("--follow", "", "a manifest is printed, not submitted", "Leave it out")
-    if options["pool"] is not None and options["cluster"] is None:
+    if render is not None and options["pool"] is not None and options["cluster"] is None:
         raise request_error("--pool", options["pool"], "no cluster is described", "Add --cluster FILE")
+
+
+def check_cluster(spec: RunSpec, address: str | None) -> None:
+    """Raise a RequestError for a specification that names another cluster; without an address, one made for it."""
+    if spec.cluster == "auto":
+        return
+    named = spec.cluster.address.rpartition(":")[0].strip("[]")
+    if address is None or named != urlsplit(address).hostname:
+        rule = f"the run is handed to {address or 'a cluster that is made for it'}, which is another"
+        raise request_error("cluster.address", spec.cluster.address, rule, "Leave it out, or add cluster=auto")
+
+
+def beside(spec: RunSpec, client: JobSubmissionClient | None) -> RunSpec:
+    """The run with the first output folder beside its own that is not there, nor known to the cluster."""
+    from launch import jobs
+    from launch.train import free_output
+
+    def put(folder: Path) -> RunSpec:
+        return spec.model_copy(update={"output": str(folder)})
+
+    def taken(folder: Path) -> bool:
+        return folder.exists() or (client is not None and bool(jobs.jobs_of(client, put(folder))))
+
+    return put(free_output(Path(spec.output), taken))
 
 
 def print_manifest(spec: RunSpec, force: bool, options: Mapping[str, Any]) -> int:
@@ -267,7 +169,7 @@ def print_manifest(spec: RunSpec, force: bool, options: Mapping[str, Any]) -> in
     if not fits:
         command.fail("The plan does not fit, so no manifest is printed.", "Change what it shows, or pass --force.")
         return 1
-    click.echo(rendered(asked, prepared, where), nl=False)
+    click.echo(rendered(asked, prepared, where, force=force), nl=False)
     return 0
 
 
@@ -277,75 +179,6 @@ def complete(spec: RunSpec) -> bool:
 
     record = load_record(Path(spec.output))
     return record is not None and record.status == "complete"
-
-
-def client_of(address: str) -> JobSubmissionClient:
-    """The Jobs API at an address."""
-    require_train_extra("qlora-submit")
-    from launch import jobs
-
-    return jobs.connect(address)
-
-
-def waited(client: JobSubmissionClient, job: str) -> JobDetails:
-    """A job at its end."""
-    from launch import jobs
-
-    while (found := jobs.details(client, job)).status in jobs.UNDER_WAY:
-        time.sleep(POLL_SECONDS)
-    return found
-
-
-def followed(client: JobSubmissionClient, job: str) -> int:
-    """Print what a job prints until it ends; the exit code is the run's."""
-    from launch import jobs
-
-    shown = 0
-    while True:
-        ended = (found := jobs.details(client, job)).status not in jobs.UNDER_WAY
-        with jobs.known(client, job):
-            text = client.get_job_logs(job)
-        click.echo(text[shown:], nl=False)
-        shown = len(text)
-        if ended:
-            return code_of(found)
-        time.sleep(POLL_SECONDS)
-
-
-def code_of(job: JobDetails) -> int:
-    """The exit code of a job's run: its own, 130 where the job was stopped, else 1 with Ray's reason."""
-    if job.driver_exit_code is not None and job.status.value != "STOPPED":
-        return int(job.driver_exit_code)
-    if job.status.value == "SUCCEEDED":
-        return 0
-    if job.status.value == "STOPPED":
-        return command.INTERRUPTED
-    command.fail(f"{job.submission_id} failed before its run began: {job.message}")
-    return 1
-
-
-def show(job: JobDetails, waits: str | None) -> None:
-    """A job, a fact on each line."""
-    from launch import jobs
-
-    facts = {"job": job.submission_id, "status": job.status.value.lower(), **(job.metadata or {})}
-    facts |= {"submitted": moment(job.start_time)}
-    if job.end_time:
-        facts["ended"] = moment(job.end_time)
-    if waits is not None:
-        facts["waits"] = waits
-    elif job.message and job.status.value == "FAILED":
-        facts["Ray says"] = job.message
-    if so_far := jobs.progress(Path((job.metadata or {}).get("output", ""))):
-        facts["the run"] = so_far
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        click.echo(f"{name:<{width}}  {value}")
-
-
-def moment(milliseconds: int | None) -> str:
-    """A time of Ray's, UTC."""
-    return "" if not milliseconds else f"{datetime.fromtimestamp(milliseconds / 1000, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,10 +92,10 @@ def show_data(spec: RunSpec) -> int:
     return 0
 
 
-def free_output(folder: Path) -> Path:
+def free_output(folder: Path, taken: Callable[[Path], bool] = Path.exists) -> Path:
     """`folder`, or the first of folder-2, folder-3, ... where no run lies."""
     number, candidate = 1, folder
-    while candidate.exists():
+    while taken(candidate):
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
@@ -118,15 +119,15 @@ def show_plan(spec: RunSpec, *, as_json: bool) -> int:
     return 0 if plan.fits else 1
 
 
-def carry_out(spec: RunSpec, *, force: bool, machine: Machine | None = None) -> int:
-    """Prepare and run; returns the exit code. `machine` is what is planned for, this one by default."""
+def carry_out(spec: RunSpec, *, force: bool, machine: Machine | None = None, model_name: str | None = None) -> int:
+    """Prepare and run; returns the exit code. `machine` and `model_name`: see `prepare`."""
     from orchestrator.attempt import ready
 
     with ready():  # what drives Ray has as much to import as what follows here
-        return prepare_and_run(spec, force=force, machine=machine)
+        return prepare_and_run(spec, force=force, machine=machine, model_name=model_name)
 
 
-def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None) -> int:
+def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None, model_name: str | None) -> int:
     """See `carry_out`."""
     # Only now, since torch and transformers take seconds to import: a wrong specification is told at once.
     from qlora_core.quiet import quiet_libraries, uncollected
@@ -143,7 +144,7 @@ def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None) -> i
         from orchestrator.supervisor import Interrupted
 
     console, output = Console(), Path(spec.output)
-    prepared = prepare(spec, tell=to_stderr, machine=machine)
+    prepared = prepare(spec, tell=to_stderr, machine=machine, model_name=model_name)
     try:
         with TerminalDisplay(console) as display:
             record, already = execute(prepared, display, force=force)

@@ -56,7 +56,8 @@ ENTER = (
     f" ON CONFLICT (id) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])}"
 )
 LATEST = (
-    "SELECT id, folder, status, record FROM runs WHERE (CAST(:model AS TEXT) IS NULL OR model = :model)"
+    "SELECT id, folder, status, record FROM runs WHERE (CAST(:model AS TEXT) IS NULL OR model = :model"
+    "   OR substr(model, length(model) - length(:model)) = '/' || :model)"
     " AND (CAST(:device AS TEXT) IS NULL OR device = :device) ORDER BY started DESC, id LIMIT :limit"
 )
 
@@ -243,6 +244,8 @@ def latest(
     place: Path | str, limit: int, model: str | None = None, device: str | None = None
 ) -> list[tuple[str, str, str, dict[str, Any]]]:
     """The id, folder, status and record of the latest runs of a ledger, of a model and on a device where one is named.
+
+    A model that is a folder goes by its own name, too, as the table shows it.
 
     Raises:
         OSError: it cannot be read.

@@ -68,18 +68,26 @@ class Prepared:
         return longest_row(self.layout, self.data, self.evaluated)
 
 
-def prepare(spec: RunSpec, tell: Callable[[str], None] = lambda text: None, machine: Machine | None = None) -> Prepared:
+def prepare(
+    spec: RunSpec,
+    tell: Callable[[str], None] = lambda text: None,
+    machine: Machine | None = None,
+    model_name: str | None = None,
+) -> Prepared:
     """Read model and data and make the plan; writes nothing but the caches of the Hub and of encoded data.
 
     Args:
         tell: is told of what takes long, a line at a time.
         machine: that the plan is for; this one as it is now, where it is not given.
+        model_name: what the base is called in plan and records, where its files were copied from elsewhere.
 
     Raises:
         RequestError: anything about the request that cannot work, found before a worker is started.
     """
     refuse_unbuilt(spec)
     base = find_base(spec, tell)
+    if model_name is not None:
+        base = replace(base, architecture=replace(base.architecture, name=model_name))
     check_targets(base.architecture, spec.recipe)
     adapter = None
     if spec.adapter is not None:

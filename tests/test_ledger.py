@@ -214,6 +214,15 @@ def test_what_cannot_be_is_told(runs: Path) -> None:
     assert "No run of that kind" in ask("--model", "another")
 
 
+def test_a_model_that_is_a_folder_is_found_by_the_name_that_the_table_shows(place: Place) -> None:
+    plan = record().plan
+    for number, name in enumerate(("/shared/models/demo-base", "/shared/models/demo_base", "llama-2-7b")):
+        named = {**plan, "model": {**plan["model"], "name": name}}
+        ledger.enter(record(id=f"run-{number}", plan=named), Path("somewhere"), place)
+    for model, runs in (("demo-base", 1), ("demo_base", 1), ("base", 0), ("/shared/models/demo-base", 1), (None, 3)):
+        assert len(ledger.latest(place, 9, model)) == runs, model
+
+
 def test_runs_of_a_kind_are_found_behind_the_latest(runs: Path) -> None:
     for number in range(3, 6):
         ledger.enter(record(id=f"run-{number}"), runs, ledger_place())

@@ -155,7 +155,7 @@ def test_workers_have_the_gpus_of_the_plan_on_as_few_nodes_as_can_be_and_its_hos
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
     assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
     assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
-    assert json.loads(config["data"]["machine.json"])["name"] == "a100-80gb"
+    assert json.loads(config["data"]["order.json"])["machine"]["name"] == "a100-80gb"
     assert job["spec"]["metadata"]["workers"] == "8"
 
 
@@ -194,7 +194,7 @@ def test_what_no_pod_would_see_is_refused_all_at_once(render: Render, run: Run, 
     ("options", "rule"),
     [
         (("--pool", "big"), "no cluster is described"),
-        (("--cluster", "team.yaml", "--pool", "small"), "the description has no such pool"),
+        (("--cluster", "team.yaml", "--pool", "small"), "team.yaml has no such pool"),
         (("--follow",), "a manifest is printed, not submitted"),
     ],
 )

@@ -182,7 +182,7 @@ def test_there_is_a_dataset(load: Load, data: str, where: str) -> None:
 
 
 def test_a_template_and_columns_travel_with_a_job(load: Load, tmp_path: Path) -> None:
-    from launch.jobs import SPECIFICATION, fields_of, texts_of
+    from launch.travel import SPECIFICATION, JobOrder, fields_of, texts_of
 
     (tmp_path / "chat.jinja").write_text(
         "{% for m in messages %}\n{{ 'é: \"' + m.content }}\n{% endfor %}\n", encoding="utf-8"
@@ -190,7 +190,8 @@ def test_a_template_and_columns_travel_with_a_job(load: Load, tmp_path: Path) ->
     spec = load(MINIMAL, "data.chat_template=chat.jinja", "data.columns={question: ask}")
     (tmp_path / "job").mkdir()
     written = tmp_path / "job" / SPECIFICATION
-    written.write_text(texts_of(fields_of(spec), describe())[SPECIFICATION], encoding="utf-8")
+    order = JobOrder(describe(), "base", force=False)
+    written.write_text(texts_of(fields_of(spec), order)[SPECIFICATION], encoding="utf-8")
     again = load_spec(written)
     assert again.data.chat_template == spec.data.chat_template
     assert again.data.columns == {"question": "ask"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import threading
 import time
@@ -15,22 +14,25 @@ from typing import Any
 
 import pytest
 import ray
-import yaml
-from job_clusters import SECRET, Cluster, job_cluster
+from click.testing import CliRunner
+from job_clusters import SECRET, job_cluster
+from job_clusters import Cluster as JobCluster
+from ray.job_submission import JobStatus
 from real_runs import TIMEOUT, Run, make_run
 
+from clusters.cluster import Cluster, load_cluster
 from clusters.errors import RequestError
 from launch import jobs
-from launch.jobs import id_stem, pack
+from launch.jobs import id_stem
+from launch.submit import beside, check_cluster, submit
 from orchestrator.machine import Machine
 from orchestrator.spec import load_spec
 
 STEPS = 300
-CPUS = Machine(kind="cpu", name="CPUs of 2 nodes", devices=2, memory_bytes=2**33)
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster() -> Iterator[JobCluster]:
     with job_cluster() as found, found.node("127.0.0.2"), found.node("127.0.0.3"):
         yield found
 
@@ -42,7 +44,9 @@ def run_of(folder: Path, base: Path, data: Path, steps: int) -> Run:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("cluster")
-def test_of_two_submitters_one_writes(tmp_path: Path, tiny_base: Path, conversations: Path, cluster: Cluster) -> None:
+def test_of_two_submitters_one_writes(
+    tmp_path: Path, tiny_base: Path, conversations: Path, cluster: JobCluster
+) -> None:
     run = run_of(tmp_path, tiny_base, conversations, steps=4)
     specification = str(run.specification)
     both = [cluster.start(run, specification, "--follow") for _ in range(2)]
@@ -68,7 +72,7 @@ def test_of_two_submitters_one_writes(tmp_path: Path, tiny_base: Path, conversat
 @pytest.mark.chaos
 @pytest.mark.xdist_group("cluster")
 def test_a_stopped_run_goes_on_when_it_is_submitted_again(
-    tmp_path: Path, tiny_base: Path, conversations: Path, cluster: Cluster
+    tmp_path: Path, tiny_base: Path, conversations: Path, cluster: JobCluster
 ) -> None:
     run = run_of(tmp_path, tiny_base, conversations, steps=STEPS)
     specification = str(run.specification)
@@ -100,14 +104,14 @@ def test_a_stopped_run_goes_on_when_it_is_submitted_again(
     listed = [line.split()[:2] for line in output.splitlines()[1:]]
     assert [words for words in listed if words[0].startswith(job[:-1])] == [
         [f"{job[:-1]}2", "succeeded"],
-        [job, "failed"],
+        [job, "stopped"],
     ]
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("cluster")
 def test_a_cluster_that_does_not_answer_is_told_in_a_line(
-    tmp_path: Path, tiny_base: Path, conversations: Path, cluster: Cluster
+    tmp_path: Path, tiny_base: Path, conversations: Path, cluster: JobCluster
 ) -> None:
     run = run_of(tmp_path, tiny_base, conversations, steps=2)
     (tmp_path / "wrong").write_text("not the token")
@@ -116,14 +120,48 @@ def test_a_cluster_that_does_not_answer_is_told_in_a_line(
         ({**cluster.users, **wrong}, cluster.address, "it refuses the token"),
         ({"HOME": str(tmp_path)}, cluster.address, "it wants a token, and none is set"),
         (cluster.users, "http://127.0.0.1:9", "no Jobs API of a Ray answers there"),
-        (cluster.users, "nonsense", "no Jobs API of a Ray answers there"),
+        (cluster.users, cluster.address.removeprefix("http://"), "it does not begin with http:// or https://"),
+        ({**cluster.users, "RAY_AUTH_TOKEN_PATH": "/nonexist"}, cluster.address, "there is no file /nonexist"),
+        ({"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}, cluster.address, f"no file {tmp_path}/.ray/auth_token"),
     ):
-        code, output = Cluster(address, users).ask(run, "list")
+        code, output = JobCluster(address, users).ask(run, "list")
         assert code == 2
         assert message in output
         assert len(output.splitlines()) == 1
     code, output = cluster.ask(run, "status", "nothing")
     assert (code, "knows no such job" in output) == (2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("cluster")
+def test_a_job_that_ray_has_not_started_is_stopped_at_once_and_shown_in_a_line(
+    tmp_path: Path, tiny_base: Path, conversations: Path, cluster: JobCluster
+) -> None:
+    run = run_of(tmp_path, tiny_base, conversations, steps=2)
+    resources = '--entrypoint-resources={"nobody has it": 1}'
+    cluster.ray("submit", "--no-wait", "--submission-id=never", resources, "--", "sleep", "1")
+    assert "waiting for the head to start it" in cluster.ask(run, "status", "never")[1]
+    code, output = cluster.ask(run, "stop", "never")
+    assert (code, output) == (0, "never has not started: Ray ends it as soon as it would.\n")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("cluster")
+def test_a_plan_that_cannot_fit_is_carried_out_if_it_is_forced_and_under_the_names_that_it_was_shown_with(
+    tmp_path: Path, tiny_base: Path, conversations: Path
+) -> None:
+    run = run_of(tmp_path, tiny_base, conversations, steps=2)
+    specification = str(run.specification)
+    with job_cluster() as cluster, cluster.node("127.0.0.2", f"--memory={2**20}"), cluster.node("127.0.0.3"):
+        code, output = cluster.ask(run, specification)
+        assert (code, "Change what it shows, or pass --force" in output) == (1, True), output
+        code, output = cluster.ask(run, specification, "--force", "--follow")
+        assert code == 0, output
+        shown = cluster.ask(run, "status", f"{id_stem(load_spec(run.specification))}-1")[1]
+    plan = run.record["plan"]
+    assert plan["digest"] in shown
+    assert plan["model"]["name"] == str(tiny_base)
+    assert run.record["status"] == "complete"
 
 
 HOLD = """
@@ -139,7 +177,7 @@ time.sleep(600)
 @pytest.mark.chaos
 @pytest.mark.xdist_group("cluster")
 def test_a_run_waits_for_what_others_use_says_so_and_begins_when_it_is_free(
-    tmp_path: Path, tiny_base: Path, conversations: Path, cluster: Cluster
+    tmp_path: Path, tiny_base: Path, conversations: Path, cluster: JobCluster
 ) -> None:
     (tmp_path / "hold.py").write_text(HOLD)
     cluster.ray("submit", "--no-wait", "--submission-id=other", "--", "python", str(tmp_path / "hold.py"))
@@ -203,62 +241,6 @@ def test_a_stand_in_for_a_head_of_another_ray_is_remarked() -> None:
     assert remark == f"The head runs Ray 9.9.9, this machine {ray.__version__}."
 
 
-def test_what_travels_is_the_specification_the_machine_and_what_is_local(
-    tmp_path: Path, tiny_base: Path, conversations: Path
-) -> None:
-    run = run_of(tmp_path, tiny_base, conversations, steps=2)
-    spec = load_spec(run.specification)
-    folder = tmp_path / "travels"
-    folder.mkdir()
-    pack(spec, CPUS, folder)
-    there = load_spec(folder / "run.yaml")
-    assert Path(there.data.learned[""].path).read_bytes() == conversations.read_bytes()
-    assert (Path(there.model) / "config.json").read_bytes() == (tiny_base / "config.json").read_bytes()
-    assert there.output == spec.output
-    assert there.recipe == spec.recipe
-    assert json.loads((folder / "machine.json").read_text())["devices"] == 2
-
-
-def test_each_of_several_datasets_travels(tmp_path: Path, tiny_base: Path, conversations: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.jsonl").write_text(f"{name}\n")
-    run = run_of(tmp_path, tiny_base, conversations, steps=2)
-    fields = yaml.safe_load(run.specification.read_text())
-    datasets = {"a": {"path": "a/train.jsonl", "times": 2}, "b": {"path": "b/train.jsonl"}, "c": {"path": "org/name"}}
-    run.specification.write_text(yaml.safe_dump(fields | {"data": {"datasets": datasets}}))
-    folder = tmp_path / "travels"
-    folder.mkdir()
-    pack(load_spec(run.specification), CPUS, folder)
-    there = load_spec(folder / "run.yaml").data.learned
-    assert [Path(there[name].path).read_text() for name in ("a", "b")] == ["a\n", "b\n"]
-    assert there["a"].times == 2
-    assert there["c"].path == "org/name"
-
-
-def test_an_adapter_travels_too(tmp_path: Path, tiny_base: Path, conversations: Path) -> None:
-    adapter, folder = tmp_path / "trained", tmp_path / "travels"
-    for each in (adapter, folder):
-        each.mkdir()
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
-    spec = load_spec(run_of(tmp_path, tiny_base, conversations, steps=2).specification)
-    pack(spec.model_copy(update={"adapter": str(adapter)}), CPUS, folder)
-    named = yaml.safe_load((folder / "run.yaml").read_text())["adapter"]
-    assert (folder / named / "adapter_model.safetensors").read_bytes() == b"weights"
-
-
-def test_what_is_too_large_to_travel_is_refused(tmp_path: Path, tiny_base: Path) -> None:
-    large = tmp_path / "train.jsonl"
-    with large.open("wb") as file:
-        file.truncate(101 * 1000**2)
-    run = run_of(tmp_path, tiny_base, large, steps=2)
-    folder = tmp_path / "travels"
-    folder.mkdir()
-    with pytest.raises(RequestError, match=r"10\d MB would have to travel, and at most 100 MB do"):
-        pack(load_spec(run.specification), CPUS, folder)
-    assert not list(folder.iterdir())
-
-
 def described(*resources: dict[str, float]) -> list[Any]:
     """Nodes as Ray's state API lists them, the first of them dead."""
     alive = [SimpleNamespace(state="ALIVE", resources_total=each) for each in resources]
@@ -278,7 +260,7 @@ def test_the_plan_is_for_what_the_cluster_says_it_has(monkeypatch: pytest.Monkey
     found, remark = machine(head, a100, a100, l40s)
     assert (found.kind, found.name, found.devices) == ("cuda", "a100-80gb", 16)
     assert (found.compute_capability, found.accelerator_type) == ((8, 0), "A100-80G")
-    assert remark == "planned for its 16 a100-80gb; it has other GPUs, too"
+    assert remark == "planned for its 16 a100-80gb; --pool l40s-x4 takes others"
     found, remark = machine(head, a100)
     assert (found.devices, found.accelerator_type, remark) == (8, None, None)  # there are no others to land on
     found, remark = machine(head, memory, {**memory, "memory": 2.0**36})
@@ -287,6 +269,78 @@ def test_the_plan_is_for_what_the_cluster_says_it_has(monkeypatch: pytest.Monkey
         machine({**memory, "GPU": 1.0, "accelerator_type:TPU-V9": 1.0})
     with pytest.raises(RequestError, match="that Ray has no node"):
         machine()
+
+
+TEAM = """
+name: team
+pools:
+- {name: big, gpu: a100-80gb, gpus_per_node: 8, nodes: 4}
+- {name: desk, gpu: l40s, gpus_per_node: 4}
+- {name: new, gpu: h200, gpus_per_node: 8}
+"""
+
+
+def test_a_pool_is_chosen_by_name_or_by_the_description_that_plans_were_made_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a100, l40s = ({"GPU": gpus, f"accelerator_type:{name}": 1.0} for name, gpus in (("A100-80G", 8.0), ("L40S", 4.0)))
+    (tmp_path / "team.yaml").write_text(TEAM)
+    team = load_cluster(tmp_path / "team.yaml")
+
+    def machine(pool: str | None, cluster: Cluster | None = None, nodes: int = 2) -> tuple[str, int, str | None]:
+        monkeypatch.setattr(jobs, "list_nodes", lambda address, limit: described(a100, a100, *[l40s] * nodes))
+        found, remark = jobs.machine_of("http://there", pool, cluster)
+        assert remark is None
+        return found.name, found.devices, found.accelerator_type
+
+    assert machine("l40s-x4") == ("l40s", 8, "L40S")
+    assert machine("desk", team) == ("l40s", 4, "L40S")  # of the two nodes that are there one was meant
+    assert machine("big", team) == ("a100-80gb", 16, "A100-80G")  # of the four that were meant two are there
+    assert machine(None, team) == ("a100-80gb", 16, "A100-80G")
+    for pool, cluster, message in (
+        ("desk", None, "Ray at http://there has no such pool (got desk). Give one of a100-80gb-x8, l40s-x4"),
+        ("new", team, "no node of Ray at http://there has 8 h200 (got new)"),
+        ("old", team, "team.yaml has no such pool (got old). Give one of big, desk, new"),
+    ):
+        with pytest.raises(RequestError) as error:
+            machine(pool, cluster)
+        assert message in str(error.value)
+    monkeypatch.setattr(jobs, "list_nodes", lambda address, limit: described({"CPU": 8.0}))
+    with pytest.raises(RequestError, match="that Ray has no GPU"):
+        jobs.machine_of("http://there", "desk")
+
+
+@pytest.mark.parametrize("options", [("--address", "http://10.0.0.1:8265"), ("--render", "slurm")])
+def test_a_specification_that_names_another_cluster_is_refused(
+    tmp_path: Path, tiny_base: Path, conversations: Path, options: tuple[str, ...]
+) -> None:
+    run = run_of(tmp_path, tiny_base, conversations, steps=2)
+    asked = [str(run.specification), "cluster={address: '10.9.9.9:6379'}", *options]
+    found = CliRunner().invoke(submit, asked, standalone_mode=False)
+    assert isinstance(found.exception, RequestError)
+    assert "cluster.address: the run is handed to" in str(found.exception)
+    check_cluster(load_spec(run.specification, ["cluster={address: '10.0.0.1:6379'}"]), "http://10.0.0.1:8265")
+
+
+class Listing:
+    """A stand-in for a Jobs API, with jobs of those ids."""
+
+    def __init__(self, *jobs: str) -> None:
+        self._jobs = jobs
+
+    def list_jobs(self) -> list[Any]:
+        return [SimpleNamespace(submission_id=job, status=JobStatus.RUNNING) for job in self._jobs]
+
+
+def test_a_folder_has_one_writer_whatever_the_run_is_called_and_fresh_takes_the_next_that_is_free(
+    tmp_path: Path, tiny_base: Path, conversations: Path
+) -> None:
+    spec = load_spec(run_of(tmp_path, tiny_base, conversations, steps=2).specification)
+    client: Any = Listing("other-run", f"{id_stem(spec.model_copy(update={'name': 'another'}))}-3")
+    assert [job.number for job in jobs.jobs_of(client, spec)] == [3]
+    (tmp_path / "out-2").mkdir()
+    assert beside(spec, client).output == str(tmp_path / "out-3")
+    assert beside(spec, None).output == spec.output
 
 
 def test_two_output_folders_have_jobs_of_unlike_names(tmp_path: Path, tiny_base: Path, conversations: Path) -> None:
