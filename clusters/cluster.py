@@ -36,6 +36,7 @@ class Pool:
         partition: on Slurm.
         instance_type: of AWS.
         hosts: addresses of the machines.
+        ssh_user: who logs in there.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Pool:
     partition: str | None = None
     instance_type: str | None = None
     hosts: tuple[str, ...] = ()
+    ssh_user: str | None = None
 
     @property
     def gpus(self) -> int:
@@ -130,6 +132,7 @@ def _pool(form: PoolForm) -> Pool:
         partition=form.partition,
         instance_type=form.instance_type,
         hosts=tuple(form.hosts),
+        ssh_user=form.ssh_user,
     )
 
 

@@ -142,6 +142,40 @@ def test_a_server_that_does_not_answer_is_an_error_without_the_password(monkeypa
     assert "hunter2secret" not in str(answer.exception)
 
 
+@pytest.mark.parametrize(
+    "url", ["mysql://me:hunter2secret@10.0.0.1/x", "sqlite:///x.sqlite", "postgresql+asyncpg://me:hunter2secret@h/x"]
+)
+def test_the_url_of_another_database_is_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QLORA_LEDGER", url)
+    with pytest.raises(RequestError, match="neither a file nor a PostgreSQL") as refused:
+        ledger_place()
+    assert "hunter2secret" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sqlalchemys_own_spelling_is_a_server_and_a_port_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_LEDGER", "postgresql+psycopg://me:hunter2secret@127.0.0.1:9/ledger")
+    assert "refused" in str(CliRunner().invoke(command, [], standalone_mode=False).exception)
+    monkeypatch.setenv("QLORA_LEDGER", "postgresql://me:hunter2secret@h:port/x")
+    answer = CliRunner().invoke(command, [], standalone_mode=False)
+    assert isinstance(answer.exception, RequestError)
+    assert "USER@HOST:PORT" in str(answer.exception)
+    assert "hunter2secret" not in str(answer.exception)
+
+
+def test_a_file_has_all_runs_and_the_screen_the_latest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    monkeypatch.setenv("QLORA_LEDGER", str(path))
+    for number in range(60):
+        ledger.enter(finished(number), tmp_path, path)
+    runs = tmp_path / "runs.csv"
+    for asked, said in (((), "60 runs"), (("--limit", "7"), "7 runs")):
+        answer = CliRunner().invoke(command, ["--export", str(runs), *asked], standalone_mode=False)
+        assert said in answer.output
+    assert len(json.loads(CliRunner().invoke(command, ["--json"], standalone_mode=False).output)) == 50
+
+
 # --- qlora-capacity ledger --------------------------------------------------------------------------------------------
 
 PRICES = """
