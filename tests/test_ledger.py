@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from test_record import record
 
 from clusters.errors import RequestError
+from launch import ledger as ledger_command
 from launch.ledger import ledger as command
 from orchestrator import ledger
 from orchestrator.history import ledger_place
@@ -164,18 +165,6 @@ def test_sqlalchemys_own_spelling_is_a_server_and_a_port_is_a_number(monkeypatch
     assert "hunter2secret" not in str(answer.exception)
 
 
-def test_a_file_has_all_runs_and_the_screen_the_latest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path = tmp_path / "ledger.sqlite"
-    monkeypatch.setenv("QLORA_LEDGER", str(path))
-    for number in range(60):
-        ledger.enter(finished(number), tmp_path, path)
-    runs = tmp_path / "runs.csv"
-    for asked, said in (((), "60 runs"), (("--limit", "7"), "7 runs")):
-        answer = CliRunner().invoke(command, ["--export", str(runs), *asked], standalone_mode=False)
-        assert said in answer.output
-    assert len(json.loads(CliRunner().invoke(command, ["--json"], standalone_mode=False).output)) == 50
-
-
 # --- qlora-capacity ledger --------------------------------------------------------------------------------------------
 
 PRICES = """
@@ -235,6 +224,13 @@ def test_files_have_all_figures(runs: Path, ending: str) -> None:
     assert float(row["device_seconds"]) == 7200
     assert int(row["faults"]) == 1
     assert [each.name for each in runs.glob(".runs*")] == []
+
+
+def test_a_file_has_all_runs_and_the_screen_the_latest(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_command, "SHOWN", 1)
+    assert len(ask().splitlines()) == 2, "a header and a run"
+    assert "2 runs written" in ask("--export", str(runs / "all.csv"))
+    assert "1 runs written" in ask("--export", str(runs / "latest.csv"), "--limit", "1")
 
 
 def test_what_cannot_be_is_told(runs: Path) -> None:
