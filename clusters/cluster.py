@@ -37,6 +37,7 @@ class Pool:
         partition: on Slurm.
         instance_type: of AWS.
         hosts: addresses of the machines.
+        ssh_user: who logs in there.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Pool:
     partition: str | None = None
     instance_type: str | None = None
     hosts: tuple[str, ...] = ()
+    ssh_user: str | None = None
 
     @property
     def gpus(self) -> int:
@@ -145,6 +147,7 @@ def _pool(form: PoolForm) -> Pool:
         partition=form.partition,
         instance_type=form.instance_type,
         hosts=tuple(form.hosts),
+        ssh_user=form.ssh_user,
     )
 
 

@@ -77,6 +77,8 @@ class PoolForm(_Section):
     """What AWS calls its machines, for Ray's cluster launcher; the cluster's `region` says where."""
     hosts: Annotated[list[PlainName], Field(max_length=1000)] = Field(default_factory=list)
     """Addresses of its machines, for Ray's cluster launcher where no cloud makes them; the first one is the head."""
+    ssh_user: PlainName | None = None
+    """Who logs in on these machines over SSH."""
 
 
 class ClusterForm(_Section):

@@ -108,7 +108,9 @@ def resource_name(name: str) -> str:
 def image_of(workload: Workload) -> str:
     """The image that is asked for, or Ray's own for this Python, with which the requirements were pinned."""
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    return workload.image or f"rayproject/ray:{workload.ray_version}-{python}{'-gpu' if workload.gpus else ''}"
+    if workload.image is not None:
+        return workload.image
+    return f"rayproject/ray:{workload.ray_version}-{python}{'-gpu' if workload.gpus else ''}"
 
 
 def runtime_environment(workload: Workload) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from clusters.cluster import Cluster, Pool
-from clusters.errors import request_error
+from clusters.errors import Problem, RequestError, request_error
 from clusters.workload import Workload
 
 HEAD_PORT = 6379
@@ -50,15 +50,22 @@ def of_hosts(workload: Workload, pool: Pool) -> dict[str, Any]:
     """Machines that there are: the first is the head, and all have workers.
 
     Raises:
-        RequestError: there are fewer than the plan has nodes.
+        RequestError: there are fewer than the plan has nodes, or nobody is named who logs in.
     """
+    problems = []
     if len(pool.hosts) < workload.nodes:
         rule = f"the plan has {workload.nodes} nodes, and {len(pool.hosts)} hosts are named"
-        raise request_error("--cluster", f"pool {pool.name}", rule, "Name more, or plan for fewer workers")
+        problems.append(Problem("--cluster", f"pool {pool.name}", rule, "Name more, or plan for fewer workers"))
+    if pool.ssh_user is None:  # Ray has a default on clouds only
+        rule = "it names hosts, and not who logs in there over SSH"
+        problems.append(Problem("--cluster", f"pool {pool.name}", rule, "Add ssh_user"))
+    if problems:
+        raise RequestError(problems)
     head, *others = pool.hosts[: workload.nodes]
     return {
         "max_workers": len(others),
         "provider": {"type": "local", "head_ip": head, "worker_ips": others},
+        "auth": {"ssh_user": pool.ssh_user},
     }
 
 

@@ -20,6 +20,7 @@ def render(workload: Workload) -> str:
     directives = [
         f"--job-name={workload.name}",
         f"--nodes={workload.nodes}",
+        "--exclusive",  # `ray symmetric-run` starts on no node with another Ray, and ends all of this user's there
         "--ntasks-per-node=1",
         f"--cpus-per-task={workload.node_cpus}",
         f"--mem={-(-workload.node_bytes // MIB)}M",
@@ -63,13 +64,19 @@ def render(workload: Workload) -> str:
             "# the run stops after its step, with a checkpoint, and the same script goes on from there",
             f'stop() {{ touch {shlex.quote(f"{workload.output}/.stop")}; wait "$run" || true; }}',
             "trap stop TERM",
+            "# srun of Slurm 22.05 and later takes nothing over of what the job asked for a task",
             'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \\',
+            '  --cpus-per-task="$SLURM_CPUS_PER_TASK" \\',
             '  ray symmetric-run --address "$RAY_ADDRESS" --min-nodes "$SLURM_JOB_NUM_NODES" \\',
             f"  {resources} --object-store-memory={OBJECT_STORE_BYTES} -- \\",
             f"  bash -c {shlex.quote(carried_out)} &",
             "run=$!",
             'wait "$run" || true',
             "# Ray ends with 0 also where it could not be started",
+            f"if [ ! -s {shlex.quote(code)} ]; then",
+            '  echo "error: Ray did not start on the nodes of this job, or was ended there; see above." >&2',
+            "  exit 1",
+            "fi",
             f'exit "$(cat {shlex.quote(code)})"',
             "",
         ]

@@ -18,6 +18,8 @@ from orchestrator.ledger import device_seconds, faults, latest, tokens_per_secon
 from qlora_core.files import replace_atomically
 
 HOUR = 3600.0
+SHOWN, ALL = 50, 2**31
+"""Runs, where nobody says how many: on a screen, and in a file."""
 PIPED_WIDTH = 220
 """Columns where there is no terminal: nothing is cut off."""
 
@@ -25,7 +27,7 @@ Row = dict[str, Any]
 
 
 @click.command("ledger")
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="The latest so many runs.")
+@click.option("--limit", type=click.IntRange(min=1), help="The latest so many runs.  [default: 50; with --export, all]")
 @click.option("--model", help="Only runs of this model.")
 @click.option("--device", help="Only runs on this GPU.")
 @click.option(
@@ -41,7 +43,7 @@ Row = dict[str, Any]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def ledger(
-    limit: int,
+    limit: int | None,
     model: str | None,
     device: str | None,
     cluster: Path | None,
@@ -52,7 +54,8 @@ def ledger(
     """The runs of the ledger, the latest first: $QLORA_LEDGER, or the one in the user's application folder."""
     write = None if export is None else writer_of(export)
     prices = None if cluster is None else hourly(load_cluster(cluster), cluster)
-    found = rows_of(limit, model, device, prices)
+    shown = SHOWN if export is None else ALL
+    found = rows_of(shown if limit is None else limit, model, device, prices)
     if export is not None and write is not None:
         try:
             with replace_atomically(export) as temporary:

@@ -47,6 +47,26 @@ class Asked(NamedTuple):
     priority: str | None
 
 
+WITH_FORM = {
+    "kuberay": ("image", "package", "volume", "secret", "queue", "priority"),
+    "slurm": ("queue", "priority"),
+    "ray-cluster": ("image", "package"),
+}
+"""The options, beside cluster and pool, of which each form says something."""
+LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+IMAGE = r"[A-Za-z0-9][A-Za-z0-9._/:@-]*"
+WORDING = {
+    ("kuberay", "queue"): (LABEL, "the value of a label of Kubernetes"),
+    ("kuberay", "priority"): (LABEL, "the value of a label of Kubernetes"),
+    ("kuberay", "secret"): (r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", "the name of a Secret of Kubernetes"),
+    ("slurm", "queue"): (r"[A-Za-z0-9._,-]+", "the name of a partition"),
+    ("slurm", "priority"): (r"[A-Za-z0-9._-]+", "the name of a quality of service"),
+    ("kuberay", "image"): (IMAGE, "the name of an image"),
+    ("ray-cluster", "image"): (IMAGE, "the name of an image"),
+}
+"""How they may be written, and what they are."""
+
+
 class Place(NamedTuple):
     """Where a run is to be carried out: a pool of a described cluster, or CPUs."""
 
@@ -59,8 +79,9 @@ def place(asked: Asked, spec: RunSpec) -> Place:
     """What the run is planned for.
 
     Raises:
-        RequestError: the description has mistakes, or no such pool.
+        RequestError: options that do not go with the form, and a description with mistakes or without that pool.
     """
+    check_options(asked)
     if asked.cluster is None:
         workers = spec.strategy_request.world_size
         here = describe()
@@ -69,6 +90,26 @@ def place(asked: Asked, spec: RunSpec) -> Place:
     cluster = load_cluster(asked.cluster)
     pool = chosen_pool(cluster, asked.pool)
     return Place(machine_of_pool(pool), cluster, pool)
+
+
+def check_options(asked: Asked) -> None:
+    """Raise a RequestError for options of which the form says nothing, and for what it cannot be told."""
+    problems = []
+    for name in ("image", "package", "volume", "secret", "queue", "priority"):
+        value: str | None = getattr(asked, name)
+        if value is None:
+            continue
+        pattern, what = WORDING.get((asked.form, name), (r".+", ""))
+        if name not in WITH_FORM[asked.form]:
+            rule = f"--render {asked.form} has no place for it"
+            problems.append(Problem(f"--{name}", value, rule, "Leave it out"))
+        elif not re.fullmatch(pattern, value):
+            problems.append(Problem(f"--{name}", value, f"it is not {what}", "Correct it"))
+    if asked.image is not None and asked.package is not None:
+        rule = "the image has all that a run imports, and nothing is installed"
+        problems.append(Problem("--package", asked.package, rule, "Leave one of the two out"))
+    if problems:
+        raise RequestError(problems)
 
 
 def rendered(asked: Asked, prepared: Prepared, where: Place, *, force: bool) -> str:

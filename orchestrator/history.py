@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from clusters.errors import request_error
 from orchestrator.confidence import ENOUGH_RUNS, conformal
 from orchestrator.plans import Target
 from qlora_core.recipe import Method, Recipe
@@ -124,8 +125,15 @@ NOTHING_MEASURED = History()
 
 
 def ledger_place() -> Path | str:
-    """Where runs are entered: $QLORA_LEDGER, a file or the URL of a PostgreSQL; or the user's application folder."""
+    """Where runs are entered: $QLORA_LEDGER, a file or the URL of a PostgreSQL; or the user's application folder.
+
+    Raises:
+        RequestError: it is the URL of something else.
+    """
     named = os.environ.get("QLORA_LEDGER")
-    if named and named.startswith(("postgresql://", "postgres://")):
+    if named and named.startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
         return named
+    if named and "://" in named:
+        rule, remedy = "it is the URL of neither a file nor a PostgreSQL", "Give a path, or postgresql://HOST/DATABASE"
+        raise request_error("QLORA_LEDGER", f"{named.split('://')[0]}://...", rule, remedy)
     return Path(named or Path(click.get_app_dir("qlora-orchestrator")) / "ledger.sqlite")

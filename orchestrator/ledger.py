@@ -163,9 +163,13 @@ def _postgres(url: str, to_write: bool) -> Iterator[Connection]:
             'a shared ledger needs packages that are not installed: pip install "qlora-orchestrator[ledger]"'
         ) from error
     try:
+        parsed = sqlalchemy.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:  # a port that is no number
+        raise OSError("it is no URL of a database: write postgresql://USER@HOST:PORT/DATABASE") from error
+    try:
         # libpq reads the password, where the URL has none, from PGPASSWORD, PGPASSFILE or ~/.pgpass
         engine = sqlalchemy.create_engine(
-            sqlalchemy.make_url(url).set(drivername="postgresql+psycopg"),
+            parsed.set(drivername="postgresql+psycopg"),
             poolclass=sqlalchemy.NullPool,
             connect_args={"connect_timeout": CONNECT_SECONDS},
         )

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from test_record import record
 
 from clusters.errors import RequestError
+from launch import ledger as ledger_command
 from launch.ledger import ledger as command
 from orchestrator import ledger
 from orchestrator.history import ledger_place
@@ -142,6 +143,28 @@ def test_a_server_that_does_not_answer_is_an_error_without_the_password(monkeypa
     assert "hunter2secret" not in str(answer.exception)
 
 
+@pytest.mark.parametrize(
+    "url", ["mysql://me:hunter2secret@10.0.0.1/x", "sqlite:///x.sqlite", "postgresql+asyncpg://me:hunter2secret@h/x"]
+)
+def test_the_url_of_another_database_is_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QLORA_LEDGER", url)
+    with pytest.raises(RequestError, match="neither a file nor a PostgreSQL") as refused:
+        ledger_place()
+    assert "hunter2secret" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sqlalchemys_own_spelling_is_a_server_and_a_port_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_LEDGER", "postgresql+psycopg://me:hunter2secret@127.0.0.1:9/ledger")
+    assert "refused" in str(CliRunner().invoke(command, [], standalone_mode=False).exception)
+    monkeypatch.setenv("QLORA_LEDGER", "postgresql://me:hunter2secret@h:port/x")
+    answer = CliRunner().invoke(command, [], standalone_mode=False)
+    assert isinstance(answer.exception, RequestError)
+    assert "USER@HOST:PORT" in str(answer.exception)
+    assert "hunter2secret" not in str(answer.exception)
+
+
 # --- qlora-capacity ledger --------------------------------------------------------------------------------------------
 
 PRICES = """
@@ -201,6 +224,13 @@ def test_files_have_all_figures(runs: Path, ending: str) -> None:
     assert float(row["device_seconds"]) == 7200
     assert int(row["faults"]) == 1
     assert [each.name for each in runs.glob(".runs*")] == []
+
+
+def test_a_file_has_all_runs_and_the_screen_the_latest(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_command, "SHOWN", 1)
+    assert len(ask().splitlines()) == 2, "a header and a run"
+    assert "2 runs written" in ask("--export", str(runs / "all.csv"))
+    assert "1 runs written" in ask("--export", str(runs / "latest.csv"), "--limit", "1")
 
 
 def test_what_cannot_be_is_told(runs: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import os
 import subprocess
@@ -20,6 +21,8 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 from job_clusters import job_cluster
+from ray.autoscaler._private.command_runner import SSHCommandRunner
+from ray.autoscaler._private.util import fillout_defaults
 from real_runs import Run, make_run
 
 from clusters.errors import RequestError
@@ -27,15 +30,14 @@ from clusters.kuberay import LONGEST_NAME, resource_name
 from clusters.workload import nodes_for
 from launch.submit import submit
 
-CRD = "QLORA_KUBERAY_CRD"
-"""The file of KubeRay's rayjobs.ray.io, as `helm show crds kuberay/kuberay-operator` prints it among others."""
+RAY_JOB = Path(__file__).parent / "data" / "kuberay" / "rayjobs-v1.schema.json.gz"
 TEAM = """
 name: team
 region: eu-central-1
 pools:
 - {name: big, gpu: a100-80gb, gpus_per_node: 8, nodes: 2, host_ram_gib: 2048,
    node_labels: {nvidia.com/gpu.product: NVIDIA-A100-SXM4-80GB}, partition: a100, instance_type: p4de.24xlarge}
-- {name: desk, gpu: rtx-4090, gpus_per_node: 4, nodes: 2, hosts: [10.0.0.1]}
+- {name: desk, gpu: rtx-4090, gpus_per_node: 4, nodes: 2, hosts: [10.0.0.1], ssh_user: ada}
 """
 
 Render = Callable[..., Result]
@@ -100,13 +102,11 @@ def test_pods_and_config_are_what_kubernetes_own_schema_takes_and_no_field_more(
         kubernetes_validate.validate(pods, "1.31", strict=True)
 
 
-@pytest.mark.skipif(CRD not in os.environ, reason=f"{CRD} names no file with KubeRay's definition of a RayJob")
 @pytest.mark.parametrize("gpus", [False, True], ids=["on CPUs", "on GPUs"])
 def test_a_ray_job_is_what_kuberays_published_definition_takes_and_no_field_more(
     render: Render, team: tuple[str, ...], gpus: bool
 ) -> None:
-    definition = yaml.safe_load(Path(os.environ[CRD]).read_text())
-    (schema,) = (each["schema"]["openAPIV3Schema"] for each in definition["spec"]["versions"] if each["name"] == "v1")
+    schema = json.loads(gzip.decompress(RAY_JOB.read_bytes()))
     more = (*team, "--secret", "hub", "--queue", "team", "--priority", "high") if gpus else ()
     _, job = documents(render("kuberay", *VOLUME, *more))
     jsonschema.validate(job, closed(schema))
@@ -204,6 +204,25 @@ def test_options_that_say_nothing_are_refused(
     assert rule in str(render("slurm", *options).exception)
 
 
+@pytest.mark.parametrize(
+    ("form", "options", "wrong"),
+    [
+        ("slurm", ("--secret", "hub", "--volume", "a:/b", "--image", "foo"), ["--image", "--volume", "--secret"]),
+        ("ray-cluster", ("--queue", "q", "--priority", "p", "--volume", "v:/x"), ["--volume", "--queue", "--priority"]),
+        ("kuberay", ("--queue", "team a!", "--priority", "\u00fcber"), ["--queue", "--priority"]),
+        ("kuberay", ("--secret", "My Secret", "--image", ""), ["--image", "--secret"]),
+        ("kuberay", ("--image", "foo", "--package", "bar"), ["--package"]),
+        ("slurm", ("--queue", "gpu\n#SBATCH --account=other"), ["--queue"]),
+    ],
+)
+def test_options_that_a_form_cannot_take_are_refused_all_at_once(
+    render: Render, form: str, options: tuple[str, ...], wrong: list[str]
+) -> None:
+    found = render(form, *options).exception
+    assert isinstance(found, RequestError)
+    assert [problem.where for problem in found.problems] == wrong
+
+
 def test_options_of_manifests_are_refused_without_one(run: Run) -> None:
     found = CliRunner().invoke(submit, [str(run.specification), "--queue", "team"], standalone_mode=False)
     assert "it is about a manifest" in str(found.exception)
@@ -256,7 +275,15 @@ def test_what_a_ray_job_says_is_carried_out_by_a_ray_that_was_started_as_it_says
 def test_a_batch_script_is_a_shells_and_asks_for_what_the_plan_says(render: Render, team: tuple[str, ...]) -> None:
     script = render("slurm", *team, "--priority", "long").stdout
     assert script.startswith("#!/bin/bash\n#SBATCH ")
-    for wanted in ("nodes=1", "gpus-per-node=8", "partition=a100", "qos=long", "ntasks-per-node=1", "requeue"):
+    for wanted in (
+        "exclusive",
+        "nodes=1",
+        "gpus-per-node=8",
+        "partition=a100",
+        "qos=long",
+        "ntasks-per-node=1",
+        "requeue",
+    ):
         assert f"#SBATCH --{wanted}\n" in script
     checked = subprocess.run(
         [Path(sys.executable).with_name("shellcheck"), "--severity=warning", "-"],
@@ -265,6 +292,38 @@ def test_a_batch_script_is_a_shells_and_asks_for_what_the_plan_says(render: Rend
         text=True,
     )
     assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("of_ray", "code", "said"),
+    [
+        ('while [ "$1" != -- ]; do shift; done; shift; exec "$@"', 3, ""),
+        ("echo 'Error: Ray is already started on this node.' >&2; exit 1", 1, "Ray did not start on the nodes"),
+    ],
+    ids=["the run ends with 3", "Ray does not start"],
+)
+def test_a_batch_script_with_fakes_of_slurm_and_ray_ends_as_the_run_does(
+    render: Render, team: tuple[str, ...], tmp_path: Path, of_ray: str, code: int, said: str
+) -> None:
+    script = tmp_path / "job.sh"
+    script.write_text(render("slurm", *team).stdout)
+    fakes = {
+        "scontrol": "echo node-1",
+        # a step gets as many cores as it asks for
+        "srun": 'echo "$@" > asked; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        "ray": of_ray,
+        "python": "exit 3",
+    }
+    for name, body in fakes.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-1", "SLURM_JOB_NUM_NODES": "1"}
+    cores = {"SLURM_CPUS_PER_TASK": "32"}
+    environment = {**os.environ, **slurm, **cores, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "--cpus-per-task=32 " in (tmp_path / "asked").read_text()
 
 
 # --- Ray's cluster launcher -------------------------------------------------------------------------------------------
@@ -282,6 +341,7 @@ def test_a_cluster_for_rays_launcher_is_what_rays_own_schema_takes(
     assert "--dashboard-host=127.0.0.1" in fields["head_start_ray_commands"][1]
     if pool == "desk":
         assert fields["provider"] == {"type": "local", "head_ip": "10.0.0.1", "worker_ips": []}
+        assert logs_in(fields) == "ada@10.0.0.1"
     else:
         assert fields["provider"] == {"type": "aws", "region": "eu-central-1"}
         node = fields["available_node_types"]["workers"]
@@ -289,10 +349,22 @@ def test_a_cluster_for_rays_launcher_is_what_rays_own_schema_takes(
         assert (node["min_workers"], fields["max_workers"]) == (2, 2)
 
 
+def logs_in(fields: dict[str, Any]) -> str:
+    """Whom Ray's launcher would be on the head, by its own code."""
+    whole = fillout_defaults(fields)
+    runner = SSHCommandRunner(
+        "", "10.0.0.1", None, whole["auth"], whole["cluster_name"], subprocess, use_internal_ip=False
+    )
+    return f"{runner.ssh_user}@{whole['provider']['head_ip']}"
+
+
 def test_a_launcher_wants_machines(render: Render, tmp_path: Path, team: tuple[str, ...]) -> None:
     assert "it needs machines to start" in str(render("ray-cluster").exception)
     few = render("ray-cluster", "--cluster", "team.yaml", "--pool", "desk", *workers(8)).exception
     assert "the plan has 2 nodes, and 1 hosts are named" in str(few)
+    (tmp_path / "nobody.yaml").write_text(TEAM.replace(", ssh_user: ada", ""))
+    nobody = render("ray-cluster", "--cluster", "nobody.yaml", "--pool", "desk", *workers(4)).exception
+    assert "Add ssh_user" in str(nobody)
     (tmp_path / "bare.yaml").write_text("name: bare\npools:\n- {name: some, gpu: a100-80gb, gpus_per_node: 8}\n")
     bare = render("ray-cluster", "--cluster", "bare.yaml", *workers(8)).exception
     assert "it says neither the hosts of that pool, nor its instance_type" in str(bare)
