@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import pytest
 import s3fs
 from real_runs import MARK, TIMEOUT, make_run
 from s3_server import new_bucket, s3_server
+from small_runs import stand_in_checkpoint
 from strikes import Row, Rows
 
 from clusters.errors import RequestError
@@ -44,14 +44,7 @@ def told() -> list[str]:
 
 
 def make(checkpoints: Path, step: int) -> Path:
-    folder = checkpoints / manifest.folder_name(step)
-    names = ["adapter/adapter_model.safetensors", "optimizer-00000.safetensors"]
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(os.urandom(5000))
-    facts = {**dict.fromkeys(manifest.REQUIRED - {"format_version", "files"}), "step": step, "identity": IDENTITY}
-    manifest.write_manifest(folder, facts, manifest.described(folder, names))
-    return folder
+    return stand_in_checkpoint(checkpoints, step, identity=IDENTITY)
 
 
 def stored(bucket: str, told: list[str], *folders: Path) -> Offsite:
@@ -95,7 +88,8 @@ def test_the_best_comes_along(tmp_path: Path, bucket: str, told: list[str]) -> N
 def test_what_was_harmed_there_is_passed_over(tmp_path: Path, bucket: str, told: list[str]) -> None:
     storage = stored(bucket, told, make(tmp_path / "here", 10), make(tmp_path / "here", 20))
     key = f"{bucket}/runs/tiny/step-00000020/optimizer-00000.safetensors"
-    s3fs.S3FileSystem().pipe_file(key, b"\0" * 5000)
+    size = (tmp_path / "here" / "step-00000020" / "optimizer-00000.safetensors").stat().st_size
+    s3fs.S3FileSystem().pipe_file(key, b"\0" * size)
     assert storage.fetch(tmp_path / "elsewhere", IDENTITY) == tmp_path / "elsewhere" / "step-00000010"
     assert "step-00000020" in told[0]
     assert "SHA-256" in told[0]
@@ -144,7 +138,7 @@ def test_every_fifth_upload_fails_and_all_arrive(
 
     times = unreliable(monkeypatch, fifth)
     stored(bucket, told, *(make(tmp_path / "here", step) for step in (10, 20, 30)))
-    assert len(times) > 9  # three files in each, and what failed once more
+    assert len(times) > 15  # five files in each, and what failed once more
     assert names(bucket) == {"step-00000020", "step-00000030"}
     assert told == []
 
