@@ -89,8 +89,10 @@ class RunFailed(Exception):
 
 SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET")
 """Names of environment variables whose values are never shown."""
-NEEDS_A_PERSON = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
-"""Errors of storage that do not pass by themselves: no space, or no right to write."""
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+NO_RIGHTS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+NEEDS_A_PERSON = NO_SPACE | NO_RIGHTS
+"""Errors of storage that do not pass by themselves."""
 
 
 class StorageFailed(RunFailed):
