@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from clusters.errors import NotFinite, RayNotStarted, RunFailed, StorageFailed, request_error
+from clusters.errors import NotFinite, RayNotStarted, RunFailed, StorageFailed, request_error, without_secrets
 from orchestrator.failures import WorkerFailed, cause, failure_of, kind_of, lost, told_by
 from orchestrator.recovery import RULES, Decision, Failure, Kind, Limits, decide
 
@@ -169,6 +169,27 @@ def test_secrets_of_the_environment_stay_out_of_what_is_told(monkeypatch: pytest
     monkeypatch.setenv("STORAGE_SECRET_KEY", "wJalrXUtnFEMI")
     found = failure_of(ValueError("denied for wJalrXUtnFEMI at https://me:wJalrXUtnFEMI@host/x"))
     assert "wJalrXUtnFEMI" not in found.message + found.details
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "PGPASS",
+        "DB_PASSWD",
+        "AWS_CREDENTIALS",
+        "DATABASE_PWD",
+        "SENTRY_DSN",
+        "X_SAS",
+    ],
+)
+def test_values_of_variables_that_hold_secrets_are_not_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "AccountKey=hunter22")
+    monkeypatch.setenv("PWD", "/home/me/runs")
+    told = without_secrets(
+        "AccountKey=hunter22 is refused at https://host/x?sig=abc&X-Amz-Signature=dead in /home/me/runs"
+    )
+    assert told == "*** is refused at https://host/x?*** in /home/me/runs"
 
 
 def test_ray_s_memory_monitor_and_lost_nodes_are_told_apart() -> None:
