@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,9 @@ def train(
     if preview:
         return show_data(spec)
     if fresh:
-        spec = spec.model_copy(update={"output": str(free_output(Path(spec.output)))})
+        from orchestrator.offsite import outputs_stored
+
+        spec = spec.model_copy(update={"output": str(free_output(Path(spec.output), outputs_stored(spec)))})
         click.echo(f"Output: {spec.output}", err=as_json)
     if dry_run:
         return show_plan(spec, as_json=as_json)
@@ -91,10 +94,10 @@ def show_data(spec: RunSpec) -> int:
     return 0
 
 
-def free_output(folder: Path) -> Path:
-    """`folder`, or the first of folder-2, folder-3, ... where no run lies."""
+def free_output(folder: Path, stored: Collection[str] = ()) -> Path:
+    """`folder`, or the first of folder-2, folder-3, ... where no run lies, nor is `stored` by that name."""
     number, candidate = 1, folder
-    while candidate.exists():
+    while candidate.exists() or candidate.name in stored:
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
