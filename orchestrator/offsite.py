@@ -77,8 +77,9 @@ class Offsite:
                     return None
                 checkpoints.mkdir(parents=True, exist_ok=True)
                 if self._get(name, step, checkpoints / name, identity):
-                    bests = self._named(BEST).items()
-                    any(self._get(best, number, checkpoints / manifest.BEST, identity) for number, best in bests)
+                    for number, best in self._named(BEST).items():
+                        if self._get(best, number, checkpoints / manifest.BEST, identity):
+                            break
                     return checkpoints / name
         return None
 
