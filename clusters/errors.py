@@ -87,10 +87,12 @@ class RunFailed(Exception):
         return type(self), (self.what, self.remedy)
 
 
-SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET")
+SECRET = re.compile(r"KEY|TOKEN|PASS|_PWD|SECRET|CREDENTIAL|CONNECTION_STRING|DSN|_SAS")
 """Names of environment variables whose values are never shown."""
-NEEDS_A_PERSON = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
-"""Errors of storage that do not pass by themselves: no space, or no right to write."""
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+NO_RIGHTS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+NEEDS_A_PERSON = NO_SPACE | NO_RIGHTS
+"""Errors of storage that do not pass by themselves."""
 
 
 class StorageFailed(RunFailed):
@@ -138,11 +140,12 @@ def last_line(error: BaseException) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """`text` without credentials in URLs and without the values of environment variables that hold secrets."""
+    """`text` without what may be secret in URLs, and without the values of environment variables that hold secrets."""
     for name, value in os.environ.items():
         if SECRET.search(name.upper()) and len(value) >= 6:
             text = text.replace(value, "***")
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
+    text = re.sub(r"//[^/@\s]+@", "//***@", text)
+    return re.sub(r"""(://[^\s?"']+\?)[^\s"']+""", r"\1***", text)  # signed addresses have it in their query
 
 
 def _lines(error: BaseException) -> list[str]:

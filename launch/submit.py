@@ -142,17 +142,17 @@ def check_cluster(spec: RunSpec, address: str | None) -> None:
 
 
 def beside(spec: RunSpec, client: JobSubmissionClient | None) -> RunSpec:
-    """The run with the first output folder beside its own that is not there, nor known to the cluster."""
+    """The run with the first output folder beside its own in which no run lies, nor is one known to the cluster."""
     from launch import jobs
     from launch.train import free_output
 
     def put(folder: Path) -> RunSpec:
         return spec.model_copy(update={"output": str(folder)})
 
-    def taken(folder: Path) -> bool:
-        return folder.exists() or (client is not None and bool(jobs.jobs_of(client, put(folder))))
+    def known(folder: Path) -> bool:
+        return client is not None and bool(jobs.jobs_of(client, put(folder)))
 
-    return put(free_output(Path(spec.output), taken))
+    return put(free_output(spec, known))
 
 
 def print_manifest(spec: RunSpec, force: bool, options: Mapping[str, Any]) -> int:

@@ -15,6 +15,7 @@ from launch.train_evaluate import evaluate
 from launch.train_export import export
 from launch.train_score import score
 from launch.train_sweep import sweep
+from orchestrator.record import FILE_NAME as RECORD_NAME
 from orchestrator.spec import RunSpec, load_spec, schema
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def train(
     if preview:
         return show_data(spec)
     if fresh:
-        spec = spec.model_copy(update={"output": str(free_output(Path(spec.output)))})
+        spec = spec.model_copy(update={"output": str(free_output(spec))})
         click.echo(f"Output: {spec.output}", err=as_json)
     if dry_run:
         return show_plan(spec, as_json=as_json)
@@ -92,13 +93,26 @@ def show_data(spec: RunSpec) -> int:
     return 0
 
 
-def free_output(folder: Path, taken: Callable[[Path], bool] = Path.exists) -> Path:
-    """`folder`, or the first of folder-2, folder-3, ... where no run lies."""
-    number, candidate = 1, folder
-    while taken(candidate):
+def free_output(spec: RunSpec, known: Callable[[Path], bool] = lambda folder: False) -> Path:
+    """The output folder, or the first of folder-2, folder-3, ... of which no run lies there or in the storage.
+
+    Raises:
+        RequestError: the storage cannot be read.
+    """
+    from orchestrator.offsite import outputs_stored
+
+    stored = outputs_stored(spec)
+    folder = candidate = Path(spec.output)
+    number = 1
+    while holds_run(candidate) or candidate.name in stored or known(candidate):
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run lies in a folder."""
+    return any((folder / name).exists() for name in (RECORD_NAME, "checkpoints"))
 
 
 def show_plan(spec: RunSpec, *, as_json: bool) -> int:

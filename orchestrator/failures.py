@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 import traceback
@@ -11,7 +12,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from clusters.errors import (
-    NEEDS_A_PERSON,
+    NO_RIGHTS,
+    NO_SPACE,
     NotFinite,
     RayNotStarted,
     RequestError,
@@ -23,14 +25,18 @@ from clusters.errors import (
 from orchestrator.recovery import Failure, Kind
 
 GPU_MEMORY = re.compile(
-    r"CUDA out of memory|CUDA error: out of memory|cudaErrorMemoryAllocation|CUBLAS_STATUS_ALLOC_FAILED"
+    r"(?i)\b(cuda|hip|nccl|triton)\b.*out of memory|cudaErrorMemoryAllocation|CU[A-Z]+_STATUS_ALLOC_FAILED", re.S
 )
-"""How libraries say it that do not raise torch's own error, such as bitsandbytes for managed memory."""
+"""How it is said where torch's own error is not raised: by CUDA's driver, NCCL, Triton and CUDA's libraries."""
 HOST_MEMORY = re.compile(r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc|not enough memory: you tried")
 PEER = re.compile(
-    r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|Socket [Tt]imeout|gloo|NCCL|Timed out waiting|TCPStore"
+    r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|Socket [Tt]imeout|Timed out waiting"
+    r"|\b([Gg]loo|(ProcessGroup)?NCCL|TCPStore)\b"
 )
 """How a worker notices that another is gone."""
+NOT_OF_STORAGE = frozenset({None, errno.EISDIR, errno.ENOTDIR})
+"""OSErrors of a wrong path, or by which a library says that a file is not what it wants: the same would fail again. A
+file that is not there may come back: a share that is away is an empty folder."""
 FIRST: tuple[Kind, ...] = (
     "gpu memory",
     "host memory",
@@ -38,6 +44,7 @@ FIRST: tuple[Kind, ...] = (
     "data",
     "not finite",
     "disk full",
+    "no rights",
     "storage",
     "no room",
     "error",
@@ -80,7 +87,9 @@ def kind_of(error: BaseException) -> Kind:
     """What kind of failure an exception is."""
     text = str(error)
     torch: Any = sys.modules.get("torch")  # where it is not imported, which takes seconds, the error is none of its
-    if (torch and isinstance(error, torch.OutOfMemoryError)) or GPU_MEMORY.search(text):
+    if isinstance(error, RuntimeError) and (
+        (torch and isinstance(error, torch.OutOfMemoryError)) or GPU_MEMORY.search(text)
+    ):
         return "gpu memory"
     if isinstance(error, MemoryError) or HOST_MEMORY.search(text):
         return "host memory"
@@ -89,7 +98,7 @@ def kind_of(error: BaseException) -> Kind:
     if isinstance(error, NotFinite):
         return "not finite"
     if isinstance(error, StorageFailed | OSError) and not isinstance(error, ConnectionError | TimeoutError):
-        return "disk full" if error.errno in NEEDS_A_PERSON else "storage"
+        return kind_of_storage(error)
     if isinstance(error, RayNotStarted):
         return "worker lost"
     if isinstance(error, RunFailed):
@@ -98,9 +107,20 @@ def kind_of(error: BaseException) -> Kind:
         return "data"  # a checkpoint's are told as such
     if torch and isinstance(error, torch.distributed.DistError):
         return "worker lost"
-    if isinstance(error, ConnectionError | TimeoutError) or PEER.search(text):
+    if isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, RuntimeError) and PEER.search(text)):
         return "worker lost"
     return "error"
+
+
+def kind_of_storage(error: StorageFailed | OSError) -> Kind:
+    """What kind of failure an error of files is, by its number."""
+    if error.errno in NO_SPACE:
+        return "disk full"
+    if error.errno in NO_RIGHTS:
+        return "no rights"
+    if isinstance(error, OSError) and error.errno in NOT_OF_STORAGE:
+        return "error"
+    return "storage"
 
 
 def cause(failures: Mapping[int, Failure]) -> Failure:

@@ -1,13 +1,15 @@
 """A second home for checkpoints in object storage: they outlive the machine, and a run goes on from them elsewhere.
 
 The process that was started copies them, in a thread of its own: workers need no credentials, and no step waits. Below
-the address lies a folder with the run's name, in it the last few checkpoints and the best as they lie in the output
-folder, each with its manifest uploaded last, and in the end the result.
+the address a folder with the run's name has one by the name of each output folder, for ``--fresh`` starts another run
+of that name. In it lie the last few checkpoints and the best as in the output folder, each with its manifest uploaded
+last, and in the end the result. The best has its step in its name: none is overwritten before the next is whole.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import Any
 
 from tenacity import Retrying, retry_if_not_exception_type, stop_after_delay, wait_exponential
 
+from clusters.errors import RunFailed
 from orchestrator.identity import check_same
 from orchestrator.spec import RunSpec
 from qlora_core.files import replace_folder
@@ -25,6 +28,8 @@ from qlora_core.training import manifest
 from qlora_core.training.manifest import FOLDER, InvalidCheckpoint, newest_valid
 
 FIELD = "checkpoints.storage"
+BEST = re.compile(r"best-(\d{8})")
+"""The names of the best ones there, by their step."""
 PATIENCE_SECONDS = 300.0
 """For so long what fails is tried again; the run goes on meanwhile."""
 FINISH_SECONDS = 600.0
@@ -66,32 +71,41 @@ class Offsite:
         here, _ = newest_valid(checkpoints)
         newest_here = int(FOLDER.fullmatch(here.name)[1]) if here is not None else -1  # type: ignore[index]
         with told(FIELD, self._address):
-            there = self._steps()
-            for step in sorted(there, reverse=True):
+            there = self._named(FOLDER)
+            for step, name in there.items():
                 if step <= newest_here:
                     return None
                 checkpoints.mkdir(parents=True, exist_ok=True)
-                if self._get(there[step], checkpoints, identity):
-                    if self._filesystem.exists(f"{self._root}/{manifest.BEST}/{manifest.FILE_NAME}"):
-                        self._get(manifest.BEST, checkpoints, identity)
-                    return checkpoints / there[step]
+                if self._get(name, step, checkpoints / name, identity):
+                    for number, best in self._named(BEST).items():
+                        if self._get(best, number, checkpoints / manifest.BEST, identity):
+                            break
+                    return checkpoints / name
         return None
 
-    def _get(self, name: str, checkpoints: Path, identity: Mapping[str, Any]) -> bool:
-        """Copy a checkpoint of that name here; whether it is whole."""
+    def _get(self, name: str, step: int, folder: Path, identity: Mapping[str, Any]) -> bool:
+        """Copy the checkpoint of that name and step here; whether it is whole."""
+        there = f"{self._address}/{name}"
         try:
-            with replace_folder(checkpoints / name) as temporary:
+            with replace_folder(folder) as temporary:
                 self._filesystem.get(f"{self._root}/{name}/", f"{temporary}/", recursive=True)
-                fields = manifest.check(temporary)
-                check_same(fields["identity"], identity, f"{self._address}/{name}")
+                check_same(manifest.check(temporary, step)["identity"], identity, there)
         except (InvalidCheckpoint, FileNotFoundError) as error:
             self._tell(f"The checkpoint {name} in {self._address} was passed over: {error}.")
             return False
+        except RunFailed as error:  # of another version: it is to be looked for there, not where it was copied to
+            raise RunFailed(error.what.replace(str(temporary), there), error.remedy) from None
         return True
 
     def keep(self, folder: Path) -> None:
         """Copy a folder there, soon; a checkpoint lets older ones go."""
-        self._queue.put((folder, folder.name))
+        name = folder.name
+        if name == manifest.BEST:
+            try:
+                name = f"{name}-{manifest.read_manifest(folder)['step']:08d}"
+            except InvalidCheckpoint:
+                return  # it is being replaced: the newer one follows
+        self._queue.put((folder, name))
 
     def finish(self) -> None:
         """Wait until all is copied."""
@@ -104,7 +118,7 @@ class Offsite:
         while (wanted := self._queue.get()) is not None:
             folder, name = wanted
             try:
-                self._patiently(self._put, folder, name)
+                self._put(folder, name)
                 self._patiently(self._retire)
             except FileNotFoundError:
                 continue  # a newer one has replaced it meanwhile
@@ -129,8 +143,8 @@ class Offsite:
         for path in files:
             if path.is_file():
                 target = f"{self._root}/{name}/{path.relative_to(folder).as_posix()}"
-                self._make_folder(target.rpartition("/")[0])
-                self._filesystem.put_file(str(path), target)
+                self._patiently(self._make_folder, target.rpartition("/")[0])
+                self._patiently(self._filesystem.put_file, str(path), target)
 
     def _make_folder(self, path: str) -> None:
         """Make a folder where there are folders; where there are buckets, one that does not exist must not be made."""
@@ -138,13 +152,14 @@ class Offsite:
             self._filesystem.makedirs(path, exist_ok=True)
 
     def _retire(self) -> None:
-        """Let checkpoints go that are older than the last few whole ones."""
-        whole = 0
-        for name in (name for _, name in sorted(self._steps().items(), reverse=True)):
-            if whole >= self._keep:
-                self._filesystem.rm(f"{self._root}/{name}", recursive=True)
-            elif self._is_whole(name):
-                whole += 1
+        """Let checkpoints go that are older than the last few whole ones, and than the last best one that is whole."""
+        for pattern, keep in ((FOLDER, self._keep), (BEST, 1)):
+            whole = 0
+            for name in self._named(pattern).values():
+                if whole >= keep:
+                    self._filesystem.rm(f"{self._root}/{name}", recursive=True)
+                elif self._is_whole(name):
+                    whole += 1
 
     def _is_whole(self, name: str) -> bool:
         """Whether all files that the manifest names are there at their sizes; their hashes are asked when fetched."""
@@ -159,15 +174,36 @@ class Offsite:
         except (FileNotFoundError, ValueError, KeyError):
             return False
 
-    def _steps(self) -> dict[int, str]:
-        """The names of the checkpoints there, by step."""
+    def _named(self, pattern: re.Pattern[str]) -> dict[int, str]:
+        """The names there that match, by their step, the newest first."""
         self._filesystem.invalidate_cache()
         try:
             listed = self._filesystem.ls(self._root, detail=False)
         except FileNotFoundError:
             return {}
         names = (str(path).rstrip("/").rpartition("/")[2] for path in listed)
-        return {int(match[1]): match[0] for name in names if (match := FOLDER.fullmatch(name))}
+        found = {int(match[1]): match[0] for name in names if (match := pattern.fullmatch(name))}
+        return dict(sorted(found.items(), reverse=True))
+
+
+def runs_of(spec: RunSpec) -> str:
+    """Where all runs of that name lie in the storage that a specification names."""
+    return f"{(spec.checkpoints.storage or '').rstrip('/')}/{spec.name}"
+
+
+def outputs_stored(spec: RunSpec) -> set[str]:
+    """The names of the output folders whose runs lie in the storage; none where the specification names no storage.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
+    if spec.checkpoints.storage is None:
+        return set()
+    filesystem, path = opened(runs_of(spec), FIELD)
+    with told(FIELD, runs_of(spec)):
+        filesystem.invalidate_cache()
+        listed = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
+    return {str(each).rstrip("/").rpartition("/")[2] for each in listed}
 
 
 @contextmanager
@@ -180,7 +216,7 @@ def offsite(spec: RunSpec, tell: Callable[[str], None]) -> Iterator[Offsite | No
     if spec.checkpoints.storage is None:
         yield None
         return
-    storage = Offsite(f"{spec.checkpoints.storage.rstrip('/')}/{spec.name}", spec.checkpoints.keep, tell)
+    storage = Offsite(f"{runs_of(spec)}/{Path(spec.output).name}", spec.checkpoints.keep, tell)
     try:
         yield storage
     finally:

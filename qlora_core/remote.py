@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from clusters.errors import RequestError, first_line, request_error
+from clusters.errors import NO_SPACE, RequestError, RunFailed, first_line, request_error
 from qlora_core.files import replace_folder
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
@@ -122,10 +122,13 @@ def told(where: str, address: str) -> Iterator[None]:
     """Turn what a storage's library raises into a RequestError."""
     try:
         yield
-    except RequestError:
+    except (RequestError, RunFailed):
         raise
     except FileNotFoundError:
         raise request_error(where, address, "there is no such file or folder", "Check the address") from None
     except Exception as error:  # each service's library has its own errors; their messages may hold secrets
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            rule = "its copy finds no space on this machine"
+            raise request_error(where, address, rule, "Free space on the disk that it is copied to") from None
         rule = f"it cannot be read ({type(error).__name__})"
         raise request_error(where, address, rule, "Check the address, and the credentials in the environment") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -36,8 +37,12 @@ class Run:
     specification: Path
     environment: dict[str, str]
     listened_on: set[str] = field(default_factory=set)
+    begun_with: dict[int, float] = field(default_factory=dict)
+    """When each step was first done that the events told of before a start; one that was lost is taken out of them."""
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
+        for step, done in self.steps().items():
+            self.begun_with.setdefault(step, done)
         return subprocess.Popen(
             [COMMAND, self.specification, *arguments],
             env=self.environment,
@@ -78,13 +83,22 @@ class Run:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
+    def steps(self) -> dict[int, float]:
+        """When each step was done last."""
+        return {event["step"]: event["time"] for event in self.events() if event["event"] == "step"}
+
     def done_twice(self) -> int:
-        """Steps that were lost and done again: metrics.jsonl has when each was first done, the events when last."""
+        """Steps that were lost and done again.
+
+        metrics.jsonl has when each was first done, but for those that a driver had not read before it was killed.
+        """
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         told = [json.loads(line) for line in lines]
         first = {line["step"]: line["time"] for line in told if "train/loss" in line}
-        last = {event["step"]: event["time"] for event in self.events() if event["event"] == "step"}
-        return sum(first[step] != last[step] for step in first.keys() & last.keys())
+        last = self.steps()
+        return sum(
+            min(first[step], self.begun_with.get(step, math.inf)) != last[step] for step in first.keys() & last.keys()
+        )
 
     @property
     def record(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from qlora_core.memory.measure import StorageMeter
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
+from qlora_core.training import manifest
 from qlora_core.training.dataset import encode_file
 from qlora_core.training.dataset.tokens import save_examples
 from qlora_core.training.engines import build_engine
@@ -22,6 +23,8 @@ from qlora_core.training.restore import load_adapter
 from qlora_core.training.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
+FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "optimizer-00000.safetensors",
+         "rank-00000.json")  # fmt: skip
 
 
 class Watcher:
@@ -43,6 +46,18 @@ class Watcher:
 
     def checkpoint_saved(self, path: Path, step: int) -> None:
         self.event("checkpoint", path=path, step=step)
+
+
+def stand_in_checkpoint(checkpoints: Path, step: int, **facts: Any) -> Path:
+    """A checkpoint with files as a run leaves them, where what is in them does not matter."""
+    folder = checkpoints / manifest.folder_name(step)
+    for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(f"{name} of step {step}".encode() * 100)
+    empty: dict[str, Any] = {"identity": {}, "scheduler": {}, "context": {}, "layout": {}}
+    described = manifest.described(folder, list(FILES))
+    manifest.write_manifest(folder, {"step": step, "world_size": 1, **empty, **facts}, described)
+    return folder
 
 
 def encode(conversations: Path, base: Path, folder: Path) -> Path:

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from filelock import FileLock
+from small_runs import stand_in_checkpoint
 
 from clusters.errors import RequestError, RunFailed
 from launch.train import train
-from qlora_core.training.manifest import REQUIRED, write_manifest
 
 Request = Callable[..., Result]
 
@@ -124,10 +124,8 @@ def test_an_output_with_something_else_in_it_is_refused(ask: Request, tmp_path: 
 
 
 def test_a_checkpoint_of_another_model_is_not_resumed(ask: Request, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "out" / "checkpoints" / "step-00000002"
-    checkpoint.mkdir(parents=True)
-    facts = {**dict.fromkeys(REQUIRED - {"format_version", "files"}), "identity": {"name": "tiny", "model": "another"}}
-    write_manifest(checkpoint, facts, {})
+    another = {"name": "tiny", "model": "another"}
+    checkpoint = stand_in_checkpoint(tmp_path / "out" / "checkpoints", 2, identity=another)
     message = refusal(ask())
     assert f"model: the run in {checkpoint} was started with 'another'" in message
     assert not (tmp_path / "out" / "run.json").exists()

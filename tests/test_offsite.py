@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,11 +14,14 @@ import pytest
 import s3fs
 from real_runs import MARK, TIMEOUT, make_run
 from s3_server import new_bucket, s3_server
+from small_runs import stand_in_checkpoint
 from strikes import Row, Rows
 
-from clusters.errors import RequestError
+from clusters.errors import RequestError, RunFailed
+from launch.train import free_output
 from orchestrator import offsite
-from orchestrator.offsite import Offsite
+from orchestrator.offsite import Offsite, outputs_stored
+from orchestrator.spec import RunSpec
 from qlora_core.training import manifest
 from qlora_core.training.manifest import complete, newest_valid
 
@@ -44,14 +47,7 @@ def told() -> list[str]:
 
 
 def make(checkpoints: Path, step: int) -> Path:
-    folder = checkpoints / manifest.folder_name(step)
-    names = ["adapter/adapter_model.safetensors", "optimizer-00000.safetensors"]
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(os.urandom(5000))
-    facts = {**dict.fromkeys(manifest.REQUIRED - {"format_version", "files"}), "step": step, "identity": IDENTITY}
-    manifest.write_manifest(folder, facts, manifest.described(folder, names))
-    return folder
+    return stand_in_checkpoint(checkpoints, step, identity=IDENTITY)
 
 
 def stored(bucket: str, told: list[str], *folders: Path) -> Offsite:
@@ -62,10 +58,10 @@ def stored(bucket: str, told: list[str], *folders: Path) -> Offsite:
     return storage
 
 
-def names(bucket: str) -> set[str]:
+def names(bucket: str, folder: str = "runs/tiny") -> set[str]:
     filesystem = s3fs.S3FileSystem()
     filesystem.invalidate_cache()
-    return {path.rpartition("/")[2] for path in filesystem.ls(f"{bucket}/runs/tiny", detail=False)}
+    return {path.rpartition("/")[2] for path in filesystem.ls(f"{bucket}/{folder}", detail=False)}
 
 
 def test_the_last_few_are_there_and_come_back_whole(tmp_path: Path, bucket: str, told: list[str]) -> None:
@@ -84,7 +80,7 @@ def test_the_best_comes_along(tmp_path: Path, bucket: str, told: list[str]) -> N
     folders = [make(tmp_path / "here", step) for step in (10, 20, 30)]
     best = folders[0].rename(tmp_path / "here" / manifest.BEST)
     storage = stored(bucket, told, best, *folders[1:])
-    assert names(bucket) == {"best", "step-00000020", "step-00000030"}
+    assert names(bucket) == {"best-00000010", "step-00000020", "step-00000030"}
     storage.fetch(tmp_path / "elsewhere", IDENTITY)
     assert manifest.after_step(tmp_path / "elsewhere", 10) == tmp_path / "elsewhere" / manifest.BEST
     assert manifest.after_step(tmp_path / "elsewhere", 30) == tmp_path / "elsewhere" / "step-00000030"
@@ -92,10 +88,43 @@ def test_the_best_comes_along(tmp_path: Path, bucket: str, told: list[str]) -> N
     assert told == []
 
 
+def test_the_best_there_stays_until_another_is_whole(
+    tmp_path: Path, bucket: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def best(step: int) -> Path:
+        shutil.rmtree(tmp_path / "here" / manifest.BEST, ignore_errors=True)
+        return make(tmp_path / "here", step).rename(tmp_path / "here" / manifest.BEST)
+
+    def dies(number: int) -> None:
+        if number > 2:
+            raise ConnectionError("the machine is gone")
+
+    storage = stored(bucket, told, best(10), make(tmp_path / "here", 10))
+    with monkeypatch.context() as patch:
+        patch.setattr(offsite, "PATIENCE_SECONDS", 0.5)
+        unreliable(patch, dies)
+        stored(bucket, told, best(20))
+    s3fs.S3FileSystem.clear_instance_cache()
+    storage.fetch(tmp_path / "elsewhere", IDENTITY)
+    assert manifest.after_step(tmp_path / "elsewhere", 10) is not None
+    assert manifest.check(tmp_path / "elsewhere" / manifest.BEST, 10)
+    stored(bucket, told, best(30))
+    assert names(bucket) == {"best-00000030", "step-00000010"}
+
+
+def test_another_version_s_checkpoint_is_no_fault_of_the_storage(tmp_path: Path, bucket: str, told: list[str]) -> None:
+    folder = make(tmp_path / "here", 10)
+    (folder / manifest.FILE_NAME).write_text('{"format_version": 3}')
+    storage = stored(bucket, told, folder)
+    with pytest.raises(RunFailed, match=rf"The checkpoint s3://{bucket}/runs/tiny/step-00000010 has format version 3"):
+        storage.fetch(tmp_path / "elsewhere", IDENTITY)
+
+
 def test_what_was_harmed_there_is_passed_over(tmp_path: Path, bucket: str, told: list[str]) -> None:
     storage = stored(bucket, told, make(tmp_path / "here", 10), make(tmp_path / "here", 20))
     key = f"{bucket}/runs/tiny/step-00000020/optimizer-00000.safetensors"
-    s3fs.S3FileSystem().pipe_file(key, b"\0" * 5000)
+    size = (tmp_path / "here" / "step-00000020" / "optimizer-00000.safetensors").stat().st_size
+    s3fs.S3FileSystem().pipe_file(key, b"\0" * size)
     assert storage.fetch(tmp_path / "elsewhere", IDENTITY) == tmp_path / "elsewhere" / "step-00000010"
     assert "step-00000020" in told[0]
     assert "SHA-256" in told[0]
@@ -118,6 +147,28 @@ def test_another_run_s_checkpoints_are_refused_and_left_there(tmp_path: Path, bu
     with pytest.raises(RequestError, match="was started with 'tiny'"):
         storage.fetch(tmp_path / "elsewhere", {"name": "other"})
     assert not complete(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("storage", ["s3", "folder"])
+def test_a_fresh_run_shares_nothing_with_the_one_before(
+    tmp_path: Path, bucket: str, told: list[str], storage: str
+) -> None:
+    address = f"s3://{bucket}/runs" if storage == "s3" else f"file://{tmp_path}/runs"
+    fields = {"name": "tiny", "model": "m", "data": {"path": "d"}, "checkpoints": {"storage": address}}
+    spec = RunSpec.model_validate({**fields, "output": str(tmp_path / "out")})
+    assert free_output(spec) == tmp_path / "out"
+    with offsite.offsite(spec, told.append) as first:
+        assert first is not None
+        first.keep(make(tmp_path / "here", 10))
+    fresh = free_output(spec)  # on a machine where the output folder is not
+    assert fresh == tmp_path / "out-2"
+    with offsite.offsite(spec.model_copy(update={"output": str(fresh)}), told.append) as second:
+        assert second is not None
+        assert second.fetch(tmp_path / "elsewhere", {"name": "tiny", "recipe.rank": 8}) is None
+    with offsite.offsite(spec, told.append) as again:
+        assert again is not None
+        assert again.fetch(tmp_path / "elsewhere", IDENTITY) is not None
+    assert told == []
 
 
 def unreliable(monkeypatch: pytest.MonkeyPatch, behave: Callable[[int], None]) -> list[float]:
@@ -144,7 +195,7 @@ def test_every_fifth_upload_fails_and_all_arrive(
 
     times = unreliable(monkeypatch, fifth)
     stored(bucket, told, *(make(tmp_path / "here", step) for step in (10, 20, 30)))
-    assert len(times) > 9  # three files in each, and what failed once more
+    assert len(times) > 15  # five files in each, and what failed once more
     assert names(bucket) == {"step-00000020", "step-00000030"}
     assert told == []
 
@@ -211,7 +262,7 @@ def test_a_run_whose_machine_is_gone_goes_on_elsewhere(
     from_step = second.record["attempts"][0]["from_step"]
     assert from_step >= 40
     assert SECRET not in output + (second.folder / "run.json").read_text()
-    assert "adapter" in names(bucket)
+    assert "adapter" in names(bucket, "runs/tiny/out")
     again = next(event["time"] for event in second.events() if event.get("step") == from_step + 1)
     rows.add(
         Row("the machine is gone, the run goes on from S3 elsewhere", True, max(0, 60 - from_step), again - struck)

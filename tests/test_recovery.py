@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from clusters.errors import NotFinite, RayNotStarted, RunFailed, StorageFailed, request_error
+from clusters.errors import NotFinite, RayNotStarted, RunFailed, StorageFailed, request_error, without_secrets
 from orchestrator.failures import WorkerFailed, cause, failure_of, kind_of, lost, told_by
 from orchestrator.recovery import RULES, Decision, Failure, Kind, Limits, decide
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-ENDS = {"no room", "disk full", "data", "not finite", "user", "error"}
+ENDS = {"no room", "disk full", "no rights", "data", "not finite", "user", "error"}
 """Of a person's making, or of the code's: the same would fail again."""
 UNBOUNDED = {"gpu memory", "preempted", "devices back"}
 """A leaner plan exists or not; where workers are asked to end it costs no step."""
@@ -77,13 +77,38 @@ def test_every_kind_has_a_rule_with_a_reason() -> None:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "gpu memory"),
         (RuntimeError("CUDA error: out of memory"), "gpu memory"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "gpu memory"),
+        (RuntimeError("CUDA driver error: out of memory"), "gpu memory"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "gpu memory"),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously"), "gpu memory"),
+        (
+            torch.distributed.DistBackendError(
+                "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled cuda error (run with "
+                "NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclUnhandledCudaError: Call to CUDA function "
+                "failed.\nLast error:\nCuda failure 2 'out of memory'"
+            ),
+            "gpu memory",
+        ),
+        (RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB."), "gpu memory"),
         (MemoryError(), "host memory"),
+        (torch.distributed.DistBackendError("NCCL error: mmap failed: Cannot allocate memory"), "host memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), "host memory"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "host memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk full"),
         (StorageFailed("It could not be written.", "Free space.", errno.ENOSPC), "disk full"),
         (StorageFailed("It could not be written.", "Look.", errno.EIO), "storage"),
         (OSError(errno.EIO, "Input/output error"), "storage"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory"),
+            "storage",
+        ),  # of a share that is away for a while
+        (PermissionError(errno.EACCES, "Permission denied"), "no rights"),
+        (StorageFailed("It could not be written.", "Make it writable.", errno.EROFS), "no rights"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "error"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory"), "error"),
+        (OSError("/models/x does not appear to have a file named config.json."), "error"),  # transformers'
+        (ValueError("template /data/igloo/chat.jinja is wrong"), "error"),
+        (RuntimeError("template /data/igloo/chat.jinja is wrong"), "error"),
+        (KeyError("gloo"), "error"),
         (torch.distributed.DistBackendError("NCCL error"), "worker lost"),
         (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1234"), "worker lost"),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "worker lost"),
@@ -144,6 +169,27 @@ def test_secrets_of_the_environment_stay_out_of_what_is_told(monkeypatch: pytest
     monkeypatch.setenv("STORAGE_SECRET_KEY", "wJalrXUtnFEMI")
     found = failure_of(ValueError("denied for wJalrXUtnFEMI at https://me:wJalrXUtnFEMI@host/x"))
     assert "wJalrXUtnFEMI" not in found.message + found.details
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "PGPASS",
+        "DB_PASSWD",
+        "AWS_CREDENTIALS",
+        "DATABASE_PWD",
+        "SENTRY_DSN",
+        "X_SAS",
+    ],
+)
+def test_values_of_variables_that_hold_secrets_are_not_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "AccountKey=hunter22")
+    monkeypatch.setenv("PWD", "/home/me/runs")
+    told = without_secrets(
+        "AccountKey=hunter22 is refused at https://host/x?sig=abc&X-Amz-Signature=dead in /home/me/runs"
+    )
+    assert told == "*** is refused at https://host/x?*** in /home/me/runs"
 
 
 def test_ray_s_memory_monitor_and_lost_nodes_are_told_apart() -> None:

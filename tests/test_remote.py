@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from orchestrator.base import base_on_this_node, find_base
 from orchestrator.identity import model_fingerprint
 from orchestrator.prepare import prepare
 from orchestrator.spec import load_spec
-from qlora_core.remote import model_folder
+from qlora_core.remote import model_folder, told
 
 ADDRESS = "memory://bucket/model"
 
@@ -134,3 +135,8 @@ def test_of_a_copy_that_broke_off_nothing_is_left(bucket: Any, tmp_path: Path, m
 def test_an_address_without_a_model_is_refused(bucket: Any, tmp_path: Path, address: str, rule: str) -> None:
     with pytest.raises(RequestError, match=f"^model: {rule}|^model: it {rule}"):
         model_folder(address, tmp_path, lambda text: None)
+
+
+def test_a_disk_that_is_full_here_is_no_fault_of_the_address() -> None:
+    with pytest.raises(RequestError, match="finds no space on this machine"), told("data.path", "s3://bucket/x"):
+        raise OSError(errno.ENOSPC, "No space left on device")

@@ -37,7 +37,7 @@ from torch import nn
 from clusters.errors import NEEDS_A_PERSON, StorageFailed, first_line
 from qlora_core.files import publish_folder, replace_folder, sync
 from qlora_core.training.engine import Engine
-from qlora_core.training.manifest import BEST, described, folder_name, is_best, retire, write_manifest
+from qlora_core.training.manifest import BEST, described, folder_name, is_best, rank_files, retire, write_manifest
 from qlora_core.training.optimizer_state import OptimizerState
 
 SHARD_SIZE = "5GB"
@@ -220,7 +220,7 @@ class Writer:
         temporary.mkdir(parents=True, exist_ok=True)
         if self._rank == 0:
             save_weights(self._model, snapshot.weights, temporary)
-        optimizer, facts = f"optimizer-{self._rank:05d}.safetensors", f"rank-{self._rank:05d}.json"
+        optimizer, facts = rank_files(self._rank)
         save_file(snapshot.state.tensors, temporary / optimizer)
         rank_facts = {
             "numbers": snapshot.state.numbers,

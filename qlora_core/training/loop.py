@@ -259,7 +259,6 @@ def all_learned(batch: Batch) -> Batch:
 
 def one_step(run: TrainingRun, step: int, observer: Observer) -> Step:
     """One optimizer step over all ranks."""
-    stop = observer.stop_requested()
     data = run.train_data
     rows = data.order.step(step)
     # The divisor is the labelled tokens of the WHOLE step, which every rank knows without asking: a mean per
@@ -285,7 +284,8 @@ def one_step(run: TrainingRun, step: int, observer: Observer) -> Step:
         observer.alive()
     with run.meter.phase("optimizer"):
         norm = run.engine.step()
-    stopping = losses[0][1].new_tensor(float(stop and run.rank == 0))
+    # asked as late as can be: what is asked for during a step ends the run after it, not after the next
+    stopping = losses[0][1].new_tensor(float(run.rank == 0 and observer.stop_requested()))
     summed = torch.stack([torch.stack([loss for _, loss in losses]).sum(), stopping])
     if dist.is_initialized():
         dist.all_reduce(summed)
@@ -345,24 +345,26 @@ def answers(run: TrainingRun) -> list[dict[str, str]]:
 def save(run: TrainingRun, observer: Observer, writer: Writer, progress: Progress) -> dict[str, Any]:
     """Evaluate, begin to write a checkpoint, and return the context with the evaluation in it.
 
+    What an interrupt saves between two checkpoints is not evaluated: who asks for it may not wait, and it is no
+    candidate for the best, for a run without it must end alike.
+
     Raises:
         NotFinite: the evaluation's loss is not finite.
         StorageFailed: the checkpoint before could not be written.
     """
     step, context = progress.step, dict(progress.context)
-    value = evaluate(run, observer)
+    due = step == run.total_steps or step % run.save_every == 0
+    value = evaluate(run, observer) if due else None
     if value is not None and not math.isfinite(value):
         raise NotFinite(
             f"The loss on the held-out examples is {value} after step {step}, so that step was not saved.",
             "Lower recipe.learning_rate and start anew with --fresh; the last checkpoint is from before.",
         )
     best = context.setdefault("best", None)
-    # what an interrupt saves between two checkpoints is no candidate: a run without it must end alike
-    due = step == run.total_steps or step % run.save_every == 0
-    is_best = due and value is not None and (best is None or value < best["eval_loss"])
+    is_best = value is not None and (best is None or value < best["eval_loss"])
     if is_best:
         context["best"], context["not_lower"] = {"step": step, "eval_loss": value}, 0
-    elif due and value is not None:
+    elif value is not None:
         context["not_lower"] = context.get("not_lower", 0) + 1
     is_result = is_best if run.result == "best" else is_at_end(run, step, context)
     if is_result:
@@ -372,5 +374,6 @@ def save(run: TrainingRun, observer: Observer, writer: Writer, progress: Progres
     progress = dataclasses.replace(progress, context=context)
     writer.wait(observer.alive)
     writer.write(checkpoint.snapshot(run.engine, weights, progress, rank=run.rank, best=is_best))
-    observer.event("eval", step=step, **measures(value))
+    if due:
+        observer.event("eval", step=step, **measures(value))
     return context

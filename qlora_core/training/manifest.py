@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
 from clusters.errors import RunFailed
 from qlora_core.files import write_json
 
 FILE_NAME = "checkpoint.json"
 FORMAT_VERSION = 2
-REQUIRED = {"format_version", "step", "world_size", "identity", "scheduler", "context", "layout", "files"}
-"""What a manifest must hold."""
 FOLDER = re.compile(r"step-(\d{8})")
 BEST = "best"
 """The copy of the checkpoint with the lowest evaluation loss."""
@@ -31,6 +31,29 @@ UNFINISHED = re.compile(r"\.(step-\d{8})\..*tmp")
 
 class InvalidCheckpoint(Exception):
     """A folder is no checkpoint that can be trusted; its text says why."""
+
+
+class File(BaseModel):
+    """A file of a checkpoint, as it was written."""
+
+    model_config = ConfigDict(strict=True)
+
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a manifest must hold; the rest of its fields is for people."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: PositiveInt
+    world_size: PositiveInt
+    identity: dict[str, Any]
+    scheduler: dict[str, Any]
+    context: dict[str, Any]
+    layout: dict[str, Any]
+    files: dict[str, File]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +72,11 @@ class Skipped:
 def folder_name(step: int) -> str:
     """The name of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
+
+
+def rank_files(rank: int) -> tuple[str, str]:
+    """The names of a rank's files: its optimizer state, and the plain numbers beside it."""
+    return f"optimizer-{rank:05d}.safetensors", f"rank-{rank:05d}.json"
 
 
 def complete(folder: Path) -> dict[int, Path]:
@@ -94,32 +122,53 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         stored: object = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InvalidCheckpoint(f"{FILE_NAME} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidCheckpoint(f"{FILE_NAME} cannot be read ({error})") from None
     if not isinstance(stored, dict):
         raise InvalidCheckpoint(f"{FILE_NAME} holds no object")
     fields = {key: value for key, value in stored.items() if key != "digest"}
-    if stored.get("format_version") != FORMAT_VERSION and stored.get("digest") in (None, digest(fields)):
+    version, whole = fields.get("format_version"), stored.get("digest") == digest(fields)
+    if type(version) is int and version != FORMAT_VERSION and (whole or "digest" not in stored):
         raise RunFailed(
-            f"The checkpoint {folder} has format version {stored.get('format_version')}, this program reads "
-            f"{FORMAT_VERSION}.",
+            f"The checkpoint {folder} has format version {version}, this program reads {FORMAT_VERSION}.",
             "Resume with the version that wrote it, or start with --fresh.",
         )
-    if stored.get("digest") != digest(fields):
+    if not whole:
         raise InvalidCheckpoint(f"{FILE_NAME} was changed after it was written")
-    if not fields.keys() >= REQUIRED:
-        raise InvalidCheckpoint(f"{FILE_NAME} lacks {', '.join(sorted(REQUIRED - fields.keys()))}")
+    check_shape(fields)
     return fields
 
 
-def check(folder: Path) -> dict[str, Any]:
+def check_shape(fields: Mapping[str, Any]) -> None:
+    """Raise an InvalidCheckpoint where a manifest lacks what a resume reads, or has it as something else."""
+    try:
+        listed = Manifest.model_validate(fields)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        field = ".".join(map(str, wrong["loc"]))
+        raise InvalidCheckpoint(f"{FILE_NAME} is wrong in {field}: {wrong['msg']}") from None
+    # what a resume loads must be listed, for what is not listed is not looked at
+    needed = (name for rank in range(listed.world_size) for name in rank_files(rank))
+    missing = next((name for name in needed if name not in listed.files), None)
+    if missing is not None:
+        raise InvalidCheckpoint(f"{FILE_NAME} lists no {missing}")
+    if not any(name.startswith(("adapter/", "model/")) and name.endswith(".safetensors") for name in listed.files):
+        raise InvalidCheckpoint(f"{FILE_NAME} lists no weights")
+
+
+def check(folder: Path, step: int | None = None) -> dict[str, Any]:
     """The fields of a checkpoint's manifest, after all its files were read and found as they were written.
 
+    Args:
+        step: that it must be of.
+
     Raises:
-        InvalidCheckpoint: a file is missing, or is not what was written.
+        InvalidCheckpoint: a file is missing, or is not what was written; it is of another step.
         RunFailed: another version of this program wrote it.
     """
     fields = read_manifest(folder)
+    if step not in (None, fields["step"]):
+        raise InvalidCheckpoint(f"its {FILE_NAME} is of step {fields['step']}")
     for name, wanted in fields["files"].items():
         path = inside(folder, name)
         try:
@@ -142,7 +191,11 @@ def inside(folder: Path, name: str) -> Path:
         InvalidCheckpoint: it leads out of the folder.
     """
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or not (folder / name).resolve().is_relative_to(folder.resolve()):
+    try:
+        leads_out = not (folder / name).resolve().is_relative_to(folder.resolve())
+    except (ValueError, RuntimeError) as error:  # no name of a file, or a link to itself
+        raise InvalidCheckpoint(f"{FILE_NAME} names {name!r}, which is no file: {error}") from None
+    if parts.is_absolute() or ".." in parts.parts or leads_out:
         raise InvalidCheckpoint(f"{FILE_NAME} names {name!r}, which lies outside its folder")
     return folder / name
 
@@ -158,9 +211,9 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[Skipped]]:
         for path in sorted(checkpoints.glob(".step-*tmp"), reverse=True)
         if UNFINISHED.fullmatch(path.name)
     ]
-    for folder in reversed(complete(checkpoints).values()):
+    for step, folder in reversed(complete(checkpoints).items()):
         try:
-            check(folder)
+            check(folder, step)
         except InvalidCheckpoint as error:
             skipped.append(Skipped(folder, str(error)))
         else:
@@ -172,8 +225,8 @@ def after_step(checkpoints: Path, step: int) -> Path | None:
     """The checkpoint after `step` steps, as the best or among the last few; None where none that is whole is there."""
     for folder in (checkpoints / BEST, checkpoints / folder_name(step)):
         with suppress(InvalidCheckpoint, RunFailed):
-            if check(folder)["step"] == step:
-                return folder
+            check(folder, step)
+            return folder
     return None
 
 
@@ -204,13 +257,13 @@ def retire(checkpoints: Path, keep: int) -> list[Path]:
     """
     valid = 0
     removed = []
-    for folder in reversed(complete(checkpoints).values()):
+    for step, folder in reversed(complete(checkpoints).items()):
         if valid >= keep:
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder)
             continue
         try:
-            check(folder)
+            check(folder, step)
         except (InvalidCheckpoint, RunFailed):
             continue
         valid += 1

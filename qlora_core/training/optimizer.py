@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,6 +13,37 @@ from transformers import get_scheduler
 
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
+
+OUT_OF_MEMORY = 2
+"""CUDA_ERROR_OUT_OF_MEMORY (CUDA driver API, CUresult)."""
+
+
+class AdamW(bnb.optim.AdamW):  # type: ignore[misc]
+    """bitsandbytes' own, which raises where there is no memory to page: its library prints the error and exits."""
+
+    def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The state of a parameter.
+
+        Raises:
+            torch.OutOfMemoryError: managed memory of that size cannot be had.
+        """
+        if self.is_paged and p.device.type == "cuda":
+            check_managed(p.numel() * dtype.itemsize)
+        return cast(torch.Tensor, super().get_state_buffer(p, dtype))
+
+
+def check_managed(size: int) -> None:
+    """Raise a torch.OutOfMemoryError where CUDA gives no managed memory of `size` bytes."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # an AMD GPU, or none: a plan is traced
+        return
+    address = ctypes.c_uint64()
+    status = driver.cuMemAllocManaged(ctypes.byref(address), ctypes.c_size_t(size), 1)  # CU_MEM_ATTACH_GLOBAL
+    if status == OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(f"CUDA out of memory. {size} bytes of managed memory were asked for.")
+    if status == 0:
+        driver.cuMemFree_v2(address)
 
 
 def build_optimizer(
@@ -33,7 +65,7 @@ def build_optimizer(
     bits = 8 if recipe.optimizer == "adamw_8bit" else 32
     return cast(
         torch.optim.Optimizer,
-        bnb.optim.AdamW(groups, optim_bits=bits, is_paged=strategy.paged_optimizer, **common),
+        AdamW(groups, optim_bits=bits, is_paged=strategy.paged_optimizer, **common),
     )
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from clusters.errors import RunFailed, StorageFailed
 from qlora_core.training.checkpoint import Progress, reason_of
 from qlora_core.training.engine import Engine
-from qlora_core.training.manifest import damaged, load_facts
+from qlora_core.training.manifest import damaged, load_facts, rank_files
 from qlora_core.training.optimizer_state import OptimizerState, Span
 from qlora_core.training.reshard import laid_out, whole
 
@@ -68,9 +68,10 @@ def restore(folder: Path, engine: Engine, *, rank: int, layout: Mapping[str, Any
 
 def load_rank(folder: Path, rank: int) -> tuple[OptimizerState, dict[str, Any]]:
     """A rank's optimizer state and its random states."""
-    facts = json.loads((folder / f"rank-{rank:05d}.json").read_text(encoding="utf-8"))
+    optimizer, numbers = rank_files(rank)
+    facts = json.loads((folder / numbers).read_text(encoding="utf-8"))
     state = OptimizerState(
-        tensors=load_file(folder / f"optimizer-{rank:05d}.safetensors"),
+        tensors=load_file(folder / optimizer),
         numbers=facts["numbers"],
         spans=tuple(Span(*values) for values in facts["spans"]),
     )

@@ -77,6 +77,27 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, tiny_base: Path, data
     assert resumed.context["eval_after"] == whole.context["eval_after"]
 
 
+def test_a_stop_that_is_asked_for_during_a_step_ends_the_run_after_it_and_evaluates_nothing(
+    tmp_path: Path, tiny_base: Path, data: Path
+) -> None:
+    class Interrupted(Watcher):
+        """Asked to stop once the first micro-batch of the second step is done."""
+
+        asked = False
+
+        def alive(self) -> None:
+            self.asked |= [event["event"] for event in self.events].count("step") == 1
+
+        def stop_requested(self) -> bool:
+            return self.asked
+
+    watcher = Interrupted()
+    end = train(build(tiny_base, data, tmp_path, recipe_of()), watcher, None)
+    assert (end.step, end.finished) == (2, False)
+    assert list(manifest.complete(tmp_path)) == [2]
+    assert [event["step"] for event in watcher.events if event["event"] == "eval"] == [0]
+
+
 @pytest.mark.parametrize(
     ("make", "layers", "linears"),
     [

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from small_runs import FILES
+from small_runs import stand_in_checkpoint as make
 
 from clusters.errors import RunFailed
 from qlora_core.training import manifest
 from qlora_core.training.manifest import InvalidCheckpoint, check, complete, newest_valid, put_aside, retire
-
-FILES = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "optimizer-00000.safetensors",
-         "rank-00000.json")  # fmt: skip
-
-
-def make(checkpoints: Path, step: int) -> Path:
-    """A checkpoint with files as a run leaves them; what is in them does not matter here."""
-    folder = checkpoints / manifest.folder_name(step)
-    for name in FILES:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(f"{name} of step {step}".encode() * 10)
-    facts = {**dict.fromkeys(manifest.REQUIRED - {"format_version", "files"}), "step": step}
-    manifest.write_manifest(folder, facts, manifest.described(folder, list(FILES)))
-    return folder
 
 
 def truncate(path: Path) -> None:
@@ -37,6 +27,13 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Let a manifest say something else, with the digest of that."""
+    fields = {**json.loads((folder / manifest.FILE_NAME).read_text()), **changes}
+    del fields["digest"]
+    (folder / manifest.FILE_NAME).write_text(json.dumps({**fields, "digest": manifest.digest(fields)}))
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, Path.unlink, lambda path: path.write_bytes(b"")])
@@ -115,10 +112,8 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: str
     (tmp_path / "secret").write_text("secret")
     folder = make(tmp_path, 4)
     (folder / "link").symlink_to(tmp_path / "secret")
-    fields = json.loads((folder / manifest.FILE_NAME).read_text())
-    del fields["digest"], fields["format_version"]
-    described = manifest.described(tmp_path, ["secret"])["secret"]
-    manifest.write_manifest(folder, fields, {name: described})
+    files = json.loads((folder / manifest.FILE_NAME).read_text())["files"]
+    rewrite(folder, files={**files, name: manifest.described(tmp_path, ["secret"])["secret"]})
     with pytest.raises(InvalidCheckpoint, match="outside its folder"):
         check(folder)
 
@@ -126,14 +121,74 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: str
 def test_another_version_s_checkpoint_stops_the_run_rather_than_being_passed_over(tmp_path: Path) -> None:
     make(tmp_path, 10)
     later = make(tmp_path, 20) / manifest.FILE_NAME
-    fields = {**json.loads(later.read_text()), "format_version": 99}
-    del fields["digest"]
-    later.write_text(json.dumps({**fields, "digest": manifest.digest(fields)}))
+    rewrite(later.parent, format_version=99)
     with pytest.raises(RunFailed, match=r"format version 99, this program reads 2"):
         newest_valid(tmp_path)
     later.write_text('{"format_version": 1, "step": 3}')  # as the first version wrote it
     with pytest.raises(RunFailed, match="format version 1"):
         newest_valid(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"step": 3}', "[]", "[" * 200_000, '{"format_version": "2"}', "\ud83d"])
+def test_what_is_no_manifest_is_passed_over(tmp_path: Path, text: str) -> None:
+    older, newer = make(tmp_path, 10), make(tmp_path, 20)
+    (newer / manifest.FILE_NAME).write_text(text, encoding="utf-8", errors="surrogatepass")
+    found, (skipped,) = newest_valid(tmp_path)
+    assert (found, skipped.folder) == (older, newer)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"step": -1}, "step"),
+        ({"step": "../../x"}, "step"),
+        ({"step": True}, "step"),
+        ({"world_size": 0}, "world_size"),
+        ({"world_size": 2}, "lists no optimizer-00001.safetensors"),
+        ({"context": None}, "context"),
+        ({"files": []}, "files"),
+        ({"files": {}}, "lists no optimizer-00000.safetensors"),
+        ({"files": {"rank-00000.json": None}}, r"files\.rank-00000\.json"),
+        ({"files": {"rank-00000.json": {"bytes": 3}}}, r"files\.rank-00000\.json\.sha256"),
+    ],
+)
+def test_a_manifest_with_its_digest_and_another_shape_is_passed_over(
+    tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    older = make(tmp_path, 10)
+    rewrite(make(tmp_path, 20), **wrong)
+    found, (skipped,) = newest_valid(tmp_path)
+    assert found == older
+    assert re.search(said, skipped.reason)
+
+
+@pytest.mark.parametrize("name", ["nul\0", "half \ud83d", "loop", "x" * 300])
+def test_a_manifest_that_names_what_can_be_no_file_is_passed_over(tmp_path: Path, name: str) -> None:
+    folder = make(tmp_path, 10)
+    (folder / "loop").symlink_to("loop")
+    files = json.loads((folder / manifest.FILE_NAME).read_text())["files"]
+    rewrite(folder, files={**files, name: {"bytes": 1, "sha256": "0" * 64}})
+    with pytest.raises(InvalidCheckpoint):
+        check(folder)
+
+
+def test_weights_that_are_not_listed_are_not_loaded(tmp_path: Path) -> None:
+    folder = make(tmp_path, 10)
+    files = json.loads((folder / manifest.FILE_NAME).read_text())["files"]
+    rewrite(folder, files={name: facts for name, facts in files.items() if name != FILES[0]})
+    with pytest.raises(InvalidCheckpoint, match="lists no weights"):
+        check(folder)
+
+
+def test_a_name_that_is_not_its_manifest_s_step_is_passed_over_and_takes_no_valid_one_s_place(tmp_path: Path) -> None:
+    make(tmp_path, 8).rename(tmp_path / "step-00000010")
+    older = make(tmp_path, 6)
+    found, (skipped,) = newest_valid(tmp_path)
+    assert found == older
+    assert skipped.reason == "its checkpoint.json is of step 8"
+    assert manifest.after_step(tmp_path, 10) is None
+    make(tmp_path, 4)
+    assert retire(tmp_path, 1) == [tmp_path / "step-00000004"]
 
 
 def test_a_copy_elsewhere_is_as_good(tmp_path: Path) -> None:

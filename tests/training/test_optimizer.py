@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,7 +18,7 @@ from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.engine_torch import TorchEngine
 from qlora_core.training.loss import SummedLoss
-from qlora_core.training.optimizer import build_optimizer, build_scheduler
+from qlora_core.training.optimizer import build_optimizer, build_scheduler, check_managed
 
 STEPS = 10
 PEAK = 1e-3
@@ -41,6 +43,19 @@ def ours(recipe: Recipe) -> list[list[float]]:
     names = ("q.lora_A.weight", "q.lora_B.weight")
     optimizer = build_optimizer({name: nn.Parameter(torch.zeros(1)) for name in names}, recipe, UNPAGED)
     return rates(optimizer, build_scheduler(optimizer, recipe, STEPS), STEPS)
+
+
+def test_memory_that_cannot_be_paged_is_an_error_of_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[Any] = []
+    driver = SimpleNamespace(  # CUDA's, with a gigabyte
+        cuMemAllocManaged=lambda address, size, flags: 2 if size.value > 2**30 else 0, cuMemFree_v2=freed.append
+    )
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    check_managed(2**30)
+    assert len(freed) == 1
+    with pytest.raises(torch.OutOfMemoryError, match="1073741825 bytes of managed memory"):
+        check_managed(2**30 + 1)
+    assert len(freed) == 1
 
 
 @pytest.mark.parametrize(("warmup_fraction", "warmup_steps"), [(0.0, 0), (0.2, 2), (1.0, 10)])
