@@ -15,7 +15,7 @@ from orchestrator.identity import check_same, model_fingerprint
 from orchestrator.record import load_record
 from orchestrator.spec import RunSpec
 from qlora_core.architecture import ModelArchitecture
-from qlora_core.catalogue import hub_id, near_on_hub
+from qlora_core.catalogue import hub_id, near_by_name, near_on_hub
 from qlora_core.data import is_address
 from qlora_core.huggingface.config import architecture_from_folder
 from qlora_core.huggingface.hub import HubId, fetch_model, find_on_hub
@@ -63,7 +63,7 @@ def find_base(spec: RunSpec, tell: Callable[[str], None]) -> Base:
     hub = hub_id(spec.model)
     if hub is None:
         rule = "training needs a folder with the model's weights, a name of the catalogue or a Hub id (org/name)"
-        raise request_error("model", spec.model, rule, INSTEAD)
+        raise request_error("model", spec.model, rule, near_by_name(spec.model[:200]) + INSTEAD)
     if spec.model.startswith(hub.repo):
         instead = near_on_hub(hub.repo) + INSTEAD
     else:
@@ -145,7 +145,11 @@ def check_weights(folder: Path) -> None:
     problems = []
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            listed = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, LookupError, AttributeError, TypeError):
+            listed = set()
+            problems.append(Problem("model", str(index), "its list of weight files cannot be read", "Copy it again"))
         for name in sorted(listed - {file.name for file in files}):
             problems.append(
                 Problem("model", str(folder / name), "the index lists it, and it is missing", "Copy it again")

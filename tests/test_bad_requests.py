@@ -63,6 +63,7 @@ def test_a_secret_in_an_address_is_refused_and_not_shown(ask: Request) -> None:
     ("changes", "message"),
     [
         ({"model": "nowhere"}, "model: training needs a folder"),
+        ({"model": "llama-2-7"}, "(got llama-2-7). Did you mean llama-2-7b,"),
         ({"model": "some/where"}, "model: its files are not all in the Hub's cache"),
         ({"model": "llama-2-7b"}, "model: its files are not all in the Hub's cache"),
         ({"data": {"path": "none.jsonl"}}, "data.path: there is no such file"),
@@ -109,6 +110,18 @@ def test_a_truncated_weight_file_is_refused(ask: Request, tmp_path: Path, tiny_b
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
     assert "model.safetensors" in refusal(ask(model=str(folder)))
+
+
+@pytest.mark.parametrize("content", ["{", '{"metadata": {}}', "[]", '{"weight_map": null}', "\xff"])
+def test_a_damaged_index_of_weight_files_is_refused(
+    ask: Request, tmp_path: Path, tiny_base: Path, content: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_base, folder)
+    (folder / "model.safetensors.index.json").write_text(content, encoding="latin-1")
+    message = refusal(ask(model=str(folder)))
+    assert "model: its list of weight files cannot be read" in message
+    assert f"(got {folder}/model.safetensors.index.json). Copy it again." in message
 
 
 def test_an_output_that_cannot_be_a_folder_is_refused(ask: Request, tmp_path: Path) -> None:
