@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from launch.train_evaluate import evaluate
 from launch.train_export import export
 from launch.train_score import score
 from launch.train_sweep import sweep
+from orchestrator.record import FILE_NAME as RECORD_NAME
 from orchestrator.spec import RunSpec, load_spec, schema
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ def train(
         click.echo(f"Output: {spec.output}", err=as_json)
     if dry_run:
         return show_plan(spec, as_json=as_json)
-    return carry_out(spec, force=force)
+    again = f"with {shlex.quote(f'output={spec.output}')} instead of --fresh " if fresh else ""
+    return carry_out(spec, force=force, again=again)
 
 
 def show_data(spec: RunSpec) -> int:
@@ -94,7 +97,7 @@ def show_data(spec: RunSpec) -> int:
 def free_output(folder: Path) -> Path:
     """`folder`, or the first of folder-2, folder-3, ... where no run lies."""
     number, candidate = 1, folder
-    while candidate.exists():
+    while any((candidate / name).exists() for name in (RECORD_NAME, "checkpoints")):
         number += 1
         candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
@@ -118,15 +121,20 @@ def show_plan(spec: RunSpec, *, as_json: bool) -> int:
     return 0 if plan.fits else 1
 
 
-def carry_out(spec: RunSpec, *, force: bool, machine: Machine | None = None) -> int:
-    """Prepare and run; returns the exit code. `machine` is what is planned for, this one by default."""
+def carry_out(spec: RunSpec, *, force: bool, machine: Machine | None = None, again: str = "") -> int:
+    """Prepare and run; returns the exit code.
+
+    Args:
+        machine: what is planned for; this one by default.
+        again: how the command is to be changed to resume, with a blank behind it.
+    """
     from orchestrator.attempt import ready
 
     with ready():  # what drives Ray has as much to import as what follows here
-        return prepare_and_run(spec, force=force, machine=machine)
+        return prepare_and_run(spec, force=force, machine=machine, again=again)
 
 
-def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None) -> int:
+def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None, again: str) -> int:
     """See `carry_out`."""
     # Only now, since torch and transformers take seconds to import: a wrong specification is told at once.
     from qlora_core.quiet import quiet_libraries, uncollected
@@ -153,13 +161,14 @@ def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None) -> i
     if already:
         text = f"The run in {output} is complete already; nothing was done. --fresh starts anew beside it."
         console.print(text, markup=False)
-    report = output / FILE_NAME
-    if not (already and report.is_file()):
-        write_report(record, output)
+    report: Path | None = output / FILE_NAME
+    if not (already and (output / FILE_NAME).is_file()):
+        report = write_report(record, output)
     print_summary(console, record, output, report)
     if record.status == "interrupted":
         step = record.attempts[-1].to_step
-        console.print(f"\nInterrupted after step {step} of {record.total_steps}. The same command resumes there.")
+        text = f"\nInterrupted after step {step} of {record.total_steps}. The same command {again}resumes there."
+        console.print(text, markup=False, soft_wrap=True)
         return command.INTERRUPTED
     return 0
 
