@@ -124,6 +124,30 @@ def test_a_damaged_index_of_weight_files_is_refused(
     assert f"(got {folder}/model.safetensors.index.json). Copy it again." in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"num_hidden_layers": 1}, "its files hold 2 layers, and its config.json says 1"),
+        ({"num_hidden_layers": 3}, "its files hold 2 layers, and its config.json says 3"),
+        (
+            {"intermediate_size": 99},
+            "mlp.gate_proj.weight is [192, 64] in its files, and by its config.json it is [99, 64]",
+        ),
+        ({"vocab_size": 9999}, "embed_tokens.weight is"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused(
+    ask: Request, tmp_path: Path, tiny_base: Path, changes: dict[str, int], rule: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    for arguments in ((), ("--dry-run",)):
+        assert rule in refusal(ask(*arguments, model=str(folder)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_that_cannot_be_a_folder_is_refused(ask: Request, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert "output: it cannot be written" in refusal(ask(output="file/out"))
