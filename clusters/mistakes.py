@@ -7,7 +7,7 @@ import json
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -86,10 +86,48 @@ def mistakes_of_each(
 def errors(model: type[BaseModel], fields: Mapping[str, Any]) -> list[ErrorDetails]:
     """Pydantic's errors; none where `fields` are right."""
     try:
-        model.model_validate(fields)
+        model.model_validate(marked(model, fields))
     except ValidationError as error:
-        return [each for detail in error.errors(include_url=False) for each in conflicts(detail)]
+        return [each for detail in error.errors(include_url=False) for each in conflicts(unmarked(detail))]
     return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """A true or false (YAML's yes, no, on, off) in place of a number: pydantic takes the bare one for 1 or 0."""
+
+    value: bool
+
+
+def marked(section: Section, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` with each true or false in place of a number as a `Truth`, which pydantic refuses as any other type."""
+    kept = dict(fields)
+    for name, annotation in fields_of(section).items():
+        value, inner = fields.get(name), section_class(annotation)
+        if isinstance(value, bool) and bool not in (kinds := scalars(annotation)) and kinds & {int, float}:
+            kept[name] = Truth(value)
+        elif inner is not None and isinstance(value, dict):
+            if are_named(annotation):
+                kept[name] = {key: marked(inner, one) if isinstance(one, dict) else one for key, one in value.items()}
+            else:
+                kept[name] = marked(inner, value)
+    return kept
+
+
+def unmarked(detail: ErrorDetails) -> ErrorDetails:
+    """The error of a `Truth` as one of what was given."""
+    given = detail["input"]
+    return {**detail, "input": given.value} if isinstance(given, Truth) else detail
+
+
+def scalars(annotation: Any) -> set[Any]:
+    """The types of the single values that an annotation allows."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return set(map(type, parts))
+    if get_origin(annotation) is Annotated:
+        return scalars(parts[0])
+    return {kind for part in parts for kind in scalars(part)} if parts else {annotation}
 
 
 def conflicts(detail: ErrorDetails) -> Iterator[ErrorDetails]:

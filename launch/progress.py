@@ -122,7 +122,7 @@ def seconds_left(event: Mapping[str, Any], first_step: int, first_time: float) -
     return per_step * float(event["total"] - event["step"])
 
 
-def print_summary(console: Console, record: RunRecord, folder: Path, report: Path) -> None:
+def print_summary(console: Console, record: RunRecord, folder: Path, report: Path | None) -> None:
     """The end of a run on half a screen."""
     results = record.results
     before, after = results.get("eval_before"), results.get("eval_after")

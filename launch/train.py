@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +67,8 @@ def train(
         click.echo(f"Output: {spec.output}", err=as_json)
     if dry_run:
         return show_plan(spec, as_json=as_json)
-    return carry_out(spec, force=force)
+    again = f"with {shlex.quote(f'output={spec.output}')} instead of --fresh " if fresh else ""
+    return carry_out(spec, force=force, again=again)
 
 
 def show_data(spec: RunSpec) -> int:
@@ -133,15 +135,22 @@ def show_plan(spec: RunSpec, *, as_json: bool) -> int:
     return 0 if plan.fits else 1
 
 
-def carry_out(spec: RunSpec, *, force: bool, machine: Machine | None = None, model_name: str | None = None) -> int:
-    """Prepare and run; returns the exit code. `machine` and `model_name`: see `prepare`."""
+def carry_out(
+    spec: RunSpec, *, force: bool, machine: Machine | None = None, model_name: str | None = None, again: str = ""
+) -> int:
+    """Prepare and run; returns the exit code.
+
+    Args:
+        machine, model_name: see `prepare`.
+        again: how the command is to be changed to resume, with a blank behind it.
+    """
     from orchestrator.attempt import ready
 
     with ready():  # what drives Ray has as much to import as what follows here
-        return prepare_and_run(spec, force=force, machine=machine, model_name=model_name)
+        return prepare_and_run(spec, force=force, machine=machine, model_name=model_name, again=again)
 
 
-def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None, model_name: str | None) -> int:
+def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None, model_name: str | None, again: str) -> int:
     """See `carry_out`."""
     # Only now, since torch and transformers take seconds to import: a wrong specification is told at once.
     from qlora_core.quiet import quiet_libraries, uncollected
@@ -168,13 +177,14 @@ def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None, mode
     if already:
         text = f"The run in {output} is complete already; nothing was done. --fresh starts anew beside it."
         console.print(text, markup=False)
-    report = output / FILE_NAME
-    if not (already and report.is_file()):
-        write_report(record, output)
+    report: Path | None = output / FILE_NAME
+    if not (already and (output / FILE_NAME).is_file()):
+        report = write_report(record, output)
     print_summary(console, record, output, report)
     if record.status == "interrupted":
         step = record.attempts[-1].to_step
-        console.print(f"\nInterrupted after step {step} of {record.total_steps}. The same command resumes there.")
+        text = f"\nInterrupted after step {step} of {record.total_steps}. The same command {again}resumes there."
+        console.print(text, markup=False, soft_wrap=True)
         return command.INTERRUPTED
     return 0
 

@@ -15,13 +15,17 @@ from orchestrator.identity import check_same, model_fingerprint
 from orchestrator.record import load_record
 from orchestrator.spec import RunSpec
 from qlora_core.architecture import ModelArchitecture
-from qlora_core.catalogue import hub_id, near_on_hub
+from qlora_core.catalogue import hub_id, near_by_name, near_on_hub
 from qlora_core.data import is_address
 from qlora_core.huggingface.config import architecture_from_folder
 from qlora_core.huggingface.hub import HubId, fetch_model, find_on_hub
+from qlora_core.huggingface.stored import unlike
 from qlora_core.remote import model_folder
 from qlora_core.training.dataset.cache import models_folder
+from qlora_core.training.shards import opened
 
+UNPACKED = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the dtypes whose tensors have the shapes of their modules."""
 INSTEAD = "Give a folder with config.json, *.safetensors and the tokenizer"
 
 
@@ -51,8 +55,8 @@ def find_base(spec: RunSpec, tell: Callable[[str], None]) -> Base:
         tell: is told of each weight file before it is fetched.
 
     Raises:
-        RequestError: there is none, the Hub does not give it, it cannot be modelled, its weights are not whole, or the
-            run in the output folder was started with another commit.
+        RequestError: there is none, the Hub does not give it, it cannot be modelled, its weights are not whole or
+            another model's than its config, or the run in the output folder was started with another commit.
     """
     if is_address(spec.model):
         return base_in(model_folder(spec.model, models_folder(), tell), spec.model)
@@ -63,7 +67,7 @@ def find_base(spec: RunSpec, tell: Callable[[str], None]) -> Base:
     hub = hub_id(spec.model)
     if hub is None:
         rule = "training needs a folder with the model's weights, a name of the catalogue or a Hub id (org/name)"
-        raise request_error("model", spec.model, rule, INSTEAD)
+        raise request_error("model", spec.model, rule, near_by_name(spec.model[:200]) + INSTEAD)
     if spec.model.startswith(hub.repo):
         instead = near_on_hub(hub.repo) + INSTEAD
     else:
@@ -75,10 +79,11 @@ def base_in(folder: Path, name: str) -> Base:
     """The model in a folder.
 
     Raises:
-        RequestError: it cannot be modelled, or its weights are not whole.
+        RequestError: it cannot be modelled, or its weights are not whole or another model's than its config.
     """
     architecture = architecture_from_folder(folder)
     check_weights(folder)
+    check_fits(folder, architecture)
     return Base(folder, name, None, model_fingerprint(folder), architecture)
 
 
@@ -103,6 +108,7 @@ def base_from_hub(hub: HubId, instead: str, output: Path, tell: Callable[[str], 
     architecture = model.architecture()
     folder = fetch_model(model, "model", instead, tell)
     check_weights(folder)
+    check_fits(folder, architecture)
     return Base(folder, model.repo, model.commit, model.pinned, architecture)
 
 
@@ -145,7 +151,11 @@ def check_weights(folder: Path) -> None:
     problems = []
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            listed = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, LookupError, AttributeError, TypeError):
+            listed = set()
+            problems.append(Problem("model", str(index), "its list of weight files cannot be read", "Copy it again"))
         for name in sorted(listed - {file.name for file in files}):
             problems.append(
                 Problem("model", str(folder / name), "the index lists it, and it is missing", "Copy it again")
@@ -158,3 +168,16 @@ def check_weights(folder: Path) -> None:
             problems.append(Problem("model", str(file), f"it is damaged: {error}", "Copy it again"))
     if problems:
         raise RequestError(problems)
+
+
+def check_fits(folder: Path, architecture: ModelArchitecture) -> None:
+    """Raise a RequestError for whole weight files that hold another model than config.json, as `unlike` tells them."""
+    with opened(folder) as files:
+
+        def shape_of(name: str) -> tuple[int, ...] | None:
+            tensor = files[name].get_slice(name)
+            return tuple(tensor.get_shape()) if tensor.get_dtype() in UNPACKED else None
+
+        rule = unlike(architecture, files.keys(), shape_of)
+    if rule:
+        raise request_error("model", folder, rule, "Copy config.json and the weight files again, from one model")

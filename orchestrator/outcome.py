@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from clusters.errors import RunFailed
+from clusters.errors import RunFailed, request_error
 from orchestrator.plans import Plan
 from orchestrator.prepare import Prepared
 from orchestrator.record import RunRecord, Status, now
@@ -21,6 +21,20 @@ from qlora_core.training.manifest import after_step, folder_name, load_facts, ne
 def result_folder(prepared: Prepared, output: Path) -> Path:
     """Where the result of a run lies: an adapter, or with method full a model."""
     return output / ("model" if prepared.spec.recipe.method == "full" else "adapter")
+
+
+def check_result(record: RunRecord, prepared: Prepared, output: Path) -> None:
+    """Raise a RequestError where the result of a complete run is not of the checkpoint that is asked for."""
+    asked, reached = prepared.spec.evaluation.result, record.attempts[-1].to_step
+    best = record.results.get("best")
+    wanted = best["step"] if asked == "best" and best is not None else reached
+    given = record.results.get("result_step", reached)
+    if wanted == given:
+        return
+    kept = None if wanted is None else after_step(output / "checkpoints", wanted)
+    instead = f"take {kept / result_folder(prepared, output).name}" if kept else "start anew beside it with --fresh"
+    rule = f"the run in {output} is complete, and its result is of step {given} where this would be of step {wanted}"
+    raise request_error("evaluation.result", asked, rule, f"Restore what it was, or {instead}")
 
 
 def predicted(plan: Plan) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from orchestrator.history import ledger_place
 from orchestrator.identity import check_same
 from orchestrator.offsite import Offsite, offsite
 from orchestrator.order import Order
-from orchestrator.outcome import close, finish, predicted, result_folder
+from orchestrator.outcome import check_result, close, finish, predicted, result_folder
 from orchestrator.prepare import Prepared
 from orchestrator.record import SAMPLES_NAME, Attempt, RunRecord, load_record, new_id, now, save_record, versions
 from orchestrator.recovery import IN_ORDER, Failure
@@ -69,8 +69,10 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
     record = load_record(output)
     if record is not None:
         check_same(record.identity, prepared.identity, output)
-        if record.status == "complete" and result_folder(prepared, output).is_dir():
-            return record, True
+        if record.status == "complete" and (result := result_folder(prepared, output)).is_dir():
+            check_result(record, prepared, output)
+            # where it lies now: the run's folder may have been moved since
+            return record.model_copy(update={"weights" if record.weights else "adapter": str(result)}), True
     display.planned(prepared)
     if not prepared.plan.fits and not force:
         raise RunFailed(

@@ -111,6 +111,21 @@ def hub_id(text: str) -> HubId | None:
     return parse_hub_id(text)
 
 
+def near_by_name(given: str) -> str:
+    """A question with the catalogue's names that may have been meant, or nothing where none is near or it is a path."""
+    if _is_path(given):
+        return ""
+    names = [name for entry in _index() for name in (entry.name, *entry.aliases) if "/" not in name]
+    part = plain(given)
+    # "llama-3" and "70b" are parts of several names: those come before what merely looks alike.
+    parts = [name for name in names if part and (plain(name).startswith(part) or plain(name).endswith(part))]
+    # Of these, a name in which the given one's last number goes on comes last: llama-33b is no llama-3.
+    parts = sorted(nearest(given, parts, limit=len(parts)), key=lambda name: name[len(given) :][:1].isdigit())
+    others = [name for name in nearest(given, names, cutoff=_ALIKE) if name not in parts]
+    near = [*parts, *others][: max(3, min(8, len(parts)))]
+    return f"Did you mean {', '.join(near)}? " if near else ""
+
+
 def near_on_hub(repo: str) -> str:
     """A sentence with the catalogue's Hub ids that are most like `repo`, or nothing where none is."""
     known = [name for entry in _index() for name in (entry.hub, *entry.aliases) if "/" in name]
@@ -138,21 +153,17 @@ def _is_folder(path: str) -> bool:
         return False
 
 
+def _is_path(given: str) -> bool:
+    """Whether it is written like a path."""
+    return given.startswith(("/", "./", "../", "~")) or given.endswith("/")
+
+
 def _unknown(given: str) -> RequestError:
     """Why nothing was found: a path and a slip of the pen each get their own answer."""
     where, shown = "--model", given if len(given) <= 200 else f"{given[:197]}..."
-    if given.startswith(("/", "./", "../", "~")) or given.endswith("/"):
+    if _is_path(given):
         return request_error(
             where, shown, "there is no such folder", f"Give a folder with a config.json; {_HOW_TO_LIST} names"
         )
-    names = [name for entry in _index() for name in (entry.name, *entry.aliases) if "/" not in name]
-    part = plain(given)
-    # "llama-3" and "70b" are parts of several names: those come before what merely looks alike.
-    parts = [name for name in names if part and (plain(name).startswith(part) or plain(name).endswith(part))]
-    # Of these, a name in which the given one's last number goes on comes last: llama-33b is no llama-3.
-    parts = sorted(nearest(shown, parts, limit=len(parts)), key=lambda name: name[len(given) :][:1].isdigit())
-    others = [name for name in nearest(shown, names, cutoff=_ALIKE) if name not in parts]
-    near = [*parts, *others][: max(3, min(8, len(parts)))]
-    hint = f"Did you mean {', '.join(near)}? " if near else ""
     rule = "is neither a catalogue name nor a folder nor a Hub id (org/name)"
-    return request_error(where, shown, rule, f"{hint}{_HOW_TO_LIST} names")
+    return request_error(where, shown, rule, f"{near_by_name(shown)}{_HOW_TO_LIST} names")

@@ -38,7 +38,7 @@ class Bounds(NamedTuple):
 def check_of(annotation: Any) -> Check:
     """The check of an annotation: a scalar, Literal, ``tuple[str, ...]``, a union of them, or a number with `Bounds`.
 
-    As pydantic has it, an int is a float, and a bool is no number.
+    An int is a float, as pydantic has it. A bool is no number; to pydantic it is, but for `clusters.mistakes.marked`.
 
     Raises:
         TypeError: the annotation is another.

@@ -63,6 +63,7 @@ def test_a_secret_in_an_address_is_refused_and_not_shown(ask: Request) -> None:
     ("changes", "message"),
     [
         ({"model": "nowhere"}, "model: training needs a folder"),
+        ({"model": "llama-2-7"}, "(got llama-2-7). Did you mean llama-2-7b,"),
         ({"model": "some/where"}, "model: its files are not all in the Hub's cache"),
         ({"model": "llama-2-7b"}, "model: its files are not all in the Hub's cache"),
         ({"data": {"path": "none.jsonl"}}, "data.path: there is no such file"),
@@ -109,6 +110,42 @@ def test_a_truncated_weight_file_is_refused(ask: Request, tmp_path: Path, tiny_b
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
     assert "model.safetensors" in refusal(ask(model=str(folder)))
+
+
+@pytest.mark.parametrize("content", ["{", '{"metadata": {}}', "[]", '{"weight_map": null}', "\xff"])
+def test_a_damaged_index_of_weight_files_is_refused(
+    ask: Request, tmp_path: Path, tiny_base: Path, content: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_base, folder)
+    (folder / "model.safetensors.index.json").write_text(content, encoding="latin-1")
+    message = refusal(ask(model=str(folder)))
+    assert "model: its list of weight files cannot be read" in message
+    assert f"(got {folder}/model.safetensors.index.json). Copy it again." in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"num_hidden_layers": 1}, "its files hold 2 layers, and its config.json says 1"),
+        ({"num_hidden_layers": 3}, "its files hold 2 layers, and its config.json says 3"),
+        (
+            {"intermediate_size": 99},
+            "mlp.gate_proj.weight is [192, 64] in its files, and by its config.json it is [99, 64]",
+        ),
+        ({"vocab_size": 9999}, "embed_tokens.weight is"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused(
+    ask: Request, tmp_path: Path, tiny_base: Path, changes: dict[str, int], rule: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    for arguments in ((), ("--dry-run",)):
+        assert rule in refusal(ask(*arguments, model=str(folder)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_cannot_be_a_folder_is_refused(ask: Request, tmp_path: Path) -> None:

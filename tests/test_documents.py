@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import pytest
+from browsers import needs_chromium
 
 from benchmarks import figures, screens
 from benchmarks.reliability import page
@@ -64,6 +65,14 @@ def test_five_real_questions_are_shown() -> None:
 def test_every_link_to_a_file_leads_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), target
+
+
+def test_ci_fails_where_a_test_is_skipped_for_want_of_a_browser_or_a_permission() -> None:
+    [pattern] = re.findall(r"grep -wE '(.*)' ", (ROOT / ".ci" / "run").read_text())
+    reasons = [needs_chromium.kwargs["reason"], "needs the right to mount a small file system"]
+    told = [f"SKIPPED [1] tests/test_one.py:1: {reason}" for reason in [*reasons, "root may write everywhere"]]
+    found = subprocess.run(["grep", "-wE", pattern], input="\n".join(told), capture_output=True, text=True).stdout
+    assert found.splitlines() == told[:2]
 
 
 def test_the_site_is_built_and_every_link_and_anchor_leads_somewhere(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from strikes import Row, Rows
 from clusters.errors import RequestError, RunFailed
 from launch.train import free_output
 from orchestrator import offsite
-from orchestrator.offsite import Offsite, outputs_stored
+from orchestrator.offsite import Offsite
 from orchestrator.spec import RunSpec
 from qlora_core.training import manifest
 from qlora_core.training.manifest import complete, newest_valid

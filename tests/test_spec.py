@@ -375,6 +375,14 @@ def test_a_name_like_none_gets_the_list(load: Load) -> None:
         ("cluster: {}", "cluster.address", ["required"]),
         ("recipe: {targets: q_proj}", "recipe.targets", ["'all-linear'", "list"]),
         ("recipe: {rank: 1.5}", "recipe.rank", ["integer"]),
+        ("recipe: {rank: true}", "recipe.rank", ["it should be a valid integer"]),
+        ("recipe: {rank: yes}", "recipe.rank", ["it should be a valid integer"]),
+        ("recipe: {alpha: off}", "recipe.alpha", ["it should be a valid number"]),
+        ("recipe: {steps: true}", "recipe.steps", ["it should be a valid integer"]),
+        ("seed: true", "seed", ["it should be a valid integer"]),
+        ("strategy: {world_size: true}", "strategy.world_size", ["'auto'", "integer"]),
+        ("strategy: {zero_stage: true}", "strategy.zero_stage", ["'auto'", "0, 1, 2 or 3"]),
+        ("data: {datasets: {a: {path: x, times: true}}}", "data.datasets.a.times", ["it should be a valid number"]),
         ("recipe: {epochs: .nan}", "recipe.epochs", ["finite"]),
         ("recipe: {targets: [1]}", "recipe.targets", ["string"]),
         ("recipe: 5", "recipe", ["section"]),
@@ -386,6 +394,13 @@ def test_a_rule_says_what_is_allowed_auto_included(load: Load, text: str, where:
     rule = problems(load, text)[where].rule
     for word in words:
         assert word in rule
+
+
+def test_what_is_shown_of_a_truth_value_in_place_of_a_number_is_what_yaml_made_of_it(load: Load) -> None:
+    message = str(problems(load, MINIMAL, "recipe.rank=yes")["recipe.rank"])
+    assert message == "recipe.rank: it should be a valid integer (got true). Correct it."
+    kept = load(MINIMAL, "recipe.use_dora=yes", "strategy.gradient_checkpointing=true", "recipe.autocast=off")
+    assert (kept.recipe.use_dora, kept.strategy_request.gradient_checkpointing, kept.recipe.autocast) == (1, 1, 0)
 
 
 def test_no_message_speaks_python(load: Load) -> None:

@@ -6,10 +6,13 @@ import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clusters.errors import RequestError
+from launch.command import warn
 from launch.report.components import COMPONENT_TITLES, GROUPS
 from launch.report.document import DRAWS, Document, Section, drawn, write
 from launch.report.terminal import memory_rows
@@ -41,14 +44,21 @@ PARTS = {
 """Of a step's time, as `qlora_core.step_time` counts them."""
 
 
-def write_report(record: RunRecord, folder: Path) -> Path:
-    """Write ``report.md`` beside the record and return its path; ``report.html`` too where what draws is installed."""
-    path = folder / FILE_NAME
+def write_report(record: RunRecord, folder: Path) -> Path | None:
+    """Write ``report.md`` beside the record and return its path; ``report.html`` too where what draws is installed.
+
+    None where they cannot be written: a run that has ended is not the worse for it, and only a warning tells it.
+    """
     document = run_report(record, read_events(folder / "events.jsonl"), read_samples(folder / SAMPLES_NAME))
-    write(document, path)
-    if all(importlib.util.find_spec(name) is not None for name in DRAWS):
-        write(document, folder / PAGE_NAME)
-    return path
+    try:
+        if all(importlib.util.find_spec(name) is not None for name in DRAWS):
+            write(document, folder / PAGE_NAME)
+        write(document, folder / FILE_NAME)  # the last, so that where it lies nothing is to be written again
+    except RequestError as error:
+        remedy = "Put that right, and the same command writes the report"
+        warn("\n".join(str(replace(problem, where="output", remedy=remedy)) for problem in error.problems))
+        return None
+    return folder / FILE_NAME
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
