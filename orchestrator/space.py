@@ -171,7 +171,8 @@ def _whole_steps(question: Question, shape: Candidate, world: int) -> list[tuple
     if question.whole_step:
         share = question.recipe.sequences_per_step // world
     else:
-        share = 1 << max(0, (DEFAULT_STEP_TOKENS // (question.recipe.seq_len * world) - 1).bit_length())
+        several = max(1, DEFAULT_STEP_TOKENS // (question.recipe.seq_len * world))  # one alone may be longer
+        share = 1 << (several - 1).bit_length()
     return [(size, share // size) for size in range(min(share, LARGEST_MICRO_BATCH), 0, -1) if share % size == 0]
 
 

@@ -324,6 +324,18 @@ def test_a_zero_stage_is_explained_by_what_it_would_take_without(paged: bool) ->
     assert reason.startswith(f"no ZeRO would need up to {most / GIB:.1f} of {target.usable_bytes / GIB:.1f} GiB")
 
 
+@pytest.mark.parametrize(
+    ("length", "world", "each"), [(512, 1, 16), (8192, 1, 1), (8256, 1, 1), (512, 16, 1), (512, 64, 1)]
+)
+def test_a_step_of_no_given_size_has_8192_tokens_or_one_sequence_on_each_gpu(
+    length: int, world: int, each: int
+) -> None:
+    asked = question("llama-7b", sequences=None, recipe={"seq_len": length}, strategy={"world_size": world})
+    place = Place(((targets(asked, pool("a100-80gb", 8, 8))[0], world),))
+    steps = {(recipe.tokens_per_step, strategy.sequences_per_step) for recipe, strategy in candidates(asked, place)}
+    assert steps == {(each * world * length, each * world)}
+
+
 # --- ranking and prices -----------------------------------------------------------------------------------------------
 
 
