@@ -73,6 +73,7 @@ def plan_question(
     `targets` are ordered by memory, at least one. Alternatives to what was asked for come from a search that may change
     the fields `searched`; "nearest": only where nothing fits. See `plan_request` for the rest.
     """
+    question = replace(question, spreads=history.spreads())
     if all(target.device.kind == "cpu" for target in targets):
         # processes on one CPU share its cores, and nothing is paged there
         question = replace(question, open=question.open - {"world_size", "paged_optimizer"})
@@ -259,7 +260,7 @@ def plan_run(
     check_attention(architecture, request.attention, "strategy.{}")
     check_packing(architecture, recipe)
     check_micro_batch(request, recipe, world_size)
-    question = question_of(request, architecture, planned, world_size, target)
+    question = replace(question_of(request, architecture, planned, world_size, target), spreads=history.spreads())
     if target.compute_dtype == "float16":
         check_float16(recipe)
     check_strategy(recipe, question.strategy, "strategy.{}", [target])
@@ -267,10 +268,11 @@ def plan_run(
     from orchestrator.reasons import hopeless, reasons
     from orchestrator.search import best_of, leanest_of_all
 
-    if at_most is not None and at_most < target.usable_bytes:
+    room = target
+    if at_most is not None and (within := as_measured(question, target, at_most)) < target.usable_bytes:
+        room = replace(target, usable_bytes=within)
         reason = "a plan for this that was to need a tenth more, and should have fitted, ran out of memory"
         choices.append(Choice("process", f"at most {at_most / GIB:.2f} GiB", reason))
-    room = target if at_most is None else replace(target, usable_bytes=min(target.usable_bytes, at_most))
     place = Place(((room, world_size),))
     best = best_of(question, place)
     if best is None:
@@ -283,6 +285,13 @@ def plan_run(
     if target.device.kind == "cpu" and request.paged_optimizer is not False:
         choices.append(Choice("paged_optimizer", "false", ON_CPU))
     return replace(answer, recipe=recipe, choices=(*answer.choices, *choices))
+
+
+def as_measured(question: Question, target: Target, process_bytes: int) -> int:
+    """What a process that is predicted to need so many bytes takes at least, by earlier runs."""
+    context = target.device.context_bytes
+    spreads = (question.spread(target, sharded) for sharded in (False, True))
+    return context + int((process_bytes - context) * min(1 if one is None else one.middle for one in spreads))
 
 
 def question_of(

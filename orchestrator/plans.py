@@ -62,11 +62,13 @@ class Confidence(NamedTuple):
     Attributes:
         chance: that the process finds room; never below 0.05 nor above 0.95, beyond which nothing is known.
         low_bytes, high_bytes: of the process, between which it ends in nine cases of ten.
+        expected_bytes: of the process, which it is as likely to need less of as more.
         basis: what that is taken from, in words.
     """
 
     chance: float
     low_bytes: int
+    expected_bytes: int
     high_bytes: int
     basis: str
 
@@ -78,7 +80,7 @@ class Verdict:
     Attributes:
         components: the allocated bytes, at the moment of the peak.
         largest_micro_batch, longest_seq_len: with all else as asked for; 0 where not even 1 fits.
-        headroom_bytes: usable minus process bytes; negative where it does not fit.
+        headroom_bytes: usable minus expected bytes; negative where it does not fit.
         confidence: how sure that is.
         step_time: of one optimizer step there; None where nothing is known of its rates.
     """
@@ -163,9 +165,14 @@ class Alternative:
     warnings: tuple[str, ...]
 
     @property
+    def headroom_bytes(self) -> int:
+        """Usable minus expected bytes; negative where it does not fit."""
+        return self.usable_bytes - self.confidence.expected_bytes
+
+    @property
     def fits(self) -> bool:
         """Whether its process finds room, as expected."""
-        return self.process_bytes <= self.usable_bytes
+        return self.headroom_bytes >= 0
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as JSON has them."""
@@ -179,7 +186,7 @@ class Alternative:
             "strategy": dataclasses.asdict(self.strategy),
             "usable_bytes": self.usable_bytes,
             "process_bytes": self.process_bytes,
-            "headroom_bytes": self.usable_bytes - self.process_bytes,
+            "headroom_bytes": self.headroom_bytes,
             "fits": self.fits,
             "confidence": self.confidence._asdict(),
             "step_time": time_json(self.step_time),

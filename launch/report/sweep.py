@@ -25,7 +25,7 @@ class Cell(NamedTuple):
         if self.verdict is None:
             return "-"
         mark = "*" if self.verdict.barely else " " if self.verdict.fits else "x"
-        return f"{self.verdict.process_bytes / GIB:.2f} {mark}"
+        return f"{self.verdict.confidence.expected_bytes / GIB:.2f} {mark}"
 
     @property
     def style(self) -> str:
@@ -36,7 +36,7 @@ class Cell(NamedTuple):
             return "white on red"
         if self.verdict.barely:
             return "black on yellow"
-        tight = self.verdict.process_bytes > 0.8 * self.verdict.usable_bytes
+        tight = self.verdict.headroom_bytes < 0.2 * self.verdict.usable_bytes
         return "black on green" if tight else "white on dark_green"
 
 

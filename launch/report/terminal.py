@@ -255,6 +255,8 @@ def memory_lines(plan: Plan) -> Iterator[Line]:
         held = "held by the caching allocator" if low == high else f"fragmentation: {low} to {high}"
         yield Line("reserved", size_text(gpu.reserved_bytes), None, held)
         yield Line("process", size_text(gpu.process_bytes), None, "in nvidia-smi: CUDA context too")
+        if (sure := plan.verdict.confidence).expected_bytes != gpu.process_bytes:
+            yield Line("as measured", size_text(sure.expected_bytes), None, f"by {sure.basis}")
     if gpu.paged_bytes:
         yield Line("paged", size_text(gpu.paged_bytes), None, "managed memory, outside the sum")
     for title, size in (("host, loading", host.load_peak_bytes), ("host, training", host.steady_bytes)):
@@ -286,7 +288,7 @@ def verdicts_table(plan: Plan) -> Table:
 
 def verdict_cells(verdict: Verdict) -> tuple[str | Text, ...]:
     """One device's line."""
-    sizes = (verdict.usable_bytes, verdict.process_bytes, verdict.headroom_bytes)
+    sizes = (verdict.usable_bytes, verdict.confidence.expected_bytes, verdict.headroom_bytes)
     limits = (verdict.largest_micro_batch, verdict.longest_seq_len)
     return (
         verdict.gpu,

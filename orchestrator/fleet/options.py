@@ -95,6 +95,7 @@ def options(job: JobForm, fleet: Cluster, history: History, method: Method | Non
         OPEN,
         whole_step=True,
         objective="cheapest",  # no groups of unlike pools
+        spreads=history.spreads(),
     )
     others = Alternatives(architecture, job.tokens, fleet.currency, history)
     found: list[Option] = []
