@@ -101,14 +101,13 @@ def plan_question(
         targets,
         asked=asked,
         choices=decided,
-        host_usable_bytes=host_usable_bytes,
+        hosts=hosts_of(targets, host_usable_bytes),
         **common,
     )
     place = Place(((answer.target, answer.strategy.world_size),))
     answer = replace(
         answer,
         duration=duration(answer.verdict.step_time, tokens, place.gpus, place.price_per_hour, currency),
-        host_usable_bytes=host_usable_bytes or host_of(answer.target),
     )
     if alternatives == "none" or (alternatives == "nearest" and answer.fits):
         return answer
@@ -144,13 +143,14 @@ def chosen(
     others = Alternatives(question.architecture, history=common["history"], **run)
     best = found[0]
     candidate = Candidate(best.recipe, best.strategy)
+    group = sorted((target for target, _ in best.place.parts), key=lambda target: target.usable_bytes)
     answer = plan_request(
         question.architecture,
         *candidate,
-        sorted((target for target, _ in best.place.parts), key=lambda target: target.usable_bytes),
+        group,
         asked=best.target.name,
         choices=[*choices, *reasons(question, best)],
-        host_usable_bytes=host_usable_bytes or host_of(best.target),
+        hosts=hosts_of(group, host_usable_bytes),
         **common,
     )
     mine = others.of("", best.place, best.target, candidate, best.needed, ())
@@ -172,9 +172,9 @@ def beside(answer: Plan, alternatives: Iterable[Alternative]) -> Plan:
     return replace(answer, alternatives=every, warnings=tuple(told))
 
 
-def host_of(target: Target) -> int | None:
-    """Memory of a node of the target, where it is stated."""
-    return None if target.pool is None else target.pool.host_ram_bytes
+def hosts_of(targets: Sequence[Target], stated: int | None) -> list[int | None]:
+    """Memory of a node of each target: as stated for all, else as its pool says."""
+    return [stated or (None if target.pool is None else target.pool.host_ram_bytes) for target in targets]
 
 
 def plan_request(
@@ -185,19 +185,21 @@ def plan_request(
     *,
     asked: str | None = None,
     choices: Sequence[Choice] = (),
-    host_usable_bytes: int | None = None,
+    hosts: Sequence[int | None] | None = None,
     estimator: Estimator = estimate,
     history: History = NOTHING_MEASURED,
 ) -> Plan:
     """Answer a request exactly as it was made, for each of `targets` (ordered by memory, at least one).
 
     `estimator` answers the request itself; the limits of a verdict are the formula's. `asked` names the target whose
-    estimate is wanted; else it is the first that fits, else the last.
+    estimate is wanted; else it is the first that fits, else the last. `hosts` are the bytes of each target's host; what
+    nobody stated decides nothing.
     """
+    hosts = hosts or [None] * len(targets)
     estimates = [needs(architecture, recipe, strategy, target, estimator) for target in targets]
     verdicts = tuple(
-        verdict(architecture, recipe, strategy, target, needed, history)
-        for target, needed in zip(targets, estimates, strict=True)
+        verdict(architecture, recipe, strategy, target, needed, history, host)
+        for target, needed, host in zip(targets, estimates, hosts, strict=True)
     )
     wanted = (index for index, answer in enumerate(verdicts) if (answer.gpu == asked if asked else answer.fits))
     shown = next(wanted, len(targets) - 1)
@@ -215,7 +217,7 @@ def plan_request(
         verdicts=verdicts,
         choices=tuple(decided),
         warnings=(*warnings(architecture, recipe, strategy, targets), *([unsure] if unsure else [])),
-        host_usable_bytes=host_usable_bytes,
+        host_usable_bytes=hosts[shown],
     )
 
 

@@ -81,8 +81,10 @@ class Verdict:
         components: the allocated bytes, at the moment of the peak.
         largest_micro_batch, longest_seq_len: with all else as asked for; 0 where not even 1 fits.
         headroom_bytes: usable minus expected bytes; negative where it does not fit.
-        confidence: how sure that is.
+        fits: in the GPU's memory, and in the host's where that is stated.
+        confidence: how sure it is to fit the GPU's.
         step_time: of one optimizer step there; None where nothing is known of its rates.
+        host_fits: whether the host's memory suffices; None where nobody said how much there is.
     """
 
     gpu: str
@@ -97,6 +99,7 @@ class Verdict:
     longest_seq_len: int
     confidence: Confidence
     step_time: StepTime | None = None
+    host_fits: bool | None = None
 
     @property
     def barely(self) -> bool:
@@ -208,7 +211,7 @@ class Plan:
         choices: what was decided for the person, with reasons.
         warnings: what the person should know, such as a sequence longer than the model's positions; of the alternatives
             too.
-        host_usable_bytes: memory of a host, where it was stated; None leaves the host undecided.
+        host_usable_bytes: memory of the target's host, where it was stated; None leaves the host undecided.
         group: all GPUs in words, where unlike kinds work together: `target` is the fullest of them; None otherwise.
         duration: of the whole run; None where nobody said how many tokens it has.
         objective: what was looked for, where something was; None where the request is answered as it was made.
@@ -231,8 +234,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether it fits on at least one of the devices looked at, and in the host's memory where that was stated."""
-        return any(verdict.fits for verdict in self.verdicts) and self.host_fits is not False
+        """Whether it fits on at least one of the devices looked at, and in its host's memory where that was stated."""
+        return any(verdict.fits for verdict in self.verdicts)
 
     @property
     def verdict(self) -> Verdict:
@@ -241,10 +244,8 @@ class Plan:
 
     @property
     def host_fits(self) -> bool | None:
-        """Whether the host's memory suffices; None where nobody said how much there is."""
-        if self.host_usable_bytes is None:
-            return None
-        return self.estimate.host.most_bytes <= self.host_usable_bytes
+        """Whether the memory of the target's host suffices; None where nobody said how much there is."""
+        return self.verdict.host_fits
 
     @property
     def digest(self) -> str:

@@ -29,6 +29,7 @@ def verdict(
     target: Target,
     needed: Estimate,
     history: History = NOTHING_MEASURED,
+    host_usable_bytes: int | None = None,
 ) -> Verdict:
     """Whether it fits on `target`, with the largest micro-batch and the longest sequence that would."""
     gpu = needed.gpu
@@ -50,6 +51,7 @@ def verdict(
         return largest(size, target.usable_bytes, most, start=(asked, sure.expected_bytes))
 
     headroom = target.usable_bytes - sure.expected_bytes
+    host_fits = None if host_usable_bytes is None else needed.host.most_bytes <= host_usable_bytes
     return Verdict(
         gpu=target.name,
         usable_bytes=target.usable_bytes,
@@ -57,12 +59,13 @@ def verdict(
         allocated_bytes=gpu.allocated_bytes,
         reserved_bytes=gpu.reserved_bytes,
         process_bytes=gpu.process_bytes,
-        fits=headroom >= 0,
+        fits=headroom >= 0 and host_fits is not False,
         headroom_bytes=headroom,
         largest_micro_batch=limit(with_micro_batch, strategy.micro_batch, LARGEST_MICRO_BATCH),
         longest_seq_len=limit(with_seq_len, recipe.seq_len, LONGEST_SEQ_LEN),
         confidence=sure,
         step_time=time_of(architecture, recipe, strategy, [target], needed, history),
+        host_fits=host_fits,
     )
 
 

@@ -101,6 +101,7 @@ def test_the_json_has_every_key_of_the_contract(ask: Ask) -> None:
         "longest_seq_len",
         "confidence",
         "step_time",
+        "host_fits",
     }
 
 

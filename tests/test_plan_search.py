@@ -266,6 +266,24 @@ def test_a_stated_host_memory_limits_what_is_chosen(ask: Ask) -> None:
     assert tight.json["strategy"]["world_size"] <= 2
 
 
+def test_a_pool_that_fits_is_shown_before_one_whose_hosts_are_too_small(ask: Ask, tmp_path: Path) -> None:
+    # 8 ranks under ZeRO 3 each load the whole of 70 billion weights, in 4 bits 40 GB and more, through their host
+    path = tmp_path / "two.yaml"
+    path.write_text(
+        "name: two\npools:\n"
+        "- {name: small, gpu: l40s, gpus_per_node: 8, nodes: 1, host_ram_gib: 64}\n"
+        "- {name: big, gpu: a100-80gb, gpus_per_node: 8, nodes: 1, host_ram_gib: 2048}\n"
+    )
+    asked = ("--model", "llama-3.1-70b", "--cluster", str(path), "--gpus", "8", "--zero-stage", "3")
+    answer = ask(*asked, "--json")
+    assert (answer.code, answer.json["estimate"]["gpu"]["name"]) == (0, "a100-80gb")
+    assert {each["gpu"]: (each["fits"], each["host_fits"]) for each in answer.json["verdicts"]} == {
+        "l40s": (False, False),
+        "a100-80gb": (True, True),
+    }
+    assert ask(*asked).out.startswith("FITS")
+
+
 def test_other_ways_on_a_cluster_look_at_all_its_pools(ask: Ask, team: str) -> None:
     answer = ask("--model", "7b", "--cluster", team, "--json").json
     assert {"a100-80gb"} <= {each["gpu"] for each in answer["alternatives"]}

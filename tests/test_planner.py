@@ -181,8 +181,20 @@ def test_host_memory_decides_where_it_is_stated() -> None:
     most = max(free.estimate.host.load_peak_bytes, free.estimate.host.steady_bytes)
     assert free.host_fits is None
     for usable, fits in ((most, True), (most - 1, False)):
-        plan = plan_request(LLAMA, Recipe(), strategy, [gpu()], host_usable_bytes=usable)
+        plan = plan_request(LLAMA, Recipe(), strategy, [gpu()], hosts=[usable])
         assert (plan.host_fits, plan.fits) == (fits, fits)
+
+
+def test_each_host_decides_for_its_own_gpus_and_the_first_that_both_fits_is_shown() -> None:
+    strategy = Strategy(zero_stage=2, offload="optimizer")
+    small, large = gpu("l40s"), gpu("a100-80gb")
+    needs = plan_request(LLAMA, Recipe(), strategy, [small]).estimate.host.most_bytes
+    for hosts, shown in (([None, None], small), ([needs - 1, needs], large), ([needs, needs - 1], small)):
+        plan = plan_request(LLAMA, Recipe(), strategy, [small, large], hosts=hosts)
+        assert (plan.fits, plan.target, plan.host_usable_bytes) == (True, shown, hosts[shown is large])
+        assert [verdict.fits for verdict in plan.verdicts] == [host != needs - 1 for host in hosts]
+    assert all(verdict.headroom_bytes > 0 for verdict in plan.verdicts)
+    assert not plan_request(LLAMA, Recipe(), strategy, [small, large], hosts=[needs - 1] * 2).fits
 
 
 def test_paged_state_that_finds_no_room_on_a_gpu_is_its_host_s_to_hold() -> None:
@@ -200,7 +212,7 @@ def test_paged_state_that_finds_no_room_on_a_gpu_is_its_host_s_to_hold() -> None
         assert both.estimate.host.steady_bytes == 2 * moved
     alone = request(None, None, gpu(usable=process))
     for ram, fits in ((state, True), (state - 1, False)):
-        assert dataclasses.replace(alone, host_usable_bytes=ram).fits is fits
+        assert plan_request(LLAMA, Recipe(), Strategy(), [alone.target], hosts=[ram]).fits is fits
 
 
 @pytest.mark.parametrize(

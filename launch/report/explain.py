@@ -324,7 +324,7 @@ def device_lines(plan: Plan) -> Iterator[str]:
         (gpu.process_bytes - gpu.reserved_bytes, "CUDA context: together, the process in nvidia-smi"),
         (gpu.process_bytes, f"needed, of {size_text(target.usable_bytes)} that the {target.name} gives"),
         *([(sure.expected_bytes, f"of that by {sure.basis}")] if sure.expected_bytes != gpu.process_bytes else []),
-        (abs(verdict.headroom_bytes), "to spare" if verdict.fits else "too much"),
+        (abs(verdict.headroom_bytes), "to spare" if verdict.headroom_bytes >= 0 else "too much"),
     )
     for size, text in rows:
         yield f"{size_text(size):>12}  {text}"

@@ -92,7 +92,7 @@ def verdict_line(plan: Plan) -> Text:
         f"{plan.strategy.world_size} x " if plan.strategy.world_size > 1 and plan.target.device.kind == "cuda" else ""
     )
     others = [] if plan.group else [one.gpu for one in plan.verdicts if one.fits and one is not shown]
-    if shown.fits:
+    if shown.headroom_bytes >= 0:
         text = f"{name} on {plan.group or count + shown.gpu}, {gib(shown.headroom_bytes)} to spare"
     else:
         text = f"{name} on {count}{shown.gpu}, {gib(-shown.headroom_bytes)} short{' on each' if count else ''}"
