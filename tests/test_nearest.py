@@ -265,6 +265,27 @@ def test_on_a_cpu_nothing_is_offered_that_needs_a_gpu() -> None:
     assert not {"paged optimizer state", "more GPUs", "offloading", LARGER} & set(titles(plan))
 
 
+@pytest.mark.parametrize(
+    ("per_node", "nodes", "accumulation", "gpus"),
+    [
+        (3, 1, 1, 3),
+        (6, 1, 1, 4),
+        (3, 2, 4, 3),  # 2 take a step of 4 sequences as it is, but are too few
+        (6, 1, 6, 6),  # 4 do not take one of 6
+    ],
+)
+def test_of_a_pool_its_whole_nodes_are_offered_and_first_what_leaves_the_step_as_it_is(
+    per_node: int, nodes: int, accumulation: int, gpus: int
+) -> None:
+    on = target("rtx-3090")
+    assert on.pool is not None
+    pool = dataclasses.replace(on.pool, gpus_per_node=per_node, nodes=nodes, exists=True, host_ram_bytes=512 * GIB)
+    # 70 billion weights in 4 bits are 33 GiB and more, so that two of 24 GiB hold their halves, but not with the rest
+    plan = answer("llama-3.1-70b", dataclasses.replace(on, pool=pool), {}, {"gradient_accumulation": accumulation})
+    (more,) = (each for each in plan.alternatives if each.title == "more GPUs")
+    assert more.gpus == gpus
+
+
 def test_the_hosts_memory_counts_where_it_is_stated() -> None:
     on = target("rtx-4090", 16)
     assert on.pool is not None
