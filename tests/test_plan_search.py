@@ -362,6 +362,37 @@ def test_a_value_that_makes_no_plan_is_told_in_its_place(ask: Ask) -> None:
     right, wrong = answer["sweep"]["plans"]
     assert right["refused"] is None
     assert "qlora needs a quantized base" in wrong["refused"]
+    screen = " ".join(ask("--model", "7b", "--gpu", "t4", "--sweep", "quant=nf4,none").out.split())
+    assert "none: --quant: method qlora needs a quantized base" in screen
+
+
+def test_a_swept_gpu_is_each_value_s_own(ask: Ask) -> None:
+    asked = ("--model", "7b", "--gpu", "rtx-4090")
+    needed = [
+        ask("--model", "7b", "--gpu", gpu, "--json").json["verdicts"][0]["process_bytes"] for gpu in ("t4", "l40s")
+    ]
+    lines = ask(*asked, "--sweep", "gpu=t4,l40s").out.splitlines()[-4:]
+    assert [line.split() for line in lines[:3]] == [
+        ["gpu", "needed"],
+        ["t4", f"{needed[0] / GIB:.2f}"],
+        ["l40s", f"{needed[1] / GIB:.2f}"],
+    ]
+    screen = ask(*asked, "--sweep", "gpu=t4,l40s", "--sweep", "seq-len=512,1024").out
+    assert "(across), in GiB" in " ".join(screen.split())
+    assert [line.split()[1] for line in screen.splitlines()[-3:-1]] == [f"{size / GIB:.2f}" for size in needed]
+
+
+def test_a_sweep_has_a_column_for_each_gpu_that_any_value_chooses(ask: Ask, team: str) -> None:
+    asked = ("--model", "llama-3.1-8b", "--cluster", team, "--objective", "cheapest")
+    chosen = [ask(*asked, "--seq-len", length, "--json").json["verdicts"] for length in ("512", "65536")]
+    assert [[each["gpu"] for each in verdicts] for verdicts in chosen] == [["l4"], ["a100-80gb"]], "says nothing else"
+    short, long = (f"{verdict['process_bytes'] / GIB:.2f}" for (verdict,) in chosen)
+    lines = ask(*asked, "--sweep", "seq-len=512,65536").out.splitlines()[-4:]
+    assert [line.split() for line in lines[:3]] == [
+        ["seq-len", "l4", "a100-80gb"],
+        ["512", short, "-"],
+        ["65536", "-", long],
+    ]
 
 
 @pytest.mark.parametrize("ending", ["html", "md"])

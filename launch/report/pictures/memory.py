@@ -186,7 +186,7 @@ def heat(swept: SweepCells) -> Picture:
 
 def heat_words(verdict: Verdict | None) -> str:
     """A cell of a sweep."""
-    return "refused" if verdict is None else f"{'' if verdict.fits else 'x '}{verdict.process_bytes / GIB:.1f}"
+    return "-" if verdict is None else f"{'' if verdict.fits else 'x '}{verdict.process_bytes / GIB:.1f}"
 
 
 def shaded(axes: Any, shares: Sequence[Sequence[float]], words: Sequence[Sequence[str]]) -> None:
