@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,6 +59,7 @@ def plan_question(
     targets: Sequence[Target],
     *,
     asked: str | None = None,
+    compared: Collection[str] = (),
     choices: Sequence[Choice] = (),
     host_usable_bytes: int | None = None,
     estimator: Estimator = estimate,
@@ -71,7 +72,8 @@ def plan_question(
     """Answer a question: what is fixed as it is, what is open as the search finds it best.
 
     `targets` are ordered by memory, at least one. Alternatives to what was asked for come from a search that may change
-    the fields `searched`; "nearest": only where nothing fits. See `plan_request` for the rest.
+    the fields `searched`; "nearest": only where nothing fits. `compared` are names of targets of which the best way is
+    told even where another's is better in everything. See `plan_request` for the rest.
     """
     question = replace(question, spreads=history.spreads())
     if all(target.device.kind == "cpu" for target in targets):
@@ -88,8 +90,10 @@ def plan_question(
         from orchestrator.search import leanest_of_all, search
         from orchestrator.space import candidates, places
 
-        if found := search(question, targets):
-            return chosen(question, found, decided, host_usable_bytes, common, run)
+        if found := search(question, targets, compared):
+            without = sorted(set(compared) - {one.target.name for one in found})
+            decided += [Choice("compare", name, "it does not fit, whatever is chosen") for name in without]
+            return chosen(question, found, compared, decided, host_usable_bytes, common, run)
         alone = Place(((targets[-1], question.strategy.world_size),))
         even = (place for place in places(question, targets[-1:]) if any(candidates(question, place)))
         most = max(even, key=lambda place: place.gpus, default=alone)
@@ -131,6 +135,7 @@ def plan_question(
 def chosen(
     question: Question,
     found: Sequence[Found],
+    compared: Collection[str],
     choices: Sequence[Choice],
     host_usable_bytes: int | None,
     common: dict[str, Any],
@@ -162,7 +167,11 @@ def chosen(
         duration=mine.duration,
         objective=question.objective,
     )
-    return beside(answer, others.beside(found[1 : MOST_ALTERNATIVES + 1], candidate, best.seconds_per_token))
+    first = {name: next((one for one in found if one.target.name == name), best) for name in compared}
+    shown = [
+        one for number, one in enumerate(found[1:]) if number < MOST_ALTERNATIVES or one is first.get(one.target.name)
+    ]
+    return beside(answer, others.beside(shown, candidate, best.seconds_per_token))
 
 
 def beside(answer: Plan, alternatives: Iterable[Alternative]) -> Plan:

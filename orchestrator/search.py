@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
@@ -60,10 +60,16 @@ class Found:
         return self.seconds / (self.strategy.sequences_per_step * self.recipe.seq_len)
 
 
-def search(question: Question, devices: Sequence[Target]) -> list[Found]:
-    """The best candidate of each place, the best place first; what another beats in every respect is left out."""
+def search(question: Question, devices: Sequence[Target], compared: Collection[str] = ()) -> list[Found]:
+    """The best candidate of each place, the best place first; what another beats in every respect is left out.
+
+    But for the best of each device whose name is in `compared`: somebody wants to see it beside the others.
+    """
     found = [best for place in places(question, devices) if (best := best_of(question, place)) is not None]
-    return ranked(question.objective, undominated(found))
+    kept = undominated(found)
+    for name in set(compared) - {one.target.name for one in kept}:
+        kept += ranked(question.objective, [one for one in found if one.target.name == name])[:1]
+    return ranked(question.objective, kept)
 
 
 def ranked(objective: Objective, found: Sequence[Found]) -> list[Found]:

@@ -332,6 +332,19 @@ def test_a_wrong_report_is_refused_before_a_run_is_written(ask: Ask, tmp_path: P
     assert not run.exists()
 
 
+def test_gpus_that_are_compared_are_told_of_though_another_is_better_or_none_fits(ask: Ask) -> None:
+    alone = ("--model", "33b", "--objective", "fewest-gpus", "--gpus", "1", "--offload", "none", "--json")
+    answer = ask(*alone, "--compare", "a100-80gb,l40s,t4").json
+    assert answer["estimate"]["gpu"]["name"] == "a100-80gb"  # twice the bandwidth, and no dearer: neither has a price
+    assert [each["gpu"] for each in answer["alternatives"]] == ["l40s"]
+    # 33 billion weights in 4 bits are more than 16 GB
+    assert [choice["value"] for choice in answer["choices"] if choice["field"] == "compare"] == ["t4"]
+    many = "a100-80gb,a100-40gb,l40s,rtx-3090,rtx-4090,l4,t4"
+    answer = ask("--model", "7b", "--objective", "fewest-gpus", "--compare", many, "--json").json
+    shown = {answer["estimate"]["gpu"]["name"], *(each["gpu"] for each in answer["alternatives"])}
+    assert shown == set(many.split(","))
+
+
 # --- sweeps and reports -----------------------------------------------------------------------------------------------
 
 
