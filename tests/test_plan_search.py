@@ -233,7 +233,8 @@ def test_without_a_gpu_named_a_fake_nvidia_smi_s_gpus_are_planned_for(
 
 def test_unlike_pools_in_one_group_are_called_what_they_are(ask: Ask) -> None:
     pools = str(ROOT / "clusters" / "examples" / "two-pools.yaml")
-    asked = ("--model", "llama-3.1-8b", "--cluster", pools, "--objective", "fastest")
+    # one sequence on each GPU: long enough for what they compute to count more than what they send
+    asked = ("--model", "llama-3.1-8b", "--cluster", pools, "--objective", "fastest", "--seq-len", "2048")
     answer = ask(*asked, "--json").json
     assert " + " in answer["group"]
     assert len(answer["verdicts"]) == 2
