@@ -91,6 +91,7 @@ def plan_of(
         asked.question,
         asked.targets,
         asked=asked.named,
+        compared=[] if options["compare"] is None else [target.name for target in asked.targets],
         choices=asked.choices,
         host_usable_bytes=asked.host_bytes,
         estimator=estimator_named(options["estimator"]),

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from clusters.errors import RequestError, nearest, request_error
+from clusters.gpu import find_gpu
 from launch.options import NOT_ASKED
 from launch.request import plan_of
 from orchestrator.history import History
@@ -120,4 +121,10 @@ def axis_of(text: str) -> Axis:
         raise request_error(
             FLAG, text, error.message.rstrip("."), f"qlora-plan --help shows what --{flag} takes"
         ) from None
+    for value in written if parameter.name == "gpu" else ():
+        if value.lower() != "cpu":
+            try:
+                find_gpu(value)
+            except RequestError as error:
+                raise error.at(FLAG) from None
     return Axis(flag, parameter.name, read)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from orchestrator.confidence import confidence
+from orchestrator.confidence import Comparable, confidence
 from orchestrator.durations import duration
 from orchestrator.history import History
 from orchestrator.nearest import changes, nearest
@@ -53,12 +53,14 @@ class Alternatives:
 
     def nearest(self, plan: Plan) -> Iterator[Alternative]:
         """The nearest that would fit, where a request does not."""
+        spreads = dict(self.history.spreads())
 
         def fits(candidate: Candidate, target: Target, sure: bool) -> bool:
             needed = needs(self.architecture, *candidate, target)
+            most = bytes_for(needed, target, sure, spreads.get(Comparable.to(target, *candidate)))
             ram = plan.host_usable_bytes
             room = ram is None or needed.host.most_bytes <= ram
-            return room and bytes_for(needed, target, sure) <= target.usable_bytes and host_has_room(needed, target)
+            return room and most <= target.usable_bytes and host_has_room(needed, target)
 
         for one in nearest(self.architecture, Candidate(plan.recipe, plan.strategy), plan.target, fits):
             place = Place(((one.target, one.candidate.strategy.world_size),))

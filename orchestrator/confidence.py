@@ -4,15 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from orchestrator.plans import SURE, Confidence
+from orchestrator.plans import SURE, Confidence, Target
 from qlora_core.memory.estimate import Estimate
+from qlora_core.recipe import Method, Recipe
+from qlora_core.strategy import Strategy
 
 ENOUGH_RUNS = 19
 """Comparable runs from which nine of ten can be told: the smallest of n ratios is below the next run's with a chance of
 n / (n + 1), so one in twenty at each end takes 19 (split conformal prediction: Vovk et al., "Algorithmic Learning in a
 Random World", 2005; Angelopoulos and Bates 2021, arXiv 2107.07511, section 1)."""
 MISSED_AT_EACH_END = 0.05
+
+
+class Comparable(NamedTuple):
+    """What runs have in common whose memory is compared: the kind of device, the method, sharded or not."""
+
+    device: str
+    method: Method
+    sharded: bool
+
+    @classmethod
+    def to(cls, target: Target, recipe: Recipe, strategy: Strategy) -> Comparable:
+        """What a run has in common with such."""
+        return cls(target.device.kind, recipe.method, strategy.zero_stage > 0)
+
+
+class Spread(NamedTuple):
+    """Measured over predicted reserved bytes: the median, and between what it lies in nine cases of ten."""
+
+    low: float
+    middle: float
+    high: float
+
+
+Spreads = tuple[tuple[Comparable, Spread], ...]
+"""Of all kinds of runs of which there are enough."""
+
+
+def spread_of(ratios: Sequence[float]) -> Spread | None:
+    """Of comparable runs' ratios; None where these are too few."""
+    if len(ratios) < ENOUGH_RUNS:
+        return None
+    from statistics import median  # fractions and decimals come with it, and most plans need none
+
+    low, high = conformal(ratios)
+    return Spread(low, median(ratios), high)
+
+
+def bounds(needed: Estimate, context_bytes: int, spread: Spread | None) -> tuple[int, int, int]:
+    """Bytes of a process: which it ends below in one case of twenty, of two, and in nineteen of twenty."""
+    reserved, (low, high) = needed.gpu.reserved_bytes, needed.gpu.reserved_interval
+    middle = reserved
+    if spread is not None:
+        low = math.floor(reserved * spread.low)
+        middle, high = math.ceil(reserved * spread.middle), math.ceil(reserved * spread.high)
+    return low + context_bytes, middle + context_bytes, high + context_bytes
 
 
 def confidence(needed: Estimate, context_bytes: int, usable_bytes: int, ratios: Sequence[float] = ()) -> Confidence:
@@ -22,20 +70,15 @@ def confidence(needed: Estimate, context_bytes: int, usable_bytes: int, ratios: 
     conformal: it holds the next run with the stated chance, whatever the ratios' distribution. With fewer it is the
     estimator's own.
     """
-    gpu = needed.gpu
-    low, middle, high = float(gpu.reserved_interval[0]), float(gpu.reserved_bytes), float(gpu.reserved_interval[1])
+    spread = spread_of(ratios)
+    low, middle, high = bounds(needed, context_bytes, spread)
     basis = f"the estimator's own spread ({needed.estimator})"
-    if len(ratios) >= ENOUGH_RUNS:
-        from statistics import median  # fractions and decimals come with it, and most plans need none
-
-        below, above = conformal(ratios)
-        low, middle, high = (gpu.reserved_bytes * ratio for ratio in (below, median(ratios), above))
+    if spread is not None:
         basis = f"{len(ratios)} comparable runs"
     elif ratios:
         runs = "1 comparable run is" if len(ratios) == 1 else f"{len(ratios)} comparable runs are"
         basis += f" ({runs} too few; {ENOUGH_RUNS} are enough)"
-    low, middle, high = (bound + context_bytes for bound in (low, middle, high))
-    return Confidence(chance_below(usable_bytes, low, middle, high), math.floor(low), math.ceil(high), basis)
+    return Confidence(chance_below(usable_bytes, low, middle, high), low, middle, high, basis)
 
 
 def conformal(ratios: Sequence[float]) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import click
 
 from clusters.errors import request_error
-from orchestrator.confidence import ENOUGH_RUNS, conformal
+from orchestrator.confidence import ENOUGH_RUNS, Comparable, Spreads, conformal, spread_of
 from orchestrator.plans import Target
 from qlora_core.recipe import Method, Recipe
 from qlora_core.step_time import StepTime, Times
@@ -86,13 +86,20 @@ class History:
         return int(min(found)) if found else None
 
     def memory_ratios(self, target: Target, recipe: Recipe, strategy: Strategy) -> list[float]:
-        """Of the runs that are comparable: the same kind of device, method, and sharded or not."""
-        return [
-            run.memory_ratio
-            for run in self.runs
-            if run.memory_ratio is not None
-            and (run.device, run.method, run.sharded) == (target.device.kind, recipe.method, strategy.zero_stage > 0)
-        ]
+        """Of the runs that are comparable."""
+        return self._ratios().get(Comparable.to(target, recipe, strategy), [])
+
+    def spreads(self) -> Spreads:
+        """How much memory such runs took of what was predicted, where there are enough of them."""
+        known = ((kind, spread_of(ratios)) for kind, ratios in self._ratios().items())
+        return tuple((kind, spread) for kind, spread in known if spread is not None)
+
+    def _ratios(self) -> dict[Comparable, list[float]]:
+        found: dict[Comparable, list[float]] = {}
+        for run in self.runs:
+            if run.memory_ratio is not None:
+                found.setdefault(Comparable(run.device, run.method, run.sharded), []).append(run.memory_ratio)
+        return found
 
     def time_ratios(self, target: Target) -> list[float]:
         """Of the runs on that very device."""

@@ -10,6 +10,7 @@ from orchestrator.devices import any_nodes, pool_target
 from orchestrator.plans import Choice, Target
 from orchestrator.question import Candidate, of_length
 from orchestrator.rules import can_be_divided
+from orchestrator.space import sizes
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.recipe import LARGEST, Dtype, Recipe
 from qlora_core.strategy import Offload, ZeroStage
@@ -136,15 +137,21 @@ def sacrifices(architecture: ModelArchitecture, asked: Candidate, target: Target
 
 
 def on_more(asked: Candidate, target: Target) -> Iterator[Candidate]:
-    """Twice as many GPUs and so on, with the ZeRO stage that divides the least of what has to be divided."""
+    """Twice as many GPUs and so on, with the ZeRO stage that divides the least of what has to be divided.
+
+    Of a pool that exists, the numbers that a search tries. One that changes the step is passed over where more do not.
+    """
     recipe, strategy = asked
-    most = target.pool.gpus if target.pool is not None and target.pool.exists else MOST_GPUS
-    world = strategy.world_size * 2
-    while world <= most:
+    own = strategy.world_size
+    worlds = [own << power for power in range(1, MOST_GPUS.bit_length()) if own << power <= MOST_GPUS]
+    if target.pool is not None and target.pool.exists:
+        worlds = sorted(size for size in sizes(target.pool.gpus, target.pool.gpus_per_node) if size > own)
+    even = [world for world in worlds if recipe.sequences_per_step % (world * strategy.micro_batch) == 0]
+    for world in (each for each in worlds if each in even or each > max(even, default=0)):
         for stage in _stages(asked):
             accumulation = strategy.gradient_accumulation
             tokens = recipe.seq_len * world * strategy.micro_batch * accumulation
-            if recipe.sequences_per_step % (world * strategy.micro_batch) == 0:
+            if world in even:
                 accumulation = recipe.sequences_per_step // (world * strategy.micro_batch)
                 tokens = recipe.tokens_per_step
             if tokens <= LARGEST:
@@ -152,7 +159,6 @@ def on_more(asked: Candidate, target: Target) -> Iterator[Candidate]:
                     of_length(recipe, recipe.seq_len, tokens),
                     replace(strategy, world_size=world, zero_stage=stage, gradient_accumulation=accumulation),
                 )
-        world *= 2
 
 
 def _stages(asked: Candidate) -> tuple[ZeroStage, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from orchestrator.confidence import Spread, bounds
 from orchestrator.plans import Target
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.memory.device import Device
@@ -41,9 +42,10 @@ def paged_out(needed: Estimate, usable_bytes: int) -> int:
     return max(0, min(gpu.paged_bytes, gpu.process_bytes + gpu.paged_bytes - usable_bytes))
 
 
-def bytes_for(needed: Estimate, target: Target, sure: bool) -> int:
-    """What a process needs as expected, or in nineteen of twenty cases."""
-    return needed.gpu.reserved_interval[1] + target.device.context_bytes if sure else needed.gpu.process_bytes
+def bytes_for(needed: Estimate, target: Target, sure: bool, spread: Spread | None) -> int:
+    """What a process needs as expected, or in nineteen of twenty cases; `spread` is that of comparable runs."""
+    _, expected, most = bounds(needed, target.device.context_bytes, spread)
+    return most if sure else expected
 
 
 def host_has_room(needed: Estimate, target: Target) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,6 +59,7 @@ def plan_question(
     targets: Sequence[Target],
     *,
     asked: str | None = None,
+    compared: Collection[str] = (),
     choices: Sequence[Choice] = (),
     host_usable_bytes: int | None = None,
     estimator: Estimator = estimate,
@@ -71,8 +72,10 @@ def plan_question(
     """Answer a question: what is fixed as it is, what is open as the search finds it best.
 
     `targets` are ordered by memory, at least one. Alternatives to what was asked for come from a search that may change
-    the fields `searched`; "nearest": only where nothing fits. See `plan_request` for the rest.
+    the fields `searched`; "nearest": only where nothing fits. `compared` are names of targets of which the best way is
+    told even where another's is better in everything. See `plan_request` for the rest.
     """
+    question = replace(question, spreads=history.spreads())
     if all(target.device.kind == "cpu" for target in targets):
         # processes on one CPU share its cores, and nothing is paged there
         question = replace(question, open=question.open - {"world_size", "paged_optimizer"})
@@ -87,8 +90,10 @@ def plan_question(
         from orchestrator.search import leanest_of_all, search
         from orchestrator.space import candidates, places
 
-        if found := search(question, targets):
-            return chosen(question, found, decided, host_usable_bytes, common, run)
+        if found := search(question, targets, compared):
+            without = sorted(set(compared) - {one.target.name for one in found})
+            decided += [Choice("compare", name, "it does not fit, whatever is chosen") for name in without]
+            return chosen(question, found, compared, decided, host_usable_bytes, common, run)
         alone = Place(((targets[-1], question.strategy.world_size),))
         even = (place for place in places(question, targets[-1:]) if any(candidates(question, place)))
         most = max(even, key=lambda place: place.gpus, default=alone)
@@ -100,14 +105,13 @@ def plan_question(
         targets,
         asked=asked,
         choices=decided,
-        host_usable_bytes=host_usable_bytes,
+        hosts=hosts_of(targets, host_usable_bytes),
         **common,
     )
     place = Place(((answer.target, answer.strategy.world_size),))
     answer = replace(
         answer,
         duration=duration(answer.verdict.step_time, tokens, place.gpus, place.price_per_hour, currency),
-        host_usable_bytes=host_usable_bytes or host_of(answer.target),
     )
     if alternatives == "none" or (alternatives == "nearest" and answer.fits):
         return answer
@@ -131,6 +135,7 @@ def plan_question(
 def chosen(
     question: Question,
     found: Sequence[Found],
+    compared: Collection[str],
     choices: Sequence[Choice],
     host_usable_bytes: int | None,
     common: dict[str, Any],
@@ -143,13 +148,14 @@ def chosen(
     others = Alternatives(question.architecture, history=common["history"], **run)
     best = found[0]
     candidate = Candidate(best.recipe, best.strategy)
+    group = sorted((target for target, _ in best.place.parts), key=lambda target: target.usable_bytes)
     answer = plan_request(
         question.architecture,
         *candidate,
-        sorted((target for target, _ in best.place.parts), key=lambda target: target.usable_bytes),
+        group,
         asked=best.target.name,
         choices=[*choices, *reasons(question, best)],
-        host_usable_bytes=host_usable_bytes or host_of(best.target),
+        hosts=hosts_of(group, host_usable_bytes),
         **common,
     )
     mine = others.of("", best.place, best.target, candidate, best.needed, ())
@@ -161,7 +167,11 @@ def chosen(
         duration=mine.duration,
         objective=question.objective,
     )
-    return beside(answer, others.beside(found[1 : MOST_ALTERNATIVES + 1], candidate, best.seconds_per_token))
+    first = {name: next((one for one in found if one.target.name == name), best) for name in compared}
+    shown = [
+        one for number, one in enumerate(found[1:]) if number < MOST_ALTERNATIVES or one is first.get(one.target.name)
+    ]
+    return beside(answer, others.beside(shown, candidate, best.seconds_per_token))
 
 
 def beside(answer: Plan, alternatives: Iterable[Alternative]) -> Plan:
@@ -171,9 +181,9 @@ def beside(answer: Plan, alternatives: Iterable[Alternative]) -> Plan:
     return replace(answer, alternatives=every, warnings=tuple(told))
 
 
-def host_of(target: Target) -> int | None:
-    """Memory of a node of the target, where it is stated."""
-    return None if target.pool is None else target.pool.host_ram_bytes
+def hosts_of(targets: Sequence[Target], stated: int | None) -> list[int | None]:
+    """Memory of a node of each target: as stated for all, else as its pool says."""
+    return [stated or (None if target.pool is None else target.pool.host_ram_bytes) for target in targets]
 
 
 def plan_request(
@@ -184,19 +194,21 @@ def plan_request(
     *,
     asked: str | None = None,
     choices: Sequence[Choice] = (),
-    host_usable_bytes: int | None = None,
+    hosts: Sequence[int | None] | None = None,
     estimator: Estimator = estimate,
     history: History = NOTHING_MEASURED,
 ) -> Plan:
     """Answer a request exactly as it was made, for each of `targets` (ordered by memory, at least one).
 
     `estimator` answers the request itself; the limits of a verdict are the formula's. `asked` names the target whose
-    estimate is wanted; else it is the first that fits, else the last.
+    estimate is wanted; else it is the first that fits, else the last. `hosts` are the bytes of each target's host; what
+    nobody stated decides nothing.
     """
+    hosts = hosts or [None] * len(targets)
     estimates = [needs(architecture, recipe, strategy, target, estimator) for target in targets]
     verdicts = tuple(
-        verdict(architecture, recipe, strategy, target, needed, history)
-        for target, needed in zip(targets, estimates, strict=True)
+        verdict(architecture, recipe, strategy, target, needed, history, host)
+        for target, needed, host in zip(targets, estimates, hosts, strict=True)
     )
     wanted = (index for index, answer in enumerate(verdicts) if (answer.gpu == asked if asked else answer.fits))
     shown = next(wanted, len(targets) - 1)
@@ -214,7 +226,7 @@ def plan_request(
         verdicts=verdicts,
         choices=tuple(decided),
         warnings=(*warnings(architecture, recipe, strategy, targets), *([unsure] if unsure else [])),
-        host_usable_bytes=host_usable_bytes,
+        host_usable_bytes=hosts[shown],
     )
 
 
@@ -259,7 +271,7 @@ def plan_run(
     check_attention(architecture, request.attention, "strategy.{}")
     check_packing(architecture, recipe)
     check_micro_batch(request, recipe, world_size)
-    question = question_of(request, architecture, planned, world_size, target)
+    question = replace(question_of(request, architecture, planned, world_size, target), spreads=history.spreads())
     if target.compute_dtype == "float16":
         check_float16(recipe)
     check_strategy(recipe, question.strategy, "strategy.{}", [target])
@@ -267,10 +279,11 @@ def plan_run(
     from orchestrator.reasons import hopeless, reasons
     from orchestrator.search import best_of, leanest_of_all
 
-    if at_most is not None and at_most < target.usable_bytes:
+    room = target
+    if at_most is not None and (within := as_measured(question, target, at_most)) < target.usable_bytes:
+        room = replace(target, usable_bytes=within)
         reason = "a plan for this that was to need a tenth more, and should have fitted, ran out of memory"
         choices.append(Choice("process", f"at most {at_most / GIB:.2f} GiB", reason))
-    room = target if at_most is None else replace(target, usable_bytes=min(target.usable_bytes, at_most))
     place = Place(((room, world_size),))
     best = best_of(question, place)
     if best is None:
@@ -283,6 +296,13 @@ def plan_run(
     if target.device.kind == "cpu" and request.paged_optimizer is not False:
         choices.append(Choice("paged_optimizer", "false", ON_CPU))
     return replace(answer, recipe=recipe, choices=(*answer.choices, *choices))
+
+
+def as_measured(question: Question, target: Target, process_bytes: int) -> int:
+    """What a process that is predicted to need so many bytes takes at least, by earlier runs."""
+    context = target.device.context_bytes
+    spreads = (question.spread(target, sharded) for sharded in (False, True))
+    return context + int((process_bytes - context) * min(1 if one is None else one.middle for one in spreads))
 
 
 def question_of(

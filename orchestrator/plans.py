@@ -62,11 +62,13 @@ class Confidence(NamedTuple):
     Attributes:
         chance: that the process finds room; never below 0.05 nor above 0.95, beyond which nothing is known.
         low_bytes, high_bytes: of the process, between which it ends in nine cases of ten.
+        expected_bytes: of the process, which it is as likely to need less of as more.
         basis: what that is taken from, in words.
     """
 
     chance: float
     low_bytes: int
+    expected_bytes: int
     high_bytes: int
     basis: str
 
@@ -78,9 +80,11 @@ class Verdict:
     Attributes:
         components: the allocated bytes, at the moment of the peak.
         largest_micro_batch, longest_seq_len: with all else as asked for; 0 where not even 1 fits.
-        headroom_bytes: usable minus process bytes; negative where it does not fit.
-        confidence: how sure that is.
+        headroom_bytes: usable minus expected bytes; negative where it does not fit.
+        fits: in the GPU's memory, and in the host's where that is stated.
+        confidence: how sure it is to fit the GPU's.
         step_time: of one optimizer step there; None where nothing is known of its rates.
+        host_fits: whether the host's memory suffices; None where nobody said how much there is.
     """
 
     gpu: str
@@ -95,6 +99,7 @@ class Verdict:
     longest_seq_len: int
     confidence: Confidence
     step_time: StepTime | None = None
+    host_fits: bool | None = None
 
     @property
     def barely(self) -> bool:
@@ -163,9 +168,14 @@ class Alternative:
     warnings: tuple[str, ...]
 
     @property
+    def headroom_bytes(self) -> int:
+        """Usable minus expected bytes; negative where it does not fit."""
+        return self.usable_bytes - self.confidence.expected_bytes
+
+    @property
     def fits(self) -> bool:
         """Whether its process finds room, as expected."""
-        return self.process_bytes <= self.usable_bytes
+        return self.headroom_bytes >= 0
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as JSON has them."""
@@ -179,7 +189,7 @@ class Alternative:
             "strategy": dataclasses.asdict(self.strategy),
             "usable_bytes": self.usable_bytes,
             "process_bytes": self.process_bytes,
-            "headroom_bytes": self.usable_bytes - self.process_bytes,
+            "headroom_bytes": self.headroom_bytes,
             "fits": self.fits,
             "confidence": self.confidence._asdict(),
             "step_time": time_json(self.step_time),
@@ -201,7 +211,7 @@ class Plan:
         choices: what was decided for the person, with reasons.
         warnings: what the person should know, such as a sequence longer than the model's positions; of the alternatives
             too.
-        host_usable_bytes: memory of a host, where it was stated; None leaves the host undecided.
+        host_usable_bytes: memory of the target's host, where it was stated; None leaves the host undecided.
         group: all GPUs in words, where unlike kinds work together: `target` is the fullest of them; None otherwise.
         duration: of the whole run; None where nobody said how many tokens it has.
         objective: what was looked for, where something was; None where the request is answered as it was made.
@@ -224,8 +234,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether it fits on at least one of the devices looked at, and in the host's memory where that was stated."""
-        return any(verdict.fits for verdict in self.verdicts) and self.host_fits is not False
+        """Whether it fits on at least one of the devices looked at, and in its host's memory where that was stated."""
+        return any(verdict.fits for verdict in self.verdicts)
 
     @property
     def verdict(self) -> Verdict:
@@ -234,10 +244,8 @@ class Plan:
 
     @property
     def host_fits(self) -> bool | None:
-        """Whether the host's memory suffices; None where nobody said how much there is."""
-        if self.host_usable_bytes is None:
-            return None
-        return self.estimate.host.most_bytes <= self.host_usable_bytes
+        """Whether the memory of the target's host suffices; None where nobody said how much there is."""
+        return self.verdict.host_fits
 
     @property
     def digest(self) -> str:

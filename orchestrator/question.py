@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+from orchestrator.confidence import Spread, Spreads
 from orchestrator.plans import Objective, Target
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.recipe import Recipe
@@ -36,6 +37,7 @@ class Question:
         whole_step: tokens_per_step is fixed; else a step is as large as it comes, about DEFAULT_STEP_TOKENS.
         objective: what is best.
         has_liger: Liger's kernels are installed where it is to run, so that its loss may be chosen.
+        spreads: what earlier runs measured, which corrects what fits.
     """
 
     architecture: ModelArchitecture
@@ -45,6 +47,12 @@ class Question:
     whole_step: bool
     objective: Objective = "fastest"
     has_liger: bool = False
+    spreads: Spreads = ()
+
+    def spread(self, target: Target, sharded: bool) -> Spread | None:
+        """That of the runs that are comparable; None where there are too few."""
+        kind = (target.device.kind, self.recipe.method, sharded)
+        return next((spread for comparable, spread in self.spreads if comparable == kind), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,10 +119,11 @@ def why_not(judge: Judge, other: Candidate, found: Found) -> str | None:
     if judge.fits(other, found.sure):
         return None
     needed, target = judge.needed(other)
-    bytes_ = bytes_for(needed, target, found.sure)
+    spread = judge.spread(target, other.strategy.zero_stage > 0)
+    bytes_ = bytes_for(needed, target, found.sure, spread)
     if bytes_ <= target.usable_bytes and not host_has_room(needed, target):
         return f"would need {needed.host.most_bytes / GIB:.1f} GiB of a host"
-    most = "up to " if found.sure and bytes_ != needed.gpu.process_bytes else ""
+    most = "up to " if found.sure and bytes_ != bytes_for(needed, target, False, spread) else ""
     parts = needed.gpu.components
     base = parts.base_weights + parts.quantization_constants
     alone = f", {base / GIB:.1f} of it the base alone" if base > bytes_ / 2 else ""

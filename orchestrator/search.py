@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 from typing import NamedTuple
 
+from orchestrator.confidence import Spread
 from orchestrator.devices import rates, slowest_links
 from orchestrator.needs import bytes_for, host_has_room, needs, paged_out
 from orchestrator.plans import Objective, Target
@@ -59,10 +60,16 @@ class Found:
         return self.seconds / (self.strategy.sequences_per_step * self.recipe.seq_len)
 
 
-def search(question: Question, devices: Sequence[Target]) -> list[Found]:
-    """The best candidate of each place, the best place first; what another beats in every respect is left out."""
+def search(question: Question, devices: Sequence[Target], compared: Collection[str] = ()) -> list[Found]:
+    """The best candidate of each place, the best place first; what another beats in every respect is left out.
+
+    But for the best of each device whose name is in `compared`: somebody wants to see it beside the others.
+    """
     found = [best for place in places(question, devices) if (best := best_of(question, place)) is not None]
-    return ranked(question.objective, undominated(found))
+    kept = undominated(found)
+    for name in set(compared) - {one.target.name for one in kept}:
+        kept += ranked(question.objective, [one for one in found if one.target.name == name])[:1]
+    return ranked(question.objective, kept)
 
 
 def ranked(objective: Objective, found: Sequence[Found]) -> list[Found]:
@@ -116,6 +123,11 @@ class Judge:
     def __init__(self, question: Question, place: Place) -> None:
         self.architecture = question.architecture
         self.targets = [target for target, _ in place.parts]
+        self.spread = question.spread
+        self.rooms = [
+            (target, [self._room(target, question.spread(target, sharded)) for sharded in (False, True)])
+            for target in self.targets
+        ]
         self.rates = slowest_links([rates(target) for target in self.targets])
         self.needs: dict[Candidate, tuple[Estimate, Target]] = {}
 
@@ -123,8 +135,15 @@ class Judge:
         """The estimate on the kind of GPU with the least to spare, and that kind."""
         if candidate not in self.needs:
             asked = [(self._on(candidate, target), target) for target in self.targets]
-            self.needs[candidate] = min(asked, key=lambda pair: pair[1].usable_bytes - pair[0].gpu.process_bytes)
+            self.needs[candidate] = max(asked, key=lambda pair: self.missing(candidate, pair[0], pair[1], False))
         return self.needs[candidate]
+
+    def missing(self, candidate: Candidate, needed: Estimate, target: Target, sure: bool) -> int:
+        """Bytes that a process needs beyond what a GPU can give; negative where it has room."""
+        return (
+            bytes_for(needed, target, sure, self.spread(target, candidate.strategy.zero_stage > 0))
+            - target.usable_bytes
+        )
 
     def fits(self, candidate: Candidate, sure: bool) -> bool:
         """Whether it fits each GPU and, where it is stated, the hosts' memory."""
@@ -132,16 +151,16 @@ class Judge:
             return False
         for target in self.targets:
             needed = self.needed(candidate)[0] if len(self.targets) == 1 else self._on(candidate, target)
-            if bytes_for(needed, target, sure) > target.usable_bytes or not host_has_room(needed, target):
+            if self.missing(candidate, needed, target, sure) > 0 or not host_has_room(needed, target):
                 return False
         return True
 
     def may_fit(self, candidate: Candidate) -> bool:
         """Whether its weights, and then its tensors, do: most that do not fit are told without the allocator."""
         recipe, strategy = candidate
-        for target in self.targets:
+        for target, rooms in self.rooms:
             sizes = prepared(self.architecture, recipe, strategy, target.device)
-            room = target.usable_bytes - target.device.context_bytes
+            room = rooms[strategy.zero_stage > 0]
             if sizes.weights_bytes > room or sizes.allocated_bytes(strategy.micro_batch, recipe.seq_len) > room:
                 return False
         return True
@@ -149,11 +168,17 @@ class Judge:
     def may_fit_on_more(self, shape: Candidate, size: int) -> bool:
         """Whether a micro-batch of this size might on more GPUs: what could not is told without asking about these."""
         recipe, strategy = shape
-        for target in self.targets:
-            room = target.usable_bytes - target.device.context_bytes
+        for target, rooms in self.rooms:
+            room = rooms[strategy.zero_stage > 0]
             if least_bytes(self.architecture, recipe, strategy, target.device, size) > room:
                 return False
         return True
+
+    @staticmethod
+    def _room(target: Target, spread: Spread | None) -> float:
+        """The most bytes of tensors that may be predicted: no less than they is reserved."""
+        room = target.usable_bytes - target.device.context_bytes
+        return room if spread is None else room / spread.middle
 
     def _on(self, candidate: Candidate, target: Target) -> Estimate:
         return needs(self.architecture, *candidate, target)
@@ -325,8 +350,7 @@ def leanest_of_all(question: Question, place: Place) -> Candidate:
     lean = dict.fromkeys(leanest(question, candidate) for candidate in candidates(question, place))
 
     def missing(candidate: Candidate) -> int:
-        needed, target = judge.needed(candidate)
-        return needed.gpu.process_bytes - target.usable_bytes
+        return judge.missing(candidate, *judge.needed(candidate), False)
 
     return min(lean, key=missing, default=Candidate(question.recipe, question.strategy))
 

@@ -59,15 +59,19 @@ def counts(question: Question, gpus: int, gpus_per_node: int) -> list[int]:
     if "world_size" not in question.open:
         wanted = question.strategy.world_size
         return [wanted] if wanted <= gpus else []
-    nodes = gpus // gpus_per_node
-    inside = {1 << power for power in range(gpus_per_node.bit_length()) if 1 << power <= gpus_per_node}
-    several = set(range(1, nodes + 1)) if nodes <= FEW_NODES else {1 << n for n in range(nodes.bit_length())}
-    sizes = inside | {gpus_per_node * number for number in several | {nodes} if number}
-    fitting = {size for size in sizes if divides(question, size)}
+    fitting = {size for size in sizes(gpus, gpus_per_node) if divides(question, size)}
     if question.whole_step:
         sequences = question.recipe.sequences_per_step
         fitting.add(max(size for size in range(1, min(gpus, sequences) + 1) if sequences % size == 0))
     return sorted(fitting)
+
+
+def sizes(gpus: int, gpus_per_node: int) -> set[int]:
+    """Powers of two and all in one node, and whole nodes."""
+    nodes = gpus // gpus_per_node
+    inside = {1 << power for power in range(gpus_per_node.bit_length()) if 1 << power <= gpus_per_node}
+    several = set(range(1, nodes + 1)) if nodes <= FEW_NODES else {1 << n for n in range(nodes.bit_length())}
+    return inside | {gpus_per_node * number for number in several | {nodes} if number}
 
 
 def divides(question: Question, world: int) -> bool:
@@ -171,7 +175,8 @@ def _whole_steps(question: Question, shape: Candidate, world: int) -> list[tuple
     if question.whole_step:
         share = question.recipe.sequences_per_step // world
     else:
-        share = 1 << max(0, (DEFAULT_STEP_TOKENS // (question.recipe.seq_len * world) - 1).bit_length())
+        several = max(1, DEFAULT_STEP_TOKENS // (question.recipe.seq_len * world))  # one alone may be longer
+        share = 1 << (several - 1).bit_length()
     return [(size, share // size) for size in range(min(share, LARGEST_MICRO_BATCH), 0, -1) if share % size == 0]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from clusters.gpu import GIB
-from orchestrator.confidence import confidence
+from orchestrator.confidence import confidence, spread_of
 from orchestrator.devices import rates, slowest_links
 from orchestrator.history import NOTHING_MEASURED, History
 from orchestrator.needs import paged_out
@@ -28,25 +29,29 @@ def verdict(
     target: Target,
     needed: Estimate,
     history: History = NOTHING_MEASURED,
+    host_usable_bytes: int | None = None,
 ) -> Verdict:
     """Whether it fits on `target`, with the largest micro-batch and the longest sequence that would."""
     gpu = needed.gpu
     sizes = prepared(architecture, recipe, strategy, target.device)
     context = target.device.context_bytes
-
-    def with_micro_batch(value: int) -> int:
-        return sizes.reserved_bytes(value, recipe.seq_len) + context
-
-    def with_seq_len(value: int) -> int:
-        return sizes.reserved_bytes(strategy.micro_batch, value) + context
-
-    def limit(size: Callable[[int], int], asked: int, most: int) -> int:
-        return largest(size, target.usable_bytes, most, start=(asked, gpu.process_bytes))
-
     # runs are planned by the formula: how far it was off says nothing of another estimator
     ratios = history.memory_ratios(target, recipe, strategy) if needed.estimator == "formula" else ()
-    sure = confidence(needed, target.device.context_bytes, target.usable_bytes, ratios)
-    headroom = target.usable_bytes - gpu.process_bytes
+    sure = confidence(needed, context, target.usable_bytes, ratios)
+    spread = spread_of(ratios)
+    factor = 1 if spread is None else spread.middle
+
+    def with_micro_batch(value: int) -> int:
+        return math.ceil(sizes.reserved_bytes(value, recipe.seq_len) * factor) + context
+
+    def with_seq_len(value: int) -> int:
+        return math.ceil(sizes.reserved_bytes(strategy.micro_batch, value) * factor) + context
+
+    def limit(size: Callable[[int], int], asked: int, most: int) -> int:
+        return largest(size, target.usable_bytes, most, start=(asked, sure.expected_bytes))
+
+    headroom = target.usable_bytes - sure.expected_bytes
+    host_fits = None if host_usable_bytes is None else needed.host.most_bytes <= host_usable_bytes
     return Verdict(
         gpu=target.name,
         usable_bytes=target.usable_bytes,
@@ -54,12 +59,13 @@ def verdict(
         allocated_bytes=gpu.allocated_bytes,
         reserved_bytes=gpu.reserved_bytes,
         process_bytes=gpu.process_bytes,
-        fits=sure.chance >= 0.5,
+        fits=headroom >= 0 and host_fits is not False,
         headroom_bytes=headroom,
         largest_micro_batch=limit(with_micro_batch, strategy.micro_batch, LARGEST_MICRO_BATCH),
         longest_seq_len=limit(with_seq_len, recipe.seq_len, LONGEST_SEQ_LEN),
         confidence=sure,
         step_time=time_of(architecture, recipe, strategy, [target], needed, history),
+        host_fits=host_fits,
     )
 
 

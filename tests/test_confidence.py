@@ -87,6 +87,7 @@ def test_enough_runs_make_the_interval() -> None:
     sure = confidence(needing(9.9 * GIB, 10 * GIB, 10.1 * GIB), GIB, 11 * GIB, ratios)
     assert sure.low_bytes == pytest.approx(10 * GIB, abs=2)
     assert sure.high_bytes == pytest.approx(12 * GIB, abs=2)
+    assert sure.expected_bytes == pytest.approx(11 * GIB, abs=2)
     assert sure.chance == pytest.approx(0.5)
     assert sure.basis == "19 comparable runs"
 

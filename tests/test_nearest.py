@@ -9,6 +9,7 @@ import pytest
 
 from clusters.gpu import find_gpu, list_gpus
 from orchestrator.devices import cpu_target, gpu_target
+from orchestrator.history import NOTHING_MEASURED, History, MeasuredRun
 from orchestrator.planner import plan_question
 from orchestrator.plans import Alternative, Plan, Target
 from orchestrator.question import Question
@@ -51,13 +52,19 @@ def target(gpu: str, usable: float | None = None) -> Target:
     return found if usable is None else dataclasses.replace(found, usable_bytes=round(usable * GIB))
 
 
-def answer(model: str, on: Target, recipe: Fields | None = None, strategy: Fields | None = None) -> Plan:
+def answer(
+    model: str,
+    on: Target,
+    recipe: Fields | None = None,
+    strategy: Fields | None = None,
+    history: History = NOTHING_MEASURED,
+) -> Plan:
     """What is said to a request of which nothing may be chosen."""
     how = Strategy(**(strategy or {}))
     fields: Fields = {"seq_len": 512, **(recipe or {})}
     what = Recipe(**fields, tokens_per_step=fields["seq_len"] * how.sequences_per_step)
     asked = Question(find_model(model), what, how, frozenset(), whole_step=False)
-    return plan_question(asked, [on], alternatives="nearest")
+    return plan_question(asked, [on], alternatives="nearest", history=history)
 
 
 def titles(plan: Plan) -> list[str]:
@@ -121,6 +128,23 @@ def test_all_that_is_offered_fits_and_says_its_numbers(refused: Plan) -> None:
             assert (offered.title, offered.usable_bytes) == (LARGER, find_gpu(offered.gpu).usable_bytes)
         assert offered.step_time is not None
         assert offered.confidence.low_bytes <= needed <= offered.confidence.high_bytes
+
+
+def test_with_enough_runs_all_that_is_offered_fits_as_they_would_have() -> None:
+    history = History(tuple(MeasuredRun("cuda", "rtx-4090", "qlora", False, 1.15, None) for _ in range(19)))
+    plan = answer("33b", target("rtx-4090"), {"seq_len": 2048}, history=history)
+    assert (plan.fits, plan.verdict.largest_micro_batch, plan.verdict.longest_seq_len) == (False, 0, 0)
+    assert plan.verdict.headroom_bytes < 0
+    before = answer("33b", target("rtx-4090"), {"seq_len": 2048})
+    assert before.fits, "else this request says nothing"
+    alike = [each for each in plan.alternatives if not each.strategy.zero_stage]
+    assert len(alike) >= 2
+    for offered in alike:
+        gpu = needs(plan, offered).gpu
+        process = 1.15 * gpu.reserved_bytes + gpu.process_bytes - gpu.reserved_bytes
+        assert process <= offered.usable_bytes
+        assert offered.headroom_bytes == pytest.approx(offered.usable_bytes - process, abs=1)
+    assert all(offered.fits and offered.confidence.chance == 0.95 for offered in plan.alternatives)
 
 
 def test_what_changes_is_told_field_by_field_and_nothing_else_does(refused: Plan) -> None:
@@ -239,6 +263,27 @@ def test_on_a_cpu_nothing_is_offered_that_needs_a_gpu() -> None:
     plan = answer("7b", cpu_target("auto", 1, 5 * GIB), {"seq_len": 2048}, {"micro_batch": 8, "paged_optimizer": False})
     assert not plan.fits
     assert not {"paged optimizer state", "more GPUs", "offloading", LARGER} & set(titles(plan))
+
+
+@pytest.mark.parametrize(
+    ("per_node", "nodes", "accumulation", "gpus"),
+    [
+        (3, 1, 1, 3),
+        (6, 1, 1, 4),
+        (3, 2, 4, 3),  # 2 take a step of 4 sequences as it is, but are too few
+        (6, 1, 6, 6),  # 4 do not take one of 6
+    ],
+)
+def test_of_a_pool_its_whole_nodes_are_offered_and_first_what_leaves_the_step_as_it_is(
+    per_node: int, nodes: int, accumulation: int, gpus: int
+) -> None:
+    on = target("rtx-3090")
+    assert on.pool is not None
+    pool = dataclasses.replace(on.pool, gpus_per_node=per_node, nodes=nodes, exists=True, host_ram_bytes=512 * GIB)
+    # 70 billion weights in 4 bits are 33 GiB and more, so that two of 24 GiB hold their halves, but not with the rest
+    plan = answer("llama-3.1-70b", dataclasses.replace(on, pool=pool), {}, {"gradient_accumulation": accumulation})
+    (more,) = (each for each in plan.alternatives if each.title == "more GPUs")
+    assert more.gpus == gpus
 
 
 def test_the_hosts_memory_counts_where_it_is_stated() -> None:

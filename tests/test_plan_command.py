@@ -101,6 +101,7 @@ def test_the_json_has_every_key_of_the_contract(ask: Ask) -> None:
         "longest_seq_len",
         "confidence",
         "step_time",
+        "host_fits",
     }
 
 
@@ -422,6 +423,7 @@ def test_no_warning_without_a_reason(ask: Ask) -> None:
         ("--model 7b --sweep lenght=512", ["--sweep", "lenght", "Did you mean"]),
         ("--model 7b --sweep seq-len=512,long", ["--sweep", "long", "--seq-len"]),
         ("--model 7b --sweep rank=4 --sweep rank=8", ["--sweep", "two unlike"]),
+        ("--model 7b --sweep gpu=t4,t5", ["--sweep", "t5", "Did you mean"]),
         ("--model 7b --sweep model=7b,13b", ["--sweep", "model"]),
         ("--model 7b --sweep zero-stage=0,1 --offload all", ["--offload"]),
         ("--model 7b --write /proc/run.yaml", ["--write", "/proc/run.yaml", "cannot be written"]),

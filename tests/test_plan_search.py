@@ -235,7 +235,8 @@ def test_without_a_gpu_named_a_fake_nvidia_smi_s_gpus_are_planned_for(
 
 def test_unlike_pools_in_one_group_are_called_what_they_are(ask: Ask) -> None:
     pools = str(ROOT / "clusters" / "examples" / "two-pools.yaml")
-    asked = ("--model", "llama-3.1-8b", "--cluster", pools, "--objective", "fastest")
+    # one sequence on each GPU: long enough for what they compute to count more than what they send
+    asked = ("--model", "llama-3.1-8b", "--cluster", pools, "--objective", "fastest", "--seq-len", "2048")
     answer = ask(*asked, "--json").json
     assert " + " in answer["group"]
     assert len(answer["verdicts"]) == 2
@@ -266,6 +267,24 @@ def test_a_stated_host_memory_limits_what_is_chosen(ask: Ask) -> None:
     tight = ask(*asked, "--host-ram", "10")
     assert tight.code == 0
     assert tight.json["strategy"]["world_size"] <= 2
+
+
+def test_a_pool_that_fits_is_shown_before_one_whose_hosts_are_too_small(ask: Ask, tmp_path: Path) -> None:
+    # 8 ranks under ZeRO 3 each load the whole of 70 billion weights, in 4 bits 40 GB and more, through their host
+    path = tmp_path / "two.yaml"
+    path.write_text(
+        "name: two\npools:\n"
+        "- {name: small, gpu: l40s, gpus_per_node: 8, nodes: 1, host_ram_gib: 64}\n"
+        "- {name: big, gpu: a100-80gb, gpus_per_node: 8, nodes: 1, host_ram_gib: 2048}\n"
+    )
+    asked = ("--model", "llama-3.1-70b", "--cluster", str(path), "--gpus", "8", "--zero-stage", "3")
+    answer = ask(*asked, "--json")
+    assert (answer.code, answer.json["estimate"]["gpu"]["name"]) == (0, "a100-80gb")
+    assert {each["gpu"]: (each["fits"], each["host_fits"]) for each in answer.json["verdicts"]} == {
+        "l40s": (False, False),
+        "a100-80gb": (True, True),
+    }
+    assert ask(*asked).out.startswith("FITS")
 
 
 def test_other_ways_on_a_cluster_look_at_all_its_pools(ask: Ask, team: str) -> None:
@@ -316,6 +335,19 @@ def test_a_wrong_report_is_refused_before_a_run_is_written(ask: Ask, tmp_path: P
     assert not run.exists()
 
 
+def test_gpus_that_are_compared_are_told_of_though_another_is_better_or_none_fits(ask: Ask) -> None:
+    alone = ("--model", "33b", "--objective", "fewest-gpus", "--gpus", "1", "--offload", "none", "--json")
+    answer = ask(*alone, "--compare", "a100-80gb,l40s,t4").json
+    assert answer["estimate"]["gpu"]["name"] == "a100-80gb"  # twice the bandwidth, and no dearer: neither has a price
+    assert [each["gpu"] for each in answer["alternatives"]] == ["l40s"]
+    # 33 billion weights in 4 bits are more than 16 GB
+    assert [choice["value"] for choice in answer["choices"] if choice["field"] == "compare"] == ["t4"]
+    many = "a100-80gb,a100-40gb,l40s,rtx-3090,rtx-4090,l4,t4"
+    answer = ask("--model", "7b", "--objective", "fewest-gpus", "--compare", many, "--json").json
+    shown = {answer["estimate"]["gpu"]["name"], *(each["gpu"] for each in answer["alternatives"])}
+    assert shown == set(many.split(","))
+
+
 # --- sweeps and reports -----------------------------------------------------------------------------------------------
 
 
@@ -346,6 +378,37 @@ def test_a_value_that_makes_no_plan_is_told_in_its_place(ask: Ask) -> None:
     right, wrong = answer["sweep"]["plans"]
     assert right["refused"] is None
     assert "qlora needs a quantized base" in wrong["refused"]
+    screen = " ".join(ask("--model", "7b", "--gpu", "t4", "--sweep", "quant=nf4,none").out.split())
+    assert "none: --quant: method qlora needs a quantized base" in screen
+
+
+def test_a_swept_gpu_is_each_value_s_own(ask: Ask) -> None:
+    asked = ("--model", "7b", "--gpu", "rtx-4090")
+    needed = [
+        ask("--model", "7b", "--gpu", gpu, "--json").json["verdicts"][0]["process_bytes"] for gpu in ("t4", "l40s")
+    ]
+    lines = ask(*asked, "--sweep", "gpu=t4,l40s").out.splitlines()[-4:]
+    assert [line.split() for line in lines[:3]] == [
+        ["gpu", "needed"],
+        ["t4", f"{needed[0] / GIB:.2f}"],
+        ["l40s", f"{needed[1] / GIB:.2f}"],
+    ]
+    screen = ask(*asked, "--sweep", "gpu=t4,l40s", "--sweep", "seq-len=512,1024").out
+    assert "(across), in GiB" in " ".join(screen.split())
+    assert [line.split()[1] for line in screen.splitlines()[-3:-1]] == [f"{size / GIB:.2f}" for size in needed]
+
+
+def test_a_sweep_has_a_column_for_each_gpu_that_any_value_chooses(ask: Ask, team: str) -> None:
+    asked = ("--model", "llama-3.1-8b", "--cluster", team, "--objective", "cheapest")
+    chosen = [ask(*asked, "--seq-len", length, "--json").json["verdicts"] for length in ("512", "65536")]
+    assert [[each["gpu"] for each in verdicts] for verdicts in chosen] == [["l4"], ["a100-80gb"]], "says nothing else"
+    short, long = (f"{verdict['process_bytes'] / GIB:.2f}" for (verdict,) in chosen)
+    lines = ask(*asked, "--sweep", "seq-len=512,65536").out.splitlines()[-4:]
+    assert [line.split() for line in lines[:3]] == [
+        ["seq-len", "l4", "a100-80gb"],
+        ["512", short, "-"],
+        ["65536", "-", long],
+    ]
 
 
 def test_reports_hold_what_the_screen_shows_each_in_its_form(ask: Ask, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from clusters.errors import RequestError
 from clusters.gpu import find_gpu
 from orchestrator import plan
 from orchestrator.devices import compute_dtype, cpu_target, gpu_target
+from orchestrator.history import NOTHING_MEASURED, History, MeasuredRun
 from orchestrator.planner import divisors, plan_request, plan_run
 from orchestrator.plans import SURE, Plan, Target
 from orchestrator.rules import check_strategy
@@ -44,11 +45,19 @@ def needed(plan: Plan) -> int:
 
 
 def run(
-    target: Target | None = None, devices: int = 1, *, longest: int | None = None, model: Any = LLAMA, **fields: Any
+    target: Target | None = None,
+    devices: int = 1,
+    *,
+    longest: int | None = None,
+    history: History = NOTHING_MEASURED,
+    at_most: int | None = None,
+    model: Any = LLAMA,
+    **fields: Any,
 ) -> Plan:
     """The plan of a specification: 16 sequences of 512 tokens a step, unless said otherwise."""
     wanted = {"name": "demo", "model": "base", "data": {"path": "x.jsonl"}, "output": "out", **fields}
-    return plan_run(RunSpec.model_validate(wanted), model, target or gpu(), devices, longest=longest)
+    spec = RunSpec.model_validate(wanted)
+    return plan_run(spec, model, target or gpu(), devices, longest=longest, history=history, at_most=at_most)
 
 
 def choices(plan: Plan) -> dict[str, tuple[str, str]]:
@@ -172,8 +181,20 @@ def test_host_memory_decides_where_it_is_stated() -> None:
     most = max(free.estimate.host.load_peak_bytes, free.estimate.host.steady_bytes)
     assert free.host_fits is None
     for usable, fits in ((most, True), (most - 1, False)):
-        plan = plan_request(LLAMA, Recipe(), strategy, [gpu()], host_usable_bytes=usable)
+        plan = plan_request(LLAMA, Recipe(), strategy, [gpu()], hosts=[usable])
         assert (plan.host_fits, plan.fits) == (fits, fits)
+
+
+def test_each_host_decides_for_its_own_gpus_and_the_first_that_both_fits_is_shown() -> None:
+    strategy = Strategy(zero_stage=2, offload="optimizer")
+    small, large = gpu("l40s"), gpu("a100-80gb")
+    needs = plan_request(LLAMA, Recipe(), strategy, [small]).estimate.host.most_bytes
+    for hosts, shown in (([None, None], small), ([needs - 1, needs], large), ([needs, needs - 1], small)):
+        plan = plan_request(LLAMA, Recipe(), strategy, [small, large], hosts=hosts)
+        assert (plan.fits, plan.target, plan.host_usable_bytes) == (True, shown, hosts[shown is large])
+        assert [verdict.fits for verdict in plan.verdicts] == [host != needs - 1 for host in hosts]
+    assert all(verdict.headroom_bytes > 0 for verdict in plan.verdicts)
+    assert not plan_request(LLAMA, Recipe(), strategy, [small, large], hosts=[needs - 1] * 2).fits
 
 
 def test_paged_state_that_finds_no_room_on_a_gpu_is_its_host_s_to_hold() -> None:
@@ -191,7 +212,7 @@ def test_paged_state_that_finds_no_room_on_a_gpu_is_its_host_s_to_hold() -> None
         assert both.estimate.host.steady_bytes == 2 * moved
     alone = request(None, None, gpu(usable=process))
     for ram, fits in ((state, True), (state - 1, False)):
-        assert dataclasses.replace(alone, host_usable_bytes=ram).fits is fits
+        assert plan_request(LLAMA, Recipe(), Strategy(), [alone.target], hosts=[ram]).fits is fits
 
 
 @pytest.mark.parametrize(
@@ -302,6 +323,19 @@ def test_the_micro_batch_is_the_largest_that_fits() -> None:
     value, reason = choices(plan)["micro_batch"]
     assert value == "4"
     assert reason.startswith("8 would need up to")
+
+
+@pytest.mark.parametrize("ratio", [0.9, 1.15])
+def test_a_plan_of_at_most_so_many_bytes_needs_no_more_of_them_whatever_runs_measured(ratio: float) -> None:
+    history = History(tuple(MeasuredRun("cuda", "a100-40gb", "qlora", False, ratio, None) for _ in range(19)))
+    first = run(history=history)
+    at_most = needed(first) * 9 // 10
+    plan = run(history=history, at_most=at_most)
+    assert needed(plan) <= at_most
+    assert plan.fits
+    context = needed(first) - first.estimate.gpu.reserved_bytes
+    assert ratio * first.estimate.gpu.reserved_bytes + context <= first.target.usable_bytes
+    assert first.fits
 
 
 def test_a_micro_batch_that_is_asked_for_is_kept_or_refused_with_the_ones_that_divide() -> None:

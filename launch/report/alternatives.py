@@ -71,8 +71,8 @@ def alternatives_table(plan: Plan) -> Table:
 def alternative_rows(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The columns' titles, of which the first two are words, and the cells."""
     columns: dict[str, Cell] = {
-        "needed\nGiB": lambda one: f"{one.process_bytes / GIB:.2f}",
-        "to spare\nGiB": lambda one: f"{(one.usable_bytes - one.process_bytes) / GIB:.2f}",
+        "needed\nGiB": lambda one: f"{one.confidence.expected_bytes / GIB:.2f}",
+        "to spare\nGiB": lambda one: f"{one.headroom_bytes / GIB:.2f}",
         "\ntokens/s": lambda one: "-" if one.step_time is None else f"{one.step_time.tokens_per_second:,.0f}",
     }
     if any(one.duration is not None for one in plan.alternatives):

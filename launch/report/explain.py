@@ -316,13 +316,15 @@ def device_lines(plan: Plan) -> Iterator[str]:
         free = size_text(target.usable_bytes)
         yield f"Tensors take {size_text(gpu.allocated_bytes)} of the {free} that are free for each process."
         return
-    verdict = next(one for one in plan.verdicts if one.gpu == target.name)
+    verdict = plan.verdict
+    sure = verdict.confidence
     rows = (
         (gpu.allocated_bytes, "allocated: the sum of the components"),
         (gpu.reserved_bytes - gpu.allocated_bytes, "more in the caching allocator's segments: together, reserved"),
         (gpu.process_bytes - gpu.reserved_bytes, "CUDA context: together, the process in nvidia-smi"),
         (gpu.process_bytes, f"needed, of {size_text(target.usable_bytes)} that the {target.name} gives"),
-        (abs(verdict.headroom_bytes), "to spare" if verdict.fits else "too much"),
+        *([(sure.expected_bytes, f"of that by {sure.basis}")] if sure.expected_bytes != gpu.process_bytes else []),
+        (abs(verdict.headroom_bytes), "to spare" if verdict.headroom_bytes >= 0 else "too much"),
     )
     for size, text in rows:
         yield f"{size_text(size):>12}  {text}"

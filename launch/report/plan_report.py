@@ -9,7 +9,7 @@ from rich.text import Text
 from launch.report.alternatives import alternative_rows, title_of
 from launch.report.document import Document, Section, drawn
 from launch.report.explain import explain
-from launch.report.sweep import SweepCells, sweep_cells
+from launch.report.sweep import LEGEND, SweepCells, sweep_cells
 from launch.report.terminal import VERDICT_COLUMNS, memory_lines, request_rows, verdict_cells, verdict_line
 from launch.report.words import on_one_line
 from launch.sweep import Sweep
@@ -54,5 +54,4 @@ def swept_section(found: SweepCells) -> Section:
     """A sweep's table and its heat map."""
     rows = [(value, *(cell.words for cell in cells)) for value, cells in found.rows]
     columns = (found.down, *(f" {column}" for column in found.columns))
-    note = "* fits barely, x does not fit, - refused"
-    return Section(found.title, columns, rows, note, draw=drawn("memory", "heat", found))
+    return Section(found.title, columns, rows, LEGEND, tuple(found.refused), drawn("memory", "heat", found))

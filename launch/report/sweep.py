@@ -15,7 +15,7 @@ from orchestrator.plans import Plan, Verdict
 
 
 class Cell(NamedTuple):
-    """What one combination comes to on one GPU: None where it is refused."""
+    """What one combination comes to on one GPU: None where it is refused, or has no such GPU."""
 
     verdict: Verdict | None
 
@@ -25,7 +25,7 @@ class Cell(NamedTuple):
         if self.verdict is None:
             return "-"
         mark = "*" if self.verdict.barely else " " if self.verdict.fits else "x"
-        return f"{self.verdict.process_bytes / GIB:.2f} {mark}"
+        return f"{self.verdict.confidence.expected_bytes / GIB:.2f} {mark}"
 
     @property
     def style(self) -> str:
@@ -36,7 +36,7 @@ class Cell(NamedTuple):
             return "white on red"
         if self.verdict.barely:
             return "black on yellow"
-        tight = self.verdict.process_bytes > 0.8 * self.verdict.usable_bytes
+        tight = self.verdict.headroom_bytes < 0.2 * self.verdict.usable_bytes
         return "black on green" if tight else "white on dark_green"
 
 
@@ -49,6 +49,7 @@ class SweepCells(NamedTuple):
         across: what the columns are.
         columns: their titles.
         rows: a value each, with its cells.
+        refused: what makes no plan, and why.
     """
 
     title: str
@@ -56,24 +57,36 @@ class SweepCells(NamedTuple):
     across: str
     columns: list[str]
     rows: list[tuple[str, list[Cell]]]
+    refused: list[str]
+
+
+LEGEND = "* fits barely, x does not fit, - refused or without such a GPU"
 
 
 def sweep_cells(swept: Sweep, plan: Plan) -> Iterator[SweepCells]:
-    """One option: a column for each GPU. Two: one for each value of the second, for the plan's GPU."""
+    """One option: a column for each GPU. Two: one for each value of the second, for the plan's GPU.
+
+    Where the GPU is swept itself, or is not the same for all values, it is each value's own.
+    """
     first = swept.axes[0]
+    plans = [each for each in swept.plans.values() if each is not None]
+    refused = [f"{' and '.join(values)}: {why}" for values, why in swept.refused.items()]
+    own = any(axis.option == "gpu" for axis in swept.axes)
     if len(swept.axes) == 1:
-        columns = [verdict.gpu for verdict in plan.verdicts]
-        rows = [(value, [cell_on(swept.plans[(value,)], gpu) for gpu in columns]) for value, _ in first.values]
-        yield SweepCells(f"Needed by {first.flag}, in GiB", first.flag, "GPU", columns, rows)
+        gpus = [verdict.gpu for each in (plan, *plans) for verdict in each.verdicts]
+        asked: list[str | None] = [None] if own else list(dict.fromkeys(gpus))
+        rows = [(value, [cell_on(swept.plans[(value,)], gpu) for gpu in asked]) for value, _ in first.values]
+        titles = [gpu or "needed" for gpu in asked]
+        yield SweepCells(f"Needed by {first.flag}, in GiB", first.flag, "GPU", titles, rows, refused)
         return
     second = swept.axes[1]
     columns = [value for value, _ in second.values]
-    rows = [
-        (value, [cell_on(swept.plans[value, other], plan.target.name) for other in columns])
-        for value, _ in first.values
-    ]
-    title = f"Needed by {first.flag} (down) and {second.flag} (across) on {plan.target.name}, in GiB"
-    yield SweepCells(title, first.flag, second.flag, columns, rows)
+    own = own or not all(plan.target.name in {verdict.gpu for verdict in each.verdicts} for each in plans)
+    gpu = None if own else plan.target.name
+    rows = [(value, [cell_on(swept.plans[value, other], gpu) for other in columns]) for value, _ in first.values]
+    on = "" if own else f" on {plan.target.name}"
+    title = f"Needed by {first.flag} (down) and {second.flag} (across){on}, in GiB"
+    yield SweepCells(title, first.flag, second.flag, columns, rows, refused)
 
 
 def sweep_tables(swept: Sweep, plan: Plan) -> Iterator[RenderableType]:
@@ -87,9 +100,12 @@ def sweep_tables(swept: Sweep, plan: Plan) -> Iterator[RenderableType]:
         for value, cells in found.rows:
             table.add_row(value, *(Text(cell.words, style=cell.style) for cell in cells))
         yield table
-        yield Text("* fits barely, x does not fit, - refused", style="dim")
+        yield Text(LEGEND, style="dim")
+        yield from map(Text, found.refused)
 
 
-def cell_on(plan: Plan | None, gpu: str) -> Cell:
-    """What is needed on one GPU."""
-    return Cell(None if plan is None else next((each for each in plan.verdicts if each.gpu == gpu), None))
+def cell_on(plan: Plan | None, gpu: str | None) -> Cell:
+    """What is needed on one GPU; on the plan's own where none is named."""
+    if plan is None or gpu is None:
+        return Cell(None if plan is None else plan.verdict)
+    return Cell(next((each for each in plan.verdicts if each.gpu == gpu), None))

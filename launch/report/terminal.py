@@ -92,7 +92,7 @@ def verdict_line(plan: Plan) -> Text:
         f"{plan.strategy.world_size} x " if plan.strategy.world_size > 1 and plan.target.device.kind == "cuda" else ""
     )
     others = [] if plan.group else [one.gpu for one in plan.verdicts if one.fits and one is not shown]
-    if shown.fits:
+    if shown.headroom_bytes >= 0:
         text = f"{name} on {plan.group or count + shown.gpu}, {gib(shown.headroom_bytes)} to spare"
     else:
         text = f"{name} on {count}{shown.gpu}, {gib(-shown.headroom_bytes)} short{' on each' if count else ''}"
@@ -256,6 +256,8 @@ def memory_lines(plan: Plan) -> Iterator[Line]:
         held = "held by the caching allocator" if low == high else f"fragmentation: {low} to {high}"
         yield Line("reserved", size_text(gpu.reserved_bytes), None, held)
         yield Line("process", size_text(gpu.process_bytes), None, "in nvidia-smi: CUDA context too")
+        if (sure := plan.verdict.confidence).expected_bytes != gpu.process_bytes:
+            yield Line("as measured", size_text(sure.expected_bytes), None, f"by {sure.basis}")
     if gpu.paged_bytes:
         yield Line("paged", size_text(gpu.paged_bytes), None, "managed memory, outside the sum")
     for title, size in (("host, loading", host.load_peak_bytes), ("host, training", host.steady_bytes)):
@@ -287,7 +289,7 @@ def verdicts_table(plan: Plan) -> Table:
 
 def verdict_cells(verdict: Verdict) -> tuple[str | Text, ...]:
     """One device's line."""
-    sizes = (verdict.usable_bytes, verdict.process_bytes, verdict.headroom_bytes)
+    sizes = (verdict.usable_bytes, verdict.confidence.expected_bytes, verdict.headroom_bytes)
     limits = (verdict.largest_micro_batch, verdict.longest_seq_len)
     return (
         verdict.gpu,

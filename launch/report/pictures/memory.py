@@ -115,7 +115,9 @@ def what_fits(plan: Plan) -> Picture:
     lengths = sorted({*LENGTHS, plan.recipe.seq_len})
     batches = sorted({*MICRO_BATCHES, plan.strategy.micro_batch})
     context = target.device.context_bytes
-    table = [[sizes.reserved_bytes(batch, length) + context for length in lengths] for batch in batches]
+    # what is predicted, as earlier runs have corrected it
+    factor = (plan.verdict.confidence.expected_bytes - context) / plan.verdict.reserved_bytes
+    table = [[sizes.reserved_bytes(batch, length) * factor + context for length in lengths] for batch in batches]
     unit, name = unit_of(max(plan.verdict.process_bytes, GIB // 2))
     with styled():
         figure = canvas(0.9 + 0.36 * len(batches))
@@ -175,7 +177,9 @@ def heat(swept: SweepCells) -> Picture:
     with styled():
         figure = canvas(0.9 + 0.36 * len(cells))
         axes = figure.subplots()
-        share = [[math.nan if one is None else one.process_bytes / one.usable_bytes for one in row] for row in cells]
+        share = [
+            [math.nan if one is None else 1 - one.headroom_bytes / one.usable_bytes for one in row] for row in cells
+        ]
         shaded(axes, share, [[heat_words(one) for one in row] for row in cells])
         axes.set_xticks(range(len(swept.columns)), swept.columns)
         axes.set_yticks(range(len(cells)), [value for value, _ in swept.rows])
@@ -186,7 +190,7 @@ def heat(swept: SweepCells) -> Picture:
 
 def heat_words(verdict: Verdict | None) -> str:
     """A cell of a sweep."""
-    return "refused" if verdict is None else f"{'' if verdict.fits else 'x '}{verdict.process_bytes / GIB:.1f}"
+    return "-" if verdict is None else f"{'' if verdict.fits else 'x '}{verdict.confidence.expected_bytes / GIB:.1f}"
 
 
 def shaded(axes: Any, shares: Sequence[Sequence[float]], words: Sequence[Sequence[str]]) -> None:
