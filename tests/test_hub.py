@@ -162,7 +162,7 @@ def test_a_folder_comes_before_a_hub_id_of_that_name(user: User, stand_in_hub: S
     folder = user.folder / "org" / "model"
     folder.mkdir(parents=True)
     (folder / "config.json").write_bytes(CONFIG)
-    assert user.plan("org/model")["model"]["source"] == str(Path("org/model/config.json"))
+    assert user.plan("org/model")["model"]["source"] == str(folder / "config.json")
     assert stand_in_hub.requests == []
 
 

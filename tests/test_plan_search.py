@@ -505,7 +505,7 @@ def test_what_no_run_would_read_as_data_is_no_data(ask: Ask, tmp_path: Path, tex
 def test_a_run_for_the_gpus_of_two_pools_is_not_written(ask: Ask, tmp_path: Path) -> None:
     pools = str(ROOT / "clusters" / "examples" / "two-pools.yaml")
     path = tmp_path / "run.yaml"
-    asked = ("--model", "llama-3.1-8b", "--cluster", pools, "--objective", "fastest")
+    asked = ("--model", "llama-3.1-8b", "--cluster", pools, "--objective", "fastest", "--seq-len", "2048")
     answer = ask(*asked, "--write", str(path))
     assert answer.code == 2
     assert "the GPUs of one pool" in answer.err

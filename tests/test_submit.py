@@ -338,7 +338,7 @@ def test_a_folder_has_one_writer_whatever_the_run_is_called_and_fresh_takes_the_
     spec = load_spec(run_of(tmp_path, tiny_base, conversations, steps=2).specification)
     client: Any = Listing("other-run", f"{id_stem(spec.model_copy(update={'name': 'another'}))}-3")
     assert [job.number for job in jobs.jobs_of(client, spec)] == [3]
-    (tmp_path / "out-2").mkdir()
+    (tmp_path / "out-2" / "checkpoints").mkdir(parents=True)
     assert beside(spec, client).output == str(tmp_path / "out-3")
     assert beside(spec, None).output == spec.output
 
