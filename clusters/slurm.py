@@ -51,7 +51,7 @@ def render(workload: Workload) -> str:
             f"rm -f {shlex.quote(code)}",
             *files,
             "",
-            "# other people's jobs may be on these nodes: Ray takes nothing from whoever has not this token",
+            "# others reach these nodes over the network: Ray takes nothing from whoever has not this token",
             "export RAY_AUTH_MODE=token",
             f"export RAY_AUTH_TOKEN_PATH={shlex.quote(f'{folder}/token')}",
             'head -c 32 /dev/urandom | base64 | tr -dc "a-zA-Z0-9" > "$RAY_AUTH_TOKEN_PATH"',

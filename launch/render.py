@@ -95,11 +95,11 @@ def place(asked: Asked, spec: RunSpec) -> Place:
 def check_options(asked: Asked) -> None:
     """Raise a RequestError for options of which the form says nothing, and for what it cannot be told."""
     problems = []
-    for name in ("image", "package", "volume", "secret", "queue", "priority"):
+    for name in WITH_FORM["kuberay"]:
         value: str | None = getattr(asked, name)
         if value is None:
             continue
-        pattern, what = WORDING.get((asked.form, name), (r".+", ""))
+        pattern, what = WORDING.get((asked.form, name), (r".+", "text on one line"))
         if name not in WITH_FORM[asked.form]:
             rule = f"--render {asked.form} has no place for it"
             problems.append(Problem(f"--{name}", value, rule, "Leave it out"))

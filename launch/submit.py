@@ -85,6 +85,7 @@ def submit(
     from launch.report.terminal import print_plan
     from launch.travel import JobOrder, travelling
     from orchestrator.prepare import prepare
+    from orchestrator.run import finished
 
     if render is not None:
         return print_manifest(beside(spec, None) if fresh else spec, force, {"form": render, **manifest})
@@ -94,17 +95,17 @@ def submit(
     if fresh:
         spec = beside(spec, client)
         click.echo(f"Output: {spec.output}")
-    if complete(spec):
-        click.echo(
-            f"The run in {spec.output} is complete already; nothing was submitted. --fresh starts anew beside it."
-        )
-        return 0
     local = travelling(spec, shared)
     described = None if manifest["cluster"] is None else load_cluster(manifest["cluster"])
     machine, remark = jobs.machine_of(address, manifest["pool"], described)
     if remark:
         command.warn(remark)
     prepared = prepare(spec, tell=lambda text: click.echo(text, err=True), machine=machine)
+    if finished(prepared) is not None:
+        click.echo(
+            f"The run in {spec.output} is complete already; nothing was submitted. --fresh starts anew beside it."
+        )
+        return 0
     print_plan(prepared.plan)
     if not prepared.plan.fits and not force:
         command.fail("The plan does not fit, so nothing was submitted.", "Change what it shows, or pass --force.")
@@ -171,14 +172,6 @@ def print_manifest(spec: RunSpec, force: bool, options: Mapping[str, Any]) -> in
         return 1
     click.echo(rendered(asked, prepared, where, force=force), nl=False)
     return 0
-
-
-def complete(spec: RunSpec) -> bool:
-    """Whether the run in the output folder has come to its end; what else lies there the job looks at."""
-    from orchestrator.record import load_record
-
-    record = load_record(Path(spec.output))
-    return record is not None and record.status == "complete"
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from clusters.errors import RequestError, nearest, request_error
 from clusters.gpu import find_gpu
 from launch.options import NOT_ASKED
 from launch.request import plan_of
+from orchestrator.devices import is_cpu
 from orchestrator.history import History
 from orchestrator.plans import Plan, verdict_json
 
@@ -122,7 +123,7 @@ def axis_of(text: str) -> Axis:
             FLAG, text, error.message.rstrip("."), f"qlora-plan --help shows what --{flag} takes"
         ) from None
     for value in written if parameter.name == "gpu" else ():
-        if value.lower() != "cpu":
+        if not is_cpu(value):
             try:
                 find_gpu(value)
             except RequestError as error:

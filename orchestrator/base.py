@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -81,7 +81,7 @@ def base_in(folder: Path, name: str) -> Base:
     Raises:
         RequestError: it cannot be modelled, or its weights are not whole or another model's than its config.
     """
-    architecture = architecture_from_folder(folder)
+    architecture = replace(architecture_from_folder(folder), name=name)
     check_weights(folder)
     check_fits(folder, architecture)
     return Base(folder, name, None, model_fingerprint(folder), architecture)

@@ -141,6 +141,6 @@ def ledger_place() -> Path | str:
     if named and named.startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
         return named
     if named and "://" in named:
-        rule, remedy = "it is the URL of neither a file nor a PostgreSQL", "Give a path, or postgresql://HOST/DATABASE"
+        rule, remedy = "only a PostgreSQL is named by a URL", "Give a file's path, or postgresql://HOST/DATABASE"
         raise request_error("QLORA_LEDGER", f"{named.split('://')[0]}://...", rule, remedy)
     return Path(named or Path(click.get_app_dir("qlora-orchestrator")) / "ledger.sqlite")

@@ -99,13 +99,8 @@ class Offsite:
 
     def keep(self, folder: Path) -> None:
         """Copy a folder there, soon; a checkpoint lets older ones go."""
-        name = folder.name
-        if name == manifest.BEST:
-            try:
-                name = f"{name}-{manifest.read_manifest(folder)['step']:08d}"
-            except InvalidCheckpoint:
-                return  # it is being replaced: the newer one follows
-        self._queue.put((folder, name))
+        if name := _name_there(folder):
+            self._queue.put((folder, name))
 
     def finish(self) -> None:
         """Wait until all is copied."""
@@ -117,6 +112,8 @@ class Offsite:
     def _work(self) -> None:
         while (wanted := self._queue.get()) is not None:
             folder, name = wanted
+            if _name_there(folder) != name:
+                continue  # a newer best has taken its place, and follows
             try:
                 self._put(folder, name)
                 self._patiently(self._retire)
@@ -155,19 +152,22 @@ class Offsite:
         """Let checkpoints go that are older than the last few whole ones, and than the last best one that is whole."""
         for pattern, keep in ((FOLDER, self._keep), (BEST, 1)):
             whole = 0
-            for name in self._named(pattern).values():
+            for step, name in self._named(pattern).items():
                 if whole >= keep:
                     self._filesystem.rm(f"{self._root}/{name}", recursive=True)
-                elif self._is_whole(name):
+                elif self._is_whole(name, step):
                     whole += 1
 
-    def _is_whole(self, name: str) -> bool:
-        """Whether all files that the manifest names are there at their sizes; their hashes are asked when fetched."""
+    def _is_whole(self, name: str, step: int) -> bool:
+        """Whether the manifest is of that step and all files are there at their sizes; hashes are asked when fetched.
+
+        Where a newer best came while one was copied, the manifest is the newer one's.
+        """
         self._filesystem.invalidate_cache()
         try:
             text = self._filesystem.cat_file(f"{self._root}/{name}/{manifest.FILE_NAME}")
             fields: Mapping[str, Any] = json.loads(text)
-            return all(
+            return fields["step"] == step and all(
                 self._filesystem.size(f"{self._root}/{name}/{file}") == facts["bytes"]
                 for file, facts in fields["files"].items()
             )
@@ -184,6 +184,16 @@ class Offsite:
         names = (str(path).rstrip("/").rpartition("/")[2] for path in listed)
         found = {int(match[1]): match[0] for name in names if (match := pattern.fullmatch(name))}
         return dict(sorted(found.items(), reverse=True))
+
+
+def _name_there(folder: Path) -> str | None:
+    """What a folder is called there; None where it is a best that is being replaced."""
+    if folder.name != manifest.BEST:
+        return folder.name
+    try:
+        return f"{manifest.BEST}-{manifest.read_manifest(folder)['step']:08d}"
+    except InvalidCheckpoint:
+        return None
 
 
 def runs_of(spec: RunSpec) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from orchestrator.confidence import Spread, Spreads
+from orchestrator.confidence import Comparable, Spread, Spreads
 from orchestrator.plans import Objective, Target
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.recipe import Recipe
@@ -51,8 +51,8 @@ class Question:
 
     def spread(self, target: Target, sharded: bool) -> Spread | None:
         """That of the runs that are comparable; None where there are too few."""
-        kind = (target.device.kind, self.recipe.method, sharded)
-        return next((spread for comparable, spread in self.spreads if comparable == kind), None)
+        kind = Comparable(target.device.kind, self.recipe.method, sharded)
+        return dict(self.spreads).get(kind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,14 +65,10 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
         RunFailed: the run failed, or the plan does not fit; the record says how far it came.
         Interrupted: it was stopped before there was anything to save.
     """
+    if (complete := finished(prepared)) is not None:
+        return complete, True
     output = Path(prepared.spec.output)
     record = load_record(output)
-    if record is not None:
-        check_same(record.identity, prepared.identity, output)
-        if record.status == "complete" and (result := result_folder(prepared, output)).is_dir():
-            check_result(record, prepared, output)
-            # where it lies now: the run's folder may have been moved since
-            return record.model_copy(update={"weights" if record.weights else "adapter": str(result)}), True
     display.planned(prepared)
     if not prepared.plan.fits and not force:
         raise RunFailed(
@@ -94,6 +90,24 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
         if storage is not None and record.status == "complete":
             storage.keep(result_folder(prepared, output))
     return record, False
+
+
+def finished(prepared: Prepared) -> RunRecord | None:
+    """The record of the run in the output folder, if it has come to its end and its result lies there.
+
+    Raises:
+        RequestError: another run lies there, or this one with another result than is asked for.
+    """
+    output = Path(prepared.spec.output)
+    record = load_record(output)
+    if record is None:
+        return None
+    check_same(record.identity, prepared.identity, output)
+    if record.status != "complete" or not (result := result_folder(prepared, output)).is_dir():
+        return None
+    check_result(record, prepared, output)
+    # where it lies now: the run's folder may have been moved since
+    return record.model_copy(update={"weights" if record.weights else "adapter": str(result)})
 
 
 def save_if_possible(record: RunRecord, output: Path, display: Display) -> None:

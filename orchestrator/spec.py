@@ -198,7 +198,9 @@ class CheckpointSpec(_Section):
 
 
 class EvaluationSpec(_Section):
-    """When the held-out examples are looked at, besides before the run and at each checkpoint, and what follows."""
+    """When the held-out examples are looked at, besides before the run and at each checkpoint but an interrupt's, and
+    what follows.
+    """
 
     every_steps: Count | None = None
     """Optimizer steps between two evaluations; nothing leaves it at the checkpoints."""

@@ -85,7 +85,7 @@ def find_model(name_or_dir: str) -> ModelArchitecture:
     if entry is not None:
         return entry.architecture()
     if _is_folder(name_or_dir):
-        return architecture_from_folder(os.path.abspath(name_or_dir))  # called alike from wherever it is asked for
+        return architecture_from_folder(os.path.realpath(name_or_dir))  # called as a run calls it
     hub = hub_id(name_or_dir)
     if hub is not None:
         from qlora_core.huggingface.hub import find_on_hub  # no other plan needs it

@@ -261,28 +261,28 @@ def test_a_purchase_keeps_what_can_be_kept_by_hand() -> None:
     fleet = fleet_of(pool("a", 1, 1))
     ways, beyond = {0: [way("a", 1, 1, 10)]}, {0: list[Option]()}
 
-    def bought_for(*runs: Run) -> tuple[list[fleet_outlook.Purchase], set[int]]:
+    def bought_for(*runs: Run) -> tuple[tuple[fleet_outlook.Purchase, ...] | None, list[int], list[int]]:
         work = fleet_outlook.Work(fleet, runs, ways)
         return fleet_outlook.purchases(work, beyond, by_rules(runs, ways, fleet))
 
     alone = [Run(0, 1, 0.0, 10.0, 1)]
-    assert bought_for(*alone) == ([], set())
+    assert bought_for(*alone) == (None, [], [])
     three = [Run(0, n, 0.0, 10.0, 1) for n in range(3)]
     bought = fleet_outlook.Purchase("a", 2, None)
-    assert bought_for(*three) == ([bought], set())
+    assert bought_for(*three) == ((bought,), [], [])
     # a job that is late whatever is bought: it is carried out after the others, and asks for nothing
     ways[1], beyond[1] = [way("a", 1, 1, 8)], []
     never = Run(1, 1, 0.0, 5.0, 1)
-    assert bought_for(*three, never) == ([bought], {1})
+    assert bought_for(*three, never) == ((bought,), [1], [])
     # on 3 nodes together it is in time, and 3 beside them carry the rest
     beyond[1] = [way("a", 3, 3, 4)]
-    assert bought_for(*three, never) == ([replace(bought, nodes=5)], set())
+    assert bought_for(*three, never) == ((replace(bought, nodes=5),), [], [])
     # a job that fits nowhere yet
     ways[1] = []
-    assert bought_for(never) == ([replace(bought, nodes=2)], set())
+    assert bought_for(never) == ((replace(bought, nodes=2),), [], [])
     beyond[1] = []
-    assert bought_for(*three, never) == ([bought], {1})
-    assert bought_for(*alone, never) == ([], {1})  # what can be kept is
+    assert bought_for(*three, never) == ((bought,), [], [1])
+    assert bought_for(*alone, never) == (None, [], [1])  # what can be kept is
 
 
 def fleet_and_jobs(folder: Path, pools: list[str], jobs: list[str]) -> tuple[str | Path, ...]:
@@ -336,16 +336,41 @@ def test_where_runs_are_late_a_purchase_is_told_or_that_none_will_do(tmp_path: P
     assert "not with up to 64" in text
     never = "name: never, model: qwen2.5-7b, tokens: 1B, deadline_hours: 0.1"
     text = ask(*fleet_and_jobs(tmp_path, [desk], [never])).stdout
-    assert "All deadlines are kept that up to 64 more nodes of one kind could keep." in text
+    assert "More nodes would change nothing. No number up to 64 of one kind keeps the deadline of never." in " ".join(
+        text.split()
+    )
     some = many.replace("20000", "60")
     text = ask(*fleet_and_jobs(tmp_path, [desk], [some, never])).stdout
     assert "not with up to 64" not in text
-    assert "None of these keeps the deadline of never." in text
+    assert "No number up to 64 of one kind keeps the deadline of never." in text
     assert "No GPUs of the fleet as it is keep the deadline of never." in text
     impossible = ["name: ok, model: llama-3.1-8b, tokens: 2000M, per_week: 7, deadline_hours: 30"]
     impossible += ["name: never, model: 65b, tokens: 3B, deadline_hours: 1"]
     found = json.loads(ask(*fleet_and_jobs(tmp_path, [A100], impossible), "--seconds", "5", "--json").stdout)
     assert (found["purchases"], found["no_purchase_keeps"]) == ([], ["never"])
+
+
+def test_what_fits_nowhere_whatever_is_bought_has_no_deadline_to_keep(tmp_path: Path) -> None:
+    huge = "name: huge, model: 65b, tokens: 1M, recipe: {method: full, quantization: none}"
+    given = fleet_and_jobs(tmp_path, ["name: t4, gpu: t4, gpus_per_node: 1"], [huge])
+    said = " ".join(ask(*given).stdout.split())
+    assert "More nodes would change nothing. With none of these does huge fit anywhere." in said
+    assert "deadline of huge" not in said
+    found = json.loads(ask(*given, "--json").stdout)
+    assert (found["no_purchase_keeps"], found["no_purchase_fits"]) == ([], ["huge"])
+
+
+def test_the_smallest_purchase_is_one_node_where_one_more_does(tmp_path: Path) -> None:
+    pool = "name: l, gpu: a100-80gb, gpus_per_node: 4, host_ram_gib: 1500, nvlink: true, network_gbit_per_s: 1600"
+    full = "name: full, model: 65b, tokens: 3M, deadline_hours: 5, recipe: {method: full, quantization: none}"
+    found = json.loads(ask(*fleet_and_jobs(tmp_path, [pool], [full]), "--json").stdout)
+    [more] = found["changes"]
+    assert (more["late"], more["nowhere"]) == (0, 0), "two nodes carry it, with its optimizer on their hosts"
+    assert [one["nodes"] for one in found["purchases"]] == [1]
+    # four nodes carry it without that, and fewer of them all the same as fewer nodes alone would
+    four = json.loads(ask(*fleet_and_jobs(tmp_path, [f"{pool}, nodes: 4"], [full]), "--json").stdout)
+    ways = {way["nodes"]: way["strategy"]["offload"] for way in four["jobs"][0]["ways"]}
+    assert (ways[2], ways[4]) == ("optimizer", "none")
 
 
 def test_where_a_pool_has_no_price_ways_are_compared_by_gpu_hours_and_no_sum_mixes_them(tmp_path: Path) -> None:

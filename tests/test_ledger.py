@@ -149,7 +149,7 @@ def test_a_server_that_does_not_answer_is_an_error_without_the_password(monkeypa
 def test_the_url_of_another_database_is_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QLORA_LEDGER", url)
-    with pytest.raises(RequestError, match="neither a file nor a PostgreSQL") as refused:
+    with pytest.raises(RequestError, match="only a PostgreSQL is named by a URL") as refused:
         ledger_place()
     assert "hunter2secret" not in str(refused.value)
     assert not list(tmp_path.iterdir())

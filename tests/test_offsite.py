@@ -88,28 +88,47 @@ def test_the_best_comes_along(tmp_path: Path, bucket: str, told: list[str]) -> N
     assert told == []
 
 
+def make_best(checkpoints: Path, step: int) -> Path:
+    shutil.rmtree(checkpoints / manifest.BEST, ignore_errors=True)
+    return make(checkpoints, step).rename(checkpoints / manifest.BEST)
+
+
 def test_the_best_there_stays_until_another_is_whole(
     tmp_path: Path, bucket: str, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def best(step: int) -> Path:
-        shutil.rmtree(tmp_path / "here" / manifest.BEST, ignore_errors=True)
-        return make(tmp_path / "here", step).rename(tmp_path / "here" / manifest.BEST)
-
     def dies(number: int) -> None:
         if number > 2:
             raise ConnectionError("the machine is gone")
 
-    storage = stored(bucket, told, best(10), make(tmp_path / "here", 10))
+    storage = stored(bucket, told, make_best(tmp_path / "here", 10), make(tmp_path / "here", 10))
     with monkeypatch.context() as patch:
         patch.setattr(offsite, "PATIENCE_SECONDS", 0.5)
         unreliable(patch, dies)
-        stored(bucket, told, best(20))
+        stored(bucket, told, make_best(tmp_path / "here", 20))
     s3fs.S3FileSystem.clear_instance_cache()
     storage.fetch(tmp_path / "elsewhere", IDENTITY)
     assert manifest.after_step(tmp_path / "elsewhere", 10) is not None
     assert manifest.check(tmp_path / "elsewhere" / manifest.BEST, 10)
-    stored(bucket, told, best(30))
+    stored(bucket, told, make_best(tmp_path / "here", 30))
     assert names(bucket) == {"best-00000030", "step-00000010"}
+
+
+def test_a_best_that_is_replaced_while_it_is_copied_is_none(
+    tmp_path: Path, bucket: str, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+
+    def replaced(number: int) -> None:
+        if number == 1:
+            make_best(here, 30)
+
+    storage = stored(bucket, told, make_best(here, 10), make(here, 10))
+    with monkeypatch.context() as patch:
+        unreliable(patch, replaced)
+        stored(bucket, told, make_best(here, 20))
+    s3fs.S3FileSystem.clear_instance_cache()
+    storage.fetch(tmp_path / "elsewhere", IDENTITY)
+    assert manifest.check(tmp_path / "elsewhere" / manifest.BEST, 10)
 
 
 def test_another_version_s_checkpoint_is_no_fault_of_the_storage(tmp_path: Path, bucket: str, told: list[str]) -> None:

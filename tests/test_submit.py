@@ -64,6 +64,9 @@ def test_of_two_submitters_one_writes(
     code, output = cluster.ask(run, specification)
     assert code == 0
     assert "complete already; nothing was submitted" in output
+    code, output = cluster.ask(run, specification, "seed=7")
+    assert code == 2
+    assert "was started with" in output, "another run is not complete because this one is"
     for secret in (SECRET, Path(cluster.users["RAY_AUTH_TOKEN_PATH"]).read_text()):
         assert secret not in cluster.shown()
         assert secret not in cluster.ask(run, "logs", job)[1]

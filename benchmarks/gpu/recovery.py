@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.gpu.runner import LOG_LINES, ROOT, Clock, too_late
 
-PACKAGES = ("pytest", "ray", "deepspeed")
+PACKAGES = ("pytest", "xdist", "ray", "deepspeed")
 COMMAND = (sys.executable, "-m", "pytest", "-m", "", "-q", "tests/chaos/test_cuda.py")
 SECONDS = 120.0
 """What is left at least where it is begun: a guess, for a start of Ray, an out-of-memory, and a second attempt."""

@@ -56,11 +56,17 @@ class Record:
         try:
             self.out, earlier = measured_before(out, facts)
             self._facts = {**facts, **{what: earlier.get(what) for what in ("rates", "recovery")}}
+            self._facts["device"] = earlier.get("device", facts["device"])
             self.rows: list[Row] = [row for row in earlier.get("rows", []) if row["status"] == "measured"]
             self._write()
         except OSError as error:
             rule = f"it cannot be read and written: {error.strerror or error}"
             raise request_error("--out", out, rule, "Name a file in a folder of your own") from error
+
+    @property
+    def free_bytes(self) -> int:
+        """What was free on the device at the first start, for which all others take the sizes, too."""
+        return cast(int, self._facts["device"]["free_bytes"])
 
     @property
     def rates(self) -> dict[str, Any] | None:
@@ -168,7 +174,7 @@ def run(
     Those that the record has are not measured again.
     """
     device = predict.device_of(machine)
-    cases = [case for case in predict.fitted(cases, device, machine["free_bytes"]) if not record.has(case)]
+    cases = [case for case in predict.fitted(cases, device, record.free_bytes) if not record.has(case)]
     if not cases:
         return
     pace = 1.0

@@ -197,13 +197,15 @@ def pools(answer: Outlook) -> Section:
 def purchases(answer: Outlook) -> Section:
     """What more nodes of each kind keep all deadlines."""
     title, columns = "The smallest purchase that keeps all deadlines", ("pool", " more nodes", " a week")
-    left = f"None of these keeps the deadline of {named(answer.no_purchase_keeps)}." if answer.no_purchase_keeps else ""
-    plan, helped = answer.schedule, set(range(len(answer.jobs.jobs)))
-    helped -= {index for index in helped if answer.jobs.jobs[index].name in answer.no_purchase_keeps}
-    missed = {run.job for run in plan.nowhere} | {one.run.job for one in plan.placed if one.late_hours > 1e-9}
-    if not answer.purchases and not missed & helped:
-        kept = f"All deadlines are kept that up to {MOST_NODES} more nodes of one kind could keep."
-        return Section(title, text=(kept, left))
+    left = []
+    if answer.no_purchase_keeps:
+        left.append(
+            f"No number up to {MOST_NODES} of one kind keeps the deadline of {named(answer.no_purchase_keeps)}."
+        )
+    if answer.no_purchase_fits:
+        left.append(f"With none of these does {named(answer.no_purchase_fits)} fit anywhere.")
+    if answer.purchases is None:
+        return Section(title, text=("More nodes would change nothing.", *left))
     rows = [
         (one.pool, str(one.nodes), "-" if one.per_week is None else money(one.per_week, answer))
         for one in answer.purchases
@@ -211,7 +213,7 @@ def purchases(answer: Outlook) -> Section:
     does = {one.pool for one in answer.purchases}
     rows += [(pool.name, f"not with up to {MOST_NODES}", "") for pool in answer.fleet.pools if pool.name not in does]
     note = "Nodes of one kind at a time, with all runs placed by rules."
-    return Section(title, columns, rows, f"{note} {left}".rstrip())
+    return Section(title, columns, rows, " ".join([note, *left]))
 
 
 def methods(answer: Outlook) -> Section:
@@ -294,8 +296,9 @@ def as_json(answer: Outlook) -> str:
         "utilization": answer.utilization(),
         "by_rules": dataclasses.asdict(answer.by_rules),
         "changes": [change_json(one) for one in answer.changes],
-        "purchases": [dataclasses.asdict(one) for one in answer.purchases],
+        "purchases": [dataclasses.asdict(one) for one in answer.purchases or ()],
         "no_purchase_keeps": list(answer.no_purchase_keeps),
+        "no_purchase_fits": list(answer.no_purchase_fits),
         "methods": [dataclasses.asdict(one) for one in answer.methods],
         "remarks": list(answer.remarks),
     }
@@ -304,7 +307,8 @@ def as_json(answer: Outlook) -> str:
 
 def way_json(option: Option) -> dict[str, Any]:
     """A way's fields."""
-    fields = {field.name: getattr(option, field.name) for field in dataclasses.fields(option)[:-2]}
+    names = (field.name for field in dataclasses.fields(option) if field.name not in ("price", "way"))
+    fields = {name: getattr(option, name) for name in names}
     return {**fields, "process_bytes": option.way.process_bytes, "strategy": strategy_json(option.way.strategy)}
 
 

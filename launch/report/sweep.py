@@ -77,7 +77,7 @@ def sweep_cells(swept: Sweep, plan: Plan) -> Iterator[SweepCells]:
         asked: list[str | None] = [None] if own else list(dict.fromkeys(gpus))
         rows = [(value, [cell_on(swept.plans[(value,)], gpu) for gpu in asked]) for value, _ in first.values]
         titles = [gpu or "needed" for gpu in asked]
-        yield SweepCells(f"Needed by {first.flag}, in GiB", first.flag, "GPU", titles, rows, refused)
+        yield SweepCells(f"Needed by {first.flag}, in GiB", first.flag, "" if own else "GPU", titles, rows, refused)
         return
     second = swept.axes[1]
     columns = [value for value, _ in second.values]

@@ -96,12 +96,12 @@ def verdict_line(plan: Plan) -> Text:
         text = f"{name} on {plan.group or count + shown.gpu}, {gib(shown.headroom_bytes)} to spare"
     else:
         text = f"{name} on {count}{shown.gpu}, {gib(-shown.headroom_bytes)} short{' on each' if count else ''}"
+    if plan.host_fits is False and plan.host_usable_bytes is not None:
+        text += f"; its host needs {gib(host.most_bytes)} of memory and has {gib(plan.host_usable_bytes)}"
     if others:
         text += f"; it fits on {count}{others[0]}" if not shown.fits else f"; and on {len(others)} of the others"
     elif len(plan.verdicts) > 1 and not plan.group:
-        text += "; no other shown fits" if shown.fits else f", and on none of the {len(plan.verdicts)} shown"
-    if plan.host_fits is False and plan.host_usable_bytes is not None:
-        text += f"; its host needs {gib(host.most_bytes)} of memory and has {gib(plan.host_usable_bytes)}"
+        text += "; no other shown fits" if shown.fits else f"; none of the {len(plan.verdicts)} shown fits"
     return verdict_word(plan) + Text(text, style="bold")
 
 

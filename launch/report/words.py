@@ -100,7 +100,7 @@ def ending(results: Mapping[str, Any], last: int | None, total: int) -> list[str
     best = results.get("best")
     if "result_step" in results:
         said.append(f"The result is of step {results['result_step']}, whose evaluation loss was the lowest.")
-    elif best is not None and best["eval_loss"] < results["eval_after"]:
+    elif best is not None and (after := results["eval_after"]) is not None and best["eval_loss"] < after:
         lower = f"{best['eval_loss']:.4f}, after step {best['step']}"
         said.append(f"The evaluation loss was lower, {lower}: that checkpoint is kept as checkpoints/best.")
     return said

@@ -171,10 +171,10 @@ def ways(model: str, recipe: Recipe, fleet: Cluster, history: History, more: int
         pool = target.pool
         if pool is None:
             continue
-        groups = list(beyond(question, pool, more) if more else places(question, [target]))
+        groups = beyond(question, pool, more) if more else places(question, [target])
         # as in a run, nothing is moved to a host of whose memory nothing is known
-        rest = frozenset(STRATEGY_FIELDS) - (frozenset() if pool.host_ram_bytes else {"offload"})
-        found += in_pool(question, groups, pool, others) or in_pool(replace(question, open=rest), groups, pool, others)
+        anyhow = frozenset(STRATEGY_FIELDS) - (frozenset() if pool.host_ram_bytes else {"offload"})
+        found += in_pool((question, replace(question, open=anyhow)), groups, pool, others)
     return found
 
 
@@ -187,14 +187,19 @@ def beyond(question: Question, pool: Pool, more: int) -> Iterator[Place]:
             yield Place(((pool_target(grown, question.recipe.compute_dtype, gpus), gpus),))
 
 
-def in_pool(question: Question, groups: Iterable[Place], pool: Pool, others: Alternatives) -> list[Alternative]:
-    """A pool's ways, the fewest GPUs first; more GPUs that make it no faster are left out."""
+def in_pool(
+    questions: Sequence[Question], groups: Iterable[Place], pool: Pool, others: Alternatives
+) -> list[Alternative]:
+    """A pool's ways, the fewest GPUs first; more GPUs that make it no faster are left out.
+
+    Each place is asked by the first of `questions` that finds something there: a pool can do no less for having more.
+    """
     found: list[Alternative] = []
     fastest = math.inf
     for place in groups:
         if place.nodes > 1 and place.gpus % pool.gpus_per_node:
             continue
-        one = best_of(question, place)
+        one = next((best for question in questions if (best := best_of(question, place)) is not None), None)
         if one is None:
             continue
         way = others.of("", place, one.target, Candidate(one.recipe, one.strategy), one.needed, ())

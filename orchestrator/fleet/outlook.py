@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from statistics import mean
+from typing import NamedTuple
 
 from clusters.cluster import Cluster, Pool
 from clusters.hours import NEVER_CLOSES, OpenHours
@@ -93,8 +94,8 @@ class Outlook:
         ways: of each job, by its index.
         impossible: jobs whose deadline no GPUs of the fleet as it is can keep, even all alone.
         by_rules: the figures that the changes are to be held against.
-        purchases: looked for where the schedule misses a deadline, or has a job that fits nowhere.
-        no_purchase_keeps: jobs with deadlines that none of these keeps, or that fit nowhere then; they are left out.
+        purchases: see `Buying`.
+        no_purchase_keeps, no_purchase_fits: names of its `late` and `nowhere`.
         remarks: what was assumed or left out.
     """
 
@@ -107,8 +108,9 @@ class Outlook:
     by_rules: Figures
     impossible: tuple[str, ...]
     changes: tuple[Change, ...]
-    purchases: tuple[Purchase, ...]
+    purchases: tuple[Purchase, ...] | None
     no_purchase_keeps: tuple[str, ...]
+    no_purchase_fits: tuple[str, ...]
     methods: tuple[ByMethod, ...]
     remarks: tuple[str, ...]
 
@@ -170,12 +172,9 @@ def outlook(
         and min(option.hours for option in ways[index]) > job.deadline_hours
     )
     work = Work(fleet, runs, ways, begun.order, hours)
-    one_more = dict(enumerate(options_of_all(asked, fleet, history, more=1)))
-    bought: list[Purchase] = []
-    hopeless: set[int] = set()
-    if not is_kept(schedule):
-        beyond = dict(enumerate(options_of_all(asked, fleet, history, more=MOST_NODES)))
-        bought, hopeless = purchases(work, beyond, schedule)
+    more = 1 if is_kept(schedule) else MOST_NODES
+    beyond = dict(enumerate(options_of_all(asked, fleet, history, more)))
+    bought = purchases(work, beyond, schedule)
     return Outlook(
         fleet=fleet,
         jobs=jobs,
@@ -185,9 +184,10 @@ def outlook(
         figures=figures_of(schedule),
         by_rules=figures_of(begun),
         impossible=impossible,
-        changes=tuple(changes(work, one_more)),
-        purchases=tuple(bought),
-        no_purchase_keeps=tuple(jobs.jobs[index].name for index in sorted(hopeless)),
+        changes=tuple(changes(work, beyond)),
+        purchases=bought.purchases,
+        no_purchase_keeps=tuple(jobs.jobs[index].name for index in bought.late),
+        no_purchase_fits=tuple(jobs.jobs[index].name for index in bought.nowhere),
         methods=tuple(by_method(fleet, jobs, ways, history)) if other_methods else (),
         remarks=tuple(remarks),
     )
@@ -259,7 +259,7 @@ def changes(work: Work, beyond: Mapping[int, Sequence[Option]]) -> list[Change]:
     """One more node of each pool; each pool lost.
 
     Args:
-        beyond: of each job, the ways on one more node than a pool has.
+        beyond: of each job, the ways on more nodes than a pool has.
     """
     pools = work.fleet.pools
     more = [Change(f"one more node of {pool.name}", figures_of(work.with_more(pool, 1, beyond))) for pool in pools]
@@ -267,12 +267,23 @@ def changes(work: Work, beyond: Mapping[int, Sequence[Option]]) -> list[Change]:
     return more + lost
 
 
-def purchases(
-    work: Work, beyond: Mapping[int, Sequence[Option]], schedule: Schedule
-) -> tuple[list[Purchase], set[int]]:
-    """Of each kind of node the fewest more with which all runs fit and keep their deadlines, the cheapest first.
+class Buying(NamedTuple):
+    """What more nodes could do for a schedule.
 
-    And jobs with runs for which none would do: those have to be carried out, too, as far as they fit, but not in time.
+    Attributes:
+        purchases: of each kind of node the fewest more with which all runs fit and keep their deadlines, but for those
+            named below, the cheapest first; None where no number of nodes would change anything.
+        late: jobs with runs whose deadlines none would keep. They are carried out, too.
+        nowhere: jobs that fit nowhere then, either.
+    """
+
+    purchases: tuple[Purchase, ...] | None
+    late: list[int]
+    nowhere: list[int]
+
+
+def purchases(work: Work, beyond: Mapping[int, Sequence[Option]], schedule: Schedule) -> Buying:
+    """What more nodes of one kind could do.
 
     Args:
         beyond: of each job, the ways on up to MOST_NODES more nodes than a pool has.
@@ -280,12 +291,13 @@ def purchases(
     """
     quickest = {job: least_of_each_pool([*each, *beyond[job]], attrgetter("hours")) for job, each in work.ways.items()}
     ends = {run: work.earliest_end(run, quickest[run.job]) for run in work.runs}
-    hopeless = {run for run, end in ends.items() if end == math.inf or (run.due is not None and end > run.due + 1e-9)}
-    jobs = {run.job for run in hopeless}
+    homeless = {run for run, end in ends.items() if end == math.inf}
+    too_late = {run for run, end in ends.items() if run.due is not None and run.due + 1e-9 < end < math.inf}
+    late, nowhere = sorted({run.job for run in too_late}), sorted({run.job for run in homeless})
     missed = {one.run for one in schedule.placed if one.late_hours > 1e-9}
-    if hopeless.issuperset(missed.union(schedule.nowhere)):
-        return [], jobs
-    wanted = [replace(run, due=None) if run in hopeless else run for run in work.runs if ends[run] < math.inf]
+    if (too_late | homeless).issuperset(missed.union(schedule.nowhere)):
+        return Buying(None, late, nowhere)
+    wanted = [replace(run, due=None) if run in too_late else run for run in work.runs if run not in homeless]
     asked = replace(work, runs=wanted)
     found = []
     for pool in work.fleet.pools:
@@ -294,7 +306,8 @@ def purchases(
             open_hours = work.hours.get(pool.name, NEVER_CLOSES).opened(WEEK_HOURS)
             price = None if pool.price_per_hour is None else number * pool.price_per_hour * open_hours
             found.append(Purchase(pool.name, number, price))
-    return sorted(found, key=lambda one: (one.per_week is None, one.per_week or 0.0, one.nodes)), jobs
+    found.sort(key=lambda one: (one.per_week is None, one.per_week or 0.0, one.nodes))
+    return Buying(tuple(found), late, nowhere)
 
 
 def fewest(work: Work, pool: Pool, beyond: Mapping[int, Sequence[Option]]) -> int | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from qlora_core.memory.bytes import PAGED_NUMEL
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 
@@ -27,7 +28,7 @@ class AdamW(bnb.optim.AdamW):  # type: ignore[misc]
         Raises:
             torch.OutOfMemoryError: managed memory of that size cannot be had.
         """
-        if self.is_paged and p.device.type == "cuda":
+        if self.is_paged and p.device.type == "cuda" and p.numel() >= PAGED_NUMEL:
             check_managed(p.numel() * dtype.itemsize)
         return cast(torch.Tensor, super().get_state_buffer(p, dtype))
 

@@ -203,6 +203,8 @@ def test_an_early_end_is_complete_and_says_why(ask: Callable[..., Prepared], mon
     [ended, lower] = ending(record.results, 3, 4)
     assert ended == "It ended after step 3 of 4: the evaluation loss was not lower at 1 checkpoint(s)."
     assert "checkpoints/best" in lower
+    # an interrupt's checkpoint is not evaluated, and one that asks for less patience may end there
+    assert ending({**record.results, "eval_after": None}, 3, 4) == [ended]
 
 
 @pytest.mark.parametrize("asked", [{"patience": 2}, {"result": "best"}])

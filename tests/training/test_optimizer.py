@@ -9,11 +9,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
 from transformers import get_scheduler
 
+from qlora_core.memory.bytes import PAGED_NUMEL
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.engine_torch import TorchEngine
@@ -56,6 +58,18 @@ def test_memory_that_cannot_be_paged_is_an_error_of_torch_s(monkeypatch: pytest.
     with pytest.raises(torch.OutOfMemoryError, match="1073741825 bytes of managed memory"):
         check_managed(2**30 + 1)
     assert len(freed) == 1
+
+
+def test_memory_for_what_is_paged_is_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("qlora_core.training.optimizer.check_managed", asked.append)
+    monkeypatch.setattr(bnb.optim.AdamW, "get_state_buffer", lambda *given: torch.zeros(0))  # it would page on a GPU
+    parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("q.lora_A.weight", "q.lora_B.weight")}
+    optimizer: Any = build_optimizer(parameters, Recipe(), Strategy(paged_optimizer=True))
+    for numel in (PAGED_NUMEL - 1, PAGED_NUMEL):
+        on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), numel=lambda numel=numel: numel)
+        optimizer.get_state_buffer(on_gpu, torch.float32)
+    assert asked == [4 * PAGED_NUMEL]
 
 
 @pytest.mark.parametrize(("warmup_fraction", "warmup_steps"), [(0.0, 0), (0.2, 2), (1.0, 10)])
