@@ -323,7 +323,10 @@ def test_all_missing_fields_are_reported_at_once() -> None:
         ("hidden_size", 60, "must divide hidden_size 60"),
         ("num_key_value_heads", 3, "must divide num_attention_heads 8"),
         ("tie_word_embeddings", "no", "must be true or false"),
-        ("hidden_act", 7, "must be a string"),
+        ("hidden_act", [7], "must be an activation that is modelled: gelu,"),
+        ("hidden_act", "foo", "must be an activation that is modelled: gelu,"),
+        ("hidden_act", None, "must be an activation that is modelled: gelu,"),
+        ("hidden_act", "mish", "must be an activation that is modelled: gelu,"),
     ],
 )
 def test_wrong_values_are_refused_by_name(field: str, value: object, says: str) -> None:

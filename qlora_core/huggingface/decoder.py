@@ -53,7 +53,7 @@ def build(fields: ConfigFields, model_type: str, family: Decoder) -> ModelArchit
     head_bias = vocab if _on(fields, family.head_bias) else 0
     tied = fields.flag("tie_word_embeddings", family.tied)
     positions = fields.count("max_position_embeddings", family.positions)
-    activation = fields.text("hidden_act", family.activation)
+    activation = fields.activation(family.activation)
     fields.check()
     return ModelArchitecture(
         name=fields.name,

@@ -195,7 +195,7 @@ def feed_forward(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
 
 @module
 def activated(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
-    """SiLU or GELU as one kernel, ReLU, its square, or a GELU that transformers composes (activations.py)."""
+    """SiLU or GELU as one kernel, ReLU, its square, or one of the GELUs that transformers composes (activations.py)."""
     with tape.at(*tape.where, "activation"):
         if layer.activation == "relu":
             return op.relu(tape, x)
@@ -205,6 +205,10 @@ def activated(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
             return op.square(tape, op.cast(tape, x, "float32") if layer.autocast and layer.shape.cuda else x)
         if layer.activation == "composed":
             return op.composed_gelu(tape, x, layer.autocast and layer.shape.cuda)
+        if layer.activation == "fast":
+            return op.fast_gelu(tape, x)
+        if layer.activation == "quick":
+            return op.multiply(tape, x, op.sigmoid(tape, op.scale(tape, x)))
         return op.bloom_gelu(tape, x) if layer.activation == "bloom" else op.activation(tape, x)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from qlora_core.architecture import Activation
+
 Norm = Literal["rms", "rms_wide", "centred", "layer", "layer_wide", "layer_narrow"]
 """How a norm is computed: RMSNorm written out in float32, which narrows before it multiplies by its weight (Llama) or
 after (Gemma), or subtracts the mean, too (Cohere); or torch's LayerNorm, which autocast makes float32, of a float32
 copy (OLMo), or as autocast does not see it (Nemotron)."""
 WRITTEN_OUT: tuple[Norm, ...] = ("rms", "rms_wide", "centred")
-Activation = Literal["kernel", "relu", "relu_squared", "composed", "bloom"]
 HeadNorms = Literal["projected", "together", "rotated"]
 """Where queries and keys are normalised: each as it is projected (Qwen 3), once all are (Gemma 3), or after they were
 rotated (Hunyuan)."""

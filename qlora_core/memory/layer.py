@@ -9,10 +9,10 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
-from qlora_core.architecture import DeltaNet
+from qlora_core.architecture import Activation, DeltaNet
 from qlora_core.memory.attention import AttentionKernel, Heads
 from qlora_core.memory.experts import Experts
-from qlora_core.memory.families import Activation, Family, HeadNorms, Norm
+from qlora_core.memory.families import Family, HeadNorms, Norm
 from qlora_core.memory.tape import DType, Size, Tape, Tensor
 
 P = ParamSpec("P")
