@@ -49,6 +49,7 @@ GPT2: dict[str, object] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+MPT: dict[str, object] = {"d_model": 64, "n_heads": 8, "n_layers": 3, "vocab_size": 160}
 FALCON: dict[str, object] = COMMON | {"ffn_hidden_size": 100}
 EXPERTS: dict[str, object] = {
     "num_experts": 4,
@@ -146,10 +147,10 @@ SMALL: dict[str, list[dict[str, object]]] = {
         {"num_key_value_heads": 8},
         {"num_key_value_heads": 2, "qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True},
     ],
-    "olmo": [{}, BIASES],
+    "olmo": [{}, BIASES | {"clip_qkv": 8.0}],
     "olmo2": [{}, {"num_key_value_heads": 2, **BIASES}],
     "olmo3": [{}, {"num_key_value_heads": 2, "num_hidden_layers": 5}],
-    "olmoe": [EXPERTS, EXPERTS | {"num_key_value_heads": 2, **BIASES}],
+    "olmoe": [EXPERTS, EXPERTS | {"num_key_value_heads": 2, "clip_qkv": 8.0, **BIASES}],
     "smollm3": [{}, {"use_sliding_window": True, "sliding_window": 8, "num_hidden_layers": 9, **BIASES}],
     "granite": [{}, {"num_key_value_heads": 2, **BIASES}],
     "granitemoe": [EXPERTS, EXPERTS | {"num_key_value_heads": 2, "attention_bias": True}],
@@ -175,7 +176,7 @@ SMALL: dict[str, list[dict[str, object]]] = {
     "gpt_bigcode": [GPT2, GPT2 | {"multi_query": False}],
     "gpt_neox": [{}, {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}],
     "gptj": [GPT2 | {"rotary_dim": 4}],
-    "mpt": [{"d_model": 64, "n_heads": 8, "n_layers": 3, "vocab_size": 160, "expansion_ratio": 2}],
+    "mpt": [MPT | {"expansion_ratio": 2}, MPT | {"attn_config": {"clip_qkv": 8.0}}],
     "opt": [
         {"ffn_dim": 100},
         {"ffn_dim": 100, "enable_bias": False, "do_layer_norm_before": False},

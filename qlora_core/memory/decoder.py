@@ -106,11 +106,12 @@ def self_attention(tape: Tape, layer: Layer, hidden: Tensor, positions: Position
     shape, gate = layer.shape, None
     if len(layer.qkv) == 1:
         cut = op.split if layer.family.splits else op.slices
-        query, key, value = cut(
-            tape,
-            linear(tape, layer, hidden, layer.qkv[0], ROW),
-            [ROW.times(heads * shape.dim) for heads in (shape.queries, shape.keys, shape.keys)],
-        )
+        joined = linear(tape, layer, hidden, layer.qkv[0], ROW)
+        if layer.clipped:
+            joined = op.clamp(tape, joined, 2)
+        widths = [ROW.times(heads * shape.dim) for heads in (shape.queries, shape.keys, shape.keys)]
+        query, key, value = cut(tape, joined, widths)
+        del joined
     else:
         query = linear(tape, layer, hidden, layer.qkv[0], ROW)
         if layer.family.gated_attention:
@@ -123,6 +124,8 @@ def self_attention(tape: Tape, layer: Layer, hidden: Tensor, positions: Position
         if layer.head_norms == "projected":
             key = norm(tape, layer, key, ROW.times(shape.keys))
         value = linear(tape, layer, hidden, layer.qkv[2], ROW)
+        if layer.clipped:  # in place there, of which autograd keeps a copy: as much as a result and what it came of
+            query, key, value = (op.clamp(tape, x, 2) for x in (query, key, value))
     if layer.head_norms == "together":
         query, key = normalised(tape, layer, query, key)
     if layer.rotary:

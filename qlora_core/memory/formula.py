@@ -7,7 +7,7 @@ sequence length (`sizes.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import cached_property, lru_cache, partial
 from operator import attrgetter
@@ -375,6 +375,7 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         activation=family.activation or ACTIVATIONS[architecture.activation],
         family=family,
         rotary=family.rotary and not has_alibi,
+        clipped=_clips(architecture, family.clips),
         dropped_residual=_drops(architecture, family.residual_dropout),
         head_norms=family.head_norms if architecture.head_norms else None,
         compute=device.compute_dtype,
@@ -405,6 +406,12 @@ def _masks(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy) 
 def _drops(architecture: ModelArchitecture, dropout: tuple[str, float]) -> bool:
     """Whether the base model has that dropout, a field of its config and the default, while it is trained."""
     return bool(architecture.config.get(*dropout))
+
+
+def _clips(architecture: ModelArchitecture, within: str | None) -> bool:
+    """Whether queries, keys and values are clamped, as that object of the config says."""
+    config = architecture.config.get(within) if within else architecture.config
+    return within is not None and isinstance(config, Mapping) and config.get("clip_qkv") is not None
 
 
 def _rotates_partly(architecture: ModelArchitecture) -> bool:
