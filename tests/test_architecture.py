@@ -213,6 +213,15 @@ def test_it_is_what_transformers_builds(model_type: str, fields: dict[str, Any])
     assert_same(architecture, on_meta({"model_type": model_type, **fields}))
 
 
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_heads_that_are_not_a_part_of_the_hidden_size_are_those_transformers_builds(model_type: str) -> None:
+    fields = {"model_type": model_type, **COMMON, **SMALL[model_type][0], "head_dim": 24}
+    if model_type in ("helium", "olmoe"):  # transformers builds them, and fails at the first step
+        assert "8 heads of it must be hidden_size 64 wide" in str(refused(fields))
+    else:
+        assert_same(architecture_from_config(fields, name="small", source="test"), on_meta(fields))
+
+
 @pytest.mark.parametrize(("model_type", "fields"), CASES)
 def test_tables_beside_the_weights_are_counted(model_type: str, fields: dict[str, Any]) -> None:
     architecture = architecture_from_config({"model_type": model_type, **fields}, name="small", source="test")

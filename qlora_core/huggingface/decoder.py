@@ -23,6 +23,9 @@ def build(fields: ConfigFields, model_type: str, family: Decoder) -> ModelArchit
     head_dim = head_dimension(
         fields, hidden, heads, family.head_dim if family.reads_head_dim else None, family.reads_head_dim
     )
+    if family.whole_heads and heads * head_dim != hidden:
+        rule = f"{heads} heads of it must be hidden_size {hidden} wide: the code of {model_type} fits no other"
+        fields.problem("head_dim", str(head_dim), rule, "Correct one of them")
     kv_heads = key_value_heads(fields, heads, family.kv_heads)
     parallel = _on(fields, family.parallel)
     norms = 1 if parallel and family.one_norm_if_parallel else family.norms

@@ -59,6 +59,7 @@ class Decoder(NamedTuple):
         kv_heads: where the config has no ``num_key_value_heads``; None: as many as attention heads.
         head_dim: where the config has no ``head_dim``; None: hidden_size / heads.
         reads_head_dim: False where the model ignores the config's ``head_dim``.
+        whole_heads: all heads together have to be hidden_size wide: the model's code fits no other ``head_dim``.
         tied: tied embeddings, where the config does not say.
         positions: ``max_position_embeddings``, where the config does not say.
         qkv_bias, o_bias, mlp_bias, head_bias: biases of the projections and of the output head.
@@ -82,6 +83,7 @@ class Decoder(NamedTuple):
     kv_heads: int | None = None
     head_dim: int | None = None
     reads_head_dim: bool = True
+    whole_heads: bool = False
     tied: bool = False
     positions: int = 2048
     qkv_bias: Switch = False
@@ -215,7 +217,12 @@ DECODERS: dict[str, Decoder] = {
         window=Window("but_each_nth", default=4096, period=4),
     ),
     "olmoe": Decoder(
-        positions=4096, qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, qk_norm="all", experts=Experts()
+        whole_heads=True,
+        positions=4096,
+        qkv_bias=_ATTENTION_BIAS,
+        o_bias=_ATTENTION_BIAS,
+        qk_norm="all",
+        experts=Experts(),
     ),
     "smollm3": Decoder(
         kv_heads=4,
@@ -239,7 +246,6 @@ DECODERS: dict[str, Decoder] = {
         qk_norm_if=Flag("use_qk_norm", False),
     ),
     "cohere2": Decoder(
-        reads_head_dim=False,
         tied=True,
         positions=8192,
         qkv_bias=_ATTENTION_BIAS,
@@ -303,7 +309,9 @@ DECODERS: dict[str, Decoder] = {
     ),
     "exaone4": Decoder(kv_heads=32, qk_norm="head", window=Window("but_each_nth", default=4096, period=4)),
     "hunyuan_v1_dense": Decoder(qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, qk_norm="head"),
-    "helium": Decoder(kv_heads=20, head_dim=128, positions=4096, qkv_bias=_ATTENTION_BIAS, mlp_bias=_MLP_BIAS),
+    "helium": Decoder(
+        kv_heads=20, head_dim=128, whole_heads=True, positions=4096, qkv_bias=_ATTENTION_BIAS, mlp_bias=_MLP_BIAS
+    ),
     "jais2": Decoder(
         positions=8192,
         qkv_bias=Flag("attention_bias", True),
