@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from clusters.errors import RequestError
+from orchestrator.rules import check_quantized
 from qlora_core.architecture import EAGER_ONLY
 from qlora_core.huggingface.config import architecture_from_config, architecture_from_folder
 from qlora_core.huggingface.families import DECODERS
@@ -27,6 +28,7 @@ from qlora_core.huggingface.hybrid import HYBRID
 from qlora_core.huggingface.older_decoders import OLDER
 from qlora_core.huggingface.seeing import SEEING
 from qlora_core.memory.bytes import buffer_bytes
+from qlora_core.recipe import Recipe
 from qlora_core.training.model import model_class
 
 COMMON: dict[str, object] = {
@@ -355,13 +357,15 @@ def test_wrong_values_are_refused_by_name(field: str, value: object, says: str) 
         ({"model_type": "marian", "is_encoder_decoder": True}, "encoder-decoder"),
         (
             {"model_type": "llava", "vision_config": {"depth": 2}},
-            "of the models that see or hear, only gemma3, mistral3,",
+            "of the models that see or hear, only gemma3, mistral3, qwen3_5, qwen3_5_moe are modelled",
         ),
         ({"model_type": "gemma3", "vision_config": {"model_type": "clip"}}, "must be siglip_vision_model"),
         ({"model_type": "gemma3", "text_config": 7}, "must be an object"),
         ({"model_type": "mamba"}, "state-space"),
         ({"model_type": "deepseek_v3"}, "not all alike"),
         (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "quantized otherwise"),
+        (LLAMA | {"quantization_config": {"bits": 4}}, "cannot be quantized again (got no quant_method)"),
+        (LLAMA | {"quantization_config": "gptq"}, "cannot be quantized again (got gptq)"),
         ({"model_type": "qwen3_moe", **COMMON, **EXPERTS, "mlp_only_layers": [0]}, "makes some layers dense"),
         ({"model_type": "mixtral", **COMMON, **EXPERTS, "num_experts_per_tok": 9}, "more than the 4 experts"),
         ({"model_type": "opt", **COMMON, "ffn_dim": 96, "word_embed_proj_dim": 32}, "OPT-350M"),
@@ -372,11 +376,29 @@ def test_what_cannot_be_modelled_is_refused_with_the_reason(fields: dict[str, An
     assert says in str(refused(fields))
 
 
-def test_a_model_already_quantized_by_bitsandbytes_is_read() -> None:
-    fields = LLAMA | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    assert architecture_from_config(fields, name="x", source="x") == architecture_from_config(
-        LLAMA, name="x", source="x"
-    )
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "says"),
+    [
+        (NF4 | {"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["lm_head"]}, {}, ""),
+        ({"load_in_4bit": True}, {"quantization": "fp4", "double_quantization": False}, ""),  # transformers' defaults
+        ({"load_in_4bit": True}, {}, "as fp4 without double quantization"),
+        ({"load_in_8bit": True, "quant_method": "bitsandbytes"}, {}, "as int8"),
+        (NF4, {"method": "lora", "quantization": "none", "double_quantization": False}, "as nf4 with double"),
+        (NF4 | {"llm_int8_skip_modules": ["lm_head", "down_proj"]}, {}, "but for down_proj"),
+    ],
+)
+def test_a_model_already_quantized_by_bitsandbytes_is_planned_only_as_it_is(
+    own: dict[str, object], asked: dict[str, Any], says: str
+) -> None:
+    architecture = architecture_from_config(LLAMA | {"quantization_config": own}, name="x", source="x")
+    assert architecture == architecture_from_config(LLAMA, name="x", source="x")
+    if not says:
+        return check_quantized(architecture, Recipe(**asked))
+    with pytest.raises(RequestError, match=says):
+        check_quantized(architecture, Recipe(**asked))
 
 
 @pytest.mark.parametrize(

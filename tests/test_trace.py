@@ -433,6 +433,20 @@ def test_expandable_segments_never_reserve_more() -> None:
 # --- what it leaves as it was, and what it refuses --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rope_scaling": "x"}, "transformers makes no model of it: "),
+        ({"rope_scaling": {"rope_type": "unknown", "factor": 2.0}}, "transformers makes no model of it: "),
+        ({"pad_token_id": 10**6}, "transformers makes no model of it: Padding_idx must be within"),
+    ],
+)
+def test_a_config_that_transformers_refuses_is_a_mistake_in_the_request(changes: dict[str, Any], says: str) -> None:
+    refused = architecture_from_config(TINY.to_dict() | changes, name="tiny", source="tiny/config.json")
+    with pytest.raises(RequestError, match=f"tiny/config.json: {says}"):
+        trace.estimate(refused, recipe(seq_len=64, rank=4), Strategy(), A100)
+
+
 def test_pytorch_is_as_before_afterwards() -> None:
     functions = torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.softmax
     tiny = architecture_from_config(TINY.to_dict(), name="tiny", source="tiny")

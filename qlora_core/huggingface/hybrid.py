@@ -57,7 +57,8 @@ def whole(fields: ConfigFields, text_type: str) -> ModelArchitecture:
     if not isinstance(given, Mapping):
         fields.problem("text_config", type(given).__name__, "must be an object with the fields of that part", "Add it")
         fields.check()
-    text = fields.part("text_config", (text_type,), absent=_SIZES[text_type], fixed={})
+    quantized = {name: value for name, value in fields.raw.items() if name == "quantization_config"}
+    text = fields.part("text_config", (text_type,), absent=_SIZES[text_type], fixed=quantized)
     return language_model(text, text_type)
 
 

@@ -29,21 +29,24 @@ from qlora_core.training.model import (
 )
 
 
-def load(
-    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device, recorder: Recorder
-) -> nn.Module:
-    """The model with its adapters, loaded in the order and with the temporaries of transformers and peft.
+def built(architecture: ModelArchitecture, strategy: Strategy, device: Device) -> Any:
+    """The model that transformers builds of the config, without memory."""
+    config = AutoConfig.for_model(**architecture.whole_config)
+    with torch.device("meta"):
+        return model_class(config).from_config(
+            config,
+            attn_implementation="eager" if strategy.attention == "eager" else "sdpa",
+            dtype=TORCH_DTYPES[device.compute_dtype],
+        )
+
+
+def load(base: Any, recipe: Recipe, strategy: Strategy, device: Device, recorder: Recorder) -> nn.Module:
+    """`base` with its adapters, loaded in the order and with the temporaries of transformers and peft.
 
     transformers/core_model_loading.py and modeling_utils.py (5.23): one request for as much as the model will take,
     given back at once, so that it is cached; then each weight in the order of its name, quantized before the next.
     """
     dtype = TORCH_DTYPES[device.compute_dtype]
-    fields = dict(architecture.whole_config)
-    config = AutoConfig.for_model(**fields)
-    with torch.device("meta"):
-        base: Any = model_class(config).from_config(
-            config, attn_implementation="eager" if strategy.attention == "eager" else "sdpa", dtype=dtype
-        )
     kept = dict(base.named_buffers())
     if (quantization := quantization_config(recipe, dtype)) is not None:
         base = replace_with_bnb_linear(
