@@ -53,7 +53,7 @@ def _gpt2_like(fields: ConfigFields, model_type: str, kv_heads: int | None) -> M
 
 def _opt(fields: ConfigFields) -> ModelArchitecture:
     """OPT: learned positions with an offset of 2; biases and norms' weights can be switched off."""
-    hidden, inner = fields.size("hidden_size"), fields.size("ffn_dim")
+    hidden, inner = fields.size("hidden_size"), fields.count("ffn_dim", 3072)
     bias = fields.flag("enable_bias", True)
     norm_width = 2 * hidden if fields.flag("layer_norm_elementwise_affine", True) else 0
     positions = fields.count("max_position_embeddings", 2048)
@@ -117,7 +117,7 @@ def _falcon(fields: ConfigFields) -> ModelArchitecture:
 
 def _gpt_neox(fields: ConfigFields) -> ModelArchitecture:
     """GPT-NeoX and Pythia."""
-    hidden, inner = fields.size("hidden_size"), fields.size("intermediate_size")
+    hidden, inner = fields.size("hidden_size"), fields.count("intermediate_size", 24_576)
     return _architecture(
         fields,
         "gpt_neox",
