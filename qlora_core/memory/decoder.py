@@ -19,6 +19,9 @@ from qlora_core.memory.families import WRITTEN_OUT
 from qlora_core.memory.layer import ROW, Layer, Positions, Projection, module, parameter
 from qlora_core.memory.tape import Size, Tape, Tensor
 
+INDEXED = (op.slice_of, op.gather_rows, op.gather_rows)
+"""How queries, keys and values are taken out of what is projected, where one head of keys is picked by index."""
+
 
 @module
 def decoder_layer(tape: Tape, layer: Layer, positions: Positions, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -110,7 +113,10 @@ def self_attention(tape: Tape, layer: Layer, hidden: Tensor, positions: Position
         if layer.clipped:
             joined = op.clamp(tape, joined, 2)
         widths = [ROW.times(heads * shape.dim) for heads in (shape.queries, shape.keys, shape.keys)]
-        query, key, value = cut(tape, joined, widths)
+        if shape.indexed:
+            query, key, value = (make(tape, joined, width) for make, width in zip(INDEXED, widths, strict=True))
+        else:
+            query, key, value = cut(tape, joined, widths)
         del joined
     else:
         query = linear(tape, layer, hidden, layer.qkv[0], ROW)

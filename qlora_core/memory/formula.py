@@ -361,6 +361,8 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
             architecture.model_type == "gpt_oss",
             architecture.drops_attention,
             "shared" if has_alibi else family.scores,
+            architecture.model_type == "falcon",
+            architecture.shares_one_key_head,
         ),
         qkv=tuple(map(project, attention[:-1])),
         output=project(attention[-1]),

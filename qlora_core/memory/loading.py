@@ -56,7 +56,7 @@ def load(base: Any, recipe: Recipe, strategy: Strategy, device: Device, recorder
     with recorder:
         if device.kind == "cuda" and device.warmed_up:
             recorder.brief(_warm_up_bytes(base), "unquantized_weights")()
-        _load_weights(base, dtype, recorder)
+        _load_weights(base, dtype, recorder, quantized=quantization is not None)
     for buffer in kept.values():
         recorder.follow(buffer, "unquantized_weights")
     if recipe.upcast == "peft":
@@ -84,7 +84,7 @@ def _warm_up_bytes(model: nn.Module) -> int:
     return int(sum(sizes.values()))
 
 
-def _load_weights(model: nn.Module, dtype: torch.dtype, recorder: Recorder) -> None:
+def _load_weights(model: nn.Module, dtype: torch.dtype, recorder: Recorder, *, quantized: bool) -> None:
     """Each weight as it comes from the checkpoint, quantized where it is to be."""
     seen: dict[int, nn.Parameter] = {}
     for name in sorted(dict(model.named_parameters()), key=dot_natural_key):
@@ -94,7 +94,8 @@ def _load_weights(model: nn.Module, dtype: torch.dtype, recorder: Recorder) -> N
         if id(old) in seen:
             continue
         room = "unquantized_weights"
-        if isinstance(module, nn.Linear) and last == "weight":
+        # Falcon's linears, of a type of their own, are left as they are by a recipe that quantizes
+        if isinstance(module, bnb.nn.Linear4bit if quantized else nn.Linear) and last == "weight":
             room = "base_weights"
         recorder.room = room
         recorder.mark(WEIGHT)
