@@ -19,7 +19,15 @@ from orchestrator.needs import Estimator
 from orchestrator.planner import fitting_defaults, plan_question, planned_for
 from orchestrator.plans import Choice, Plan, Target
 from orchestrator.question import STRATEGY_FIELDS, Question
-from orchestrator.rules import check_attention, check_even, check_loss, check_packing, check_strategy, stage_for
+from orchestrator.rules import (
+    check_attention,
+    check_even,
+    check_loss,
+    check_packing,
+    check_quantized,
+    check_strategy,
+    stage_for,
+)
 from orchestrator.targets import check_targets
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
@@ -39,6 +47,7 @@ FLAGS = {
     "tokens_per_step": "--tokens-per-step",
 }
 """The options that are not called like the recipe's field."""
+ADAPTER_OPTIONS = ("rank", "targets", "lora_dtype", "lora_dropout", "rslora", "dora")
 OPTION_OF = {
     "world_size": "gpus",
     "gradient_checkpointing": "no_gradient_checkpointing",
@@ -130,6 +139,7 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
     if architecture:
         strategy = attempt(lambda: supported(architecture, strategy, given, choices)) or strategy
     attempt(lambda: check_length(options, given))
+    attempt(lambda: check_adapters(options, given))
     host = attempt(lambda: host_ram_of(options["host_ram"]))
     # a recipe with mistakes of its own says nothing of the strategy
     attempt(lambda: check_strategy(recipe or Recipe(), strategy, "--{}", place.targets if place else []))
@@ -139,6 +149,7 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
     if architecture and recipe:
         attempt(lambda: check_targets(architecture, recipe, "--targets"))
         attempt(lambda: check_packing(architecture, recipe, "--packing"))
+        attempt(lambda: check_quantized(architecture, recipe, "--quant"))
         attempt(lambda: check_loss(architecture, recipe, strategy, "--{}", place.targets if place else []))
         data = attempt(lambda: data_of(options, recipe, choices))
     if problems or architecture is None or place is None or recipe is None or data is None:
@@ -183,6 +194,14 @@ def open_of(options: Options, given: Collection[str]) -> frozenset[str]:
         if options["objective"] == "longest" and "seq_len" not in given:
             opened.add("seq_len")
     return frozenset(opened)
+
+
+def check_adapters(options: Options, given: Collection[str]) -> None:
+    """Raise a RequestError for options of adapters where there are none."""
+    if options["method"] == "full" and (idle := [name for name in ADAPTER_OPTIONS if name in given]):
+        rule = "these are about adapters, and --method full trains all weights and has none"
+        flags = ", ".join("--" + name.replace("_", "-") for name in idle)
+        raise request_error(flags, "", rule, "Leave them out, or choose --method lora")
 
 
 def check_length(options: Options, given: Collection[str]) -> None:

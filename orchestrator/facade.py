@@ -14,7 +14,7 @@ from orchestrator.history import NOTHING_MEASURED, History
 from orchestrator.planner import fitting_defaults, plan_question, targets_of
 from orchestrator.plans import Objective, Plan
 from orchestrator.question import OPEN_FIELDS, STRATEGY_FIELDS, Question
-from orchestrator.rules import check_attention, check_loss, check_packing, check_strategy
+from orchestrator.rules import check_attention, check_loss, check_packing, check_quantized, check_strategy
 from orchestrator.targets import check_targets
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.catalogue import find_model
@@ -83,6 +83,7 @@ def plan(
         targets = targets_of(pools, step.compute_dtype, given.world_size)
     check_targets(architecture, step)
     check_packing(architecture, step)
+    check_quantized(architecture, step)
     check_attention(architecture, given.attention, "strategy.{}")
     check_strategy(step, given, "strategy.{}", targets)
     check_loss(architecture, step, given, "strategy.{}", targets)

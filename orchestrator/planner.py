@@ -22,6 +22,7 @@ from orchestrator.rules import (
     check_float16,
     check_loss,
     check_packing,
+    check_quantized,
     check_strategy,
     stage_for,
     warnings,
@@ -270,6 +271,7 @@ def plan_run(
     world_size = choose_world_size(request, recipe, devices, target, choices)
     check_attention(architecture, request.attention, "strategy.{}")
     check_packing(architecture, recipe)
+    check_quantized(architecture, recipe)
     check_micro_batch(request, recipe, world_size)
     question = replace(question_of(request, architecture, planned, world_size, target), spreads=history.spreads())
     if target.compute_dtype == "float16":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from clusters.errors import Problem, RequestError, request_error
 from orchestrator.plans import Target
@@ -117,6 +117,34 @@ def check_packing(architecture: ModelArchitecture, recipe: Recipe, where: str = 
     if recipe.packing and not architecture.keeps_packed_apart:
         rule = f"transformers' code of {architecture.model_type} lets packed examples see each other"
         raise request_error(where, recipe.packing, rule, "Leave it out; group_by_length saves padding too")
+
+
+def check_quantized(architecture: ModelArchitecture, recipe: Recipe, where: str = "recipe.quantization") -> None:
+    """Raise a RequestError for a checkpoint that bitsandbytes has quantized, but not as the recipe says.
+
+    transformers takes a checkpoint's own quantization_config, whatever it is given (5.23, quantizers/auto.py,
+    merge_quantization_configs). What that leaves out is as in its BitsAndBytesConfig.
+    """
+    own = architecture.whole_config.get("quantization_config")
+    if not isinstance(own, Mapping):
+        return
+    kind = "int8" if own.get("load_in_8bit") else str(own.get("bnb_4bit_quant_type", "fp4"))
+    there = _stored(kind, bool(own.get("bnb_4bit_use_double_quant", False)))
+    wanted = _stored(recipe.quantization, recipe.double_quantization)
+    listed = own.get("llm_int8_skip_modules") or []
+    skipped = [str(name) for name in listed if name != "lm_head"] if isinstance(listed, list) else [str(listed)]
+    rule = f"the model is already quantized by bitsandbytes, as {there}"
+    if skipped:
+        raise request_error(where, wanted, f"{rule}, but for {', '.join(skipped)[:80]}", "Choose the 16-bit model")
+    if there != wanted:
+        raise request_error(where, wanted, rule, "Choose the 16-bit model, or ask for what it has")
+
+
+def _stored(quantization: str, double: bool) -> str:
+    """How a base is quantized, in words."""
+    if quantization in ("none", "int8"):
+        return quantization
+    return f"{quantization} {'with' if double else 'without'} double quantization"
 
 
 def check_even(recipe: Recipe, strategy: Strategy, open_fields: Collection[str], where: str) -> None:

@@ -18,6 +18,17 @@ DROPS_ATTENTION = frozenset({"gpt2", "gpt_bigcode"})
 """Model types that drop out a tenth of attention's weights unless the config says otherwise (configuration_*.py)."""
 NO_TEXT_FORM = frozenset({"mistral3"})
 """Model types that see of which transformers has no causal language model for text (``AutoModelForCausalLM``)."""
+Activation = Literal["kernel", "relu", "relu_squared", "composed", "fast", "quick", "bloom"]
+ACTIVATIONS: Mapping[str, Activation] = {
+    **dict.fromkeys(("gelu", "gelu_pytorch_tanh", "hardswish", "leaky_relu", "relu6", "silu", "swish"), "kernel"),
+    **dict.fromkeys(("relu", "sigmoid", "tanh"), "relu"),
+    "relu2": "relu_squared",
+    **dict.fromkeys(("gelu_new", "gelu_accurate", "gelu_python_tanh"), "composed"),
+    "gelu_fast": "fast",
+    "quick_gelu": "quick",
+}
+"""How those of transformers are computed that are modelled (5.23, activations.py): as one kernel that keeps its input,
+or its result; or written out in Python, each in its own way."""
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config fields of models that change the output head's logits before the loss (Gemma 2, Cohere, Granite)."""
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from clusters.errors import RequestError
+from orchestrator.rules import check_quantized
 from qlora_core.architecture import EAGER_ONLY
 from qlora_core.huggingface.config import architecture_from_config, architecture_from_folder
 from qlora_core.huggingface.families import DECODERS
@@ -27,6 +28,7 @@ from qlora_core.huggingface.hybrid import HYBRID
 from qlora_core.huggingface.older_decoders import OLDER
 from qlora_core.huggingface.seeing import SEEING
 from qlora_core.memory.bytes import buffer_bytes
+from qlora_core.recipe import Recipe
 from qlora_core.training.model import model_class
 
 COMMON: dict[str, object] = {
@@ -49,6 +51,7 @@ GPT2: dict[str, object] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+MPT: dict[str, object] = {"d_model": 64, "n_heads": 8, "n_layers": 3, "vocab_size": 160}
 FALCON: dict[str, object] = COMMON | {"ffn_hidden_size": 100}
 EXPERTS: dict[str, object] = {
     "num_experts": 4,
@@ -146,10 +149,10 @@ SMALL: dict[str, list[dict[str, object]]] = {
         {"num_key_value_heads": 8},
         {"num_key_value_heads": 2, "qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True},
     ],
-    "olmo": [{}, BIASES],
+    "olmo": [{}, BIASES | {"clip_qkv": 8.0}],
     "olmo2": [{}, {"num_key_value_heads": 2, **BIASES}],
     "olmo3": [{}, {"num_key_value_heads": 2, "num_hidden_layers": 5}],
-    "olmoe": [EXPERTS, EXPERTS | {"num_key_value_heads": 2, **BIASES}],
+    "olmoe": [EXPERTS, EXPERTS | {"num_key_value_heads": 2, "clip_qkv": 8.0, **BIASES}],
     "smollm3": [{}, {"use_sliding_window": True, "sliding_window": 8, "num_hidden_layers": 9, **BIASES}],
     "granite": [{}, {"num_key_value_heads": 2, **BIASES}],
     "granitemoe": [EXPERTS, EXPERTS | {"num_key_value_heads": 2, "attention_bias": True}],
@@ -175,7 +178,7 @@ SMALL: dict[str, list[dict[str, object]]] = {
     "gpt_bigcode": [GPT2, GPT2 | {"multi_query": False}],
     "gpt_neox": [{}, {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}],
     "gptj": [GPT2 | {"rotary_dim": 4}],
-    "mpt": [{"d_model": 64, "n_heads": 8, "n_layers": 3, "vocab_size": 160, "expansion_ratio": 2}],
+    "mpt": [MPT | {"expansion_ratio": 2}, MPT | {"attn_config": {"clip_qkv": 8.0}}],
     "opt": [
         {"ffn_dim": 100},
         {"ffn_dim": 100, "enable_bias": False, "do_layer_norm_before": False},
@@ -210,6 +213,26 @@ def test_every_model_type_has_a_case() -> None:
 def test_it_is_what_transformers_builds(model_type: str, fields: dict[str, Any]) -> None:
     architecture = architecture_from_config({"model_type": model_type, **fields}, name="small", source="test")
     assert_same(architecture, on_meta({"model_type": model_type, **fields}))
+
+
+@pytest.mark.parametrize("model_type", sorted({*DECODERS, *OLDER, *HYBRID} - {"qwen3_5", "qwen3_5_moe"}))
+def test_what_a_config_leaves_out_is_as_transformers_has_it(model_type: str) -> None:
+    """Of a config with nothing but what is required, at transformers' own sizes of that."""
+    default = AutoConfig.for_model(model_type)
+    names = ("hidden_size", "num_attention_heads", "vocab_size")
+    fields = {"model_type": model_type, "num_hidden_layers": 4, **{name: getattr(default, name) for name in names}}
+    if model_type in ("ministral", "hunyuan_v1_dense", "nemotron"):  # transformers' code wants these said
+        fields |= {"head_dim": 128, "num_key_value_heads": 8}
+    assert_same(architecture_from_config(fields, name="small", source="test"), on_meta(fields))
+
+
+@pytest.mark.parametrize("model_type", DECODERS)
+def test_heads_that_are_not_a_part_of_the_hidden_size_are_those_transformers_builds(model_type: str) -> None:
+    fields = {"model_type": model_type, **COMMON, **SMALL[model_type][0], "head_dim": 24}
+    if model_type in ("helium", "olmoe"):  # transformers builds them, and fails at the first step
+        assert "8 heads of it must be hidden_size 64 wide" in str(refused(fields))
+    else:
+        assert_same(architecture_from_config(fields, name="small", source="test"), on_meta(fields))
 
 
 @pytest.mark.parametrize(("model_type", "fields"), CASES)
@@ -307,7 +330,7 @@ def refused(fields: dict[str, Any]) -> RequestError:
 def test_all_missing_fields_are_reported_at_once() -> None:
     error = refused({"model_type": "llama", "vocab_size": 160})
     missing = {problem.where.removeprefix("bad/config.json: ") for problem in error.problems}
-    assert missing == {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
+    assert missing == {"hidden_size", "num_hidden_layers", "num_attention_heads"}
 
 
 @pytest.mark.parametrize(
@@ -323,7 +346,10 @@ def test_all_missing_fields_are_reported_at_once() -> None:
         ("hidden_size", 60, "must divide hidden_size 60"),
         ("num_key_value_heads", 3, "must divide num_attention_heads 8"),
         ("tie_word_embeddings", "no", "must be true or false"),
-        ("hidden_act", 7, "must be a string"),
+        ("hidden_act", [7], "must be an activation that is modelled: gelu,"),
+        ("hidden_act", "foo", "must be an activation that is modelled: gelu,"),
+        ("hidden_act", None, "must be an activation that is modelled: gelu,"),
+        ("hidden_act", "mish", "must be an activation that is modelled: gelu,"),
     ],
 )
 def test_wrong_values_are_refused_by_name(field: str, value: object, says: str) -> None:
@@ -342,13 +368,15 @@ def test_wrong_values_are_refused_by_name(field: str, value: object, says: str) 
         ({"model_type": "marian", "is_encoder_decoder": True}, "encoder-decoder"),
         (
             {"model_type": "llava", "vision_config": {"depth": 2}},
-            "of the models that see or hear, only gemma3, mistral3,",
+            "of the models that see or hear, only gemma3, mistral3, qwen3_5, qwen3_5_moe are modelled",
         ),
         ({"model_type": "gemma3", "vision_config": {"model_type": "clip"}}, "must be siglip_vision_model"),
         ({"model_type": "gemma3", "text_config": 7}, "must be an object"),
         ({"model_type": "mamba"}, "state-space"),
         ({"model_type": "deepseek_v3"}, "not all alike"),
         (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "quantized otherwise"),
+        (LLAMA | {"quantization_config": {"bits": 4}}, "cannot be quantized again (got no quant_method)"),
+        (LLAMA | {"quantization_config": "gptq"}, "cannot be quantized again (got gptq)"),
         ({"model_type": "qwen3_moe", **COMMON, **EXPERTS, "mlp_only_layers": [0]}, "makes some layers dense"),
         ({"model_type": "mixtral", **COMMON, **EXPERTS, "num_experts_per_tok": 9}, "more than the 4 experts"),
         ({"model_type": "opt", **COMMON, "ffn_dim": 96, "word_embed_proj_dim": 32}, "OPT-350M"),
@@ -359,11 +387,29 @@ def test_what_cannot_be_modelled_is_refused_with_the_reason(fields: dict[str, An
     assert says in str(refused(fields))
 
 
-def test_a_model_already_quantized_by_bitsandbytes_is_read() -> None:
-    fields = LLAMA | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    assert architecture_from_config(fields, name="x", source="x") == architecture_from_config(
-        LLAMA, name="x", source="x"
-    )
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "says"),
+    [
+        (NF4 | {"quant_method": "bitsandbytes", "llm_int8_skip_modules": ["lm_head"]}, {}, ""),
+        ({"load_in_4bit": True}, {"quantization": "fp4", "double_quantization": False}, ""),  # transformers' defaults
+        ({"load_in_4bit": True}, {}, "as fp4 without double quantization"),
+        ({"load_in_8bit": True, "quant_method": "bitsandbytes"}, {}, "as int8"),
+        (NF4, {"method": "lora", "quantization": "none", "double_quantization": False}, "as nf4 with double"),
+        (NF4 | {"llm_int8_skip_modules": ["lm_head", "down_proj"]}, {}, "but for down_proj"),
+    ],
+)
+def test_a_model_already_quantized_by_bitsandbytes_is_planned_only_as_it_is(
+    own: dict[str, object], asked: dict[str, Any], says: str
+) -> None:
+    architecture = architecture_from_config(LLAMA | {"quantization_config": own}, name="x", source="x")
+    assert architecture == architecture_from_config(LLAMA, name="x", source="x")
+    if not says:
+        return check_quantized(architecture, Recipe(**asked))
+    with pytest.raises(RequestError, match=says):
+        check_quantized(architecture, Recipe(**asked))
 
 
 @pytest.mark.parametrize(

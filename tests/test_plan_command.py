@@ -393,6 +393,7 @@ def test_no_warning_without_a_reason(ask: Ask) -> None:
         ("--model 7b --gpus 0", ["--gpus", "0"]),
         ("--model 7b --gpus two", ["--gpus", "two"]),
         ("--model 7b --rank 0", ["--rank", "0"]),
+        ("--model 7b --method full --rank 8 --dora", ["--rank, --dora", "about adapters", "--method lora"]),
         ("--model 7b --rank 99999999999999999999", ["--rank", "99999999999999999999"]),
         ("--model 7b --lora-dropout 1", ["--lora-dropout", "1"]),
         ("--model 7b --lora-dropout nan", ["--lora-dropout", "nan"]),

@@ -20,7 +20,7 @@ from benchmarks.accuracy import grid
 from benchmarks.accuracy.grid import Combination, everything, figures
 from benchmarks.accuracy.t4 import FIGURES, by_trace, t4_rows
 from clusters.errors import RequestError
-from qlora_core.architecture import ModelArchitecture
+from qlora_core.architecture import ACTIVATIONS, ModelArchitecture
 from qlora_core.catalogue import find_model
 from qlora_core.huggingface.config import architecture_from_config
 from qlora_core.huggingface.families import DECODERS
@@ -31,7 +31,7 @@ from qlora_core.memory.arrivals import arrivals
 from qlora_core.memory.device import MIB, Device
 from qlora_core.memory.replay import Allocated, Marked, Released, loaded_by_threads, replay, second_step
 from qlora_core.recipe import Recipe
-from qlora_core.strategy import Strategy
+from qlora_core.strategy import Attention, Strategy
 
 __all__ = ["tiny_folder"]
 T4 = Device(kind="cuda", compute_dtype="float16", compute_capability=(7, 5))
@@ -190,6 +190,8 @@ def test_the_formula_says_what_the_trace_says(number: int) -> None:
         # LayerNorm, whose result autocast makes float32, and a power that it computes in float32
         ("pythia-1.4b", {"rank": 8}, Strategy(micro_batch=2, gradient_checkpointing=False), A100),
         ("phi-2", {}, Strategy(micro_batch=2, gradient_checkpointing=False, loss="full"), T4),
+        # a GELU without a power
+        ("gpt-neox-20b", {}, Strategy(gradient_checkpointing=False), A100),
     ],
 )
 def test_the_formula_says_what_the_trace_says_under_autocast(
@@ -261,6 +263,44 @@ def test_the_formula_says_what_the_trace_says_of_older_families(family: str, dev
             case = number, method, autocast, checkpointing
             # of three families without checkpointing all layers together keep 2 MB of 60 more than the formula says
             assert by_formula.allocated_bytes == pytest.approx(by_trace.allocated_bytes, rel=0.035), case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_formula_says_what_the_trace_says_of_each_activation(name: str, autocast: bool) -> None:
+    sizes = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4}
+    config = {"model_type": "gpt_neox", "num_attention_heads": 8, **sizes, "hidden_act": name}
+    architecture = architecture_from_config(config, name=f"by {name}", source="a test")
+    for checkpointing in (True, False):
+        strategy = strategy_of(architecture, gradient_checkpointing=checkpointing)
+        request = architecture, recipe(rank=16, seq_len=1024, autocast=autocast), strategy, A100
+        by_trace, by_formula = trace.estimate(*request).gpu, formula.estimate(*request).gpu
+        assert by_formula.allocated_bytes == pytest.approx(by_trace.allocated_bytes, rel=0.001), checkpointing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "heads",
+    [{"num_attention_heads": 71, "hidden_size": 1136}, {"alibi": True, "multi_query": False, "parallel_attn": False}],
+    ids=["7b", "rw"],
+)
+def test_the_formula_says_what_the_trace_says_of_falcon(
+    heads: dict[str, Any], attention: Attention, autocast: bool
+) -> None:
+    """Scores are scaled in place, ALiBi is added in float32, and one head of keys is picked by index: 7B and RW 1B."""
+    sizes = {"vocab_size": 5000, "hidden_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 16}
+    fields = {"model_type": "falcon", **sizes, **heads}
+    architecture = architecture_from_config(fields, name=str(heads), source="a test")
+    device = dataclasses.replace(A100, compute_capability=(9, 0))
+    for checkpointing in (True, False):
+        strategy = strategy_of(architecture, gradient_checkpointing=checkpointing, attention=attention)
+        request = architecture, recipe(rank=16, seq_len=1024, autocast=autocast), strategy, device
+        by_trace, by_formula = trace.estimate(*request).gpu, formula.estimate(*request).gpu
+        assert by_formula.allocated_bytes == pytest.approx(by_trace.allocated_bytes, rel=0.007), checkpointing
+        assert by_formula.components.base_weights == by_trace.components.base_weights == 0
 
 
 LINEAR: dict[str, Any] = {
@@ -415,6 +455,20 @@ def test_expandable_segments_never_reserve_more() -> None:
 
 
 # --- what it leaves as it was, and what it refuses --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rope_scaling": "x"}, "transformers makes no model of it: "),
+        ({"rope_scaling": {"rope_type": "unknown", "factor": 2.0}}, "transformers makes no model of it: "),
+        ({"pad_token_id": 10**6}, "transformers makes no model of it: Padding_idx must be within"),
+    ],
+)
+def test_a_config_that_transformers_refuses_is_a_mistake_in_the_request(changes: dict[str, Any], says: str) -> None:
+    refused = architecture_from_config(TINY.to_dict() | changes, name="tiny", source="tiny/config.json")
+    with pytest.raises(RequestError, match=f"tiny/config.json: {says}"):
+        trace.estimate(refused, recipe(seq_len=64, rank=4), Strategy(), A100)
 
 
 def test_pytorch_is_as_before_afterwards() -> None:

@@ -16,6 +16,7 @@ from qlora_core.huggingface.older_decoders import OLDER
 from qlora_core.huggingface.seeing import SEEING
 
 _OF_PARTS = {**SEEING, **HYBRID}
+_SEE = [model_type for model_type in _OF_PARTS if not model_type.endswith("_text")]
 _READ_BY = {**OLDER, **_OF_PARTS}
 """The kinds that are not one of `DECODERS`, with what reads their config."""
 LARGEST_CONFIG_BYTES = 10 * 1024**2
@@ -140,7 +141,7 @@ def _refuse_other_kinds(fields: Mapping[str, object], source: str, known: list[s
         raise request_error(
             f"{source}: {part}",
             shown,
-            f"of the models that see or hear, only {', '.join(_OF_PARTS)} are modelled, trained on text",
+            f"of the models that see or hear, only {', '.join(_SEE)} are modelled, trained on text",
             "Choose one of them, or a text-only model",
         )
     if fields.get("per_layer_config"):
@@ -151,8 +152,13 @@ def _refuse_other_kinds(fields: Mapping[str, object], source: str, known: list[s
         hint = f"Nearest known: {', '.join(near)}. " if near else ""
         raise request_error(where, shown, rule, f"{hint}Known kinds: {', '.join(known)}")
     quantization = fields.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    if method is not None and method != "bitsandbytes":
+    if quantization is None:
+        return
+    method = quantization
+    if isinstance(quantization, Mapping):
+        loads = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+        method = quantization.get("quant_method", "bitsandbytes" if loads else "no quant_method")
+    if method != "bitsandbytes":
         given = method[:80] if isinstance(method, str) else type(method).__name__
         raise request_error(
             f"{source}: quantization_config",

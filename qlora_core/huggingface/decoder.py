@@ -23,6 +23,9 @@ def build(fields: ConfigFields, model_type: str, family: Decoder) -> ModelArchit
     head_dim = head_dimension(
         fields, hidden, heads, family.head_dim if family.reads_head_dim else None, family.reads_head_dim
     )
+    if family.whole_heads and heads * head_dim != hidden:
+        rule = f"{heads} heads of it must be hidden_size {hidden} wide: the code of {model_type} fits no other"
+        fields.problem("head_dim", str(head_dim), rule, "Correct one of them")
     kv_heads = key_value_heads(fields, heads, family.kv_heads)
     parallel = _on(fields, family.parallel)
     norms = 1 if parallel and family.one_norm_if_parallel else family.norms
@@ -34,12 +37,13 @@ def build(fields: ConfigFields, model_type: str, family: Decoder) -> ModelArchit
     other = norms * norm_width + head_norms + (heads if family.sinks else 0)
     experts = per_token = expert_size = expert_parameters = shared_size = 0
     if family.experts is None:
-        intermediate = fields.size("intermediate_size")
+        intermediate = fields.count("intermediate_size", family.intermediate)
         linears += _mlp(fields, family, hidden, intermediate)
     else:
         _refuse_mixed_layers(fields)
-        experts, per_token = fields.size("num_experts"), fields.size("num_experts_per_tok")
-        expert_size = fields.size(family.experts.size)
+        experts = fields.count("num_experts", family.experts.number)
+        per_token = fields.count("num_experts_per_tok", family.experts.per_token)
+        expert_size = fields.count(family.experts.size, family.experts.width)
         intermediate = fields.count("intermediate_size", expert_size)
         expert_parameters = _expert_parameters(family.experts, experts, expert_size, hidden)
         other += expert_parameters + experts * (hidden + (1 if family.experts.bias else 0))
@@ -48,12 +52,12 @@ def build(fields: ConfigFields, model_type: str, family: Decoder) -> ModelArchit
                 "num_experts_per_tok", str(per_token), f"is more than the {experts} experts there are", "Correct it"
             )
         if family.experts.shared:
-            shared_size = fields.size("shared_expert_intermediate_size")
+            shared_size = fields.count("shared_expert_intermediate_size", family.experts.shared)
             linears += _shared_expert(hidden, shared_size)
     head_bias = vocab if _on(fields, family.head_bias) else 0
     tied = fields.flag("tie_word_embeddings", family.tied)
     positions = fields.count("max_position_embeddings", family.positions)
-    activation = fields.text("hidden_act", family.activation)
+    activation = fields.activation(family.activation)
     fields.check()
     return ModelArchitecture(
         name=fields.name,

@@ -26,13 +26,19 @@ class Experts(NamedTuple):
 
     Attributes:
         size: the field with the width of one expert.
+        width, number, per_token: that width, how many experts there are, and how many a token is sent to, where the
+            config does not say.
         bias: experts and router have biases (gpt-oss).
-        shared: a dense expert and its gate work beside the routed ones (Qwen2-MoE).
+        shared: the width of a dense expert that works beside the routed ones, with a gate (Qwen2-MoE), where the config
+            does not say; 0: there is none.
     """
 
+    width: int
+    number: int
+    per_token: int
     size: str = "intermediate_size"
     bias: bool = False
-    shared: bool = False
+    shared: int = 0
 
 
 class Window(NamedTuple):
@@ -59,6 +65,8 @@ class Decoder(NamedTuple):
         kv_heads: where the config has no ``num_key_value_heads``; None: as many as attention heads.
         head_dim: where the config has no ``head_dim``; None: hidden_size / heads.
         reads_head_dim: False where the model ignores the config's ``head_dim``.
+        whole_heads: all heads together have to be hidden_size wide: the model's code fits no other ``head_dim``.
+        intermediate: the MLP's width, where the config does not say.
         tied: tied embeddings, where the config does not say.
         positions: ``max_position_embeddings``, where the config does not say.
         qkv_bias, o_bias, mlp_bias, head_bias: biases of the projections and of the output head.
@@ -82,6 +90,8 @@ class Decoder(NamedTuple):
     kv_heads: int | None = None
     head_dim: int | None = None
     reads_head_dim: bool = True
+    whole_heads: bool = False
+    intermediate: int = 11008
     tied: bool = False
     positions: int = 2048
     qkv_bias: Switch = False
@@ -115,21 +125,26 @@ _LLAMA = Decoder(qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, mlp_bias=_MLP
 
 DECODERS: dict[str, Decoder] = {
     "llama": _LLAMA,
-    "internlm3": _LLAMA._replace(kv_heads=2, head_dim=128, positions=32768),  # transformers loads it as Llama
-    "iquestcoder": _LLAMA._replace(kv_heads=8, head_dim=128, positions=131072),  # as Llama too
-    "mistral": Decoder(kv_heads=8, positions=131072, window=Window("all", default=4096)),
-    "ministral": Decoder(kv_heads=8, positions=131072, window=Window("listed", default=4096)),
-    "ministral3": Decoder(kv_heads=8, head_dim=128, positions=262144, window=Window("all")),
-    "mixtral": Decoder(kv_heads=8, positions=131072, window=Window("all"), experts=Experts()),
-    "qwen2": Decoder(kv_heads=32, positions=32768, qkv_bias=True, window=_QWEN_WINDOW),
+    "internlm3": _LLAMA._replace(
+        intermediate=10240, kv_heads=2, head_dim=128, positions=32768
+    ),  # transformers loads it as Llama
+    "iquestcoder": _LLAMA._replace(intermediate=27648, kv_heads=8, head_dim=128, positions=131072),  # as Llama too
+    "mistral": Decoder(intermediate=14336, kv_heads=8, positions=131072, window=Window("all", default=4096)),
+    "ministral": Decoder(intermediate=14336, kv_heads=8, positions=131072, window=Window("listed", default=4096)),
+    "ministral3": Decoder(intermediate=14336, kv_heads=8, head_dim=128, positions=262144, window=Window("all")),
+    "mixtral": Decoder(
+        kv_heads=8, positions=131072, window=Window("all"), experts=Experts(width=14336, number=8, per_token=2)
+    ),
+    "qwen2": Decoder(intermediate=22016, kv_heads=32, positions=32768, qkv_bias=True, window=_QWEN_WINDOW),
     "qwen2_moe": Decoder(
         kv_heads=16,
         positions=32768,
         qkv_bias=Flag("qkv_bias", True),
         window=Window("even", default=4096, switched=True),
-        experts=Experts(size="moe_intermediate_size", shared=True),
+        experts=Experts(size="moe_intermediate_size", width=1408, number=60, per_token=4, shared=5632),
     ),
     "qwen3": Decoder(
+        intermediate=22016,
         kv_heads=32,
         head_dim=128,
         positions=32768,
@@ -145,9 +160,10 @@ DECODERS: dict[str, Decoder] = {
         o_bias=_ATTENTION_BIAS,
         qk_norm="head",
         window=Window("all", default=4096, switched=True),
-        experts=Experts(size="moe_intermediate_size"),
+        experts=Experts(size="moe_intermediate_size", width=768, number=128, per_token=8),
     ),
     "gemma": Decoder(
+        intermediate=24576,
         kv_heads=16,
         head_dim=256,
         tied=True,
@@ -157,6 +173,7 @@ DECODERS: dict[str, Decoder] = {
         activation="gelu_pytorch_tanh",
     ),
     "gemma2": Decoder(
+        intermediate=9216,
         kv_heads=4,
         head_dim=256,
         tied=True,
@@ -168,6 +185,7 @@ DECODERS: dict[str, Decoder] = {
         activation="gelu_pytorch_tanh",
     ),
     "gemma3_text": Decoder(
+        intermediate=9216,
         kv_heads=4,
         head_dim=256,
         tied=True,
@@ -180,6 +198,7 @@ DECODERS: dict[str, Decoder] = {
         activation="gelu_pytorch_tanh",
     ),
     "phi": Decoder(
+        intermediate=8192,
         qkv_bias=True,
         o_bias=True,
         mlp_bias=True,
@@ -194,8 +213,9 @@ DECODERS: dict[str, Decoder] = {
         qk_norm_bias=True,
         activation="gelu_new",
     ),
-    "phi3": Decoder(positions=4096, fused_qkv=True, fused_gate_up=True, window=Window("all")),
+    "phi3": Decoder(intermediate=8192, positions=4096, fused_qkv=True, fused_gate_up=True, window=Window("all")),
     "stablelm": Decoder(
+        intermediate=6912,
         kv_heads=32,
         reads_head_dim=False,
         positions=4096,
@@ -215,7 +235,12 @@ DECODERS: dict[str, Decoder] = {
         window=Window("but_each_nth", default=4096, period=4),
     ),
     "olmoe": Decoder(
-        positions=4096, qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, qk_norm="all", experts=Experts()
+        whole_heads=True,
+        positions=4096,
+        qkv_bias=_ATTENTION_BIAS,
+        o_bias=_ATTENTION_BIAS,
+        qk_norm="all",
+        experts=Experts(width=2048, number=64, per_token=8),
     ),
     "smollm3": Decoder(
         kv_heads=4,
@@ -227,8 +252,11 @@ DECODERS: dict[str, Decoder] = {
         window=Window("no_rope", switched=True),
     ),
     "granite": _LLAMA,
-    "granitemoe": Decoder(qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, experts=Experts()),
+    "granitemoe": Decoder(
+        qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, experts=Experts(width=11008, number=8, per_token=2)
+    ),
     "cohere": Decoder(
+        intermediate=22528,
         tied=True,
         positions=8192,
         qkv_bias=_ATTENTION_BIAS,
@@ -239,7 +267,7 @@ DECODERS: dict[str, Decoder] = {
         qk_norm_if=Flag("use_qk_norm", False),
     ),
     "cohere2": Decoder(
-        reads_head_dim=False,
+        intermediate=22528,
         tied=True,
         positions=8192,
         qkv_bias=_ATTENTION_BIAS,
@@ -249,6 +277,7 @@ DECODERS: dict[str, Decoder] = {
         window=Window("but_each_nth", default=4096, period=4),
     ),
     "starcoder2": Decoder(
+        intermediate=12288,
         kv_heads=2,
         tied=True,
         positions=4096,
@@ -268,15 +297,27 @@ DECODERS: dict[str, Decoder] = {
         o_bias=Flag("attention_bias", True),
         sinks=True,
         window=Window("but_each_nth", default=128, period=2),
-        experts=Experts(bias=True),
+        experts=Experts(width=2880, number=128, per_token=4, bias=True),
     ),
     "glm": Decoder(
-        kv_heads=2, head_dim=128, positions=131072, qkv_bias=Flag("attention_bias", True), fused_gate_up=True
+        intermediate=13696,
+        kv_heads=2,
+        head_dim=128,
+        positions=131072,
+        qkv_bias=Flag("attention_bias", True),
+        fused_gate_up=True,
     ),
     "glm4": Decoder(
-        kv_heads=2, head_dim=128, positions=131072, qkv_bias=Flag("attention_bias", True), fused_gate_up=True, norms=4
+        intermediate=13696,
+        kv_heads=2,
+        head_dim=128,
+        positions=131072,
+        qkv_bias=Flag("attention_bias", True),
+        fused_gate_up=True,
+        norms=4,
     ),
     "seed_oss": Decoder(
+        intermediate=27648,
         kv_heads=8,
         head_dim=128,
         positions=524288,
@@ -285,6 +326,7 @@ DECODERS: dict[str, Decoder] = {
         mlp_bias=_MLP_BIAS,
     ),
     "arcee": Decoder(
+        intermediate=18432,
         positions=4096,
         qkv_bias=_ATTENTION_BIAS,
         o_bias=_ATTENTION_BIAS,
@@ -293,6 +335,7 @@ DECODERS: dict[str, Decoder] = {
         activation="relu2",
     ),
     "ernie4_5": Decoder(
+        intermediate=3072,
         kv_heads=2,
         head_dim=128,
         tied=True,
@@ -301,10 +344,21 @@ DECODERS: dict[str, Decoder] = {
         o_bias=Flag("use_bias", False),
         mlp_bias=Flag("use_bias", False),
     ),
-    "exaone4": Decoder(kv_heads=32, qk_norm="head", window=Window("but_each_nth", default=4096, period=4)),
+    "exaone4": Decoder(
+        intermediate=16384, kv_heads=32, qk_norm="head", window=Window("but_each_nth", default=4096, period=4)
+    ),
     "hunyuan_v1_dense": Decoder(qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, qk_norm="head"),
-    "helium": Decoder(kv_heads=20, head_dim=128, positions=4096, qkv_bias=_ATTENTION_BIAS, mlp_bias=_MLP_BIAS),
+    "helium": Decoder(
+        intermediate=7040,
+        kv_heads=20,
+        head_dim=128,
+        whole_heads=True,
+        positions=4096,
+        qkv_bias=_ATTENTION_BIAS,
+        mlp_bias=_MLP_BIAS,
+    ),
     "jais2": Decoder(
+        intermediate=26624,
         positions=8192,
         qkv_bias=Flag("attention_bias", True),
         o_bias=Flag("attention_bias", True),
@@ -314,6 +368,7 @@ DECODERS: dict[str, Decoder] = {
         activation="relu2",
     ),
     "nemotron": Decoder(
+        intermediate=24576,
         positions=4096,
         qkv_bias=_ATTENTION_BIAS,
         o_bias=_ATTENTION_BIAS,

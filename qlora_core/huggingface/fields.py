@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from clusters.errors import Problem, RequestError
+from qlora_core.architecture import ACTIVATIONS
 
 MOST = {
     "num_hidden_layers": 10_000,
@@ -84,6 +85,16 @@ class ConfigFields:
             self.problem(field, _shown(value), "must be a string", "Correct it")
             return default
         return value
+
+    def activation(self, default: str) -> str:
+        """The name of an activation that is modelled; `default` where the field is absent."""
+        found, value = self._find("hidden_act")
+        name = value if found else default
+        if isinstance(name, str) and name in ACTIVATIONS:
+            return name
+        rule = f"must be an activation that is modelled: {', '.join(ACTIVATIONS)}"
+        self.problem("hidden_act", _shown(name), rule, "Correct it, or choose another model")
+        return default
 
     def part(
         self, field: str, model_types: tuple[str, ...], absent: Mapping[str, object], fixed: Mapping[str, object]

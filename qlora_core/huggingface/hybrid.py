@@ -18,11 +18,20 @@ from qlora_core.huggingface.modules import placed
 
 _BIAS = Flag("attention_bias", False)
 _DENSE = Decoder(
-    kv_heads=4, head_dim=256, positions=32_768, qkv_bias=_BIAS, o_bias=_BIAS, gated_attention=True, qk_norm="head"
+    intermediate=12_288,
+    kv_heads=4,
+    head_dim=256,
+    positions=32_768,
+    qkv_bias=_BIAS,
+    o_bias=_BIAS,
+    gated_attention=True,
+    qk_norm="head",
 )
 _DECODERS = {
     "qwen3_5_text": _DENSE,
-    "qwen3_5_moe_text": _DENSE._replace(kv_heads=2, experts=Experts(size="moe_intermediate_size", shared=True)),
+    "qwen3_5_moe_text": _DENSE._replace(
+        kv_heads=2, experts=Experts(size="moe_intermediate_size", width=512, number=256, per_token=8, shared=512)
+    ),
 }
 _SIZES = {
     "qwen3_5_text": {
@@ -57,7 +66,8 @@ def whole(fields: ConfigFields, text_type: str) -> ModelArchitecture:
     if not isinstance(given, Mapping):
         fields.problem("text_config", type(given).__name__, "must be an object with the fields of that part", "Add it")
         fields.check()
-    text = fields.part("text_config", (text_type,), absent=_SIZES[text_type], fixed={})
+    quantized = {name: value for name, value in fields.raw.items() if name == "quantization_config"}
+    text = fields.part("text_config", (text_type,), absent=_SIZES[text_type], fixed=quantized)
     return language_model(text, text_type)
 
 

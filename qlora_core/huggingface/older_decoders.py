@@ -53,7 +53,7 @@ def _gpt2_like(fields: ConfigFields, model_type: str, kv_heads: int | None) -> M
 
 def _opt(fields: ConfigFields) -> ModelArchitecture:
     """OPT: learned positions with an offset of 2; biases and norms' weights can be switched off."""
-    hidden, inner = fields.size("hidden_size"), fields.size("ffn_dim")
+    hidden, inner = fields.size("hidden_size"), fields.count("ffn_dim", 3072)
     bias = fields.flag("enable_bias", True)
     norm_width = 2 * hidden if fields.flag("layer_norm_elementwise_affine", True) else 0
     positions = fields.count("max_position_embeddings", 2048)
@@ -111,12 +111,13 @@ def _falcon(fields: ConfigFields) -> ModelArchitecture:
         other_parameters=2 * hidden,
         tied=True,
         parallel=parallel or new,
+        activation="gelu",
     )
 
 
 def _gpt_neox(fields: ConfigFields) -> ModelArchitecture:
     """GPT-NeoX and Pythia."""
-    hidden, inner = fields.size("hidden_size"), fields.size("intermediate_size")
+    hidden, inner = fields.size("hidden_size"), fields.count("intermediate_size", 24_576)
     return _architecture(
         fields,
         "gpt_neox",
@@ -124,6 +125,7 @@ def _gpt_neox(fields: ConfigFields) -> ModelArchitecture:
         norms=2,
         other_parameters=2 * hidden,
         parallel=fields.flag("use_parallel_residual", True),
+        activation="gelu",
     )
 
 
@@ -215,11 +217,12 @@ def _architecture(
     tied: bool = False,
     parallel: bool = False,
     positions: int | None = None,
-    activation: str = "gelu",
+    activation: str | None = None,
 ) -> ModelArchitecture:
     """The rest that these families have in common.
 
     `norm_width` is the elements of one norm; None stands for torch's LayerNorm, a weight and a bias for each feature.
+    `activation` is the default; None stands for GELU whatever the config says.
 
     Raises:
         RequestError: fields are missing or wrong; all of them at once.
@@ -229,7 +232,7 @@ def _architecture(
     head_dim = head_dimension(fields, hidden, heads, None, read=False)
     positions = fields.count("max_position_embeddings", 2048) if positions is None else positions
     tied = fields.flag("tie_word_embeddings", tied)
-    activation = fields.text("hidden_act", activation)
+    activation = "gelu" if activation is None else fields.activation(activation)
     fields.check()
     return ModelArchitecture(
         name=fields.name,

@@ -58,6 +58,8 @@ class Heads(NamedTuple):
         sinks: each head's softmax has a learned score beside those of the keys (gpt-oss).
         dropped: attention's weights are dropped out.
         scores: how they are made, and with which mask.
+        in_place: they are scaled in place (Falcon).
+        indexed: the one head of keys and that of values are picked by index, which copies them (Falcon).
     """
 
     queries: int
@@ -70,6 +72,8 @@ class Heads(NamedTuple):
     sinks: bool = False
     dropped: bool = False
     scores: Scores = "plain"
+    in_place: bool = False
+    indexed: bool = False
 
 
 CUDNN_FIRST = ((9, 0), (10, 0))
@@ -103,6 +107,8 @@ def attend(
     if kernel in ("eager", "efficient", "masked"):
         key, value = repeated(tape, key, shape), repeated(tape, value, shape)
     if kernel == "eager":
+        if shape.in_place:
+            return falcon_eager(tape, query, key, value, shape, mask, narrow)
         return eager(tape, query, key, value, shape, mask, narrow)
     if kernel in ("math", "masked_math"):
         return math(tape, query, key, value, shape, masked=kernel == "masked_math"), None
@@ -241,6 +247,36 @@ def eager(
         weights = op.cast(tape, probabilities, dtype)
         del probabilities
     if shape.dropped:
+        weights = op.dropout(tape, weights, shape.cuda)
+    attended = product(tape, weights, value, query.numel, (False, several_keys, several), narrow)
+    named.clear()
+    return op.clone(tape, attended), weights
+
+
+def falcon_eager(
+    tape: Tape, query: Tensor, key: Tensor, value: Tensor, shape: Heads, mask: DType, narrow: DType | None
+) -> tuple[Tensor, Tensor]:
+    """The same as Falcon's code has it (5.23, models/falcon/modeling_falcon.py): scores are scaled in place.
+
+    With ALiBi they become float32 first, and all have names, which live until attention returns. The softmax is in the
+    dtype that comes out of the norm.
+    """
+    several = not shape.single_sequence
+    several_keys = several and shape.keys in (1, shape.queries)
+    numel = SCORE.times(shape.queries)
+    scores = product(tape, query, key, numel, (several, several_keys, False), narrow)
+    named: list[Tensor] = []
+    if shape.scores == "shared":
+        named.append(scores)
+        scores = op.cast(tape, scores, "float32")
+        named.append(scores)
+        scores = op.add(tape, scores, Tensor(None, numel, "float32"))
+        named.append(scores)
+    scores = op.relayout(tape, scores)  # in place: only its gradient is another tensor
+    masked = op.add(tape, scores, Tensor(None, numel, mask))
+    weights = op.softmax(tape, masked, shape.cuda, "float32" if narrow is not None and shape.cuda else mask)
+    del scores, masked
+    if shape.dropped and named:
         weights = op.dropout(tape, weights, shape.cuda)
     attended = product(tape, weights, value, query.numel, (False, several_keys, several), narrow)
     named.clear()

@@ -19,6 +19,9 @@ from qlora_core.memory.families import WRITTEN_OUT
 from qlora_core.memory.layer import ROW, Layer, Positions, Projection, module, parameter
 from qlora_core.memory.tape import Size, Tape, Tensor
 
+INDEXED = (op.slice_of, op.gather_rows, op.gather_rows)
+"""How queries, keys and values are taken out of what is projected, where one head of keys is picked by index."""
+
 
 @module
 def decoder_layer(tape: Tape, layer: Layer, positions: Positions, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -106,11 +109,15 @@ def self_attention(tape: Tape, layer: Layer, hidden: Tensor, positions: Position
     shape, gate = layer.shape, None
     if len(layer.qkv) == 1:
         cut = op.split if layer.family.splits else op.slices
-        query, key, value = cut(
-            tape,
-            linear(tape, layer, hidden, layer.qkv[0], ROW),
-            [ROW.times(heads * shape.dim) for heads in (shape.queries, shape.keys, shape.keys)],
-        )
+        joined = linear(tape, layer, hidden, layer.qkv[0], ROW)
+        if layer.clipped:
+            joined = op.clamp(tape, joined, 2)
+        widths = [ROW.times(heads * shape.dim) for heads in (shape.queries, shape.keys, shape.keys)]
+        if shape.indexed:
+            query, key, value = (make(tape, joined, width) for make, width in zip(INDEXED, widths, strict=True))
+        else:
+            query, key, value = cut(tape, joined, widths)
+        del joined
     else:
         query = linear(tape, layer, hidden, layer.qkv[0], ROW)
         if layer.family.gated_attention:
@@ -123,6 +130,8 @@ def self_attention(tape: Tape, layer: Layer, hidden: Tensor, positions: Position
         if layer.head_norms == "projected":
             key = norm(tape, layer, key, ROW.times(shape.keys))
         value = linear(tape, layer, hidden, layer.qkv[2], ROW)
+        if layer.clipped:  # in place there, of which autograd keeps a copy: as much as a result and what it came of
+            query, key, value = (op.clamp(tape, x, 2) for x in (query, key, value))
     if layer.head_norms == "together":
         query, key = normalised(tape, layer, query, key)
     if layer.rotary:
@@ -195,7 +204,7 @@ def feed_forward(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
 
 @module
 def activated(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
-    """SiLU or GELU as one kernel, ReLU, its square, or a GELU that transformers composes (activations.py)."""
+    """SiLU or GELU as one kernel, ReLU, its square, or one of the GELUs that transformers composes (activations.py)."""
     with tape.at(*tape.where, "activation"):
         if layer.activation == "relu":
             return op.relu(tape, x)
@@ -205,6 +214,10 @@ def activated(tape: Tape, layer: Layer, x: Tensor) -> Tensor:
             return op.square(tape, op.cast(tape, x, "float32") if layer.autocast and layer.shape.cuda else x)
         if layer.activation == "composed":
             return op.composed_gelu(tape, x, layer.autocast and layer.shape.cuda)
+        if layer.activation == "fast":
+            return op.fast_gelu(tape, x)
+        if layer.activation == "quick":
+            return op.multiply(tape, x, op.sigmoid(tape, op.scale(tape, x)))
         return op.bloom_gelu(tape, x) if layer.activation == "bloom" else op.activation(tape, x)
 
 

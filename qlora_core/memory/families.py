@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from qlora_core.architecture import Activation
+
 Norm = Literal["rms", "rms_wide", "centred", "layer", "layer_wide", "layer_narrow"]
 """How a norm is computed: RMSNorm written out in float32, which narrows before it multiplies by its weight (Llama) or
 after (Gemma), or subtracts the mean, too (Cohere); or torch's LayerNorm, which autocast makes float32, of a float32
 copy (OLMo), or as autocast does not see it (Nemotron)."""
 WRITTEN_OUT: tuple[Norm, ...] = ("rms", "rms_wide", "centred")
-Activation = Literal["kernel", "relu", "relu_squared", "composed", "bloom"]
 HeadNorms = Literal["projected", "together", "rotated"]
 """Where queries and keys are normalised: each as it is projected (Qwen 3), once all are (Gemma 3), or after they were
 rotated (Hunyuan)."""
@@ -41,6 +42,8 @@ class Family(NamedTuple):
         scores, router_scores: how they are made.
         router_normalises: a token's weights are divided by their sum, whatever the config says.
         gated_attention: queries come with a gate for what is attended to, which is as wide.
+        clips: the object of the config that may have ``clip_qkv``, which queries, keys and values are clamped to: ""
+            is the config itself; None: the code knows none.
         splits: a fused projection's product is split or chunked; else queries, keys and values are slices of it.
         scaled: what is added to the residual stream, and the embedding, are multiplied by a number of the config.
         normed_embedding: what the layers begin with is normalised.
@@ -63,6 +66,7 @@ class Family(NamedTuple):
     router_scores: RouterScores = "softmax"
     router_normalises: bool = False
     gated_attention: bool = False
+    clips: str | None = None
     splits: bool = False
     scaled: bool = False
     normed_embedding: bool = False
@@ -128,11 +132,14 @@ FAMILIES: dict[str, Family] = {
     "granitemoe": Family(scaled=True, router_scores="top_k_wide"),
     "hunyuan_v1_dense": Family(head_norms="rotated"),
     "mixtral": Family(router_scores="softmax_wide", router_normalises=True),
-    "mpt": Family(rotary=False, scores="biased", splits=True, holds_attended=True, returns_weights=True),
+    "mpt": Family(
+        rotary=False, scores="biased", clips="attn_config", splits=True, holds_attended=True, returns_weights=True
+    ),
     "nemotron": Family(norm="layer_narrow", rotated_part=("partial_rotary_factor", 0.5)),
-    "olmo": Family(norm="layer_wide"),
+    "olmo": Family(norm="layer_wide", clips=""),
     "olmo2": _OLMO2,
     "olmo3": _OLMO2,
+    "olmoe": Family(clips=""),
     "opt": Family(rotary=False, learned_positions=True, residual_dropout=("dropout", 0.1)),
     "phi": Family(
         head_norms="together",

@@ -7,13 +7,13 @@ sequence length (`sizes.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import cached_property, lru_cache, partial
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
-from qlora_core.architecture import Linear, ModelArchitecture
+from qlora_core.architecture import ACTIVATIONS, Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.attention import AttentionKernel, Heads, is_masked, kernel_of
 from qlora_core.memory.delta_net import CHUNK
@@ -28,7 +28,7 @@ from qlora_core.memory.divided import (
 )
 from qlora_core.memory.estimate import Components, Estimate, Phase
 from qlora_core.memory.experts import Experts
-from qlora_core.memory.families import Activation, family_of
+from qlora_core.memory.families import family_of
 from qlora_core.memory.layer import Layer, Projection
 from qlora_core.memory.residents import Residents, residents
 from qlora_core.memory.sharding import bucket_elements
@@ -41,8 +41,6 @@ from qlora_core.strategy import Attention, Strategy
 
 ENDLESS = 2**40
 """A length beyond every sliding window, and a number of ranks beyond every other."""
-COMPOSED_ACTIVATIONS = frozenset({"gelu_new", "gelu_fast", "gelu_accurate"})
-"""GELUs that transformers writes out in Python (activations.py)."""
 
 
 def estimate(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Estimate:
@@ -363,6 +361,8 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
             architecture.model_type == "gpt_oss",
             architecture.drops_attention,
             "shared" if has_alibi else family.scores,
+            architecture.model_type == "falcon",
+            architecture.shares_one_key_head,
         ),
         qkv=tuple(map(project, attention[:-1])),
         output=project(attention[-1]),
@@ -374,9 +374,10 @@ def _layer_of(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         shared_gate=next(map(project, shared[3:]), None),
         norm=family.norm or architecture.norm,
         norms=architecture.norms_per_layer,
-        activation=family.activation or _activation(architecture),
+        activation=family.activation or ACTIVATIONS[architecture.activation],
         family=family,
         rotary=family.rotary and not has_alibi,
+        clipped=_clips(architecture, family.clips),
         dropped_residual=_drops(architecture, family.residual_dropout),
         head_norms=family.head_norms if architecture.head_norms else None,
         compute=device.compute_dtype,
@@ -404,18 +405,15 @@ def _masks(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy) 
     return 2 if both and (strategy.attention == "eager" or recipe.packing) else 1
 
 
-def _activation(architecture: ModelArchitecture) -> Activation:
-    """How that of the config's name is computed."""
-    if architecture.activation == "relu":
-        return "relu"
-    if architecture.activation == "relu2":
-        return "relu_squared"
-    return "composed" if architecture.activation in COMPOSED_ACTIVATIONS else "kernel"
-
-
 def _drops(architecture: ModelArchitecture, dropout: tuple[str, float]) -> bool:
     """Whether the base model has that dropout, a field of its config and the default, while it is trained."""
     return bool(architecture.config.get(*dropout))
+
+
+def _clips(architecture: ModelArchitecture, within: str | None) -> bool:
+    """Whether queries, keys and values are clamped, as that object of the config says."""
+    config = architecture.config.get(within) if within else architecture.config
+    return within is not None and isinstance(config, Mapping) and config.get("clip_qkv") is not None
 
 
 def _rotates_partly(architecture: ModelArchitecture) -> bool:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
-from qlora_core.architecture import DeltaNet
+from qlora_core.architecture import Activation, DeltaNet
 from qlora_core.memory.attention import AttentionKernel, Heads
 from qlora_core.memory.experts import Experts
-from qlora_core.memory.families import Activation, Family, HeadNorms, Norm
+from qlora_core.memory.families import Family, HeadNorms, Norm
 from qlora_core.memory.tape import DType, Size, Tape, Tensor
 
 P = ParamSpec("P")
@@ -63,6 +63,7 @@ class Layer(NamedTuple):
         activation: how it is computed.
         family: what else of the model type's code decides memory.
         rotary: queries and keys are rotated by their positions.
+        clipped: queries, keys and values are clamped.
         dropped_residual: what is added to the residual stream passes a dropout of the base model's own.
         widens: peft gives the inputs of adapters the dtype of their weights.
         dora: adapters have magnitudes (DoRA).
@@ -85,6 +86,7 @@ class Layer(NamedTuple):
     activation: Activation
     family: Family
     rotary: bool
+    clipped: bool
     dropped_residual: bool
     head_norms: HeadNorms | None
     compute: DType

@@ -29,21 +29,24 @@ from qlora_core.training.model import (
 )
 
 
-def load(
-    architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device, recorder: Recorder
-) -> nn.Module:
-    """The model with its adapters, loaded in the order and with the temporaries of transformers and peft.
+def built(architecture: ModelArchitecture, strategy: Strategy, device: Device) -> Any:
+    """The model that transformers builds of the config, without memory."""
+    config = AutoConfig.for_model(**architecture.whole_config)
+    with torch.device("meta"):
+        return model_class(config).from_config(
+            config,
+            attn_implementation="eager" if strategy.attention == "eager" else "sdpa",
+            dtype=TORCH_DTYPES[device.compute_dtype],
+        )
+
+
+def load(base: Any, recipe: Recipe, strategy: Strategy, device: Device, recorder: Recorder) -> nn.Module:
+    """`base` with its adapters, loaded in the order and with the temporaries of transformers and peft.
 
     transformers/core_model_loading.py and modeling_utils.py (5.23): one request for as much as the model will take,
     given back at once, so that it is cached; then each weight in the order of its name, quantized before the next.
     """
     dtype = TORCH_DTYPES[device.compute_dtype]
-    fields = dict(architecture.whole_config)
-    config = AutoConfig.for_model(**fields)
-    with torch.device("meta"):
-        base: Any = model_class(config).from_config(
-            config, attn_implementation="eager" if strategy.attention == "eager" else "sdpa", dtype=dtype
-        )
     kept = dict(base.named_buffers())
     if (quantization := quantization_config(recipe, dtype)) is not None:
         base = replace_with_bnb_linear(
@@ -53,7 +56,7 @@ def load(
     with recorder:
         if device.kind == "cuda" and device.warmed_up:
             recorder.brief(_warm_up_bytes(base), "unquantized_weights")()
-        _load_weights(base, dtype, recorder)
+        _load_weights(base, dtype, recorder, quantized=quantization is not None)
     for buffer in kept.values():
         recorder.follow(buffer, "unquantized_weights")
     if recipe.upcast == "peft":
@@ -81,7 +84,7 @@ def _warm_up_bytes(model: nn.Module) -> int:
     return int(sum(sizes.values()))
 
 
-def _load_weights(model: nn.Module, dtype: torch.dtype, recorder: Recorder) -> None:
+def _load_weights(model: nn.Module, dtype: torch.dtype, recorder: Recorder, *, quantized: bool) -> None:
     """Each weight as it comes from the checkpoint, quantized where it is to be."""
     seen: dict[int, nn.Parameter] = {}
     for name in sorted(dict(model.named_parameters()), key=dot_natural_key):
@@ -91,7 +94,8 @@ def _load_weights(model: nn.Module, dtype: torch.dtype, recorder: Recorder) -> N
         if id(old) in seen:
             continue
         room = "unquantized_weights"
-        if isinstance(module, nn.Linear) and last == "weight":
+        # Falcon's linears, of a type of their own, are left as they are by a recipe that quantizes
+        if isinstance(module, bnb.nn.Linear4bit if quantized else nn.Linear) and last == "weight":
             room = "base_weights"
         recorder.room = room
         recorder.mark(WEIGHT)

@@ -176,6 +176,20 @@ def composed_gelu(tape: Tape, x: Tensor, wide_power: bool) -> Tensor:
     return multiply(tape, half, inner)
 
 
+def fast_gelu(tape: Tape, x: Tensor) -> Tensor:
+    """0.5 * x * (1 + tanh(x * c * (1 + 0.044715 * x * x))): without a power, it keeps more than `composed_gelu`."""
+    half = scale(tape, x)
+    outer = scale(tape, x)
+    inner = scale(tape, x)
+    inner = multiply(tape, inner, x)
+    inner = clone(tape, inner)
+    outer = multiply(tape, outer, inner)
+    del inner
+    outer = tanh(tape, outer)
+    outer = clone(tape, outer)
+    return multiply(tape, half, outer)
+
+
 def tanh(tape: Tape, x: Tensor) -> Tensor:
     """Keeps its result."""
     return tape.apply(

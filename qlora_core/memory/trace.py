@@ -36,7 +36,7 @@ from qlora_core.memory.attention import AttentionKernel, kernel_of
 from qlora_core.memory.autocast import followed
 from qlora_core.memory.device import Device
 from qlora_core.memory.estimate import Components, Estimate, GpuEstimate, Phase, Phases
-from qlora_core.memory.loading import load
+from qlora_core.memory.loading import built, load
 from qlora_core.memory.recorder import Recorder, chosen_operators, know_bitsandbytes
 from qlora_core.memory.replay import LOADED, Event, loaded_by_threads, replay
 from qlora_core.memory.residents import residents
@@ -63,7 +63,8 @@ def estimate(
     """What one rank and one host need, as `formula.estimate` says it, from a trace of the real code.
 
     Raises:
-        RequestError: ZeRO shards what the trace would have to follow, or the code of this model does not run on meta.
+        RequestError: ZeRO shards what the trace would have to follow, transformers refuses the model's config, or its
+            code does not run on meta.
     """
     recorded = record(architecture, recipe, strategy, _alike(device))
     draws = range(DRAWS if device.loading_threads else 1)
@@ -135,7 +136,13 @@ def record(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, 
     kernel = kernel_of(architecture, recipe, strategy, device)
     with quiet(), on_meta(recipe, strategy, device) as paged:
         try:
-            model = load(architecture, recipe, strategy, device, recorder)
+            base = built(architecture, strategy, device)
+        except Exception as error:  # of many kinds, whatever transformers' configuration and modelling code meets
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            rule = f"transformers makes no model of it: {reason[:200]}"
+            raise request_error(architecture.source, "", rule, "Correct the config.json") from error
+        try:
+            model = load(base, recipe, strategy, device, recorder)
             Run(model, recipe, strategy, device, kernel, recorder).steps()
         except (RuntimeError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
