@@ -112,7 +112,7 @@ def command(rounds: int, debug: bool) -> int:
         **facts(*PACKAGES),
         "peer": {
             "command": f"fitcheck {PEER_COMMAND}",
-            "versions": versions_of(peer, (PEER, "huggingface_hub", "click", "rich")),
+            "versions": versions_of(peer, PEER_PACKAGES),
         },
         "rounds": rounds,
         "cold_start": cold_start_rows(times),
