@@ -60,6 +60,7 @@ PLANNING = (
     "launch/devices.py",
     "launch/data.py",
     "launch/request.py",
+    "launch/report/divided.py",
     "launch/report/explain.py",
     "launch/report/terminal.py",
     "launch/report/words.py",

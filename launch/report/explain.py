@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launch.report.divided import (
+    Row,
+    division_lines,
+    gradient_lines,
+    host_rows,
+    lines_of,
+    offloads,
+    optimizer_lines,
+    trainable,
+)
+from launch.report.words import number, size_text
 from orchestrator.plans import Plan
-from qlora_core.architecture import ModelArchitecture
+from qlora_core.architecture import Linear, ModelArchitecture
 from qlora_core.memory import bytes as exact
 from qlora_core.memory.formula import estimate
 from qlora_core.recipe import DTYPE_BYTES
 from qlora_core.strategy import LOSS_CHUNK_TOKENS
-
-GIB, MIB = 1024**3, 1024**2
-
-SHARDED_FROM = {
-    "base_weights": 3,
-    "unquantized_weights": 3,
-    "lora_weights": 3,
-    "gradients": 2,
-    "optimizer_state": 1,
-}
-"""The ZeRO stage from which a component is divided among the workers (Rajbhandari et al. 2020, "ZeRO")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def explain(plan: Plan) -> tuple[Section, ...]:
     texts = component_texts(plan)
     return (
         *(
-            Section(f"{name.replace('_', ' ')}: {size_text(size)}", tuple(texts[name]) + sharding(plan, name))
+            Section(f"{name.replace('_', ' ')}: {size_text(size)}", (*texts[name], *division_lines(plan, name)))
             for name, size in components.items()
             if size or texts[name]
         ),
@@ -78,21 +78,22 @@ def base_lines(plan: Plan) -> list[str]:
     products = " + ".join(
         f"{out} x {into}" if count == 1 else f"{count} x {out} x {into}" for (out, into), count in shapes.items()
     )
-    in_layers, total = architecture.linear_parameters, linear_weights(architecture)
+    in_layers, total = architecture.linear_parameters, linear_weights(base_linears(plan))
     item = DTYPE_BYTES[exact.stored_dtype(recipe, plan.target.compute_dtype)]
     stored = {
-        "nf4": f"nf4 packs two weights into a byte: {number(total)} / 2",
-        "fp4": f"fp4 packs two weights into a byte: {number(total)} / 2",
-        "int8": f"int8 takes a byte for each: {number(total)} x 1",
-        "none": f"each takes {item} bytes: {number(total)} x {item}",
+        "nf4": f"nf4 packs two weights into a byte: {number(total)} / 2.",
+        "fp4": f"fp4 packs two weights into a byte: {number(total)} / 2.",
+        "int8": f"int8 takes a byte for each: {number(total)} x 1.",
+        "none": f"Each takes {item} bytes: {number(total)} x {item}.",
     }[recipe.quantization]
-    idle = f"The vision tower has {number(total - in_layers)} more: it is loaded, and idles on text."
+    of_tower = linear_weights(architecture.all_linears()) - in_layers
+    idle = f"The vision tower has {number(of_tower)} more: it is loaded, and idles on text."
     return [
         f"The linear layers: {repeats(architecture)} x",
         f"  ({products})",
         f"  = {number(in_layers)} weights.",
-        *([idle] if architecture.tower else ()),
-        f"{stored}{unreplaced(plan)}.",
+        *([idle] if of_tower else ()),
+        *([stored] if total else ["bitsandbytes leaves them all as they are: they count as unquantized."]),
     ]
 
 
@@ -103,17 +104,15 @@ def repeats(architecture: ModelArchitecture) -> str:
     return f"{architecture.periods} times {architecture.period} layers"
 
 
-def linear_weights(architecture: ModelArchitecture) -> int:
-    """Weights of all linear layers but the output head."""
-    return sum(linear.weight_numel * count for linear, count in architecture.all_linears())
+def base_linears(plan: Plan) -> list[tuple[Linear, int]]:
+    """Linear layers that are the base, and how many: if it is quantized, those that bitsandbytes replaces."""
+    every = plan.architecture.all_linears()
+    return [(one, count) for one, count in every if one.quantized or plan.recipe.quantization == "none"]
 
 
-def unreplaced(plan: Plan) -> str:
-    """A remark where bitsandbytes leaves some linear layers as they are."""
-    kept = [linear.name for linear in plan.architecture.linears if not linear.quantized]
-    if plan.recipe.quantization == "none" or not kept:
-        return ""
-    return f" (but {', '.join(dict.fromkeys(kept))} stays unquantized)"
+def linear_weights(linears: Iterable[tuple[Linear, int]]) -> int:
+    """Weights of so many of each."""
+    return sum(linear.weight_numel * count for linear, count in linears)
 
 
 def constant_lines(plan: Plan) -> list[str]:
@@ -121,12 +120,13 @@ def constant_lines(plan: Plan) -> list[str]:
     recipe = plan.recipe
     if recipe.quantization == "none":
         return []
-    if recipe.quantization == "int8":
+    if recipe.quantization == "int8" and base_linears(plan):
         return ["One float32 for each row of a weight."]
     blocks = sum(
-        exact.absmax_count(linear.weight_numel, recipe.block_size) * count
-        for linear, count in plan.architecture.all_linears()
+        exact.absmax_count(linear.weight_numel, recipe.block_size) * count for linear, count in base_linears(plan)
     )
+    if not blocks:
+        return []
     first = f"Each block of {recipe.block_size} weights shares one absmax constant: {number(blocks)} constants."
     if not recipe.double_quantization:
         return [
@@ -142,28 +142,36 @@ def constant_lines(plan: Plan) -> list[str]:
 
 
 def unquantized_lines(plan: Plan) -> list[str]:
-    """Embeddings, norms, head."""
-    architecture = plan.architecture
+    """Embeddings, head, what bitsandbytes leaves as it is, norms."""
     dtype = exact.stored_dtype(plan.recipe, plan.target.compute_dtype)
-    head = (
-        "the output head is the same tensor"
-        if architecture.tied_embeddings
-        else f"the output head {number(architecture.head_parameters)}"
-    )
     why = " (peft's upcast casts them to it)" if plan.recipe.upcast == "peft" else ""
+    return [f"Each takes the {DTYPE_BYTES[dtype]} bytes of {dtype}{why}.", *lines_of(unquantized_rows(plan))]
+
+
+def unquantized_rows(plan: Plan) -> list[Row]:
+    """The bytes of all weights that are not the base, whole, by what they are."""
+    architecture, recipe = plan.architecture, plan.recipe
+    item = DTYPE_BYTES[exact.stored_dtype(recipe, plan.target.compute_dtype)]
+    left = [(one, count) for one, count in architecture.all_linears() if (one, count) not in base_linears(plan)]
+    names = ", ".join(dict.fromkeys(linear.name for linear, _ in left))
+    experts = architecture.num_layers * architecture.expert_parameters
+    tower = architecture.tower.other_parameters if architecture.tower else 0
+    embedding, head = architecture.embedding_parameters, architecture.head_parameters
+    quantized = "" if recipe.quantization == "none" else ": bitsandbytes leaves them as they are"
+    shares = f"token embedding: {number(architecture.vocab_size)} x {architecture.hidden_size}"
+    counted = (
+        (embedding, f"{shares} = {number(embedding)} weights{'' if head else ', the output head too'}"),
+        (head, f"output head: {number(head)} weights"),
+        (experts, f"experts, {number(experts)} weights in parameters of three dimensions{quantized}"),
+        (linear_weights(left), f"linear layers, {number(linear_weights(left))} weights{quantized} ({names})"),
+        (tower, f"vision tower, all but its linear layers: {number(tower)} weights"),
+    )
+    rest = architecture.parameters - linear_weights(base_linears(plan)) - sum(numel for numel, _ in counted)
     return [
-        f"Token embedding: {number(architecture.vocab_size)} x {architecture.hidden_size}"
-        f" = {number(architecture.embedding_parameters)} weights;",
-        f"  {head}.",
-        f"Norms, biases and the like: the rest of {number(architecture.parameters - linear_weights(architecture))}.",
-        f"Each takes the {DTYPE_BYTES[dtype]} bytes of {dtype}{why}.",
+        *(Row(numel * item, text) for numel, text in counted),
+        Row(rest * item, f"norms, biases and the like: {number(rest)} weights"),
+        Row(exact.buffer_bytes(architecture), "tables that the model keeps beside its weights"),
     ]
-
-
-def trainable(plan: Plan) -> tuple[int, str]:
-    """How many weights are trained, and their dtype."""
-    numel = sum(size * count for size, count in exact.trainable_tensors(plan.architecture, plan.recipe))
-    return numel, exact.trainable_dtype(plan.recipe, plan.target.compute_dtype)
 
 
 def adapter_lines(plan: Plan) -> list[str]:
@@ -190,34 +198,6 @@ def adapter_lines(plan: Plan) -> list[str]:
         *lines,
         f"Each takes the {DTYPE_BYTES[dtype]} bytes of {dtype}: {size_text(numel * DTYPE_BYTES[dtype])}.",
     ]
-
-
-def gradient_lines(plan: Plan) -> list[str]:
-    """Gradients of what is trained."""
-    numel, dtype = trainable(plan)
-    whole = numel * DTYPE_BYTES[dtype]
-    lines = [f"One for each trained weight, in {dtype}: {number(numel)} x {DTYPE_BYTES[dtype]} = {size_text(whole)}."]
-    if plan.estimate.gpu.components.gradients < whole and plan.strategy.zero_stage < 2:
-        lines.append("At the peak, those of layers whose backward pass is to come do not exist.")
-    return lines
-
-
-def optimizer_lines(plan: Plan) -> list[str]:
-    """Adam's moments."""
-    numel, _ = trainable(plan)
-    each = 1 if plan.recipe.optimizer == "adamw_8bit" else 4
-    gpu = plan.estimate.gpu
-    lines = [f"AdamW keeps two moments for each trained weight: {number(numel)} x 2 x {each} bytes."]
-    if plan.recipe.optimizer == "adamw_8bit":
-        lines.append(f"Each block of {exact.STATE_BLOCK} of a moment shares one float32 constant.")
-    if gpu.paged_bytes:
-        lines.append(
-            f"{size_text(gpu.paged_bytes)} of that is paged: managed memory, which torch's counters leave out."
-        )
-    if plan.strategy.offload != "none":
-        same = ", which on a CPU is the same" if plan.target.device.kind == "cpu" else ""
-        lines.append(f"Offloading keeps it in the host's memory{same}.")
-    return lines
 
 
 def activation_lines(plan: Plan) -> list[str]:
@@ -260,9 +240,10 @@ def loss_lines(plan: Plan) -> list[str]:
 
 def workspace_lines(plan: Plan) -> list[str]:
     """Dequantized weights."""
-    if plan.recipe.quantization == "none":
+    quantized = [one for one in plan.architecture.linears if exact.is_quantized(one, plan.recipe)]
+    if not quantized:
         return []
-    linear = max(plan.architecture.linears, key=lambda one: one.weight_numel)
+    linear = max(quantized, key=lambda one: one.weight_numel)
     item = DTYPE_BYTES[plan.target.compute_dtype]
     return [
         "A quantized weight is turned into the compute dtype for its product, then",
@@ -289,14 +270,6 @@ def framework_lines(plan: Plan) -> list[str]:
         "Every tensor's size is rounded up to 512 bytes; a cached block that is at most "
         "1 MiB too big is handed out, and counted, whole; and cuBLAS keeps a workspace."
     ]
-
-
-def sharding(plan: Plan, component: str) -> tuple[str, ...]:
-    """A remark where the workers share a component out."""
-    stage, workers = plan.strategy.zero_stage, plan.strategy.world_size
-    if workers == 1 or stage < SHARDED_FROM.get(component, 4):
-        return ()
-    return (f"ZeRO stage {stage} divides this among {workers} workers; what is said above is the whole.",)
 
 
 def peak_lines(plan: Plan) -> Iterator[str]:
@@ -346,9 +319,12 @@ def host_lines(plan: Plan) -> Iterator[str]:
     yield f"While loading, {size_text(host.load_peak_bytes)} for {whose}{how}."
     why = ""
     if not host.steady_bytes:
-        offloads = plan.strategy.offload != "none"
-        why = ": what is offloaded counts as the CPU's" if offloads else ": nothing is offloaded"
-    yield f"While training, {size_text(host.steady_bytes)}{why}."
+        why = ": nothing is offloaded"
+        if plan.strategy.offload != "none":
+            why = ": what is offloaded counts as the CPU's"
+    each = ", for each rank" if offloads(plan) else ""
+    yield f"While training, {size_text(host.steady_bytes)}{why}{each}{':' if each else '.'}"
+    yield from lines_of(host_rows(plan))
     if plan.estimate.gpu.paged_bytes:
         yield "What is paged moves there only as far as a GPU has no room for it; that much is counted."
     if plan.host_usable_bytes is None:
@@ -389,15 +365,3 @@ def other_choices(plan: Plan) -> Iterator[tuple[str, Mapping[str, Any], Mapping[
         yield "peft's casts to float32 (--upcast peft)", {"upcast": "peft"}, {}
     if strategy.paged_optimizer:
         yield "optimizer state not paged (--optimizer adamw)", {}, {"paged_optimizer": False}
-
-
-def number(value: int) -> str:
-    """A count, its digits in groups."""
-    return f"{value:,}"
-
-
-def size_text(value: int) -> str:
-    """Bytes in the unit that suits them."""
-    if value >= GIB:
-        return f"{value / GIB:.2f} GiB"
-    return f"{value / MIB:.2f} MiB" if value >= MIB / 100 else f"{value} bytes"

@@ -20,6 +20,18 @@ def gib(value: int) -> str:
     return f"{value / GIB:.2f} GiB" if abs(value) >= GIB // 10 else f"{value / MIB:.2f} MiB"
 
 
+def size_text(value: int) -> str:
+    """Bytes in the unit that suits them, with two digits."""
+    if value >= GIB:
+        return f"{value / GIB:.2f} GiB"
+    return f"{value / MIB:.2f} MiB" if value >= MIB / 100 else f"{value} bytes"
+
+
+def number(value: int) -> str:
+    """A count, its digits in groups."""
+    return f"{value:,}"
+
+
 def error(predicted: int, measured: int) -> str:
     """How far a prediction is off; above zero it is too high."""
     return f"{(predicted - measured) / measured:+z.1%}" if measured else "-"
