@@ -47,6 +47,7 @@ class Record:
 
     Attributes:
         out: the file.
+        sized_for: bytes that were free on the device at the first start, whose sizes are gone on with; None at that.
 
     Raises:
         RequestError: it cannot be read or written.
@@ -56,17 +57,14 @@ class Record:
         try:
             self.out, earlier = measured_before(out, facts)
             self._facts = {**facts, **{what: earlier.get(what) for what in ("rates", "recovery")}}
-            self._facts["device"] = earlier.get("device", facts["device"])
+            if "device" in earlier:
+                self._facts["device"] = earlier["device"]
+            self.sized_for: int | None = earlier.get("device", {}).get("free_bytes")
             self.rows: list[Row] = [row for row in earlier.get("rows", []) if row["status"] == "measured"]
             self._write()
         except OSError as error:
             rule = f"it cannot be read and written: {error.strerror or error}"
             raise request_error("--out", out, rule, "Name a file in a folder of your own") from error
-
-    @property
-    def free_bytes(self) -> int:
-        """What was free on the device at the first start, for which all others take the sizes, too."""
-        return cast(int, self._facts["device"]["free_bytes"])
 
     @property
     def rates(self) -> dict[str, Any] | None:
@@ -174,7 +172,8 @@ def run(
     Those that the record has are not measured again.
     """
     device = predict.device_of(machine)
-    cases = [case for case in predict.fitted(cases, device, record.free_bytes) if not record.has(case)]
+    sized = predict.fitted(cases, device, record.sized_for or machine["free_bytes"])
+    cases = [case for case in sized if not record.has(case)]
     if not cases:
         return
     pace = 1.0
