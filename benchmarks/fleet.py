@@ -1,4 +1,4 @@
-"""`make fleet`: how long `qlora-capacity` takes for 50 jobs on eight pools, and for ten thousand runs.
+"""`make fleet`: how long `qlora-capacity` takes for 50 jobs on eight pools, and for ten thousand runs or jobs.
 
 Each question is asked by the command itself, in a process of its own, as somebody would ask it.
 """
@@ -48,6 +48,7 @@ MOST = {
     "50 jobs of 10 models with one recipe, each with other data": 5,
     "50 jobs of which no two have model, rank and length alike": 5,
     "10,000 runs of 7 jobs, by rules": 60,
+    "10,000 jobs of 10 models, each with other data or another deadline, by rules": 60,
 }
 """What is asked, and the seconds that it may take at most."""
 
@@ -58,8 +59,10 @@ def jobs_of(count: int, *, unlike: bool) -> dict[str, Any]:
     for number in range(count):
         length, rank = (256 * (1 + number % 12), 8 * (1 + number // len(MODELS))) if unlike else (2048, 16)
         recipe = {"rank": rank, "seq_len": length, "tokens_per_step": 64 * length}
-        model, tokens = MODELS[number % len(MODELS)], f"{10 + number}M"
-        jobs.append({"name": f"job-{number}", "model": model, "tokens": tokens, "deadline_hours": 48, "recipe": recipe})
+        model, tokens, due = MODELS[number % len(MODELS)], f"{10 + number % 100}M", 48 + number // 100
+        jobs.append(
+            {"name": f"job-{number}", "model": model, "tokens": tokens, "deadline_hours": due, "recipe": recipe}
+        )
     return {"jobs": jobs}
 
 
@@ -68,7 +71,7 @@ def asked(fleet: Path, jobs: Path) -> tuple[float, float]:
     command = [str(Path(sys.executable).with_name("qlora-capacity")), str(fleet), "--jobs", str(jobs)]
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     users = {**os.environ, "QLORA_LEDGER": str(ROOT / ".cache" / "no-ledger")}
-    done = subprocess.run([*command, "--seconds", str(SECONDS), "--json"], capture_output=True, text=True, env=users)
+    done = subprocess.run([*command, "--seconds", str(SECONDS)], capture_output=True, text=True, env=users)
     took, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode not in (0, 1):
         raise SystemExit(done.stderr)
@@ -86,15 +89,17 @@ def main() -> None:
     """Ask, and write what it took."""
     before = facts("qlora-orchestrator", "ortools")
     with tempfile.TemporaryDirectory() as folder:
-        alike, unlike = Path(folder) / "alike.yaml", Path(folder) / "unlike.yaml"
+        alike, unlike, many = (Path(folder) / f"{name}.yaml" for name in ("alike", "unlike", "many"))
         alike.write_text(yaml.safe_dump(jobs_of(50, unlike=False)))
         unlike.write_text(yaml.safe_dump(jobs_of(50, unlike=True)))
+        many.write_text(yaml.safe_dump(jobs_of(10_000, unlike=False)))
         always_open = Path(folder) / "fleet.yaml"
         description = yaml.safe_load(FLEET.read_text(encoding="utf-8"))
         for pool in description["pools"]:
             pool.pop("hours", None)  # a fleet with hours is scheduled by rules alone
         always_open.write_text(yaml.safe_dump(description))
-        questions = dict(zip(MOST, ((always_open, alike), (always_open, unlike), (FLEET, MANY)), strict=True))
+        files = ((always_open, alike), (always_open, unlike), (FLEET, MANY), (FLEET, many))
+        questions = dict(zip(MOST, files, strict=True))
         bare = bare_milliseconds()
         rounds = [{name: asked(*files) for name, files in questions.items()} for _ in range(ROUNDS)]
     results = {
