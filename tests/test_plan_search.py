@@ -226,8 +226,9 @@ def test_without_a_gpu_named_a_fake_nvidia_smi_s_gpus_are_planned_for(
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     answer = ask("--model", "7b", "--json").json
-    assert answer["strategy"]["world_size"] == 2
+    assert answer["strategy"]["world_size"] == 2, answer["warnings"]
     assert [verdict["gpu"] for verdict in answer["verdicts"]] == ["rtx-4090"]
     assert answer["verdicts"][0]["usable_bytes"] == 23500 * 1024**2, "what is free on the fuller one"
     assert any("this machine" in choice["reason"] for choice in answer["choices"])
