@@ -85,6 +85,7 @@ def submit(
     from launch.report.terminal import print_plan
     from launch.travel import JobOrder, travelling
     from orchestrator.prepare import prepare
+    from orchestrator.record import load_record
     from orchestrator.run import finished
 
     if render is not None:
@@ -101,7 +102,8 @@ def submit(
     if remark:
         command.warn(remark)
     prepared = prepare(spec, tell=lambda text: click.echo(text, err=True), machine=machine)
-    if finished(prepared) is not None:
+    record = load_record(Path(spec.output))
+    if record is not None and finished(prepared, record) is not None:
         click.echo(
             f"The run in {spec.output} is complete already; nothing was submitted. --fresh starts anew beside it."
         )

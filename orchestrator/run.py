@@ -65,10 +65,10 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
         RunFailed: the run failed, or the plan does not fit; the record says how far it came.
         Interrupted: it was stopped before there was anything to save.
     """
-    if (complete := finished(prepared)) is not None:
-        return complete, True
     output = Path(prepared.spec.output)
     record = load_record(output)
+    if record is not None and (complete := finished(prepared, record)) is not None:
+        return complete, True
     display.planned(prepared)
     if not prepared.plan.fits and not force:
         raise RunFailed(
@@ -92,16 +92,13 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
     return record, False
 
 
-def finished(prepared: Prepared) -> RunRecord | None:
-    """The record of the run in the output folder, if it has come to its end and its result lies there.
+def finished(prepared: Prepared, record: RunRecord) -> RunRecord | None:
+    """The record of the output folder, which is given, if its run has come to its end and its result lies there.
 
     Raises:
         RequestError: another run lies there, or this one with another result than is asked for.
     """
     output = Path(prepared.spec.output)
-    record = load_record(output)
-    if record is None:
-        return None
     check_same(record.identity, prepared.identity, output)
     if record.status != "complete" or not (result := result_folder(prepared, output)).is_dir():
         return None

@@ -125,10 +125,9 @@ _LLAMA = Decoder(qkv_bias=_ATTENTION_BIAS, o_bias=_ATTENTION_BIAS, mlp_bias=_MLP
 
 DECODERS: dict[str, Decoder] = {
     "llama": _LLAMA,
-    "internlm3": _LLAMA._replace(
-        intermediate=10240, kv_heads=2, head_dim=128, positions=32768
-    ),  # transformers loads it as Llama
-    "iquestcoder": _LLAMA._replace(intermediate=27648, kv_heads=8, head_dim=128, positions=131072),  # as Llama too
+    # transformers loads these two as Llama
+    "internlm3": _LLAMA._replace(intermediate=10240, kv_heads=2, head_dim=128, positions=32768),
+    "iquestcoder": _LLAMA._replace(intermediate=27648, kv_heads=8, head_dim=128, positions=131072),
     "mistral": Decoder(intermediate=14336, kv_heads=8, positions=131072, window=Window("all", default=4096)),
     "ministral": Decoder(intermediate=14336, kv_heads=8, positions=131072, window=Window("listed", default=4096)),
     "ministral3": Decoder(intermediate=14336, kv_heads=8, head_dim=128, positions=262144, window=Window("all")),
