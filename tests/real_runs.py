@@ -146,7 +146,7 @@ class Run:
         return {}
 
     def assert_nothing_is_left(self) -> None:
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert not left, [process.cmdline() for process in left]

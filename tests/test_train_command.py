@@ -348,7 +348,7 @@ def killed(new_run: Callable[[str], Run]) -> Killed:
     run.environment |= {"RAY_metrics_report_interval_ms": "500", "PYTHONUNBUFFERED": "1"}
     process = run.start("recipe.steps=5000")
     run.wait_for_step(1, process)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT
     shown: Shown = {}
     last = {("ray_qlora_train_loss", "0"), ("ray_qlora_memory_optimizer_measured_bytes", "0")}
     last |= {("ray_qlora_memory_optimizer_measured_bytes", "1"), ("ray_qlora_eval_loss", "0")}
@@ -359,7 +359,7 @@ def killed(new_run: Callable[[str], Run]) -> Killed:
     time.sleep(1)  # until it stands in metrics.jsonl, too
     busy_with = [worker.cmdline()[0].strip() for worker in run.workers()]
     process.kill()
-    output, _ = process.communicate(timeout=15)
+    output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == -signal.SIGKILL
     assert "Metrics for Prometheus: http://127.0.0.1:" in output
     return Killed(run, shown, busy_with)
@@ -391,7 +391,7 @@ def test_nor_does_a_second_interrupt(new_run: Callable[[str], Run]) -> None:
     process.send_signal(signal.SIGINT)
     time.sleep(0.01)  # two signals that arrive together are one
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=15)
+    process.communicate(timeout=TIMEOUT)
     assert process.returncode == 128 + signal.SIGINT
     assert_nothing_is_half(run)
 
