@@ -381,6 +381,10 @@ def test_wrong_values_are_refused_by_name(field: str, value: object, says: str) 
         ({"model_type": "mixtral", **COMMON, **EXPERTS, "num_experts_per_tok": 9}, "more than the 4 experts"),
         ({"model_type": "opt", **COMMON, "ffn_dim": 96, "word_embed_proj_dim": 32}, "OPT-350M"),
         ({"model_type": "gemma2", **COMMON, "layer_types": ["full_attention"]}, "one entry for each of the 3 layers"),
+        (
+            {"model_type": "gemma2", **COMMON, "layer_types": ["full_attention", "slide", 7]},
+            "layer_types: each must be full_attention or sliding_attention (got 'slide', 7)",
+        ),
     ],
 )
 def test_what_cannot_be_modelled_is_refused_with_the_reason(fields: dict[str, Any], says: str) -> None:

@@ -440,6 +440,16 @@ def test_components_add_up_and_are_those_of_the_formula() -> None:
     assert by_trace.host == by_formula.host
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_gpt_2_s_linears_are_base_weights_where_they_stay_in_16_bits(method: str) -> None:
+    sizes = {"vocab_size": 4096, "n_embd": 256, "n_layer": 4, "n_head": 8, "n_positions": 256}
+    architecture = architecture_from_config({"model_type": "gpt2", **sizes}, name="a GPT-2", source="a test")
+    request = architecture, recipe_of(method), Strategy(paged_optimizer=False), A100
+    by_trace, by_formula = trace.estimate(*request).gpu.components, formula.estimate(*request).gpu.components
+    linears = 4 * 12 * 256**2  # fused qkv 3, output 1, up 4, down 4
+    assert by_trace.base_weights == by_formula.base_weights == 2 * linears
+
+
 def test_paged_state_is_outside_the_sum() -> None:
     request = find_model("smollm2-135m"), recipe(rank=256), Strategy(), A100
     said = trace.estimate(*request).gpu

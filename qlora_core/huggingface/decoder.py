@@ -7,6 +7,9 @@ from qlora_core.huggingface.families import Decoder, Experts, Switch, Window
 from qlora_core.huggingface.fields import ConfigFields
 from qlora_core.huggingface.modules import placed
 
+_ATTENTIONS = ("full_attention", "sliding_attention")
+"""What ``layer_types`` can say of a layer."""
+
 
 def build(fields: ConfigFields, model_type: str, family: Decoder) -> ModelArchitecture:
     """The architecture of a model of `family`.
@@ -172,6 +175,9 @@ def _window(fields: ConfigFields, window: Window | None, layers: int) -> tuple[i
     if size is None:
         return None, 0
     if listed is not None:
+        if unknown := [repr(kind)[:40] for kind in listed if kind not in _ATTENTIONS]:
+            rule = f"each must be {' or '.join(_ATTENTIONS)}"
+            fields.problem("layer_types", ", ".join(dict.fromkeys(unknown))[:80], rule, "Correct them")
         count = sum(kind == "sliding_attention" for kind in listed)
     elif window.layers in ("all", "listed"):
         count = layers

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.core_model_loading import dot_natural_key
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from qlora_core.architecture import ModelArchitecture
@@ -87,17 +88,16 @@ def _warm_up_bytes(model: nn.Module) -> int:
 def _load_weights(model: nn.Module, dtype: torch.dtype, recorder: Recorder, *, quantized: bool) -> None:
     """Each weight as it comes from the checkpoint, quantized where it is to be."""
     seen: dict[int, nn.Parameter] = {}
+    # Falcon's linears, of a type of their own, are left as they are by a recipe that quantizes
+    linears = bnb.nn.Linear4bit if quantized else (nn.Linear, Conv1D)
     for name in sorted(dict(model.named_parameters()), key=dot_natural_key):
         holder, _, last = name.rpartition(".")
         module = model.get_submodule(holder)
         old = getattr(module, last)
         if id(old) in seen:
             continue
-        room = "unquantized_weights"
-        # Falcon's linears, of a type of their own, are left as they are by a recipe that quantizes
-        if isinstance(module, bnb.nn.Linear4bit if quantized else nn.Linear) and last == "weight":
-            room = "base_weights"
-        recorder.room = room
+        is_base = isinstance(module, linears) and last == "weight"
+        recorder.room = "base_weights" if is_base else "unquantized_weights"
         recorder.mark(WEIGHT)
         value = _from_checkpoint(old, dtype)
         if isinstance(module, bnb.nn.Linear4bit) and last == "weight":
