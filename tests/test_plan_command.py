@@ -529,6 +529,17 @@ def test_the_screen_is_plain_and_narrow_when_piped(
     assert all(len(line) <= int(columns) and line == line.rstrip() for line in lines)
 
 
+@pytest.mark.parametrize("arguments", ["--model 65b", "--model 65b --explain", "--list-gpus"])
+def test_no_figure_is_lost_where_the_terminal_is_narrow(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = ask(*arguments.split()).out
+    monkeypatch.setenv("COLUMNS", "80")
+    assert narrow == ask(*arguments.split()).out
+    assert "…" not in narrow
+
+
 def test_the_screen_shows_what_the_json_holds(ask: Ask) -> None:
     gpu = ask("--model", "65b", "--gpu", "rtx-a6000", "--json").json["estimate"]["gpu"]
     answer = ask("--model", "65b", "--gpu", "rtx-a6000")

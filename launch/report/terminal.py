@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import click
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.padding import Padding
@@ -17,7 +16,7 @@ from clusters.gpu import GIB, MIB
 from launch import command
 from launch.listing import parameters
 from launch.report.components import COMPONENT_TITLES
-from launch.report.words import error, gib, time_words
+from launch.report.words import echo, error, gib, time_words
 from orchestrator.plans import Duration, Plan, Verdict
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.step_time import StepTime
@@ -44,19 +43,19 @@ class Bar:
 
 def print_plan(plan: Plan, *, explained: bool = False, swept: Sweep | None = None, err: bool = False) -> None:
     """Print a plan to stdout, or with `err` to stderr; its warnings to stderr."""
-    console = Console(highlight=False, markup=False, emoji=False)  # a name in brackets is a name
-    with console.capture() as captured:
-        console.print(*screen(plan, swept), sep="\n")
-        if explained:
-            from launch.report.explain import explain
-
-            for section in explain(plan):
-                console.print(Text(f"\n{section.title}", style="bold"))
-                for line in section.lines:
-                    console.print(Padding(Text(line), (0, 0, 0, 2)))
     for warning in plan.warnings:
         command.warn(warning)
-    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()), err=err)
+    echo(*screen(plan, swept), *(_explanation(plan) if explained else ()), err=err)
+
+
+def _explanation(plan: Plan) -> Iterator[RenderableType]:
+    """Where every gigabyte goes."""
+    from launch.report.explain import explain  # late: few ask for it
+
+    for section in explain(plan):
+        yield Text(f"\n{section.title}", style="bold")
+        for line in section.lines:
+            yield Padding(Text(line), (0, 0, 0, 2))
 
 
 def plan_screen(plan: Plan) -> RenderableType:

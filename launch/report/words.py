@@ -37,26 +37,31 @@ def error(predicted: int, measured: int) -> str:
     return f"{(predicted - measured) / measured:+z.1%}" if measured else "-"
 
 
+LEAST_WIDTH = 80
+"""Columns: tables lose figures on fewer, so a terminal that is narrower breaks their lines itself."""
+
+
 def on_one_line(title: str) -> str:
     """A column's title, which a terminal shows on two lines."""
     return " ".join(title.split())
 
 
-def echo(*renderables: RenderableType, piped_width: int) -> None:
-    """Print on stdout as rich lays it out, without blanks at the ends of lines.
+def echo(*renderables: RenderableType, piped_width: int | None = None, err: bool = False) -> None:
+    """Print on stdout, or with `err` on stderr, as rich lays it out, without blanks at the ends of lines.
 
     Args:
-        piped_width: columns where there is no terminal.
+        piped_width: columns where there is no terminal; None: as many as a terminal would have.
     """
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)  # a name in brackets is a name
-    if not console.is_terminal:
+    if piped_width is not None and not console.is_terminal:
         console.width = piped_width
+    console.width = max(console.width, LEAST_WIDTH)
     with console.capture() as captured:
         for each in renderables:
             console.print(each)
-    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()), err=err)
 
 
 def time_words(seconds: float) -> str:
