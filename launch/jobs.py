@@ -147,18 +147,19 @@ def machine_of(address: str, pool: str | None = None, described: Cluster | None 
         kind = max(
             (name for each in resources for name in types_of(each) if taken.gpu in gpus_of(types_of(each))), key=len
         )
-    return machine_of_pool(taken, kind), "; ".join(remarks) or None
+    currency = None if described is None else described.currency
+    return machine_of_pool(taken, kind, currency), "; ".join(remarks) or None
 
 
 def as_described(found: Cluster, wanted: Pool) -> Pool:
-    """What a running Ray has of a described pool: its GPUs, on no more nodes than were meant.
+    """What a running Ray has of a described pool: its GPUs, on no more nodes than were meant, at its price.
 
     Raises:
         RequestError: it has no such nodes.
     """
     for pool in found.pools:
         if (pool.gpu, pool.gpus_per_node) == (wanted.gpu, wanted.gpus_per_node):
-            return replace(pool, nodes=min(pool.nodes, wanted.nodes))
+            return replace(pool, nodes=min(pool.nodes, wanted.nodes), price_per_hour=wanted.price_per_hour)
     rule = f"no node of {found.source} has {wanted.gpus_per_node} {wanted.gpu.name}"
     there = ", ".join(f"{pool.nodes} with {pool.gpus_per_node} {pool.gpu.name}" for pool in found.pools)
     raise request_error("--pool", wanted.name, rule, f"Start such nodes, or give another pool: there are {there}")

@@ -14,7 +14,7 @@ from clusters.cluster import Cluster, load_cluster
 from clusters.errors import not_installed, request_error, without_secrets
 from launch.report.words import echo, gib
 from orchestrator.history import ledger_place
-from orchestrator.ledger import device_seconds, faults, latest, tokens_per_second
+from orchestrator.ledger import device_seconds, faults, latest, own_cost, tokens_per_second
 from qlora_core.files import replace_atomically
 
 HOUR = 3600.0
@@ -91,11 +91,15 @@ def rows_of(
 def row_of(
     run: str, folder: str, status: str, record: Mapping[str, Any], prices: Mapping[str, tuple[float, str]] | None
 ) -> Row:
-    """One run's figures."""
+    """One run's figures; what it cost by `prices`, or without any by that of the cluster which it was planned for."""
     plan, predicted, measured = record["plan"], record["predicted"], record["measured"] or {}
     device = plan["estimate"]["gpu"]["name"]
     seconds = device_seconds(record)
-    row = {
+    paid = own_cost(record)
+    if prices is not None:
+        per_hour, currency = prices.get(device, (None, None))
+        paid = None if per_hour is None or currency is None else (per_hour * seconds / HOUR, currency)
+    return {
         "run": run,
         "name": record["name"],
         "status": status,
@@ -115,11 +119,9 @@ def row_of(
         "attempts": len(record["attempts"]),
         "faults": faults(record),
         "device_seconds": seconds,
+        "cost": None if paid is None else paid[0],
+        "currency": None if paid is None else paid[1],
     }
-    if prices is not None:
-        per_hour, currency = prices.get(device, (None, None))
-        row |= {"cost": None if per_hour is None else per_hour * seconds / HOUR, "currency": currency}
-    return row
 
 
 def hourly(cluster: Cluster, path: Path) -> dict[str, tuple[float, str]]:
@@ -192,7 +194,7 @@ def show(rows: Sequence[Row]) -> None:
 
     table = Table(box=None)
     columns = ("name", "started", "status", "model", "device", "predicted", "measured", "tokens/s", "faults", "hours")
-    has_cost = "cost" in rows[0]
+    has_cost = any(row["cost"] is not None for row in rows)
     for name in (*columns, *(["cost"] if has_cost else [])):
         table.add_column(name, no_wrap=True, justify="left" if name in columns[:5] else "right")
     for row in rows:

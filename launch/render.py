@@ -89,7 +89,7 @@ def place(asked: Asked, spec: RunSpec) -> Place:
         return Place(dataclasses.replace(here, kind="cpu", devices=workers if isinstance(workers, int) else 1))
     cluster = load_cluster(asked.cluster)
     pool = chosen_pool(cluster, asked.pool)
-    return Place(machine_of_pool(pool), cluster, pool)
+    return Place(machine_of_pool(pool, currency=cluster.currency), cluster, pool)
 
 
 def check_options(asked: Asked) -> None:

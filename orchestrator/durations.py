@@ -7,20 +7,25 @@ from qlora_core.step_time import StepTime
 
 
 def duration(
-    step: StepTime | None, tokens: int | None, gpus: int, price_per_hour: float | None, currency: str | None
+    step: StepTime | None,
+    tokens: int | None,
+    gpus: int,
+    price_per_hour: float | None,
+    currency: str | None,
+    steps: int | None = None,
 ) -> Duration | None:
     """A run over `tokens`, all of its nodes together costing `price_per_hour`; None where either is not known.
 
-    The last step is a whole one, as a run's is.
+    Where it is not known how many steps they make, each is taken to be full and the last a whole one, as a run's is.
     """
     if step is None or tokens is None:
         return None
-    steps = -(-tokens // step.tokens)
-    seconds, low, high = (steps * each for each in (step.seconds, step.low, step.high))
+    full = tokens / step.tokens if steps is not None else -(-tokens // step.tokens)
+    seconds, low, high = (full * each for each in (step.seconds, step.low, step.high))
     prices = [None] * 3 if price_per_hour is None else [price_per_hour * each / 3600 for each in (seconds, low, high)]
     return Duration(
         tokens=tokens,
-        steps=steps,
+        steps=steps if steps is not None else int(full),
         seconds=seconds,
         low_seconds=low,
         high_seconds=high,

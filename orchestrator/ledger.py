@@ -231,6 +231,14 @@ def device_seconds(record: Mapping[str, Any]) -> float:
     return total
 
 
+def own_cost(record: Mapping[str, Any]) -> tuple[float, str] | None:
+    """What a run's devices cost until now, and in which currency; None where its plan had no price for them."""
+    planned = record["plan"].get("duration")
+    if not planned or planned.get("price") is None:
+        return None
+    return planned["price"] / planned["gpu_hours"] * device_seconds(record) / 3600, planned["currency"]
+
+
 def known_history(tell: Callable[[str], None]) -> History:
     """What earlier runs measured; nothing, and a remark, where the ledger cannot be read."""
     place = ledger_place()

@@ -30,6 +30,7 @@ class Machine:
         has_bfloat16: whether the CPU multiplies bfloat16: it has AMX or AVX512-BF16.
         accelerator_type: what Ray calls its GPUs, where workers must not get others.
         has_liger: liger-kernel is installed there.
+        gpu_hour_price: what one of its GPUs costs for an hour, in `currency`; None where nobody said.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -40,10 +41,12 @@ class Machine:
     has_bfloat16: bool = False
     accelerator_type: str | None = None
     has_liger: bool = False
+    gpu_hour_price: float | None = None
+    currency: str | None = None
 
 
-def machine_of_pool(pool: Pool, accelerator_type: str | None = None) -> Machine:
-    """What the nodes of a pool offer, all together."""
+def machine_of_pool(pool: Pool, accelerator_type: str | None = None, currency: str | None = None) -> Machine:
+    """What the nodes of a pool offer, all together; its price is in `currency`."""
     return Machine(
         kind="cuda",
         name=pool.gpu.name,
@@ -51,6 +54,8 @@ def machine_of_pool(pool: Pool, accelerator_type: str | None = None) -> Machine:
         memory_bytes=pool.usable_bytes,
         compute_capability=pool.gpu.compute_capability,
         accelerator_type=accelerator_type,
+        gpu_hour_price=None if pool.price_per_hour is None else pool.price_per_hour / pool.gpus_per_node,
+        currency=currency,
     )
 
 

@@ -7,12 +7,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from clusters.errors import Problem, RequestError, request_error
 from orchestrator.base import Base, find_base
+from orchestrator.durations import duration
 from orchestrator.identity import identity
 from orchestrator.ledger import known_history
 from orchestrator.machine import Machine, describe, target_of
@@ -122,10 +124,11 @@ def prepare(
         history=history,
         at_most=history.room(target, base.architecture.name, spec.recipe),
     )
+    total_steps = spec.recipe.total_steps(len(layout.rows))
     return Prepared(
         spec=spec,
         base=base,
-        plan=plan,
+        plan=timed(plan, machine, layout, total_steps),
         machine=machine,
         data=data,
         datasets={name: asdict(report) for name, (_, report) in learned.items() if spec.data.datasets is not None},
@@ -134,7 +137,7 @@ def prepare(
         held_out=held_out,
         samples=samples(train, tokenizer),
         layout=layout,
-        total_steps=spec.recipe.total_steps(len(layout.rows)),
+        total_steps=total_steps,
         identity=identity(
             spec,
             base.identity,
@@ -221,7 +224,15 @@ def replanned(prepared: Prepared, strategy: StrategySpec, at_most: int | None = 
         history=history,
         at_most=history.room(target, architecture.name, spec.recipe) if at_most is None else at_most,
     )
-    return replace(prepared, plan=plan)
+    return replace(prepared, plan=timed(plan, prepared.machine, prepared.layout, prepared.total_steps))
+
+
+def timed(plan: Plan, machine: Machine, layout: Layout, steps: int) -> Plan:
+    """A run's plan, with how long its steps take and what they cost: its rows, of which few are the longest."""
+    gpus, price = plan.strategy.world_size, machine.gpu_hour_price
+    tokens = round(fmean(layout.lengths) * plan.recipe.sequences_per_step * steps)
+    hourly = None if price is None else gpus * price
+    return replace(plan, duration=duration(plan.verdict.step_time, tokens, gpus, hourly, machine.currency, steps=steps))
 
 
 def target_for(spec: RunSpec, machine: Machine) -> Target:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,26 @@ def test_a_run_grows_to_what_was_asked_for_and_no_further(prepared: Callable[...
         decision, grown = decided(Failure("devices back", "there again", available=available), [], alone)
         assert (decision.action, grown.plan.strategy.world_size) == ("grow", workers)
         assert grown.plan.strategy.sequences_per_step == SEQUENCES
+
+
+def test_what_a_run_takes_and_costs_goes_by_the_tokens_that_its_rows_have(
+    prepared: Callable[..., Prepared], conversations: Path
+) -> None:
+    before = prepared(world_size=4, zero_stage=2)
+    run = replace(before, machine=replace(FOUR_GPUS, gpu_hour_price=2.5, currency="EUR"))
+    assert (one := before.plan.duration) is not None
+    assert one.price is None
+    learned = before.train.lengths
+    assert (one.steps, one.tokens) == (4, round(sum(learned) / len(learned) * SEQUENCES * 4))
+    step = before.plan.verdict.step_time
+    assert step is not None
+    assert one.seconds == pytest.approx(one.tokens / step.tokens * step.seconds)
+    assert one.gpu_hours == pytest.approx(4 * one.seconds / 3600)
+    alone = resized(run, 1)
+    assert alone is not None
+    assert (fewer := alone.plan.duration) is not None
+    assert (fewer.tokens, fewer.currency) == (one.tokens, "EUR")
+    assert fewer.price == pytest.approx(2.5 * fewer.seconds / 3600)
 
 
 def test_devices_that_come_back_are_no_failure(prepared: Callable[..., Prepared]) -> None:

@@ -208,6 +208,16 @@ def test_the_table_has_what_was_predicted_measured_and_paid(runs: Path) -> None:
     assert "2.00" in measured
 
 
+def test_what_was_paid_goes_by_the_prices_that_a_run_was_planned_with(runs: Path, tmp_path: Path) -> None:
+    assert "EUR" not in ask()
+    duration = {"seconds": 600.0, "gpu_hours": 0.5, "price": 1.0, "currency": "EUR"}
+    plan = {**ledger.latest(ledger_place(), 1)[0][3]["plan"], "duration": duration}
+    ledger.enter(finished(3, plan=plan), tmp_path, ledger_place())
+    [line] = [line for line in ask().splitlines() if "EUR" in line]
+    assert "4.00 EUR" in line  # 2 GPU-hours at 2.00
+    assert ask("--cluster", str(runs / "prices.yaml")).count("3.00 EUR") == 3
+
+
 @pytest.mark.parametrize("ending", ["csv", "json", "parquet"])
 def test_files_have_all_figures(runs: Path, ending: str) -> None:
     path = runs / f"runs.{ending}"

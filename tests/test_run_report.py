@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import Any
 
 from launch.progress import became
 from launch.report.document import Document, markdown
-from launch.report.run_report import attempts, data, learned_from
+from launch.report.run_report import attempts, data, learned_from, time
 from orchestrator.record import Attempt, RunRecord
 from qlora_core.training.dataset import DataReport
 
@@ -65,6 +66,26 @@ def test_each_attempt_has_its_line_and_what_was_passed_over_too() -> None:
         "| 2 | 2 to 6 | 2 x 1 x 4, ZeRO 2 | complete |  |  |",
         "|  |  |  | passed over | step-00000004: checkpoint.json is missing |  |",
     ]
+
+
+def test_what_a_run_cost_is_told_by_the_gpus_of_each_of_its_attempts() -> None:
+    began = "2026-11-30T10:00:00+00:00"
+    moments: dict[str, Any] = {"started": began, "from_step": 0, "ended": "2026-11-30T10:30:00+00:00"}
+    tried = (Attempt(**moments, strategy={"world_size": size}) for size in (4, 2))
+    running = Attempt(started=began, from_step=4, strategy=STRATEGY)
+    run = record(*tried, running)
+    step = {"seconds": 1.0, "low_seconds": 0.5, "high_seconds": 2.0, "tokens": 64, "parts": {"products": 1.0}}
+    duration: dict[str, Any] = {"seconds": 1800.0, "gpu_hours": 1.0, "price": 2.5, "currency": "EUR"}
+    run.plan |= {"verdicts": [{"step_time": step}], "duration": duration}
+    run.measured = {"step_seconds": 1.1}
+    [section] = time(run)
+    assert section.text[-1] == (
+        f"Started {began}, ended not yet; its attempts took 60 min. Planned, for its steps alone: 30 min, 2.50 EUR. "
+        "It cost 7.50 EUR."
+    )
+    duration["price"] = duration["currency"] = None
+    [section] = time(run)
+    assert section.text[-1].endswith("took 60 min. Planned, for its steps alone: 30 min.")
 
 
 def test_samples_show_what_is_learned_on_one_line_each_and_long_ones_without_their_middle() -> None:

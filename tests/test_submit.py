@@ -276,8 +276,9 @@ def test_the_plan_is_for_what_the_cluster_says_it_has(monkeypatch: pytest.Monkey
 
 TEAM = """
 name: team
+currency: EUR
 pools:
-- {name: big, gpu: a100-80gb, gpus_per_node: 8, nodes: 4}
+- {name: big, gpu: a100-80gb, gpus_per_node: 8, nodes: 4, price_per_hour: 20}
 - {name: desk, gpu: l40s, gpus_per_node: 4}
 - {name: new, gpu: h200, gpus_per_node: 8}
 """
@@ -300,6 +301,10 @@ def test_a_pool_is_chosen_by_name_or_by_the_description_that_plans_were_made_wit
     assert machine("desk", team) == ("l40s", 4, "L40S")  # of the two nodes that are there one was meant
     assert machine("big", team) == ("a100-80gb", 16, "A100-80G")  # of the four that were meant two are there
     assert machine(None, team) == ("a100-80gb", 16, "A100-80G")
+    priced, _ = jobs.machine_of("http://there", "big", team)
+    assert (priced.gpu_hour_price, priced.currency) == (2.5, "EUR")
+    unpriced, _ = jobs.machine_of("http://there")
+    assert (unpriced.gpu_hour_price, unpriced.currency) == (None, None)
     for pool, cluster, message in (
         ("desk", None, "Ray at http://there has no such pool (got desk). Give one of a100-80gb-x8, l40s-x4"),
         ("new", team, "no node of Ray at http://there has 8 h200 (got new)"),

@@ -17,6 +17,7 @@ from launch.report.components import COMPONENT_TITLES, GROUPS
 from launch.report.document import DRAWS, Document, Section, drawn, write
 from launch.report.terminal import memory_rows
 from launch.report.words import ending, error, gib, mixture, time_words, visible, written_otherwise
+from orchestrator.ledger import own_cost
 from orchestrator.record import SAMPLES_NAME, RunRecord
 from qlora_core.data import in_an_epoch, left_out
 from qlora_core.perplexity import perplexity
@@ -205,13 +206,11 @@ def time(record: RunRecord) -> Iterator[Section]:
     )
     began, ended = record.attempts[0].started, record.attempts[-1].ended
     whole = f"Started {began}, ended {ended or 'not yet'}; its attempts took {time_words(spent_seconds(record))}."
-    duration = record.plan.get("duration") or {}
-    if duration.get("price") is not None:
-        paid = duration["price"] / duration["seconds"] * spent_seconds(record)
-        whole += (
-            f" That costs {paid:,.2f} {duration['currency']}; planned, for its steps alone: "
-            f"{time_words(duration['seconds'])}, {duration['price']:,.2f} {duration['currency']}."
-        )
+    if duration := record.plan.get("duration"):
+        whole += f" Planned, for its steps alone: {time_words(duration['seconds'])}"
+        if (paid := own_cost(record.model_dump())) is not None:
+            whole += f", {duration['price']:,.2f} {duration['currency']}. It cost {paid[0]:,.2f} {paid[1]}"
+        whole += "."
     yield Section("Time of a step", ("predicted", " s", " share"), rows, text=(said, whole))
 
 

@@ -131,7 +131,7 @@ def request_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.fits and plan.verdict.step_time is not None:
         yield "speed", speed_words(plan.verdict.step_time)
     if plan.fits and plan.duration is not None:
-        yield "whole run", duration_words(plan.duration)
+        yield "whole run", duration_words(plan.duration, plan.target.device.kind)
     for choice in plan.choices:
         yield choice.field.replace("_", " "), f"{choice.value}: {choice.reason}"
 
@@ -151,11 +151,13 @@ def speed_words(step: StepTime) -> str:
     return f"about {expected:,.0f} tokens/s ({slow:,.0f} to {fast:,.0f}{runs})"
 
 
-def duration_words(run: Duration) -> str:
-    """How long a run takes and what it costs, each with its bounds."""
+def duration_words(run: Duration, kind: str) -> str:
+    """How long a run takes on devices of a kind and what it costs, each with its bounds."""
     bounds = f"{time_words(run.low_seconds)} to {time_words(run.high_seconds)}"
     steps = "1 step" if run.steps == 1 else f"{run.steps:,} steps"
-    words = f"{steps} in {time_words(run.seconds)} ({bounds}), {run.gpu_hours:,.1f} GPU hours"
+    words = f"{steps} in {time_words(run.seconds)} ({bounds})"
+    if kind == "cuda":
+        words += f", {run.gpu_hours:,.1f} GPU hours"
     if run.price is None:
         return words
     return f"{words}, {run.price:,.2f} {run.currency} ({run.low_price:,.2f} to {run.high_price:,.2f})"
