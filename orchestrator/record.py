@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import platform
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict
 
 from clusters.errors import request_error
-from qlora_core.files import write_json
+from qlora_core.files import replace_atomically, write_json
 
 SAMPLES_NAME = "data/samples.json"
 """Of a run's folder: a few of its examples as text. Not in the record, which others may read in a ledger."""
 FILE_NAME = "run.json"
+SPECIFICATION_NAME = "specification.yaml"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray", "qlora-orchestrator")
 Status = Literal["running", "complete", "interrupted", "failed"]
 
@@ -123,6 +126,12 @@ def load_record(folder: Path) -> RunRecord | None:
             f"it is no run record that this version reads: {reason}",
             "Choose another output folder, or --fresh",
         ) from None
+
+
+def save_specification(fields: Mapping[str, Any], folder: Path) -> None:
+    """Write what was asked for as `qlora-train` reads it, whole or not at all."""
+    with replace_atomically(folder / SPECIFICATION_NAME) as temporary:
+        temporary.write_text(yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def save_record(record: RunRecord, folder: Path) -> None:

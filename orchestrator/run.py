@@ -22,7 +22,17 @@ from orchestrator.offsite import Offsite, offsite
 from orchestrator.order import Order
 from orchestrator.outcome import check_result, close, finish, predicted, result_folder
 from orchestrator.prepare import Prepared
-from orchestrator.record import SAMPLES_NAME, Attempt, RunRecord, load_record, new_id, now, save_record, versions
+from orchestrator.record import (
+    SAMPLES_NAME,
+    Attempt,
+    RunRecord,
+    load_record,
+    new_id,
+    now,
+    save_record,
+    save_specification,
+    versions,
+)
 from orchestrator.recovery import IN_ORDER, Failure
 from orchestrator.supervisor import (
     POLL_SECONDS,
@@ -274,15 +284,16 @@ def paused(seconds: float, interrupt: threading.Event, stop_file: Path) -> bool:
 
 def open_record(prepared: Prepared, record: RunRecord | None, output: Path) -> RunRecord:
     """The run's record for a new attempt, and its folder with the encoded data."""
-    plan = prepared.plan
+    plan, specification = prepared.plan, prepared.spec.model_dump(mode="json", exclude_defaults=True)
     try:
+        save_specification(specification, output)
         save_examples(prepared.train, output / "data" / "train.safetensors")
         save_examples(prepared.held_out, output / "data" / "eval.safetensors")
         write_json(output / SAMPLES_NAME, prepared.samples)
     except (OSError, SafetensorError) as error:
         raise unwritable(output, error if isinstance(error, OSError) else OSError(str(error))) from error
     fields: dict[str, Any] = {
-        "specification": prepared.spec.model_dump(mode="json", exclude_defaults=True),
+        "specification": specification,
         "plan": plan.to_json(),
         "predicted": predicted(plan),
         "data": {

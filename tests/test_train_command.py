@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -114,6 +115,14 @@ def test_a_complete_run_says_so_and_does_nothing(finished: tuple[Run, str]) -> N
     code, output = run.finish()
     assert (code, "complete already" in " ".join(output.split())) == (0, True)
     assert (run.folder / "run.json").read_bytes() == before
+
+
+def test_the_command_of_the_report_is_of_the_same_run(finished: tuple[Run, str]) -> None:
+    run, _ = finished
+    report = (run.folder / "report.md").read_text().replace("\\", "")  # before what Markdown would take for its own
+    [found] = re.findall(r"qlora-train (\S+specification\.yaml) --fresh", report)
+    code, output = dataclasses.replace(run, specification=Path(found)).finish()
+    assert (code, "complete already" in " ".join(output.split())) == (0, True)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -18,7 +19,7 @@ from launch.report.document import DRAWS, Document, Section, drawn, write
 from launch.report.terminal import memory_rows
 from launch.report.words import ending, error, gib, mixture, time_words, visible, written_otherwise
 from orchestrator.ledger import own_cost
-from orchestrator.record import SAMPLES_NAME, RunRecord
+from orchestrator.record import SAMPLES_NAME, SPECIFICATION_NAME, RunRecord
 from qlora_core.data import in_an_epoch, left_out
 from qlora_core.perplexity import perplexity
 
@@ -333,8 +334,10 @@ def again(record: RunRecord) -> Section:
     """What decides what is learned, and with which versions it was."""
     identity = {name: value for name, value in record.identity.items() if value is not None}
     rows = [(name, str(value)) for name, value in [*identity.items(), *record.versions.items()]]
-    said = (
-        "The same specification with these gives the same run; qlora-train resumes it where its folder is kept, and "
-        "--fresh starts it anew beside it."
-    )
+    asked = record.specification
+    said = "The same specification with these gives the same run"
+    if asked and "cluster" not in asked:  # what a job was given may have travelled with it alone
+        path = Path(asked["output"]) / SPECIFICATION_NAME
+        said += f": {shlex.join(['qlora-train', str(path), '--fresh'])}"
+    said += ". Without --fresh qlora-train resumes it where its folder is kept; with it a run starts anew beside it."
     return Section("To run it again", ("", ""), rows, text=(said,))
