@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.confidence import Comparable, confidence
 from orchestrator.durations import duration
@@ -11,7 +11,8 @@ from orchestrator.history import History
 from orchestrator.nearest import changes, nearest
 from orchestrator.needs import bytes_for, host_has_room, needs
 from orchestrator.plans import Alternative, Choice, Plan, Target
-from orchestrator.question import Candidate, Place
+from orchestrator.question import Candidate, Place, Question
+from orchestrator.reasons import waiting
 from orchestrator.rules import warnings
 from orchestrator.search import Found
 from orchestrator.verdicts import time_of
@@ -37,14 +38,21 @@ class Alternatives:
     currency: str | None
     history: History
 
-    def beside(self, found: Sequence[Found], than: Candidate, seconds_per_token: float | None) -> Iterator[Alternative]:
-        """What the search found, with its pace and differences beside a plan."""
+    def beside(
+        self, question: Question, found: Sequence[Found], than: Candidate, seconds_per_token: float | None
+    ) -> Iterator[Alternative]:
+        """What the search found for a question, with its pace and differences beside a plan.
+
+        Where unlike GPUs would be in one group, what the slow ones cost is a warning of it.
+        """
         for one in found:
             pace = ""
             if seconds_per_token is not None:
                 pace = f"{seconds_per_token / one.seconds_per_token:.2f} times as fast"
             candidate = Candidate(one.recipe, one.strategy)
-            yield self.of(pace, one.place, one.target, candidate, one.needed, tuple(changes(than, candidate)))
+            way = self.of(pace, one.place, one.target, candidate, one.needed, tuple(changes(than, candidate)))
+            idle = waiting(question, one)
+            yield replace(way, warnings=(*way.warnings, f"{way.place}: {idle}")) if idle else way
 
     def faster(self, found: list[Found], plan: Plan) -> list[Found]:
         """Those that are faster than a request as it was made."""

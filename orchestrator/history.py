@@ -101,19 +101,25 @@ class History:
                 found.setdefault(Comparable(run.device, run.method, run.sharded), []).append(run.memory_ratio)
         return found
 
-    def time_ratios(self, target: Target) -> list[float]:
+    def paces(self) -> tuple[tuple[str, float], ...]:
+        """By which factor steps on a device, which is named, took longer than predicted: the median of its runs."""
+        devices = dict.fromkeys(run.gpu for run in self.runs if run.time_ratio is not None)
+        if not devices:
+            return ()
+        from statistics import median  # fractions and decimals come with it, and most plans need none
+
+        return tuple((device, median(self.time_ratios(device))) for device in devices)
+
+    def time_ratios(self, device: str) -> list[float]:
         """Of the runs on that very device."""
-        gpu = target.name if target.pool is None else target.pool.gpu.name
-        return [run.time_ratio for run in self.runs if run.time_ratio is not None and run.gpu == gpu]
+        return [run.time_ratio for run in self.runs if run.time_ratio is not None and run.gpu == device]
 
     def corrected(self, step: StepTime, target: Target) -> StepTime:
         """A step's time by what such steps took: the median, and nine of ten once there are enough of them."""
-        ratios = self.time_ratios(target)
+        ratios = self.time_ratios(target.device_name)
         if not ratios:
             return step
-        from statistics import median  # fractions and decimals come with it, and most plans need none
-
-        factor = median(ratios)
+        factor = dict(self.paces())[target.device_name]
         low, high = step.low * factor, step.high * factor
         if len(ratios) >= ENOUGH_RUNS:
             below, above = conformal(ratios)

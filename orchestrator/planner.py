@@ -76,7 +76,7 @@ def plan_question(
     the fields `searched`; "nearest": only where nothing fits. `compared` are names of targets of which the best way is
     told even where another's is better in everything. See `plan_request` for the rest.
     """
-    question = replace(question, spreads=history.spreads())
+    question = question.informed(history)
     if all(target.device.kind == "cpu" for target in targets):
         # processes on one CPU share its cores, and nothing is paged there
         question = replace(question, open=question.open - {"world_size", "paged_optimizer"})
@@ -130,7 +130,7 @@ def plan_question(
     better = others.faster(search(replace(question, recipe=narrow, open=searched), devices), answer)
     step = answer.verdict.step_time
     pace = None if step is None else step.seconds / step.tokens
-    return beside(answer, others.beside(better[:MOST_ALTERNATIVES], asked_for, pace))
+    return beside(answer, others.beside(question, better[:MOST_ALTERNATIVES], asked_for, pace))
 
 
 def chosen(
@@ -172,7 +172,7 @@ def chosen(
     shown = [
         one for number, one in enumerate(found[1:]) if number < MOST_ALTERNATIVES or one is first.get(one.target.name)
     ]
-    return beside(answer, others.beside(shown, candidate, best.seconds_per_token))
+    return beside(answer, others.beside(question, shown, candidate, best.seconds_per_token))
 
 
 def beside(answer: Plan, alternatives: Iterable[Alternative]) -> Plan:
@@ -273,7 +273,7 @@ def plan_run(
     check_packing(architecture, recipe)
     check_quantized(architecture, recipe)
     check_micro_batch(request, recipe, world_size)
-    question = replace(question_of(request, architecture, planned, world_size, target), spreads=history.spreads())
+    question = question_of(request, architecture, planned, world_size, target).informed(history)
     if target.compute_dtype == "float16":
         check_float16(recipe)
     check_strategy(recipe, question.strategy, "strategy.{}", [target])

@@ -51,6 +51,11 @@ class Target:
     has_liger: bool = False
 
     @property
+    def device_name(self) -> str:
+        """What runs on such a device are entered under."""
+        return self.name if self.pool is None else self.pool.gpu.name
+
+    @property
     def compute_dtype(self) -> Dtype:
         """The compute dtype."""
         return self.device.compute_dtype

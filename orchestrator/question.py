@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from orchestrator.confidence import Comparable, Spread, Spreads
+from orchestrator.history import History
 from orchestrator.plans import Objective, Target
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.recipe import Recipe
@@ -37,7 +38,7 @@ class Question:
         whole_step: tokens_per_step is fixed; else a step is as large as it comes, about DEFAULT_STEP_TOKENS.
         objective: what is best.
         has_liger: Liger's kernels are installed where it is to run, so that its loss may be chosen.
-        spreads: what earlier runs measured, which corrects what fits.
+        spreads, paces: what earlier runs measured, which corrects what fits and how long a step takes.
     """
 
     architecture: ModelArchitecture
@@ -48,11 +49,20 @@ class Question:
     objective: Objective = "fastest"
     has_liger: bool = False
     spreads: Spreads = ()
+    paces: tuple[tuple[str, float], ...] = ()
+
+    def informed(self, history: History) -> Question:
+        """The same, with what earlier runs measured."""
+        return replace(self, spreads=history.spreads(), paces=history.paces())
 
     def spread(self, target: Target, sharded: bool) -> Spread | None:
         """That of the runs that are comparable; None where there are too few."""
         kind = Comparable(target.device.kind, self.recipe.method, sharded)
         return dict(self.spreads).get(kind)
+
+    def pace(self, target: Target) -> float:
+        """By which factor steps took longer than predicted on such a device."""
+        return dict(self.paces).get(target.device_name, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

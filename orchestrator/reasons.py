@@ -158,7 +158,7 @@ def place_reason(question: Question, found: Found) -> str:
         "fewest-gpus": "the fewest that it fits on",
         "longest": "the longest context",
     }[question.objective]
-    return f"{place.name}: {best}{waiting(question, found)}"
+    return "; ".join(filter(None, (f"{place.name}: {best}", waiting(question, found))))
 
 
 def waiting(question: Question, found: Found) -> str:
@@ -176,4 +176,4 @@ def waiting(question: Question, found: Found) -> str:
     idle = 1 - alone[quickest] / alone[slowest]
     if idle < ALIKE - 1:
         return ""
-    return f"; all wait for {slowest} in every step, so {quickest} stand idle {idle:.0%} of the time"
+    return f"all wait for {slowest} in every step, so {quickest} stand idle {idle:.0%} of the time"

@@ -118,7 +118,7 @@ def costs(found: Sequence[Found]) -> list[float]:
 
 
 class Judge:
-    """Memory and time of candidates at one place; estimates are made once."""
+    """Memory and time of candidates at one place, as earlier runs correct them; estimates are made once."""
 
     def __init__(self, question: Question, place: Place) -> None:
         self.architecture = question.architecture
@@ -129,6 +129,7 @@ class Judge:
             for target in self.targets
         ]
         self.rates = slowest_links([rates(target) for target in self.targets])
+        self.paces = [question.pace(target) for target in self.targets]
         self.needs: dict[Candidate, tuple[Estimate, Target]] = {}
 
     def needed(self, candidate: Candidate) -> tuple[Estimate, Target]:
@@ -195,8 +196,13 @@ class Judge:
     def pace(self, loads: list[Load], shape: Candidate, size: int, accumulation: int, paged_out: int = 0) -> float:
         """The seconds of a step of a shape with another micro-batch and accumulation."""
         world, length = shape.strategy.world_size, shape.recipe.seq_len
-        each = zip(loads, self.rates, strict=True)
-        return max([sum(times(one, world, size, accumulation, length, rate, TYPICAL, paged_out)) for one, rate in each])
+        each = zip(loads, self.rates, self.paces, strict=True)
+        return max(
+            [
+                factor * sum(times(one, world, size, accumulation, length, rate, TYPICAL, paged_out))
+                for one, rate, factor in each
+            ]
+        )
 
     def paged_out(self, candidate: Candidate) -> int:
         """Bytes of paged state that find no room beside the process."""

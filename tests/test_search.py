@@ -244,6 +244,39 @@ def test_with_enough_runs_it_is_what_trying_finds_by_their_memory_and_the_plan_s
     assert all(one.fits for one in answer.alternatives)
 
 
+def test_steps_that_took_longer_on_a_kind_of_gpu_make_the_search_choose_another() -> None:
+    pools = pool("rtx-4090", 1, price=1.0), pool("l40s", 1, price=1.2)
+    slow = History(tuple(MeasuredRun("cuda", "l40s", "qlora", False, None, ratio) for ratio in (3.0, 4.0, 9.0)))
+    places_before: dict[Objective, str] = {"fastest": "1 x rtx-4090 + 1 x l40s", "cheapest": "1 x l40s"}
+    for objective, before_them in places_before.items():
+        asked = question("llama-7b", objective, sequences=None)
+        on = targets(asked, *pools)
+        assert search(asked, on)[0].place.name == before_them
+        [best, *_] = search(asked.informed(slow), on)
+        assert best.place.name == "1 x rtx-4090"
+        alone = best_of(asked.informed(slow), Place(((on[-1], 1),)))
+        before = best_of(asked, Place(((on[-1], 1),)))
+        assert alone is not None
+        assert before is not None
+        assert alone.seconds_per_token == pytest.approx(4 * before.seconds_per_token)
+
+
+@pytest.mark.parametrize("ratio", [0.4, 1.0, 2.0])
+def test_how_many_times_as_fast_goes_by_what_runs_took_on_both_sides(ratio: float) -> None:
+    asked = question("llama-7b", opened=frozenset(), sequences=None)
+    runs = History((MeasuredRun("cuda", "rtx-4090", "qlora", False, None, ratio),))
+    answer = plan_question(
+        asked, targets(asked, pool("rtx-4090", 1)), history=runs, alternatives="all", searched=STRATEGY
+    )
+    step = answer.verdict.step_time
+    assert step is not None
+    assert answer.alternatives
+    for one in answer.alternatives:
+        assert one.step_time is not None
+        faster = one.step_time.tokens_per_second / step.tokens_per_second
+        assert one.title == f"{faster:.2f} times as fast"
+
+
 # --- the space --------------------------------------------------------------------------------------------------------
 
 
@@ -521,6 +554,11 @@ def test_unlike_pools_are_one_group_only_where_that_is_faster_and_it_is_said_wha
     waits = f"all wait for 2 x l4 in every step, so 2 x rtx-3090 stand idle {idle:.0%} of the time"
     assert waits in reason_of_place(asked, best)
     assert "idle" not in reason_of_place(asked, alone[0])
+    fixed = dataclasses.replace(asked, open=frozenset())
+    answer = plan_question(fixed, targets(fixed, *pools), alternatives="all", searched=STRATEGY)
+    [group] = [one for one in answer.alternatives if one.place == best.place.name]
+    assert f"{best.place.name}: {waits}" in group.warnings
+    assert f"{best.place.name}: {waits}" in answer.warnings
 
 
 @pytest.mark.parametrize("objective", ["cheapest", "fewest-gpus", "longest"])

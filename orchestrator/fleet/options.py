@@ -163,8 +163,7 @@ def ways(model: str, recipe: Recipe, fleet: Cluster, history: History, more: int
         OPEN,
         whole_step=True,
         objective="cheapest",  # no groups of unlike pools
-        spreads=history.spreads(),
-    )
+    ).informed(history)
     others = Alternatives(architecture, None, fleet.currency, history)
     found: list[Alternative] = []
     for target in targets_of(fleet.pools, recipe.compute_dtype, 1):
