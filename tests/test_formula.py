@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, core_model_loading
 
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.huggingface.config import architecture_from_config
@@ -268,6 +268,28 @@ def test_zero_3_loads_the_whole_base_on_the_host_and_a_part_on_each_gpu() -> Non
     unquantized = estimate(model("llama-2-70b"), recipe(method="lora", quantization="none"), everything, device)
     assert unquantized.gpu.phases.after_load == pytest.approx(adapters / 2 + embeddings / 2, rel=0.002)
     assert unquantized.host.load_peak_bytes == pytest.approx(2 * (2 * quantized + embeddings + adapters), rel=0.002)
+
+
+@pytest.mark.parametrize(("quantization", "at_a_time"), [("nf4", 1), ("none", 4)])
+def test_weights_are_on_their_way_through_the_host_as_many_at_a_time_as_transformers_loads(
+    quantization: Any, at_a_time: int, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(method="qlora" if at_a_time == 1 else "lora", quantization=quantization)
+    gpu = Device(kind="cuda", compute_dtype="bfloat16")
+    # of 65B an embedding is the largest
+    said = estimate(model("llama-65b"), asked, Strategy(), gpu).host.load_peak_bytes
+    assert said == at_a_time * 2 * 32000 * 8192
+    pools: list[Any] = []
+    real = core_model_loading.ThreadPoolExecutor
+
+    def counted(**how: Any) -> Any:
+        pools.append(how)
+        return real(**how)
+
+    monkeypatch.setattr(core_model_loading, "ThreadPoolExecutor", counted)
+    monkeypatch.setattr(core_model_loading, "GLOBAL_WORKERS", 4)  # min(4, cores)
+    load_base(str(tiny_folder), asked, Strategy(), "float32", torch.device("cpu"))
+    assert pools == ([] if at_a_time == 1 else [{"max_workers": 4}])
 
 
 def test_on_a_cpu_zero_3_loads_the_whole_base_in_each_process() -> None:

@@ -570,10 +570,10 @@ def test_what_does_not_fit_says_so_first_and_by_how_much(ask: Ask) -> None:
 
 
 def test_a_host_that_is_too_small_is_named_in_the_verdict(ask: Ask) -> None:
-    answer = ask("--model", "7b", "--gpu", "a100-40gb", "--host-ram", "0.5")
+    answer = ask("--model", "7b", "--gpu", "a100-40gb", "--host-ram", "0.2")
     assert answer.code == 1
     assert answer.out.startswith("DOES NOT FIT")
-    assert "has 0.50 GiB" in " ".join(answer.out.split())
+    assert "has 0.20 GiB" in " ".join(answer.out.split())
 
 
 # --- the explanation --------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from qlora_core.recipe import DTYPE_BYTES, Quantization, Recipe
 from qlora_core.strategy import Strategy
 
 LOADING_THREADS = 4
-"""Weights that transformers loads at a time (core_model_loading.py, GLOBAL_WORKERS)."""
+"""Weights that transformers loads at a time (5.23, core_model_loading.py: GLOBAL_WORKERS); where it quantizes them, it
+uses no threads (convert_and_load_state_dict_in_model)."""
 QUANTIZED_ON_HOST: dict[Quantization, int] = {"nf4": 14, "fp4": 28}
 """Bytes an element that bitsandbytes makes beside the weight when it quantizes one on a CPU (0.50.2, quantize_4bit in
 backends/default/ops.py): for nf4 the weight and its scaled copy in float32, int32 and uint8 indices, and what is packed
@@ -111,7 +112,7 @@ def residents(architecture: ModelArchitecture, recipe: Recipe, strategy: Strateg
         segments = sum(loaded.values()) + sum(whole.values())
     else:
         loaded["framework"], segments, holes = settled(architecture, recipe, device)
-    load_peak, host_load = sum(loaded.values()), _host_load(architecture)
+    load_peak, host_load = sum(loaded.values()), _host_load(architecture, recipe)
     if shard.stage == 3:
         base = sum(size * count for sizes in weights for size, count in sizes)
         adapters = sum(size * count for size, count in lora)
@@ -212,20 +213,20 @@ def _step_buffers(
     return 2 * itemsize * max(numel for group in groups for numel, _ in group)
 
 
-def _host_load(architecture: ModelArchitecture) -> int:
-    """What a rank holds on the host while loading: the 16-bit weights that its threads are moving to its device.
+def _host_load(architecture: ModelArchitecture, recipe: Recipe) -> int:
+    """What a rank holds on the host while loading: the 16-bit weights that are on their way to its device.
 
     Checkpoints are mapped, not read: their pages are the operating system's to drop. On a CPU the model itself is what
     `GpuEstimate` counts.
     """
     largest = max(architecture.embedding_parameters, *(linear.weight_numel for linear in architecture.linears))
-    return LOADING_THREADS * 2 * largest
+    return 2 * largest * (LOADING_THREADS if recipe.quantization == "none" else 1)
 
 
 def _on_its_way(architecture: ModelArchitecture, recipe: Recipe) -> int:
     """Bytes of the largest 16-bit weight that is quantized on the host, and of what is made of it meanwhile.
 
-    One at a time: transformers uses no threads where it quantizes. What is not quantized stays as it came.
+    What is not quantized stays as it came.
     """
     temporaries = QUANTIZED_ON_HOST.get(recipe.quantization)
     if temporaries is None:
