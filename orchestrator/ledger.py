@@ -211,8 +211,11 @@ def enter(record: RunRecord, folder: Path, place: Path | str | None = None) -> N
 
 
 def tokens_per_second(record: Mapping[str, Any]) -> float | None:
-    """Of the median step, over all devices; None where it was not measured."""
-    seconds = (record["measured"] or {}).get("step_seconds")
+    """Over all devices, of a step in the middle; None where it was not measured."""
+    measured = record["measured"] or {}
+    if measured.get("tokens_per_second"):
+        return float(measured["tokens_per_second"])
+    seconds = measured.get("step_seconds")  # an earlier version's record, by the most that a step can have
     return record["plan"]["recipe"]["tokens_per_step"] / seconds if seconds else None
 
 
@@ -313,8 +316,15 @@ def measured_run(record: dict[str, Any]) -> MeasuredRun:
         method=plan["recipe"]["method"],
         sharded=plan["strategy"]["zero_stage"] > 0,
         memory_ratio=ratio(measured.get(memory), predicted.get(memory)),
-        time_ratio=ratio(measured.get("step_seconds"), predicted.get("step_seconds")),
+        time_ratio=time_ratio(predicted, measured),
     )
+
+
+def time_ratio(predicted: Mapping[str, Any], measured: Mapping[str, Any]) -> float | None:
+    """Of a token's time, since a step's rows may be shorter than those planned for; of a step's in older records."""
+    name = "tokens_per_second"
+    by_tokens = ratio(predicted.get(name), measured.get(name))
+    return by_tokens or ratio(measured.get("step_seconds"), predicted.get("step_seconds"))
 
 
 def ratio(measured: float | None, predicted: float | None) -> float | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from clusters.errors import RunFailed, request_error
 from orchestrator.plans import Plan
 from orchestrator.prepare import Prepared
-from orchestrator.record import RunRecord, Status, now
+from orchestrator.record import Attempt, RunRecord, Status, now
 from qlora_core.perplexity import perplexity
 from qlora_core.training.card import CardFacts
 from qlora_core.training.export import export_adapter, export_model
@@ -48,6 +49,7 @@ def predicted(plan: Plan) -> dict[str, Any]:
         "phases": gpu.phases._asdict(),
         # as the model says it, before any correction, which later runs would else correct again
         "step_seconds": None if step is None else step.seconds / step.correction,
+        "tokens_per_second": None if step is None else step.tokens_per_second * step.correction,
     }
 
 
@@ -73,7 +75,7 @@ def finish(record: RunRecord, end: Mapping[str, Any], prepared: Prepared, output
     same_plan = len({json.dumps(one.strategy, sort_keys=True) for one in record.attempts}) == 1
     record.measured = merged_measurement(end, record.measured if same_plan else None)
     if record.measured is not None:
-        record.measured["step_seconds"] = step_seconds(output / "events.jsonl")
+        record.measured |= steps_measured(output / "events.jsonl", record.attempts)
     record.results = {**end["context"], **perplexities(end["context"])}
     if not end["finished"]:
         return
@@ -133,12 +135,24 @@ def card_facts(record: RunRecord, prepared: Prepared, steps: int) -> CardFacts:
     )
 
 
-def step_seconds(events: Path) -> float | None:
-    """The median time of a step, the first of the run left out, which warms up; None where no other was made."""
-    seconds = [
-        event["seconds"] for event in map(json.loads, events.read_text().splitlines()) if event["event"] == "step"
-    ]
-    return median(seconds[1:]) if len(seconds) > 1 else None
+def steps_measured(events: Path, attempts: Sequence[Attempt]) -> dict[str, float | None]:
+    """The median time of a step, and tokens a second; None where no step says so.
+
+    Of all attempts that were run as the last one was, each without its first step, which warms up.
+    """
+    steps = {
+        event["step"]: event for event in map(json.loads, events.read_text().splitlines()) if event["event"] == "step"
+    }
+    alike = []
+    for number, attempt in enumerate(attempts):
+        until = min((later.from_step for later in attempts[number + 1 :]), default=math.inf)
+        own = [step for step in sorted(steps) if attempt.from_step < step <= until]
+        if attempt.strategy == attempts[-1].strategy:
+            alike += [steps[step] for step in own[1:]]
+    return {
+        "step_seconds": median(event["seconds"] for event in alike) if alike else None,
+        "tokens_per_second": median(event["tokens"] / event["seconds"] for event in alike) if alike else None,
+    }
 
 
 def merged_measurement(end: Mapping[str, Any], before: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -328,6 +328,7 @@ def time_json(step: StepTime | None) -> dict[str, Any] | None:
         "seconds": step.seconds,
         "low_seconds": step.low,
         "high_seconds": step.high,
+        "floor_seconds": step.floor,
         "tokens": step.tokens,
         "tokens_per_second": step.tokens_per_second,
         "parts": step.parts._asdict(),

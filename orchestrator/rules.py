@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from clusters.errors import Problem, RequestError, request_error
+from clusters.gpu import GIB
 from orchestrator.plans import Target
 from qlora_core.architecture import ModelArchitecture
-from qlora_core.recipe import Recipe
+from qlora_core.recipe import DTYPE_BYTES, Recipe
 from qlora_core.strategy import Offload, Strategy, ZeroStage
 
 
@@ -175,6 +176,14 @@ def warnings(
     for pool in (target.pool for target in targets if target.pool is not None):
         if pool.network_bytes_per_s is None and strategy.world_size > pool.gpus_per_node:
             yield f"the network between nodes of {pool.name} is not stated: its speed is that of 10 Gbit/s"
+        if pool.spot:
+            yield f"the nodes of {pool.name} may be taken away at any time: a run goes on from its last checkpoint"
+        stored = DTYPE_BYTES["bfloat16"] * architecture.parameters
+        if pool.disk_bytes is not None and stored > pool.disk_bytes:
+            yield (
+                f"the files of {architecture.name} take {stored / GIB:,.1f} GiB in 16 bits, and the disk of a node of "
+                f"{pool.name} has {pool.disk_bytes / GIB:,.1f}: their cache has to lie on storage that all nodes see"
+            )
     without = [target.name for target in targets if not target.device.flash_attention]
     if strategy.attention == "flash_attention_2" and without:
         yield f"flash_attention_2 needs an Ampere GPU or newer, so it does not run on {', '.join(without)}"

@@ -166,6 +166,7 @@ class StepTime(NamedTuple):
 
     Attributes:
         seconds: as expected; `low` and `high`: if everything is achieved at the fast and at the slow end.
+        floor: seconds under the roofline: at the nominal rates, with nothing waiting for a host that starts kernels.
         parts: what the expected seconds consist of.
         tokens: of the step, over all ranks.
         correction: the factor that measured runs put to it.
@@ -177,6 +178,7 @@ class StepTime(NamedTuple):
     high: float
     parts: Times
     tokens: int
+    floor: float
     correction: float = 1.0
     runs: int = 0
 
@@ -244,7 +246,15 @@ def step_time(
         high=sum(slow),
         parts=typical,
         tokens=strategy.sequences_per_step * recipe.seq_len,
+        floor=sum(times(asked, *counts, recipe.seq_len, at_best(rates), FAST, paged_out)),
     )
+
+
+def at_best(rates: Rates) -> Rates:
+    """A GPU of these rates that achieves all of them."""
+    whole, at_once = Range(1.0, 1.0, 1.0), Range(math.inf, math.inf, math.inf)
+    achieved = Achieved(whole, whole, whole, whole, whole, whole, starting=at_once)
+    return rates._replace(achieved=achieved, link=whole)
 
 
 def load(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Load:

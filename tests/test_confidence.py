@@ -150,7 +150,9 @@ def run(
     return MeasuredRun(device, gpu, method, sharded, memory, time)
 
 
-STEP = StepTime(seconds=10.0, low=8.0, high=14.0, parts=Times(4.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5), tokens=8192)
+STEP = StepTime(
+    seconds=10.0, low=8.0, high=14.0, parts=Times(4.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5), tokens=8192, floor=6.0
+)
 
 
 def test_without_a_run_on_that_device_a_time_stays_as_it_is() -> None:

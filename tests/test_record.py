@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sqlite3
@@ -13,6 +14,8 @@ import pytest
 from clusters.errors import RequestError
 from orchestrator import history, ledger
 from orchestrator.identity import check_same, model_fingerprint
+from orchestrator.ledger import time_ratio
+from orchestrator.outcome import steps_measured
 from orchestrator.record import Attempt, RunRecord, load_record, save_record
 from qlora_core.perplexity import perplexity
 
@@ -98,3 +101,24 @@ def test_a_run_of_an_earlier_version_is_the_same_where_what_is_new_is_as_its_def
 def test_the_perplexity_of_a_run_that_diverged_is_infinite_and_no_error() -> None:
     assert perplexity(0.0) == 1
     assert perplexity(800.0) == math.inf
+
+
+def test_a_step_s_time_is_that_of_the_attempts_which_ran_as_the_last_one_did(tmp_path: Path) -> None:
+    """Of each without its first step, which warms up, and without those that were done once more."""
+    four, two = {"world_size": 4}, {"world_size": 2}
+    attempts = [Attempt(started="", from_step=at, strategy=how) for at, how in ((0, two), (3, four), (6, two))]
+    seconds = [9.0, 1.0, 1.0, 90.0, 7.0, 7.0, 9.0, 2.0, 3.0]  # steps 1 to 9
+    events: list[dict[str, Any]] = [{"event": "phase", "phase": "training"}]
+    events += [{"event": "step", "step": at + 1, "seconds": took, "tokens": 60} for at, took in enumerate(seconds)]
+    path = tmp_path / "events.jsonl"
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert steps_measured(path, attempts) == {"step_seconds": 1.5, "tokens_per_second": 45.0}  # of 1, 1, 2 and 3
+    assert steps_measured(path, attempts[:2]) == {"step_seconds": 7.0, "tokens_per_second": pytest.approx(60 / 7)}
+    assert steps_measured(path, [Attempt(started="", from_step=8)])["step_seconds"] is None
+
+
+def test_later_plans_go_by_a_token_s_time_since_rows_may_be_shorter_than_planned() -> None:
+    predicted, measured = {"step_seconds": 2.0, "tokens_per_second": 500.0}, {"step_seconds": 1.0}
+    assert time_ratio(predicted, measured) == 0.5  # an earlier version's record
+    assert time_ratio(predicted, {**measured, "tokens_per_second": 400.0}) == 1.25
+    assert time_ratio(predicted, {}) is None

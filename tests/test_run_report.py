@@ -8,7 +8,10 @@ from typing import Any
 from launch.progress import became
 from launch.report.document import Document, markdown
 from launch.report.run_report import attempts, data, learned_from, time
+from launch.report.terminal import memory_rows
+from orchestrator.plans import Duration
 from orchestrator.record import Attempt, RunRecord
+from qlora_core.training.card import measurements
 from qlora_core.training.dataset import DataReport
 
 STRATEGY = {"world_size": 2, "micro_batch": 4, "gradient_accumulation": 1, "zero_stage": 2}
@@ -75,17 +78,41 @@ def test_what_a_run_cost_is_told_by_the_gpus_of_each_of_its_attempts() -> None:
     running = Attempt(started=began, from_step=4, strategy=STRATEGY)
     run = record(*tried, running)
     step = {"seconds": 1.0, "low_seconds": 0.5, "high_seconds": 2.0, "tokens": 64, "parts": {"products": 1.0}}
-    duration: dict[str, Any] = {"seconds": 1800.0, "gpu_hours": 1.0, "price": 2.5, "currency": "EUR"}
-    run.plan |= {"verdicts": [{"step_time": step}], "duration": duration}
+    planned = Duration(1000, 9, 1800.0, 1200.0, 3600.0, 1.0, 2.5, 1.67, 5.0, "EUR")
+    run.plan |= {"verdicts": [{"step_time": step}], "duration": planned._asdict()}
     run.measured = {"step_seconds": 1.1}
     [section] = time(run)
     assert section.text[-1] == (
-        f"Started {began}, ended not yet; its attempts took 60 min. Planned, for its steps alone: 30 min, 2.50 EUR. "
-        "It cost 7.50 EUR."
+        f"Started {began}, ended not yet; its attempts took 60 min. Planned, for its steps alone: 30 min (20 min to "
+        "60 min), 2.50 EUR (1.67 to 5.00). It cost 7.50 EUR."
     )
-    duration["price"] = duration["currency"] = None
+    run.plan["duration"] = planned._replace(price=None, low_price=None, high_price=None, currency=None)._asdict()
     [section] = time(run)
-    assert section.text[-1].endswith("took 60 min. Planned, for its steps alone: 30 min.")
+    assert section.text[-1].endswith("took 60 min. Planned, for its steps alone: 30 min (20 min to 60 min).")
+
+
+def test_a_step_is_held_against_what_was_predicted_and_against_the_roofline() -> None:
+    run = record(Attempt(started="2026-11-30T10:00:00+00:00", from_step=0, strategy=STRATEGY))
+    step = {"seconds": 2.0, "low_seconds": 1.0, "high_seconds": 4.0, "floor_seconds": 0.5, "tokens": 6400}
+    run.plan["verdicts"] = [{"step_time": {**step, "tokens_per_second": 3200.0, "parts": {"products": 2.0}}}]
+    run.measured = {"step_seconds": 1.25, "tokens_per_second": 2560.0}  # of a step of 3,200 tokens: half are padding
+    [section] = time(run)
+    assert "1.000 to 4.000 from the fast to the slow end of what is achieved" in section.text[0]
+    assert "trained on 2,560 tokens a second, where 3,200 were predicted: 20% of what" in section.text[0]
+    run.plan["verdicts"][0]["step_time"]["runs"] = 19
+    [section] = time(run)
+    assert "1.000 to 4.000 nine times of ten" in section.text[0]
+
+
+def test_what_a_gpu_s_allocator_reserved_stands_beside_what_was_predicted_of_it() -> None:
+    phases = dict.fromkeys(("after_load", "forward", "backward", "optimizer"), 3 * 2**30)
+    predicted = {"allocated_bytes": 3 * 2**30, "reserved_bytes": 4 * 2**30, "phases": phases}
+    on_cpu = {"allocated_bytes": 3 * 2**30, "reserved_bytes": 0, "phases": phases, "allocated_is": "a test"}
+    on_gpu = {**on_cpu, "reserved_bytes": 5 * 2**30}
+    assert ("reserved", 4 * 2**30, 5 * 2**30) in memory_rows(predicted, on_gpu)
+    assert "reserved" not in {title for title, *_ in memory_rows(predicted, on_cpu)}
+    assert "| reserved, GiB | 4.000 | 5.000 |" in measurements(predicted, on_gpu)
+    assert "reserved" not in measurements(predicted, on_cpu)
 
 
 def test_samples_show_what_is_learned_on_one_line_each_and_long_ones_without_their_middle() -> None:

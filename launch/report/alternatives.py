@@ -7,8 +7,8 @@ from collections.abc import Callable
 from rich.table import Table
 
 from clusters.gpu import GIB
-from launch.report.words import time_words
-from orchestrator.plans import SURE, Alternative, Objective, Plan
+from launch.report.words import price_range, sure_words, time_range
+from orchestrator.plans import Alternative, Objective, Plan
 
 WORDS = {
     "micro_batch": "micro-batch {}",
@@ -48,6 +48,11 @@ ORDER: dict[Objective, str] = {
     "longest": "those with the longest context",
 }
 Cell = Callable[[Alternative], str]
+WHOLE_RUN, PRICE = INTERVALS = "\nwhole run", "\nprice"
+"""Columns with a figure and its bounds, which are broken into lines."""
+INTERVAL_WIDTH = 10
+LONGEST_WORD = len("checkpointing")
+"""Of what changes."""
 
 
 def title_of(plan: Plan) -> str:
@@ -62,9 +67,22 @@ def alternatives_table(plan: Plan) -> Table:
     titles, rows = alternative_rows(plan)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for number, title in enumerate(titles):
-        table.add_column(title, justify="left" if number < 2 else "right", header_style="dim", no_wrap=number >= 2)
+        interval = title in INTERVALS
+        table.add_column(
+            title,
+            justify="left" if number < 2 else "right",
+            header_style="dim",
+            no_wrap=number >= 2 and not interval,
+            max_width=INTERVAL_WIDTH if interval else None,
+            min_width=LONGEST_WORD if number == 1 else None,
+        )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(
+            *(
+                cell.replace(" (", "\n(") if title in INTERVALS else cell
+                for title, cell in zip(titles, row, strict=True)
+            )
+        )
     return table
 
 
@@ -76,12 +94,12 @@ def alternative_rows(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]
         "\ntokens/s": lambda one: "-" if one.step_time is None else f"{one.step_time.tokens_per_second:,.0f}",
     }
     if any(one.duration is not None for one in plan.alternatives):
-        columns["\nwhole run"] = lambda one: "-" if one.duration is None else time_words(one.duration.seconds)
+        columns[WHOLE_RUN] = lambda one: "-" if one.duration is None else time_range(one.duration)
     if any(one.price_per_hour is not None for one in plan.alternatives):
-        columns["\nprice"] = price
+        columns[PRICE] = price
     rows = []
     for one in plan.alternatives:
-        sure = "" if one.confidence.chance >= SURE else f" ({one.confidence.chance:.0%} sure)"
+        sure = sure_words(one.confidence.chance)
         what = (f"{one.title}: " if one.title else "") + changes_words(one) + sure
         rows.append((one.place, what, *(cell(one) for cell in columns.values())))
     return ("", "what changes", *columns), rows
@@ -93,7 +111,7 @@ def price(one: Alternative) -> str:
         return "-"
     if one.duration is None or one.duration.price is None:
         return f"{one.price_per_hour:,.2f} {one.currency}/h"
-    return f"{one.duration.price:,.2f} {one.currency}"
+    return price_range(one.duration)
 
 
 def changes_words(one: Alternative) -> str:

@@ -10,9 +10,10 @@ from operator import attrgetter
 from typing import Any
 
 from launch.report.document import Document, Section, drawn
-from launch.report.words import gib
+from launch.report.words import gib, sure_words
+from orchestrator.fleet.jobs import JobForm
 from orchestrator.fleet.options import Option, is_priced, least_of_each_pool
-from orchestrator.fleet.outlook import MOST_NODES, Change, Figures, Outlook
+from orchestrator.fleet.outlook import MOST_NODES, ByMethod, Change, Figures, Outlook
 from orchestrator.fleet.schedule import Placed
 from qlora_core.strategy import Strategy
 
@@ -82,12 +83,13 @@ def cost_words(figures: Figures, answer: Outlook) -> str:
     """The cost with its interval."""
     if figures.nowhere == figures.runs:
         return "none: nothing fits"
-    if figures.cost is None or figures.low_cost is None or figures.high_cost is None:
+    if figures.cost is None:
         return "not known: a pool that is used has no price"
-    bounds = f"{money(figures.low_cost, answer)} to {money(figures.high_cost, answer)}"
-    found = f"{money(figures.cost, answer)} ({bounds})"
+    found = interval(figures, answer)
     if not is_priced(answer.fleet):
         return found
+    if answer.fleet.prices_as_of is not None:
+        found += f", prices as of {answer.fleet.prices_as_of}"
     return f"{found}; no schedule costs less than {money(answer.schedule.least_price, answer)}"
 
 
@@ -95,15 +97,15 @@ def where_they_fit(answer: Outlook) -> Section:
     """Each job's ways; where these are too many to be read, its cheapest on each pool."""
     rows: list[tuple[str, ...]] = []
     number = sum(map(len, answer.ways.values()))
-    note = "Hours: as expected, and nine times of ten at most."
+    note = "Hours: as expected, and at the slow end of what is achieved."
     if number > MOST_WAYS:
         note += f" The cheapest on each pool, of {number:,} ways; --json has all."
     for index, job in enumerate(answer.jobs.jobs):
         ways = answer.ways[index]
         if not ways:
-            rows.append((job.name, job.model, "fits nowhere", "", "", "", ""))
+            rows.append((whose(job), job.model, "fits nowhere", "", "", "", ""))
         for option in ways if number <= MOST_WAYS else least_of_each_pool(ways, attrgetter("price")):
-            rows.append((job.name, job.model, *way(option, answer)))
+            rows.append((whose(job), job.model, *way(option, answer)))
     return Section(
         "Where each job fits",
         ("job", "model", "on", " hours", " to", " cost", " GiB a GPU"),
@@ -113,14 +115,19 @@ def where_they_fit(answer: Outlook) -> Section:
     )
 
 
+def whose(job: JobForm) -> str:
+    """A job's name, and its owner's."""
+    return job.name if job.owner is None else f"{job.name} ({job.owner})"
+
+
 def way(option: Option, answer: Outlook) -> tuple[str, ...]:
     """A way's cells."""
     return (
-        f"{option.gpus} x {option.pool}",
+        f"{option.gpus} x {option.pool}{sure_words(option.way.confidence.chance)}",
         hours(option.hours),
         hours(option.high_hours),
-        "-" if option.cost is None else money(option.cost, answer),
-        gib(option.way.process_bytes).removesuffix(" GiB"),
+        interval(option, answer),
+        gib(option.way.confidence.expected_bytes).removesuffix(" GiB"),
     )
 
 
@@ -168,7 +175,7 @@ def changed(title: str, figures: Figures, answer: Outlook) -> tuple[str, ...]:
         late,
         f"{figures.late_hours:,.1f}",
         f"{figures.waited_hours:,.1f}",
-        "-" if figures.cost is None else money(figures.cost, answer),
+        interval(figures, answer),
         f"{figures.ends:,.1f}",
     )
 
@@ -178,7 +185,7 @@ def pools(answer: Outlook) -> Section:
     used = answer.utilization()
     rows = [
         (
-            pool.name,
+            pool.name + (" (spot)" if pool.spot else ""),
             str(pool.gpus),
             f"{used[pool.name]:.0%}",
             "-" if pool.price_per_hour is None else money(pool.price_per_hour * pool.nodes, answer),
@@ -227,7 +234,7 @@ def methods(answer: Outlook) -> Section:
                 one.method,
                 str(one.gpus) if fits else "fits nowhere",
                 "" if one.hours is None else hours(one.hours),
-                "" if not fits else "-" if one.cost is None else money(one.cost, answer),
+                interval(one, answer) if fits else "",
             )
         )
     title, columns = "The same work by other methods: the cheapest way", ("job", "method", " GPUs", " hours", " cost")
@@ -249,6 +256,13 @@ def named(jobs: Sequence[str]) -> str:
 def hours(value: float) -> str:
     """A time of a run."""
     return f"{value:,.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def interval(costing: Option | Figures | ByMethod, answer: Outlook) -> str:
+    """What something costs, and between which it lies; a dash where a pool has no price."""
+    if costing.cost is None or costing.low_cost is None or costing.high_cost is None:
+        return "-"
+    return f"{money(costing.cost, answer)} ({costing.low_cost:,.2f} to {costing.high_cost:,.2f})"
 
 
 def money(value: float, answer: Outlook) -> str:
@@ -309,7 +323,9 @@ def way_json(option: Option) -> dict[str, Any]:
     """A way's fields."""
     names = (field.name for field in dataclasses.fields(option) if field.name not in ("price", "way"))
     fields = {name: getattr(option, name) for name in names}
-    return {**fields, "process_bytes": option.way.process_bytes, "strategy": strategy_json(option.way.strategy)}
+    plan = option.way
+    told = {"process_bytes": plan.process_bytes, "confidence": plan.confidence._asdict()}
+    return {**fields, **told, "strategy": strategy_json(plan.strategy)}
 
 
 @cache

@@ -17,8 +17,20 @@ from launch.command import warn
 from launch.report.components import COMPONENT_TITLES, GROUPS
 from launch.report.document import DRAWS, Document, Section, drawn, write
 from launch.report.terminal import memory_rows
-from launch.report.words import ending, error, gib, mixture, time_words, visible, written_otherwise
+from launch.report.words import (
+    ending,
+    error,
+    gib,
+    mixture,
+    price_range,
+    time_range,
+    time_words,
+    visible,
+    what_bounds_are,
+    written_otherwise,
+)
 from orchestrator.ledger import own_cost
+from orchestrator.plans import Duration
 from orchestrator.record import SAMPLES_NAME, SPECIFICATION_NAME, RunRecord
 from qlora_core.data import in_an_epoch, left_out
 from qlora_core.perplexity import perplexity
@@ -200,17 +212,24 @@ def time(record: RunRecord) -> Iterator[Section]:
         for name, spent in step["parts"].items()
         if spent >= 1e-4
     ]
-    bounds = f"{step['low_seconds']:.3f} to {step['high_seconds']:.3f}"
+    bounds = f"{step['low_seconds']:.3f} to {step['high_seconds']:.3f} {what_bounds_are(step.get('runs', 0))}"
     said = (
-        f"A step took {seconds:.3f} s (the median); {step['seconds']:.3f} s were predicted, {bounds} nine times of "
-        f"ten, for one of {step['tokens']:,} tokens."
+        f"A step took {seconds:.3f} s (the median); {step['seconds']:.3f} s were predicted, {bounds}, "
+        f"for one of {step['tokens']:,} tokens."
     )
+    if (pace := (record.measured or {}).get("tokens_per_second")) and step.get("floor_seconds"):
+        share = pace * step["floor_seconds"] / step["tokens"]
+        said += (
+            f" It trained on {pace:,.0f} tokens a second, where {step['tokens_per_second']:,.0f} were predicted: "
+            f"{share:.0%} of what the devices' nominal rates allow (the roofline)."
+        )
     began, ended = record.attempts[0].started, record.attempts[-1].ended
     whole = f"Started {began}, ended {ended or 'not yet'}; its attempts took {time_words(spent_seconds(record))}."
     if duration := record.plan.get("duration"):
-        whole += f" Planned, for its steps alone: {time_words(duration['seconds'])}"
+        planned = Duration(**duration)
+        whole += f" Planned, for its steps alone: {time_range(planned)}"
         if (paid := own_cost(record.model_dump())) is not None:
-            whole += f", {duration['price']:,.2f} {duration['currency']}. It cost {paid[0]:,.2f} {paid[1]}"
+            whole += f", {price_range(planned)}. It cost {paid[0]:,.2f} {paid[1]}"
         whole += "."
     yield Section("Time of a step", ("predicted", " s", " share"), rows, text=(said, whole))
 
@@ -336,8 +355,10 @@ def again(record: RunRecord) -> Section:
     rows = [(name, str(value)) for name, value in [*identity.items(), *record.versions.items()]]
     asked = record.specification
     said = "The same specification with these gives the same run"
-    if asked and "cluster" not in asked:  # what a job was given may have travelled with it alone
+    if asked:
         path = Path(asked["output"]) / SPECIFICATION_NAME
         said += f": {shlex.join(['qlora-train', str(path), '--fresh'])}"
+    if "cluster" in asked:  # what a job was given may have travelled with it alone
+        said += ", on a machine of that cluster; where it was submitted: qlora-submit, with the same file and --fresh"
     said += ". Without --fresh qlora-train resumes it where its folder is kept; with it a run starts anew beside it."
     return Section("To run it again", ("", ""), rows, text=(said,))

@@ -16,7 +16,7 @@ from clusters.gpu import GIB, MIB
 from launch import command
 from launch.listing import parameters
 from launch.report.components import COMPONENT_TITLES
-from launch.report.words import echo, error, gib, time_words
+from launch.report.words import echo, error, gib, price_range, time_range
 from orchestrator.plans import Duration, Plan, Verdict
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.step_time import StepTime
@@ -153,14 +153,11 @@ def speed_words(step: StepTime) -> str:
 
 def duration_words(run: Duration, kind: str) -> str:
     """How long a run takes on devices of a kind and what it costs, each with its bounds."""
-    bounds = f"{time_words(run.low_seconds)} to {time_words(run.high_seconds)}"
     steps = "1 step" if run.steps == 1 else f"{run.steps:,} steps"
-    words = f"{steps} in {time_words(run.seconds)} ({bounds})"
+    words = f"{steps} in {time_range(run)}"
     if kind == "cuda":
         words += f", {run.gpu_hours:,.1f} GPU hours"
-    if run.price is None:
-        return words
-    return f"{words}, {run.price:,.2f} {run.currency} ({run.low_price:,.2f} to {run.high_price:,.2f})"
+    return words if run.price is None else f"{words}, {price_range(run)}"
 
 
 def base_words(plan: Plan) -> str:
@@ -319,7 +316,9 @@ def measured_table(predicted: Mapping[str, Any], measured: Mapping[str, Any]) ->
 
 
 def memory_rows(predicted: Mapping[str, Any], measured: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """(title, predicted bytes, measured bytes) for the peak and each phase."""
+    """(title, predicted bytes, measured bytes) for the peak, what was reserved where there is such, and each phase."""
     yield "peak", predicted["allocated_bytes"], measured["allocated_bytes"]
+    if reserved := measured.get("reserved_bytes"):  # a CPU's tensors are all there is
+        yield "reserved", predicted["reserved_bytes"], reserved
     for phase in ("after_load", "forward", "backward", "optimizer"):
         yield phase.replace("_", " "), predicted["phases"][phase], measured["phases"][phase]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clusters.gpu import GIB, MIB
+from orchestrator.confidence import ENOUGH_RUNS
+from orchestrator.plans import SURE, Duration
 from qlora_core.data import in_an_epoch
 
 if TYPE_CHECKING:
@@ -71,6 +73,26 @@ def time_words(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def time_range(run: Duration) -> str:
+    """A run's time, and between which it lies."""
+    return f"{time_words(run.seconds)} ({time_words(run.low_seconds)} to {time_words(run.high_seconds)})"
+
+
+def price_range(run: Duration) -> str:
+    """A run's price in its currency, and between which it lies."""
+    return f"{run.price:,.2f} {run.currency} ({run.low_price:,.2f} to {run.high_price:,.2f})"
+
+
+def sure_words(chance: float) -> str:
+    """How sure it is that something fits, where that is not nearly certain."""
+    return "" if chance >= SURE else f" ({chance:.0%} sure)"
+
+
+def what_bounds_are(runs: int) -> str:
+    """What lies between the bounds of a time that so many runs have corrected (docs/step-time.md)."""
+    return "nine times of ten" if runs >= ENOUGH_RUNS else "from the fast to the slow end of what is achieved"
 
 
 UNITS = {"MiB": 1 / 1024, "GiB": 1, "s": 1, "min": 60, "h": 3600, "days": 86400}

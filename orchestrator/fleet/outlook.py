@@ -75,7 +75,7 @@ class ByMethod:
     """What one run of a job takes at least, with each method.
 
     Attributes:
-        gpus, hours, cost: of the cheapest way; None where it fits nowhere.
+        gpus, hours, cost, low_cost, high_cost: of the cheapest way; None where it fits nowhere.
     """
 
     job: str
@@ -83,6 +83,8 @@ class ByMethod:
     gpus: int | None
     hours: float | None
     cost: float | None
+    low_cost: float | None
+    high_cost: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,12 +347,8 @@ def by_method(fleet: Cluster, jobs: JobList, ways: Mapping[int, Sequence[Option]
             known = ways[index] if job.recipe.method == method else others[job.name, method]
             best = min(known, key=lambda option: option.price, default=None)
             found.append(
-                ByMethod(
-                    job.name,
-                    method,
-                    None if best is None else best.gpus,
-                    None if best is None else best.hours,
-                    None if best is None else best.cost,
-                )
+                ByMethod(job.name, method, *[None] * 5)
+                if best is None
+                else ByMethod(job.name, method, best.gpus, best.hours, best.cost, best.low_cost, best.high_cost)
             )
     return found

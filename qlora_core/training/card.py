@@ -206,6 +206,8 @@ def measurements(predicted: Mapping[str, Any], measured: Mapping[str, Any] | Non
         return ""
     rows = [(phase, bytes_, measured["phases"][phase]) for phase, bytes_ in predicted["phases"].items()]
     rows.append(("peak", predicted["allocated_bytes"], measured["allocated_bytes"]))
+    if reserved := measured.get("reserved_bytes"):  # on a GPU
+        rows.append(("reserved", predicted["reserved_bytes"], reserved))
     lines = [f"| {title}, GiB | {guess / GIB:.3f} | {found / GIB:.3f} |" for title, guess, found in rows]
     seconds = predicted.get("step_seconds"), measured.get("step_seconds")
     if None not in seconds:

@@ -157,7 +157,7 @@ def ways(plan: Plan) -> Picture | None:
             bounds = ((each.seconds - each.low_seconds) / 3600,), ((each.high_seconds - each.seconds) / 3600,)
             look = {"marker": MARKERS[number % len(MARKERS)], "color": COLORS[number % len(COLORS)], "linestyle": ""}
             axes.errorbar(each.seconds / 3600, cost, xerr=bounds, label=name, elinewidth=0.8, capsize=3, **look)
-        axes.set_xlabel("hours of the whole run, nine times of ten between the ends of the line")
+        axes.set_xlabel("hours of the whole run, from the fast to the slow end of what is achieved")
         axes.set_ylabel(f"price, {every[0].currency}" if priced else "GPU hours")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
