@@ -417,6 +417,26 @@ def ask(*arguments: str | Path) -> Any:
     return CliRunner().invoke(capacity, [str(each) for each in arguments], standalone_mode=False)
 
 
+def test_whose_a_job_is_how_sure_it_fits_and_of_when_its_price_is_are_told(tmp_path: Path) -> None:
+    (tmp_path / "fleet.yaml").write_text(
+        "name: fleet\ncurrency: EUR\nprices_as_of: 2020-01-01\npools:\n"
+        "- {name: desk, gpu: rtx-4090, gpus_per_node: 1, nodes: 1, price_per_hour: 1.0, spot: true}\n"
+    )
+    (tmp_path / "jobs.yaml").write_text(
+        "weeks: 1\njobs:\n- {name: a, model: 33b, tokens: 5M, owner: anna,\n"
+        "   recipe: {seq_len: 3264, tokens_per_step: 3264}}\n"
+    )
+    given = (tmp_path / "fleet.yaml", "--jobs", tmp_path / "jobs.yaml")
+    answer = ask(*given, "--json", "--seconds", "1", "--report", tmp_path / "report.md")
+    [way] = json.loads(answer.stdout)["jobs"][0]["ways"]
+    assert way["confidence"]["chance"] < 0.95
+    report = (tmp_path / "report.md").read_text()
+    assert f"| a (anna) | 33b | 1 x desk ({way['confidence']['chance']:.0%} sure) |" in report
+    assert "EUR (" in report
+    assert "prices as of 2020-01-01" in report
+    assert "| desk (spot) |" in report
+
+
 def test_the_example_is_carried_and_its_forms_say_the_same(tmp_path: Path) -> None:
     given = (EXAMPLES / "two-pools.yaml", "--jobs", EXAMPLES / "jobs" / "two-pools.yaml")
     answer = ask(*given, "--json", "--seconds", "1", "--report", tmp_path / "report.md")

@@ -175,6 +175,22 @@ def test_a_sequence_longer_than_the_positions_is_warned_of() -> None:
     assert "2048" in warning
 
 
+def test_nodes_that_may_be_taken_away_and_a_disk_that_is_too_small_are_warned_of() -> None:
+    target = gpu("l4")
+    assert target.pool is not None
+    assert request(None, None, target).warnings == ()
+    stored = 6_738_415_616 * 2  # Llama 7B in 16 bits
+    for disk, spot, said in (
+        (stored, False, []),
+        (stored - 1, False, ["12.6 GiB in 16 bits"]),
+        (None, True, ["taken away"]),
+    ):
+        there = dataclasses.replace(target.pool, disk_bytes=disk, spot=spot)
+        warned = request(None, None, dataclasses.replace(target, pool=there)).warnings
+        assert len(warned) == len(said)
+        assert all(words in one for words, one in zip(said, warned, strict=True))
+
+
 def test_host_memory_decides_where_it_is_stated() -> None:
     strategy = Strategy(zero_stage=2, offload="optimizer")
     free = plan_request(LLAMA, Recipe(), strategy, [gpu()])
