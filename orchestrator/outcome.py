@@ -175,5 +175,6 @@ def merged_measurement(end: Mapping[str, Any], before: dict[str, Any] | None) ->
         "allocated_is": end["allocated_is"],
         "phases": phases,
         "weights": {kind: max(rank[f"{kind}_weights"] for rank in ranks) for kind in ("frozen", "trained")},
+        "optimizer_state": max(rank["optimizer_state"] for rank in ranks),
         "ranks": ranks,
     }

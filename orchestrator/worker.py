@@ -24,7 +24,7 @@ from orchestrator.failures import WorkerFailed, failure_of
 from orchestrator.gauges import Gauges
 from orchestrator.metrics import metrics_of
 from orchestrator.order import Order
-from qlora_core.memory.measure import Meter, meter_for, weight_bytes
+from qlora_core.memory.measure import Meter, held_bytes, meter_for, weight_bytes
 from qlora_core.quiet import quiet_libraries
 from qlora_core.training.engines import build_engine
 from qlora_core.training.examples import Examples, Rows
@@ -201,6 +201,7 @@ def gather_measurements(run: TrainingRun, world_size: int) -> list[dict[str, Any
         "reserved": run.meter.reserved(),
         "frozen_weights": frozen,
         "trained_weights": trained,
+        "optimizer_state": held_bytes(run.engine.optimizer_tensors(), run.device),
     }
     if world_size == 1:
         return [mine]

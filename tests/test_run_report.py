@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.progress import became
 from launch.report.document import Document, markdown
-from launch.report.run_report import attempts, data, learned_from, time
+from launch.report.run_report import attempts, data, held, learned_from, time
 from launch.report.terminal import memory_rows
 from orchestrator.plans import Duration
 from orchestrator.record import Attempt, RunRecord
@@ -102,6 +102,25 @@ def test_a_step_is_held_against_what_was_predicted_and_against_the_roofline() ->
     run.plan["verdicts"][0]["step_time"]["runs"] = 19
     [section] = time(run)
     assert "1.000 to 4.000 nine times of ten" in section.text[0]
+
+
+def test_what_each_part_of_the_peak_took_is_told_as_far_as_it_can_be_told_apart() -> None:
+    sizes = {"base_weights": 4 * 2**30, "lora_weights": 2**30, "optimizer_state": 2**30, "activations": 2 * 2**30}
+    weights = {"frozen": 4 * 2**30, "trained": 2**30}
+    measured = {"allocated_bytes": 9 * 2**30, "weights": weights, "optimizer_state": 2 * 2**30}
+    [whole] = held(sizes, measured, divided=False)
+    assert [row[:3] for row in whole.rows] == [
+        ("base model", "4.00 GiB", "4.00 GiB"),
+        ("adapters", "1.00 GiB", "1.00 GiB"),
+        ("optimizer state", "1.00 GiB", "2.00 GiB"),
+        ("activations, gradients and all else", "2.00 GiB", "2.00 GiB"),
+    ]
+    # under ZeRO 3 what is held of the weights between steps says nothing of the peak, at which some are whole
+    [parts] = held(sizes, {**measured, "weights": {"frozen": 2**30, "trained": 2**28}}, divided=True)
+    assert [row[:3] for row in parts.rows] == [
+        ("optimizer state", "1.00 GiB", "2.00 GiB"),
+        ("weights, activations, gradients and all else", "7.00 GiB", "7.00 GiB"),
+    ]
 
 
 def test_what_a_gpu_s_allocator_reserved_stands_beside_what_was_predicted_of_it() -> None:

@@ -73,6 +73,7 @@ def test_a_run_leaves_adapter_checkpoints_record_report_and_a_row(finished: tupl
     whole = record["predicted"]["phases"]["after_load"]
     assert held["frozen"] + held["trained"] == pytest.approx(whole, rel=0.01)
     assert "## Its parts, measured" in report
+    assert record["measured"]["optimizer_state"] == record["plan"]["estimate"]["gpu"]["components"]["optimizer_state"]
     events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
     evaluated = {event["step"]: event for event in events if event["event"] == "eval"}
     assert list(evaluated) == [0, 2, 3, 4, 6]  # before, at each checkpoint, and every third step

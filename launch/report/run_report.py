@@ -180,11 +180,11 @@ def memory(record: RunRecord) -> Iterator[Section]:
     sizes = {name: size for name, size in gpu["components"].items() if size}
     rows = [(COMPONENT_TITLES[name], gib(size), f"{size / gpu['allocated_bytes']:.1%}") for name, size in sizes.items()]
     yield Section("What the predicted peak is made of", ("component", " predicted", " share"), rows)
-    yield from held(sizes, record.measured)
+    yield from held(sizes, record.measured, divided=record.plan["strategy"]["zero_stage"] == 3)
 
 
-def held(sizes: Mapping[str, int], measured: Mapping[str, Any]) -> Iterator[Section]:
-    """The peak's parts that can be told apart in a real process: weights, and all else."""
+def held(sizes: Mapping[str, int], measured: Mapping[str, Any], *, divided: bool) -> Iterator[Section]:
+    """The peak's parts that can be told apart in a real process: weights, the optimizer's state, and all else."""
     weights = measured.get("weights")
     if weights is None:  # records of earlier versions do not have them
         return
@@ -192,11 +192,14 @@ def held(sizes: Mapping[str, int], measured: Mapping[str, Any]) -> Iterator[Sect
     adapters = sizes.get("lora_weights", 0)
     # with method full it is the base that is trained
     frozen, trained = (weights["frozen"], weights["trained"]) if adapters else (sum(weights.values()), 0)
-    parts = (
-        ("base model", base, frozen),
-        ("adapters", adapters, trained),
-        ("all else", sum(sizes.values()) - base - adapters, measured["allocated_bytes"] - frozen - trained),
-    )
+    state = sizes.get("optimizer_state", 0), measured.get("optimizer_state", 0)
+    # where weights are divided, those of the layer at the peak are whole there, and at no other time
+    parts = [] if divided else [("base model", base, frozen), ("adapters", adapters, trained)]
+    if all(state):  # an earlier version's record does not have it
+        parts.append(("optimizer state", *state))
+    left = sum(sizes.values()) - sum(part[1] for part in parts)
+    unexplained = measured["allocated_bytes"] - sum(part[2] for part in parts)
+    parts.append((f"{'weights, ' if divided else ''}activations, gradients and all else", left, unexplained))
     rows = [(title, gib(guess), gib(found), error(guess, found)) for title, guess, found in parts if found > 0]
     yield Section("Its parts, measured", ("part", " predicted", " measured", " error"), rows)
 

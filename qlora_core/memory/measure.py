@@ -244,3 +244,12 @@ def quantization_constants(state: Any) -> Iterator[torch.Tensor]:
     for tensor in candidates:
         if isinstance(tensor, torch.Tensor):
             yield tensor
+
+
+def held_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> int:
+    """Bytes of tensors on a device; what bitsandbytes pages is the driver's to place, and not counted."""
+    there = (
+        tensor for tensor in tensors if tensor.device.type == device.type and not getattr(tensor, "is_paged", False)
+    )
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in there)}
+    return sum(storages.values())

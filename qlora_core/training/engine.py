@@ -6,7 +6,7 @@ all micro-batches and all ranks. The loop divides by the step's labelled tokens,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -41,6 +41,9 @@ class Engine(Protocol):
 
     def saved_weights(self) -> dict[str, torch.Tensor]:
         """Copies on the CPU of what a checkpoint holds (`model.saved`), whole; every rank must call it."""
+
+    def optimizer_tensors(self) -> Iterator[torch.Tensor]:
+        """What this rank's optimizer holds beside the weights: its state, and weights of its own where it has such."""
 
     def optimizer_state(self) -> OptimizerState:
         """A copy of this rank's optimizer state; empty where another rank holds the same."""

@@ -24,7 +24,7 @@ from qlora_core.strategy import Strategy
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import saved, trainable
 from qlora_core.training.optimizer import build_optimizer
-from qlora_core.training.optimizer_state import MASTER, OptimizerState, Span, add_slot, restore_state
+from qlora_core.training.optimizer_state import MASTER, OptimizerState, Span, add_slot, restore_state, tensors_of
 
 
 def deepspeed_config(recipe: Recipe, strategy: Strategy, trainable: int) -> dict[str, Any]:
@@ -131,6 +131,11 @@ class DeepSpeedEngine:
             with nullcontext() if is_whole else deepspeed.zero.GatheredParameters([parameter]):
                 weights[name] = parameter.detach().to("cpu", copy=True)
         return weights
+
+    def optimizer_tensors(self) -> Iterator[torch.Tensor]:
+        """See `Engine`. The flat partitions are copies of the weights."""
+        yield from tensors_of(self.optimizer)
+        yield from self._slots()
 
     def optimizer_state(self) -> OptimizerState:
         """See `Engine`."""

@@ -16,7 +16,7 @@ from qlora_core.strategy import Strategy
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import saved, trainable
 from qlora_core.training.optimizer import build_optimizer, place_in_groups
-from qlora_core.training.optimizer_state import MASTER, OptimizerState, Span, add_slot, restore_state
+from qlora_core.training.optimizer_state import MASTER, OptimizerState, Span, add_slot, restore_state, tensors_of
 
 
 class TorchEngine:
@@ -70,6 +70,10 @@ class TorchEngine:
     def saved_weights(self) -> dict[str, torch.Tensor]:
         """See `Engine`."""
         return {name: parameter.detach().to("cpu", copy=True) for name, parameter in saved(self.module).items()}
+
+    def optimizer_tensors(self) -> Iterator[torch.Tensor]:
+        """See `Engine`."""
+        return tensors_of(self.optimizer)
 
     def optimizer_state(self) -> OptimizerState:
         """See `Engine`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,3 +125,9 @@ def quantized(moment: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, t
     """A moment as codes of 8 bits, and the largest absolute value of each block."""
     codes, constants = functional.quantize_blockwise(moment.view(-1), code=code, blocksize=BLOCK)
     return codes, constants.absmax
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """All tensors of an optimizer's state."""
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
