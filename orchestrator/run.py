@@ -35,7 +35,7 @@ from orchestrator.record import (
     save_specification,
     versions,
 )
-from orchestrator.recovery import IN_ORDER, Failure
+from orchestrator.recovery import IN_ORDER, Decision, Failure
 from orchestrator.supervisor import (
     POLL_SECONDS,
     AttemptFailed,
@@ -264,6 +264,7 @@ def close_abandoned(attempt: Attempt, step: int, events: Path) -> None:
     attempt.placed, attempt.ended = (told[0], told[-1]) if told else (attempt.started, attempt.started)
     attempt.status, attempt.to_step, attempt.reason = "failed", step, "the process that carried it out ended"
     attempt.failure = Failure("worker lost", attempt.reason).to_json()
+    attempt.decision = dataclasses.asdict(Decision("retry", "the same run was started again"))
 
 
 def told_at(events: Path) -> list[str]:

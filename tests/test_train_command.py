@@ -345,7 +345,9 @@ def test_an_example_whose_loss_is_not_finite_ends_a_run_in_one_error_and_leaves_
     [error] = re.findall("^error: (.*)$", output, re.M)
     assert error.startswith("The loss of step 4 is nan")
     assert f"{data}, line {bad + 1}" in error
+    assert "It was not tried again: the same step would fail again." in error
     assert "Traceback" not in output
+    assert "stop: the same step would fail again" in (run.folder / "report.md").read_text()
     [attempt] = run.record["attempts"]
     assert (run.record["status"], attempt["failure"]["kind"], attempt["to_step"]) == ("failed", "not finite", 2)
     kept = complete(run.folder / "checkpoints")
