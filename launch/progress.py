@@ -131,7 +131,8 @@ def print_summary(console: Console, record: RunRecord, folder: Path, report: Pat
         f"{one.failure['kind']} ({one.decision['action']})" for one in record.attempts if one.failure and one.decision
     ]
     if failed:
-        console.print(f"{len(record.attempts)} attempts; on the way: {', '.join(failed)}.", highlight=False)
+        tried = len(record.attempts)
+        console.print(f"{tried} attempt{'s' if tried > 1 else ''}; on the way: {', '.join(failed)}.", highlight=False)
     if before is not None and after is not None:
         change = f" ({(after - before) / before:+z.0%})"
         console.print(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from clusters.errors import RunFailed
 from launch import command
 from launch.command import require_train_extra
 from launch.train_evaluate import evaluate
@@ -17,6 +18,7 @@ from launch.train_export import export
 from launch.train_score import score
 from launch.train_sweep import sweep
 from orchestrator.record import FILE_NAME as RECORD_NAME
+from orchestrator.record import load_record
 from orchestrator.spec import RunSpec, load_spec, schema
 
 if TYPE_CHECKING:
@@ -171,6 +173,11 @@ def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None, mode
     try:
         with TerminalDisplay(console) as display:
             record, already = execute(prepared, display, force=force)
+    except RunFailed:
+        # what was saved of it says how far it came and why it ended
+        if (failed := load_record(output)) is not None and failed.status == "failed":
+            print_summary(console, failed, output, write_report(failed, output))
+        raise
     except Interrupted:
         command.fail("Interrupted before the first step; nothing was lost. The same command starts again.")
         return command.INTERRUPTED

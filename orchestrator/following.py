@@ -99,13 +99,13 @@ def given_up(failure: Failure, decision: Decision, record: RunRecord) -> RunFail
     if failure.kind == "user":
         return RequestError(failure.problems) if failure.problems else RunFailed(failure.message, failure.remedy)
     tried = len(record.attempts)
-    after = f" It was tried {tried} times; {decision.reason}." if tried > 1 else ""
+    tries = f"It was tried {tried} times;" if tried > 1 else "It was not tried again:"
     remedy = failure.remedy or (
         "The same command goes on from the last checkpoint, if there is one. --debug shows the traceback."
     )
     on = "A worker failed" if failure.rank is None else f"Rank {failure.rank} failed"
-    what = failure.message if failure.remedy else f"{on} ({failure.kind}): {failure.message.rstrip('.')}."
-    return RunFailed(what + after, remedy)
+    what = failure.message if failure.remedy else f"{on} ({failure.kind}): {failure.message}"
+    return RunFailed(f"{what.rstrip('.')}. {tries} {decision.reason}.", remedy)
 
 
 class WorkerTraceback(Exception):

@@ -14,6 +14,7 @@ import click
 from clusters.errors import request_error
 from orchestrator.confidence import ENOUGH_RUNS, Comparable, Spreads, conformal, spread_of
 from orchestrator.plans import Target
+from qlora_core.memory.formula import LEARNING
 from qlora_core.recipe import Method, Recipe
 from qlora_core.step_time import StepTime, Times
 from qlora_core.strategy import Strategy
@@ -73,15 +74,16 @@ class History:
     ran_out: tuple[RanOut, ...] = ()
 
     def room(self, target: Target, model: str, recipe: Recipe) -> int | None:
-        """Bytes that a process may need where plans for the same model and recipe ran out; None where none has.
+        """Bytes that a process may need where plans for the same model and memory ran out; None where none has.
 
         In proportion to what was usable then: something else may have filled the GPU.
         """
         as_recorded = json.loads(json.dumps({**recipe.to_json(), "compute_dtype": target.compute_dtype}))
+        asked = of_memory(as_recorded)
         found = [
             LEANER * one.process_bytes * target.usable_bytes / one.usable_bytes
             for one in self.ran_out
-            if (one.gpu, one.model, one.recipe) == (target.name, model, as_recorded)
+            if (one.gpu, one.model, of_memory(one.recipe)) == (target.name, model, asked)
         ]
         return int(min(found)) if found else None
 
@@ -132,6 +134,11 @@ class History:
             correction=factor,
             runs=len(ratios),
         )
+
+
+def of_memory(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe, as JSON values, that decide what its steps take."""
+    return {name: value for name, value in recipe.items() if name not in LEARNING}
 
 
 NOTHING_MEASURED = History()

@@ -228,10 +228,16 @@ def device_seconds(record: Mapping[str, Any]) -> float:
     """Seconds of all devices over all attempts that have ended."""
     total = 0.0
     for attempt in record["attempts"]:
-        if attempt.get("ended"):
-            lasted = datetime.fromisoformat(attempt["ended"]) - datetime.fromisoformat(attempt["started"])
-            total += lasted.total_seconds() * attempt.get("strategy", {}).get("world_size", 1)
+        total += held_seconds(attempt) * attempt.get("strategy", {}).get("world_size", 1)
     return total
+
+
+def held_seconds(attempt: Mapping[str, Any]) -> float:
+    """For how long an attempt held its devices: not while it stood in Ray's queue; 0 where it has not ended."""
+    if not attempt.get("ended"):
+        return 0.0
+    since = attempt.get("placed") or attempt["started"]  # records of earlier versions have the start alone
+    return (datetime.fromisoformat(attempt["ended"]) - datetime.fromisoformat(since)).total_seconds()
 
 
 def own_cost(record: Mapping[str, Any]) -> tuple[float, str] | None:

@@ -34,6 +34,9 @@ class Attempt(BaseModel):
     """UTC, ISO 8601."""
     from_step: int
     """The step of the checkpoint that it resumed from; 0 for a start."""
+    placed: str | None = None
+    """When its workers first told something, and so had their devices; when it ended, where they never did. Records of
+    earlier versions do not have it."""
     ended: str | None = None
     status: Status = "running"
     to_step: int | None = None

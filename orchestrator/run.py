@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +35,7 @@ from orchestrator.record import (
     save_specification,
     versions,
 )
-from orchestrator.recovery import IN_ORDER, Failure
+from orchestrator.recovery import IN_ORDER, Decision, Failure
 from orchestrator.supervisor import (
     POLL_SECONDS,
     AttemptFailed,
@@ -232,7 +234,7 @@ def begin_attempt(prepared: Prepared, record: RunRecord, output: Path, display: 
     start = load_facts(resume)["step"] if resume else 0
     for earlier in record.attempts:
         if earlier.status == "running":
-            earlier.status, earlier.to_step, earlier.reason = "failed", start, "the process that carried it out ended"
+            close_abandoned(earlier, start, output / "events.jsonl")
     if resume is not None:
         display.resuming(start, prepared.total_steps, resume)
     keep_events_until(output / "events.jsonl", start)
@@ -251,6 +253,33 @@ def begin_attempt(prepared: Prepared, record: RunRecord, output: Path, display: 
     save(record, output, display)
 
 
+def close_abandoned(attempt: Attempt, step: int, events: Path) -> None:
+    """Note how an attempt ended whose process was gone before it could: it was alive when its workers last told of it.
+
+    Args:
+        step: of the last checkpoint.
+        events: what they told, from before it is cut to `step`.
+    """
+    told = told_at(events)
+    attempt.placed, attempt.ended = (told[0], told[-1]) if told else (attempt.started, attempt.started)
+    attempt.status, attempt.to_step, attempt.reason = "failed", step, "the process that carried it out ended"
+    attempt.failure = Failure("worker lost", attempt.reason).to_json()
+    attempt.decision = dataclasses.asdict(Decision("retry", "the same run was started again"))
+
+
+def told_at(events: Path) -> list[str]:
+    """When the workers of the last attempt told something, UTC, ISO 8601; a phase is the first that they tell."""
+    found: list[str] = []
+    for line in events.read_text(encoding="utf-8").splitlines() if events.exists() else []:
+        try:
+            event = json.loads(line)
+            if found or event["event"] == "phase":
+                found.append(datetime.fromtimestamp(event["time"], UTC).isoformat(timespec="seconds"))
+        except (ValueError, TypeError, KeyError):
+            continue  # a line that a killed worker left half-written
+    return found
+
+
 def attempted(
     prepared: Prepared,
     record: RunRecord,
@@ -259,17 +288,27 @@ def attempted(
     on_event: Callable[[Mapping[str, Any]], None],
 ) -> dict[str, Any]:
     """Carry out the attempt that was begun: see `run_attempt`."""
-    spec, start = prepared.spec, record.attempts[-1].from_step
+    spec, attempt = prepared.spec, record.attempts[-1]
+    start = attempt.from_step
     resume = output / "checkpoints" / folder_name(start) if start else None
     if not interrupt.is_set():
         (output / ".stop").unlink(missing_ok=True)  # of a preemption
-    return run_attempt(
-        order_of(prepared, output, resume, len(record.attempts), more_workers(prepared, record)),
-        address=None if spec.cluster == "auto" else spec.cluster.address,
-        interrupt=interrupt,
-        hang_seconds=60 * spec.recovery.hang_minutes,
-        on_event=on_event,
-    )
+
+    def pass_on(event: Mapping[str, Any]) -> None:
+        if attempt.placed is None and "time" in event:  # what workers tell has a time, what is said of them has none
+            attempt.placed = now()
+        on_event(event)
+
+    try:
+        return run_attempt(
+            order_of(prepared, output, resume, len(record.attempts), more_workers(prepared, record)),
+            address=None if spec.cluster == "auto" else spec.cluster.address,
+            interrupt=interrupt,
+            hang_seconds=60 * spec.recovery.hang_minutes,
+            on_event=pass_on,
+        )
+    finally:
+        attempt.placed = attempt.placed or now()
 
 
 def paused(seconds: float, interrupt: threading.Event, stop_file: Path) -> bool:

@@ -103,7 +103,8 @@ def work(order: Order) -> None:
         carry_out(order, rank, device, meter)
     except Exception as error:
         measured = {} if meter is None else {**meter.peaks()._asdict(), "reserved": meter.reserved()}
-        raise WorkerFailed(failure_of(error, rank, measured)) from error
+        # alone: Ray would write the chain into its logs, and what the original says may hold a secret
+        raise WorkerFailed(failure_of(error, rank, measured)) from None
 
 
 def check_shared(order: Order, rank: int) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -193,6 +194,36 @@ def test_a_plan_that_ran_out_leaves_less_room_for_the_same_run_in_proportion_to_
     assert history.room(L4, "llama-13b", Recipe()) is None
     assert history.room(L4, "llama-7b", Recipe(rank=8)) is None
     assert history.room(dataclasses.replace(L4, name="t4"), "llama-7b", Recipe()) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha": 32.0},
+        {"use_rslora": True},
+        {"learning_rate": 1e-4},
+        {"schedule": "cosine", "warmup_fraction": 0.1},
+        {"weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95},
+        {"max_grad_norm": 1.0},
+        {"epochs": 3.0},
+        {"steps": 100},
+    ],
+)
+def test_nor_is_there_more_room_for_what_takes_as_much(changes: dict[str, Any]) -> None:
+    recipe, strategy, other = Recipe(), Strategy(), Recipe(**changes)
+    model = find_model("llama-2-7b")
+    needed, needs = (estimate(model, each, strategy, L4.device) for each in (recipe, other))
+    assert needs == needed  # what the memory model says is what decides
+    as_recorded = json.loads(json.dumps({**recipe.to_json(), "compute_dtype": L4.compute_dtype}))
+    history = History(ran_out=(RanOut("l4", "llama-7b", as_recorded, 20 * 10**9, L4.usable_bytes),))
+    assert history.room(L4, "llama-7b", other) == 18 * 10**9
+
+
+@pytest.mark.parametrize("changes", [{"seq_len": 1024}, {"dropout": 0.1}, {"optimizer": "adamw_8bit"}])
+def test_of_what_may_take_another_amount_nothing_is_known(changes: dict[str, Any]) -> None:
+    recipe = json.loads(json.dumps({**Recipe().to_json(), "compute_dtype": L4.compute_dtype}))
+    history = History(ran_out=(RanOut("l4", "llama-7b", recipe, 20 * 10**9, L4.usable_bytes),))
+    assert history.room(L4, "llama-7b", Recipe(**changes)) is None
 
 
 def test_memory_is_compared_with_runs_of_the_same_method_and_device_divided_or_not() -> None:

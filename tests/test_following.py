@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
+from launch.report.run_report import spent_seconds
+from orchestrator import run
 from orchestrator.following import decided, more_workers, told
+from orchestrator.ledger import device_seconds, faults
 from orchestrator.machine import Machine
 from orchestrator.prepare import Prepared, prepare, resized
 from orchestrator.record import Attempt, RunRecord
 from orchestrator.recovery import Failure
 from orchestrator.spec import load_spec
+from orchestrator.supervisor import AttemptFailed
 
 FOUR_GPUS = Machine(
     kind="cuda", name="NVIDIA A100-SXM4-80GB", devices=4, memory_bytes=70 * 1024**3, compute_capability=(8, 0)
@@ -126,3 +132,68 @@ def test_devices_that_come_back_are_no_failure(prepared: Callable[..., Prepared]
         "Stopped (devices back): 4 devices are there again. It goes on from step 7 with more workers"
     )
     assert json.dumps(back.to_json())
+
+
+STARTED = datetime.fromisoformat("2026-11-30T10:00:00+00:00").timestamp()
+PHASE = {"event": "phase", "phase": "loading the base model"}
+
+
+def beginning_again(prepared: Prepared, *told: dict[str, Any], torn: str = "") -> RunRecord:
+    """The record of a run whose first attempt, begun at STARTED, was killed with its driver, once the next begins."""
+    output = Path(prepared.spec.output)
+    output.mkdir()
+    (output / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told) + torn)
+    attempt = Attempt(started="2026-11-30T10:00:00+00:00", from_step=0, strategy={"world_size": 4})
+    found = record(4).model_copy(update={"attempts": [attempt]})
+    run.begin_attempt(prepared, found, output, cast(Any, None))
+    return found
+
+
+def test_an_attempt_whose_driver_was_killed_cost_what_it_held_and_is_a_fault(prepared: Callable[..., Prepared]) -> None:
+    found = beginning_again(
+        prepared(world_size=4, zero_stage=2),
+        {"event": "step", "step": 0, "time": STARTED - 500},  # of an attempt before it
+        {**PHASE, "time": STARTED + 100},  # after it had stood in a queue
+        {"event": "step", "step": 60, "time": STARTED + 160.7},
+        torn='{"event": "st',
+    )
+    killed, again = found.attempts
+    assert (killed.status, killed.ended) == ("failed", "2026-11-30T10:02:40+00:00")
+    assert (killed.failure or {})["kind"] == "worker lost"
+    assert (again.status, again.ended) == ("running", None)
+    fields = found.model_dump()
+    assert (faults(fields), device_seconds(fields), spent_seconds(found)) == (1, 4 * 60, 60)
+
+
+def test_one_that_was_killed_before_its_workers_told_anything_is_a_fault_that_cost_nothing(
+    prepared: Callable[..., Prepared],
+) -> None:
+    before = {"event": "step", "step": 0, "time": STARTED - 500}
+    found = beginning_again(prepared(world_size=4, zero_stage=2), before)
+    fields = found.model_dump()
+    assert (found.attempts[0].ended, faults(fields), device_seconds(fields)) == (found.attempts[0].started, 1, 0)
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_what_an_attempt_waits_in_a_queue_is_not_what_it_held(
+    placed: bool, prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(["2026-11-30T12:00:00+00:00"])
+
+    def run_attempt(*_: object, on_event: Callable[[dict[str, Any]], None], **__: object) -> dict[str, Any]:
+        on_event({"event": "phase", "phase": "waiting for 4 GPUs at once: 0 of 4 are free"})
+        if placed:
+            on_event({**PHASE, "time": STARTED + 7200})
+            on_event({"event": "step", "step": 1, "time": STARTED + 9000})
+        raise AttemptFailed(Failure("no room", "others have used the devices"))
+
+    monkeypatch.setattr(run, "run_attempt", run_attempt)
+    monkeypatch.setattr(run, "now", lambda: next(clock))
+    before = prepared(world_size=4, zero_stage=2)
+    waited = Attempt(started="2026-11-30T10:00:00+00:00", from_step=0, strategy={"world_size": 4})
+    found = record(4).model_copy(update={"attempts": [waited]})
+    with pytest.raises(AttemptFailed):
+        run.attempted(before, found, Path(before.spec.output), threading.Event(), lambda event: None)
+    waited.ended = "2026-11-30T12:30:00+00:00" if placed else "2026-11-30T12:00:00+00:00"
+    held = 1800 if placed else 0
+    assert (device_seconds(found.model_dump()), spent_seconds(found)) == (4 * held, held)

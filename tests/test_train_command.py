@@ -13,7 +13,9 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +34,7 @@ from qlora_core.training.sampling import Order
 from qlora_core.training.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workers")]
+INJECT = Path(__file__).parent / "chaos" / "inject"
 
 
 @pytest.fixture(scope="module")
@@ -343,13 +346,33 @@ def test_an_example_whose_loss_is_not_finite_ends_a_run_in_one_error_and_leaves_
     [error] = re.findall("^error: (.*)$", output, re.M)
     assert error.startswith("The loss of step 4 is nan")
     assert f"{data}, line {bad + 1}" in error
+    assert "It was not tried again: the same step would fail again." in error
     assert "Traceback" not in output
+    assert "stop: the same step would fail again" in (run.folder / "report.md").read_text()
     [attempt] = run.record["attempts"]
     assert (run.record["status"], attempt["failure"]["kind"], attempt["to_step"]) == ("failed", "not finite", 2)
     kept = complete(run.folder / "checkpoints")
     assert list(kept) == [2]
     check(kept[2])
     run.assert_nothing_is_left()
+
+
+def test_a_secret_in_what_a_worker_raises_is_kept_out_of_all_that_a_run_and_its_ray_write(
+    new_run: Callable[[str], Run],
+) -> None:
+    run, secret = new_run("secret"), uuid.uuid4().hex
+    fault = {"fault": "secret", "rank": 0, "step": 2, "attempts": [1]}
+    path = f"{INJECT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    run.environment |= {"HF_TOKEN": secret, "QLORA_FAULTS": json.dumps([fault]), "PYTHONPATH": path}
+    with tempfile.TemporaryDirectory(prefix="ray-") as ray_folder:  # short, as a socket's name must be
+        run.environment["RAY_TMPDIR"] = ray_folder
+        code, output = run.finish("--debug")
+        assert (code, "upload refused for ***" in output) == (1, True), output
+        written = [path for folder in (Path(ray_folder), run.folder) for path in folder.rglob("*") if path.is_file()]
+        told = {str(path): path.read_bytes() for path in written}
+    assert any(b"upload refused for ***" in text for name, text in told.items() if "/logs/worker-" in name)
+    assert secret not in output
+    assert not [name for name, text in told.items() if secret.encode() in text]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +14,13 @@ import yaml
 from click.testing import CliRunner, Result
 from small_runs import stand_in_checkpoint
 
-from clusters.errors import RequestError
+from clusters.errors import RequestError, RunFailed
 from launch.train import train
 from orchestrator import prepare, run
+from orchestrator.following import given_up
 from orchestrator.prepare import Prepared
 from orchestrator.record import Attempt, RunRecord, Status, save_record
+from orchestrator.recovery import Decision, Failure
 from orchestrator.spec import RunSpec, load_spec
 from qlora_core.training.manifest import BEST
 
@@ -59,6 +63,8 @@ def start(spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sta
         def executed(prepared: RunSpec, *_: Any, **__: Any) -> tuple[RunRecord, bool]:
             Path(prepared.output).mkdir(exist_ok=True)
             save_record(record, Path(prepared.output))
+            if record.status == "failed":
+                raise RunFailed("The loss is nan.", "Look.")
             return record, False
 
         monkeypatch.setattr(prepare, "prepare", lambda spec, **_: spec)
@@ -76,6 +82,46 @@ def test_a_report_that_cannot_be_written_is_a_warning_beside_the_summary(start: 
     assert "report.md" not in result.stdout
     assert f"warning: output: it cannot be written: Is a directory (got {spec.output}/report.md)" in result.stderr
     assert "--report" not in result.stderr
+
+
+def test_a_run_that_failed_leaves_a_report_of_how_far_it_came_and_why_it_ended(start: Start, spec: RunSpec) -> None:
+    output = Path(spec.output)
+    output.mkdir()
+    step = {"event": "step", "step": 1, "loss": float("nan"), "learning_rate": 1e-3, "tokens": 9, "seconds": 1.0}
+    (output / "events.jsonl").write_text(json.dumps(step) + "\n")
+    attempt = Attempt(
+        started="2026",
+        from_step=0,
+        to_step=0,
+        status="failed",
+        reason="the loss is nan",
+        failure=Failure("not finite", "the loss is nan").to_json(),
+        decision=dataclasses.asdict(Decision("stop", "the same step would fail again")),
+    )
+    failed = record(status="failed", attempts=[attempt], results={})
+    result = start(failed)
+    assert isinstance(result.exception, RunFailed)
+    assert "Run tiny: failed\n1 attempt; on the way: not finite (stop)." in result.stdout
+    assert str(output / "report.md") in result.stdout
+    report = (output / "report.md").read_text()
+    assert "Status: failed." in report
+    assert "| not finite: the loss is nan | stop: the same step would fail again |" in report
+    assert (output / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("tried", "told"),
+    [
+        (1, "Rank 1 failed (error): KeyError: x. It was not tried again: the same code would fail again."),
+        (2, "Rank 1 failed (error): KeyError: x. It was tried 2 times; the same code would fail again."),
+    ],
+)
+def test_why_a_run_was_given_up_is_told_also_of_its_first_attempt(tried: int, told: str) -> None:
+    attempts = [Attempt(started="2026", from_step=0)] * tried
+    decision = Decision("stop", "the same code would fail again")
+    error = given_up(Failure("error", "KeyError: x.", rank=1), decision, record(attempts=attempts))
+    assert isinstance(error, RunFailed)
+    assert error.what == told
 
 
 def test_an_interrupted_run_says_what_resumes_it(start: Start, spec: RunSpec) -> None:

@@ -8,7 +8,6 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from launch.report.words import (
     what_bounds_are,
     written_otherwise,
 )
-from orchestrator.ledger import own_cost
+from orchestrator.ledger import held_seconds, own_cost
 from orchestrator.plans import Duration
 from orchestrator.record import SAMPLES_NAME, SPECIFICATION_NAME, RunRecord
 from qlora_core.data import in_an_epoch, left_out
@@ -239,9 +238,7 @@ def time(record: RunRecord) -> Iterator[Section]:
 
 def spent_seconds(record: RunRecord) -> float:
     """For how long its attempts that have ended held their devices, all together."""
-    moments = [(one.started, one.ended) for one in record.attempts if one.ended is not None]
-    took = (datetime.fromisoformat(ended) - datetime.fromisoformat(started) for started, ended in moments)
-    return sum(each.total_seconds() for each in took)
+    return sum(held_seconds(one.model_dump()) for one in record.attempts)
 
 
 def training(events: Sequence[Mapping[str, Any]]) -> Section:

@@ -189,7 +189,9 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
             elif run.eval_every is not None and step % run.eval_every == 0:
                 observer.event("eval", step=step, **measures(evaluate(run, observer)))
             writer.check()
-    if ended and writer.digest == context["weights_at_start"]:
+    # an attempt that found all steps done wrote no checkpoint: the weights that it began with are the run's last
+    last = weights if step == first else writer.digest
+    if ended and last == context["weights_at_start"]:
         raise RunFailed(
             f"All {step} steps were done, and the trained weights are what they were before the first.",
             "Raise recipe.learning_rate, or look whether recipe.lora_dtype can hold such small changes.",

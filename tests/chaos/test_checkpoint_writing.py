@@ -262,5 +262,9 @@ def test_a_run_that_learns_nothing_fails_loudly(
     monkeypatch.setattr(run.engine, "step", lambda: 1.0)
     with pytest.raises(RunFailed, match="the trained weights are what they were before the first"):
         train(run, Watcher(), None)
-    assert complete(tmp_path)  # what there is stays, to be looked at
+    folder = complete(tmp_path)[6]  # what there is stays, to be looked at
+    # the same command again has no step to do, and writes no checkpoint
+    again = build(tiny_base, data, tmp_path, recipe_of(), resume=folder)
+    with pytest.raises(RunFailed, match="the trained weights are what they were before the first"):
+        train(again, Watcher(), folder)
     assert torch.isfinite(next(iter(run.engine.saved_weights().values()))).all()

@@ -68,8 +68,9 @@ def test_a_run_interrupted_in_four_ways_has_the_curve_of_one_that_never_was(new_
     assert code == 0, output
     attempts = run.record["attempts"]
     failed = [one for one in attempts if one["failure"]]
-    assert [one["failure"]["kind"] for one in failed] == ["worker lost", "gpu memory"]
-    interrupted += [(one["to_step"], one["failure"]["kind"]) for one in failed]
+    # the last is the driver's: what it did not live to note the next start did
+    assert [one["failure"]["kind"] for one in failed] == ["worker lost", "gpu memory", "worker lost"]
+    interrupted += [(one["to_step"], one["failure"]["kind"]) for one in failed[:-1]]
     interrupted.append((attempts[-1]["from_step"], "kill -9 of the driver"))
     assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
     assert len(losses(run)) == STEPS

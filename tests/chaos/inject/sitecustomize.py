@@ -67,6 +67,8 @@ def happen(fault: str) -> None:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         BALLAST.append(torch.empty(free - 2**26, dtype=torch.uint8, device="cuda"))
+    if fault == "secret":  # a library tells what it was given
+        raise RuntimeError(f"upload refused for {os.environ['HF_TOKEN']}")
     if fault == "stop":
         os.kill(os.getpid(), 19)  # SIGSTOP: it hangs
 
