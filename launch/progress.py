@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from launch.report.terminal import measured_table, plan_screen
 from launch.report.words import ending, gib, mixture, written_otherwise
@@ -32,14 +32,16 @@ class TerminalDisplay:
         self._console = console
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn(
+                "{task.fields[time]}"
+            ),  # rich's own column knows the last 30 s, and so no step that takes longer
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("starting Ray", total=None, figures="")
+        self._task = self._bar.add_task("starting Ray", total=None, figures="", time="")
         self._last_line = 0.0
         self._speed: float | None = None
         self._first: tuple[int, float] | None = None
@@ -86,6 +88,7 @@ class TerminalDisplay:
     def event(self, event: Mapping[str, Any]) -> None:
         """See `Display`."""
         if event["event"] == "phase":
+            self._first = None  # phases come before an attempt's steps
             self._bar.update(self._task, description=event["phase"])
             if self._bar.disable:
                 self.note(event["phase"])
@@ -104,13 +107,22 @@ class TerminalDisplay:
             f"loss {event['loss']:.3f} lr {event['learning_rate']:.1e} {self._speed:.0f} tok/s "
             f"{gib(max(event['peaks'].values()))}"
         )
-        self._bar.update(self._task, description="", completed=event["step"], total=event["total"], figures=figures)
         first = self._first = self._first or (event["step"] - 1, event["time"] - event["seconds"])
+        clock = time_shown(event, *first)
+        self._bar.update(
+            self._task, description="", completed=event["step"], total=event["total"], figures=figures, time=clock
+        )
         due = time.monotonic() - self._last_line >= LINE_SECONDS
         if self._bar.disable and (due or event["step"] == event["total"]):
             self._last_line = time.monotonic()
-            left = timedelta(seconds=round(seconds_left(event, *first)))
-            self._console.print(f"step {event['step']}/{event['total']}  {figures}  {left} left", highlight=False)
+            self._console.print(f"step {event['step']}/{event['total']}  {figures}  {clock}", highlight=False)
+
+
+def time_shown(event: Mapping[str, Any], first_step: int, first_time: float) -> str:
+    """The time that is left after `event`'s step; after the last one, what this attempt's steps took."""
+    if event["step"] == event["total"]:
+        return f"{timedelta(seconds=round(event['time'] - first_time))} elapsed"
+    return f"{timedelta(seconds=round(seconds_left(event, first_step, first_time)))} left"
 
 
 def seconds_left(event: Mapping[str, Any], first_step: int, first_time: float) -> float:

@@ -17,6 +17,7 @@ from qlora_core.data import FormatName, Learn
 if TYPE_CHECKING:
     from orchestrator.evaluation import Evaluated
     from qlora_core.bootstrap import Interval
+    from qlora_core.training.dataset import DataReport
 
 
 @click.command("evaluate")
@@ -99,7 +100,7 @@ def evaluate(
         learn = before if before in ("completion", "all") else "auto"
     if samples is None:
         samples = 2 if answers is None else 2**31
-    evaluated = evaluate_adapters(
+    evaluated, report = evaluate_adapters(
         found,
         {name: find_trained(where) for name, where in named.items()},
         folder,
@@ -110,9 +111,11 @@ def evaluate(
         write_answers(evaluated, answers)
     if as_json:
         rows = [dataclasses.asdict(row) for row in evaluated]
-        click.echo(json.dumps({"schema_version": 1, "base": str(folder), "evaluated": rows}, indent=2))
+        data_report = report and dataclasses.asdict(report)
+        answer = {"schema_version": 1, "base": str(folder), "data": data_report, "evaluated": rows}
+        click.echo(json.dumps(answer, indent=2))
     else:
-        show(evaluated)
+        show(evaluated, report, seq_len)
     return 0
 
 
@@ -140,10 +143,12 @@ def write_answers(evaluated: Sequence[Evaluated], folder: Path) -> None:
             temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def show(evaluated: Sequence[Evaluated]) -> None:
-    """Print the figures as a table, and the answers below."""
+def show(evaluated: Sequence[Evaluated], report: DataReport | None, seq_len: int) -> None:
+    """Print the figures as a table, what became of the data, and the answers below."""
     from rich.console import Console
     from rich.table import Table
+
+    from launch.progress import became
 
     console = Console()
     table = Table("", "loss", "perplexity", "change from base", box=None, pad_edge=False)
@@ -153,6 +158,9 @@ def show(evaluated: Sequence[Evaluated]) -> None:
     if table.row_count:
         console.print(table)
         console.print("In brackets: the 95 % interval over examples.", highlight=False)
+    if report is not None:
+        counted = f"Data: {report.examples} examples in format {report.format}, the longest {report.longest} tokens"
+        console.print(f"{counted}{became(report, seq_len)}.", highlight=False, markup=False)
     for row in evaluated:
         for task, measures in row.tasks.items():
             figures = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())

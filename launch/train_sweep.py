@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,8 @@ def run(console: Console, outcomes: Sequence[Outcome], fitting: int, output: Pat
 
     done: dict[str, int] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    # the time left goes by all steps: those of the last 30 s, which rich looks at by itself, may be one or none
+    with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=math.inf) as bar:
         task = bar.add_task("steps of all trials", total=None)
 
         def on_step(trial: Trial, step: int, of: int) -> None:

@@ -25,7 +25,7 @@ from qlora_core.perplexity import perplexity
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
 from qlora_core.training.adapters import load_adapters
-from qlora_core.training.dataset import DataOptions, encode_file
+from qlora_core.training.dataset import DataOptions, DataReport, encode_file
 from qlora_core.training.dataset.tokens import Encoded, save_examples
 from qlora_core.training.evaluate import Answer, example_losses, sample_answers
 from qlora_core.training.examples import Examples
@@ -95,8 +95,10 @@ class Questions:
 
 def evaluate_adapters(
     trained: Trained, others: Mapping[str, Trained], base: Path, storage: Storage, questions: Questions
-) -> list[Evaluated]:
+) -> tuple[list[Evaluated], DataReport | None]:
     """Evaluate the base alone, what was trained, and other adapters for the same base, in this order.
+
+    Returns also what became of the data; None where it is what the run held out, or none is asked for.
 
     Raises:
         RequestError: the data cannot be read, there are no examples, or an adapter is for another base.
@@ -107,7 +109,7 @@ def evaluate_adapters(
     dtype = target_of(machine, trained.compute_dtype, 1).compute_dtype
     strategy = fitting_defaults(architecture_from_folder(base), Strategy(gradient_checkpointing=False))
     tokenizer = load_tokenizer(str(base), trained.adapter.chat_template())
-    with examples_of(trained, questions, tokenizer, base) as examples:
+    with examples_of(trained, questions, tokenizer, base) as (examples, report):
         model = load_adapters(load_base(str(base), recipe, strategy, dtype, device), named(trained, others))
         found: list[Evaluated] = []
         reference: list[float] = []
@@ -122,7 +124,7 @@ def evaluate_adapters(
             loss = mean_loss(losses, examples.learned) if losses else None
             change = mean_change(losses, reference, examples.learned) if losses and name != BASE else None
             found.append(Evaluated(name, loss, loss and loss.map(perplexity), change, answers, tasks))
-    return found
+    return found, report
 
 
 def named(trained: Trained, others: Mapping[str, Trained]) -> dict[str, Path]:
@@ -157,27 +159,33 @@ def recipe_of(storage: Storage) -> Recipe:
 
 
 @contextmanager
-def examples_of(trained: Trained, questions: Questions, tokenizer: Any, base: Path) -> Iterator[Examples]:
-    """The examples to evaluate on: the data's, or those that the run held out; none where only tasks are asked for."""
+def examples_of(
+    trained: Trained, questions: Questions, tokenizer: Any, base: Path
+) -> Iterator[tuple[Examples, DataReport | None]]:
+    """The examples to evaluate on: the data's, or those that the run held out; none where only tasks are asked for.
+
+    With the data's comes what became of it.
+    """
     if questions.data is None and trained.held_out is not None and len(held_out := Examples(trained.held_out)):
-        yield held_out
+        yield held_out, None
         return
     if questions.data is None and not questions.tasks:
         rule = "there are no held-out examples of a run there"
         raise request_error("--data", trained.adapter.folder, rule, "Give a file of examples with --data, or --tasks")
     with tempfile.TemporaryDirectory() as folder:
         examples: Sequence[Encoded] = []
+        report = None
         if questions.data is not None:
             vocabulary = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config().vocab_size
             options = DataOptions(
                 learn=questions.learn, columns=questions.columns, split=questions.split, vocab_size=vocabulary
             )
             try:
-                examples, _ = encode_file(questions.data, questions.format, tokenizer, questions.seq_len, options)
+                examples, report = encode_file(questions.data, questions.format, tokenizer, questions.seq_len, options)
             except RequestError as error:
                 raise error.named(FLAGS) from None
         save_examples(examples, Path(folder) / "examples.safetensors")
-        yield Examples(Path(folder) / "examples.safetensors")
+        yield Examples(Path(folder) / "examples.safetensors"), report
 
 
 @contextmanager

@@ -404,6 +404,7 @@ def order_of(
         predicted=predicted(plan),
         facts={
             "plan": plan.digest,
+            "strategy": dataclasses.asdict(plan.strategy),  # the rest of the plan is in the identity
             "identity": prepared.identity,
             "versions": versions(),
         },

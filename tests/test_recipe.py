@@ -103,6 +103,21 @@ def test_autocast_is_on_for_adapters_unless_it_is_told_otherwise_and_its_json_sa
     assert recipe.to_json()["autocast"] is on
 
 
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({"epochs": 1}, 6),  # 100 sequences, 16 a step: 6.25
+        ({"epochs": 3}, 18),  # 300: 18.75
+        ({"epochs": 0.5}, 3),  # 50: 3.125
+        ({"epochs": 0.1}, 1),  # 10 are less than a step
+        ({"epochs": 3, "steps": 7}, 7),
+    ],
+)
+def test_epochs_fix_the_steps_of_a_run_unless_these_are_given(fields: dict[str, Any], steps: int) -> None:
+    recipe = Recipe(seq_len=512, tokens_per_step=16 * 512, **fields)
+    assert recipe.total_steps(100) == steps
+
+
 def test_it_is_frozen_has_a_hash_and_survives_a_pickle() -> None:
     recipe = Recipe(rank=8)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from rich.console import Console
 
 from clusters.errors import without_secrets
-from launch.progress import seconds_left
+from launch import progress
+from launch.progress import TerminalDisplay, seconds_left
 from orchestrator import tracking
 from orchestrator.metrics import metrics_of
+from orchestrator.prepare import Prepared
 from orchestrator.spec import TrackingSpec
 from orchestrator.trackers import FILE_NAME, Figures, JsonLines, TensorBoard, Tracked, missing, trackers_of
 from orchestrator.tracking import Tracking, told
+from qlora_core.recipe import Recipe
+from qlora_core.training.dataset import DataReport
 
 PREDICTED = {"phases": {"after_load": 100, "forward": 300, "backward": 400, "optimizer": 200}, "reserved_bytes": 500}
 PEAKS = {"after_load": 101, "forward": 290, "backward": 390, "optimizer": 210}
@@ -82,6 +90,40 @@ def test_what_is_not_finite_is_no_figure() -> None:
 def test_the_time_left_counts_evaluations_and_no_earlier_attempt() -> None:
     # resumed after step 4 at t = 100; steps 5 and 6 and an evaluation between them took 30 s; 10 - 6 steps are left
     assert seconds_left({"step": 6, "total": 10, "time": 130.0}, first_step=4, first_time=100.0) == 60.0
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_time_left_is_shown_also_where_a_step_takes_a_minute(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress, "plan_screen", lambda plan: "the plan")
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    report = DataReport("text", 9, 0, 0, longest=16, tokens=90, digest="", token_digest="")
+    planned = {"plan": SimpleNamespace(recipe=Recipe()), "data": report, "evaluated": None, "held_out": []}
+    shown = io.StringIO()
+
+    def comes(*words: str) -> bool:
+        """Whether a line with these is shown soon: rich draws the bar again every tenth of a second."""
+        deadline = time.monotonic() + 10
+        while not any(all(word in line for word in words) for line in shown.getvalue().splitlines()):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    with TerminalDisplay(Console(file=shown, force_terminal=terminal, color_system=None, width=80)) as display:
+        display.planned(cast(Prepared, SimpleNamespace(**planned, datasets={}, total_steps=10)))
+        for number in range(1, 5):  # steps of 60 s from t = 940, after the second an evaluation of 80 s
+            at = 940 + 60 * number + (80 if number > 2 else 0)
+            display.event(step(number, total=10, time=at, seconds=60.0))
+        # 4 steps in 320 s, so 6 in 480
+        assert comes("4/10", "loss 2.000", "0:08:00 left"), shown.getvalue()
+        display.event({"event": "phase", "phase": "loading the base model"})  # another attempt, from step 2 at t = 5000
+        display.event(step(3, total=10, time=5050, seconds=50.0))
+        assert comes("3/10", "0:05:50 left"), shown.getvalue()
+        display.event(step(10, total=10, time=5400, seconds=50.0))
+        assert comes("10/10", "0:06:40 elapsed"), shown.getvalue()
 
 
 # --- who gets them ----------------------------------------------------------------------------------------------------

@@ -63,7 +63,9 @@ def test_a_run_leaves_adapter_checkpoints_record_report_and_a_row(finished: tupl
     record = run.record
     assert (record["schema_version"], record["status"], len(record["attempts"])) == (1, "complete", 1)
     assert list(complete(run.folder / "checkpoints")) == [4, 6]
-    assert (run.folder / "checkpoints" / "best" / "checkpoint.json").exists()
+    manifest = json.loads((run.folder / "checkpoints" / "best" / "checkpoint.json").read_text())
+    assert manifest["strategy"] == record["plan"]["strategy"]
+    assert manifest["strategy"].items() >= {"world_size": 2, "zero_stage": 2, "micro_batch": 2}.items()  # as asked for
     assert record["results"]["eval_after"] < record["results"]["eval_before"]
     for shown in ("FITS", "Evaluation loss", "predicted", "measured", str(run.folder / "adapter"), "report.md"):
         assert shown in output

@@ -179,6 +179,23 @@ def test_adapters_on_one_base_are_compared(
     assert one["loss"]["value"] == pytest.approx(plain_loss(model, tiny_base, json.loads(first)), abs=1e-3)
 
 
+def test_what_of_the_data_is_left_out_or_cut_off_is_told_beside_the_losses(
+    adapters: Path, conversations: Path, tmp_path: Path
+) -> None:
+    first = json.loads(conversations.read_text().splitlines()[0])["messages"]
+    long, empty = ([first[0], {"role": "assistant", "content": text}] for text in ("bread " * 200, ""))
+    records = ({"messages": turns} for turns in (first, long, empty))
+    (tmp_path / "three.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    asked = ("evaluate", adapters / "zero", "--data", tmp_path / "three.jsonl", "--seq-len", 64, "--samples", 0)
+    found = told(*asked)["data"]
+    assert (found["examples"], found["truncated"], found["empty_answers"]) == (2, 1, 1)
+    assert found["longest"] == 64
+    shown = " ".join(ask(*asked).output.split())
+    assert (
+        "Data: 2 examples in format messages, the longest 64 tokens, 1 cut off at 64 tokens, 1 left out (empty answer)."
+    ) in shown
+
+
 def test_an_adapter_s_own_chat_template_is_evaluated_with_and_merged(
     adapters: Path, tiny_base: Path, conversations: Path, tmp_path: Path
 ) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from typing import Any
 import pytest
 import yaml
 from real_runs import TIMEOUT
+from rich.console import Console
 
 from clusters.errors import RequestError
+from launch.train_sweep import run
 from orchestrator.trials import trials_of, values_of
 
 COMMAND = Path(sys.executable).with_name("qlora-train")
@@ -51,6 +55,32 @@ def specification(tmp_path: Path, tiny_base: Path, conversations: Path) -> Path:
 )
 def test_commas_part_values_but_not_inside_brackets_and_quotes(override: str, values: list[str]) -> None:
     assert values_of(override) == values
+
+
+def test_the_time_left_is_shown_also_where_a_step_takes_a_minute(
+    specification: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    clock, shown = [1000.0], io.StringIO()
+    trial, _ = trials_of(specification, ["seed=7,8"])
+
+    def trials_run(outcomes: Any, output: Path, on_step: Callable[..., None]) -> list[Any]:
+        for step in range(1, 5):
+            clock[0] += 60
+            on_step(trial, step, 5)
+        deadline = time.monotonic() + 10  # rich draws the bar again every tenth of a second
+        while "0:06:00" not in shown.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return []
+
+    monkeypatch.setattr("orchestrator.sweep.run_trials", trials_run)
+    run(
+        Console(file=shown, force_terminal=True, color_system=None, width=80, get_time=lambda: clock[0]),
+        [],
+        2,
+        tmp_path,
+    )
+    assert "4/10 0:06:00" in shown.getvalue()  # of two trials of 5 steps, 6 are left
 
 
 def test_there_is_a_trial_for_each_combination_in_a_folder_of_its_own(specification: Path) -> None:

@@ -30,16 +30,16 @@ def test_our_recipe_takes_at_least_35_percent_less_above_the_weights_than_plain_
 
 
 @pytest.mark.slow
-def test_twenty_steps_have_the_losses_of_transformers_and_peft_alone(tmp_path: Path, tiny_base: Path) -> None:
+def test_fifty_steps_have_the_losses_of_transformers_and_peft_alone(tmp_path: Path, tiny_base: Path) -> None:
     import torch
 
     from benchmarks.training import loops
 
     case = Case(seq_len=64, rank=4, learning_rate=5e-3)
-    specification = write_spec(case, tmp_path, tiny_base, steps=20, compute_dtype="float32")
+    specification = write_spec(case, tmp_path, tiny_base, steps=50, compute_dtype="float32")
     ours = loops.ours(specification)["losses"]
     bare = loops.bare(specification, dtype=torch.float32, kbit=False, meter=None)["losses"]
-    assert len(ours) == 20
+    assert len(ours) == 50
     assert ours == pytest.approx(bare, abs=1e-4)
     assert ours[-1] < ours[0] - 0.1  # it learned, so that a difference would have grown
 

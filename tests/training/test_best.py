@@ -182,6 +182,18 @@ def test_the_adapter_is_that_of_the_step_that_was_asked_for(
     assert ("result is of step 2" if result == "best" else "lower, 1.0000, after step 2") in said
 
 
+def test_a_checkpoint_says_by_which_plan_it_was_made(
+    ask: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = ask()
+    record, _, output = carried_out(prepared, RISING, monkeypatch)
+    fields = manifest.check(output / "checkpoints" / manifest.folder_name(4))
+    assert fields["plan"] == record.plan["digest"]
+    assert fields["strategy"] == record.plan["strategy"]
+    # 256 tokens a step in sequences of 64, on one worker
+    assert fields["strategy"]["micro_batch"] * fields["strategy"]["gradient_accumulation"] == 4
+
+
 def test_a_best_that_is_gone_is_told_and_the_last_may_be_taken(
     ask: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:

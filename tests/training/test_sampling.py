@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_core.recipe import Recipe
+from qlora_core.training.dataset.tokens import Encoded, save_examples
+from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.sampling import Order, micro_batches, split_eval
 
 SHAPES = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4, 8]))
@@ -37,6 +41,20 @@ def test_grouped_by_length_a_step_is_of_alike_rows_and_the_long_ones_come_at_any
     padding = sum(max(step) * 16 - sum(step) for step in steps) / sum(max(step) * 16 for step in steps)
     assert padding < 0.05  # a sixteenth of 32 evenly spread lengths lies between one step's shortest and longest
     assert [max(step) for step in steps] != sorted((max(step) for step in steps), reverse=True)
+
+
+def test_a_run_s_steps_are_of_alike_rows_where_its_recipe_groups_by_length(tmp_path: Path) -> None:
+    lengths = [*range(1, 65)]
+    random.Random(0).shuffle(lengths)
+    save_examples([Encoded([1] * n, [True] * n) for n in lengths], tmp_path / "x.safetensors")
+    spreads = {}
+    for grouped in (True, False):
+        recipe = Recipe(group_by_length=grouped, seq_len=64, tokens_per_step=8 * 64)
+        rows = Rows(Examples(tmp_path / "x.safetensors"), recipe, seed=0)
+        steps = [[rows.lengths[row] for row in rows.order.step(step)] for step in range(8)]
+        spreads[grouped] = [max(step) - min(step) for step in steps]
+    assert spreads[True] == [7] * 8  # 1 to 64 in eights: each step has eight lengths that follow each other
+    assert min(spreads[False]) > 7
 
 
 @given(shape=SHAPES, lengths=st.lists(st.integers(1, 100), min_size=32, max_size=32))
