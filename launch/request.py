@@ -54,6 +54,9 @@ OPTION_OF = {
     "paged_optimizer": "optimizer",
 }
 """The options that are not called like the strategy's field."""
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Of these PyTorch reads the first that is set, even to nothing (2.13, c10/cuda/CUDAAllocatorConfig.h, `instance`);
+a comment in c10/core/AllocatorConfig.h has them the other way round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,10 +323,10 @@ def flag_problem(mistake: Mistake, made_up: bool) -> Problem:
 
 
 def estimator_named(name: str) -> Estimator:
-    """The estimator of that name; the trace needs what training needs, and minds PYTORCH_ALLOC_CONF as training does.
+    """The estimator of that name; the trace needs what training needs, and minds the environment as training does.
 
     Raises:
-        RequestError: it is not installed.
+        RequestError: it is not installed, or the environment asks its allocator for what is not simulated.
     """
     if name == "formula":
         return formula.estimate
@@ -342,8 +345,20 @@ def estimator_named(name: str) -> Estimator:
         rule = f"it runs the real training code, and {error.name or error} is not installed"
         remedy = "pip install 'qlora-orchestrator[train]', or use --estimator formula"
         raise request_error("--estimator", "trace", rule, remedy) from error
-    settings = AllocatorSettings.parse(os.environ.get("PYTORCH_ALLOC_CONF", ""))
-    return partial(trace.estimate, settings=settings)
+    return partial(trace.estimate, settings=allocator_settings())
+
+
+def allocator_settings() -> AllocatorSettings:
+    """What the environment says to PyTorch's allocator.
+
+    Raises:
+        RequestError: it says what is not simulated.
+    """
+    variable = next((name for name in ALLOCATOR_VARIABLES if name in os.environ), ALLOCATOR_VARIABLES[-1])
+    try:
+        return AllocatorSettings.parse(os.environ.get(variable, ""))
+    except RequestError as error:
+        raise error.at(variable) from None
 
 
 def with_host(target: Target, host_bytes: int) -> Target:
