@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from clusters.errors import Problem, RequestError, request_error
+from clusters.errors import Problem, RequestError, not_installed, request_error
 from clusters.gpu import GIB
 from launch.data import Data, measured
 from launch.devices import AUTO, Options, place_of
@@ -342,9 +342,7 @@ def estimator_named(name: str) -> Estimator:
 
         from qlora_core.memory import trace  # torch, transformers, peft and bitsandbytes: seconds
     except ImportError as error:
-        rule = f"it runs the real training code, and {error.name or error} is not installed"
-        remedy = "pip install 'qlora-orchestrator[train]', or use --estimator formula"
-        raise request_error("--estimator", "trace", rule, remedy) from error
+        raise not_installed("--estimator", "trace", [error.name or str(error)]) from error
     return partial(trace.estimate, settings=allocator_settings())
 
 

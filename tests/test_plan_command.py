@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -450,6 +451,14 @@ def test_all_mistakes_are_told_together(ask: Ask) -> None:
     assert answer.code == 2
     for flag in ("--model:", "--gpu:", "--quant:", "--no-double-quant:", "--offload:", "--host-ram:"):
         assert answer.err.count(flag) == 1
+
+
+def test_a_trace_names_what_it_lacks(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    answer = ask("--model", "7b", "--gpu", "t4", "--estimator", "trace")
+    assert answer.code == 2
+    missing = "--estimator: it needs packages that are not installed: bitsandbytes (got trace)"
+    assert answer.err == f'error: {missing}. Install them, in a checkout: pip install ".[train]".\n'
 
 
 def test_an_empty_name_is_no_model(ask: Ask) -> None:
