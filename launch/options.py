@@ -100,6 +100,11 @@ OPTIONS = (
         "--quant", type=chosen("nf4", "fp4", "int8", "none"), help="The base's weights.  [default: nf4; none for lora]"
     ),
     click.option("--no-double-quant", is_flag=True, help="Keep the quantization constants in float32."),
+    click.option(
+        "--block-size",
+        type=chosen("64", "128", "256", "512", "1024", "2048", "4096"),
+        help="Weights that share a quantization constant.  [default: 64]",
+    ),
     click.option("--rank", type=click.IntRange(min=1), default=64, show_default=True, help="LoRA rank."),
     click.option(
         "--targets",

@@ -280,6 +280,9 @@ def recipe_of(options: Options, world_size: int) -> Recipe:
     if options["no_double_quant"] and not four_bit:
         rule = f"only nf4 and fp4 have constants that could be quantized again, and the base is {quantization}"
         problems.append(Problem("--no-double-quant", "", rule, "Leave --no-double-quant out"))
+    if options["block_size"] is not None and not four_bit:
+        rule = f"only nf4 and fp4 have a constant for each block of weights, and the base is {quantization}"
+        problems.append(Problem("--block-size", options["block_size"], rule, "Leave --block-size out"))
     names = split(targets)
     length = 512 if options["seq_len"] == AUTO else options["seq_len"]
     size = 1 if options["micro_batch"] == AUTO else options["micro_batch"]
@@ -288,6 +291,7 @@ def recipe_of(options: Options, world_size: int) -> Recipe:
             method=method,
             quantization=quantization,
             double_quantization=four_bit and not options["no_double_quant"],
+            block_size=int(options["block_size"] or 64),  # type: ignore[arg-type]  # the option has the field's values
             rank=options["rank"],
             targets="all-linear" if names == ("all-linear",) else names,
             lora_dtype=options["lora_dtype"],

@@ -32,7 +32,7 @@ def write_run(plan: Plan, options: Mapping[str, Any]) -> None:
 
     path = Path(options["write"])
     if problems := list(refused(plan, path)):
-        raise RequestError(problems).named({"recipe.upcast": "--upcast"})
+        raise RequestError(problems).named({"recipe.block_size": "--block-size", "recipe.upcast": "--upcast"})
     text = yaml.safe_dump(run_of(plan, options, path.parent), sort_keys=False, allow_unicode=True)
     try:
         with replace_atomically(path) as temporary:

@@ -7,13 +7,15 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
+import click
 import pytest
 
 from launch import command
 from launch.plan import plan
 from qlora_core import catalogue
+from qlora_core.recipe import Recipe
 
 GIB = 1024**3
 
@@ -217,6 +219,9 @@ def test_the_compute_dtype_follows_the_gpu_and_says_why(ask: Ask, gpu: str, dtyp
         ("--quant fp4", "recipe", "quantization", "fp4"),
         ("--quant int8", "recipe", "quantization", "int8"),
         ("--no-double-quant", "recipe", "double_quantization", False),
+        ("--quant nf4", "recipe", "block_size", 64),
+        ("--block-size 128", "recipe", "block_size", 128),
+        ("--quant fp4 --block-size 4096", "recipe", "block_size", 4096),
         ("--rank 8", "recipe", "rank", 8),
         ("--targets q_proj,v_proj", "recipe", "targets", ["q_proj", "v_proj"]),
         ("--targets q_proj,", "recipe", "targets", ["q_proj"]),
@@ -245,6 +250,22 @@ def test_the_compute_dtype_follows_the_gpu_and_says_why(ask: Ask, gpu: str, dtyp
 def test_each_flag_reaches_the_plan(ask: Ask, arguments: str, section: str, field: str, value: object) -> None:
     answer = ask("--model", "7b", "--gpu", "h200", *arguments.split(), "--json").json
     assert answer[section][field] == value
+
+
+def test_a_block_s_size_is_one_that_a_recipe_may_have() -> None:
+    (option,) = (one for one in plan.params if one.name == "block_size")
+    assert isinstance(option.type, click.Choice)
+    assert [int(value) for value in option.type.choices] == list(get_args(Recipe.__annotations__["block_size"]))
+
+
+def test_larger_blocks_have_fewer_constants(ask: Ask) -> None:
+    request = ("--model", "7b", "--gpu", "l4", "--no-double-quant", "--json")
+    small, large = (
+        ask(*request, "--block-size", size).json["verdicts"][0]["components"]["quantization_constants"]
+        for size in ("64", "128")
+    )
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # Llama 7B's linear layers; a constant has 4 bytes
+    assert small - large == 4 * (weights // 64 - weights // 128)
 
 
 @pytest.mark.parametrize("name", ["a100-40gb", "A100 40GB", "a100_40gb", "NVIDIA A100-40GB"])
@@ -384,6 +405,10 @@ def test_no_warning_without_a_reason(ask: Ask) -> None:
         ),
         ("--model 7b --no-double-quant --quant none --method lora", ["--no-double-quant", "none"]),
         ("--model 7b --no-double-quant --quant int8", ["--no-double-quant", "int8"]),
+        ("--model 7b --block-size 128 --method lora", ["--block-size", "got 128", "the base is none"]),
+        ("--model 7b --block-size 64 --quant int8", ["--block-size", "got 64", "the base is int8"]),
+        ("--model 7b --block-size 96", ["--block-size", "96", "64"]),
+        ("--model 7b --gpu t4 --block-size 128 --estimator trace", ["--estimator", "blocks of 64", "formula"]),
         ("--model 7b --method lora --quant nf4", ["--quant", "nf4", "lora"]),
         ("--model 7b --method full --quant int8", ["--quant", "int8", "full"]),
         ("--model 7b --method qlora --quant none", ["--quant", "none", "qlora"]),
@@ -431,6 +456,7 @@ def test_no_warning_without_a_reason(ask: Ask) -> None:
         ("--model 7b --write /proc/run.yaml", ["--write", "/proc/run.yaml", "cannot be written"]),
         ("--model 7b --write /tmp", ["--write", "/tmp", "it is a folder", "run.yaml"]),
         ("--model 7b --gpu l4 --upcast peft --write u.yaml", ["--upcast", "peft", "not trained with yet"]),
+        ("--model 7b --gpu l4 --block-size 128 --write b.yaml", ["--block-size", "128", "not trained with yet"]),
         ("--model 7b --report plan.pdf", ["--report", "plan.pdf", ".html"]),
         ("--model 7b --report /proc/plan.html", ["--report", "cannot be written"]),
     ],

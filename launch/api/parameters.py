@@ -26,6 +26,7 @@ ASKED = (
     "optimizer",
     "quant",
     "no_double_quant",
+    "block_size",
     "targets",
     "lora_dtype",
     "lora_dropout",
