@@ -159,6 +159,13 @@ OPTIONS = (
     click.option(
         "--host-ram", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="A host's memory to fit into."
     ),
+    click.option(
+        "--stack",
+        type=chosen("ours", "trainer", "loop"),
+        default="ours",
+        show_default=True,
+        help="Whose loop trains: qlora-train's, transformers' Trainer or TRL, a plain one over transformers and peft.",
+    ),
     click.option("--estimator", type=chosen("formula", "played", "trace"), default="formula", show_default=True),
     click.option(
         "--objective",

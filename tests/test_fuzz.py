@@ -327,6 +327,7 @@ OPTIONS: dict[str, list[str]] = {
     "--zero-stage": ["0", "1", "2", "3"],
     "--offload": ["none", "optimizer", "all"],
     "--host-ram": ["0.001", "512"],
+    "--stack": ["ours", "trainer", "loop"],
 }
 """Right values, each by itself."""
 WRONG_NUMBERS = [

@@ -15,6 +15,7 @@ import pytest
 from launch import command
 from launch.plan import plan
 from qlora_core import catalogue
+from qlora_core.memory.device import STACKS
 from qlora_core.recipe import Recipe
 
 GIB = 1024**3
@@ -268,6 +269,69 @@ def test_larger_blocks_have_fewer_constants(ask: Ask) -> None:
     assert small - large == 4 * (weights // 64 - weights // 128)
 
 
+# --- other people's loops ---------------------------------------------------------------------------------------------
+
+T4_ROWS = json.loads((Path(__file__).parent / "data" / "measured" / "t4_single_gpu.json").read_text())["rows"]
+LIKE_THAT_LOOP = "--rank 32 --targets q_proj,k_proj,v_proj,o_proj --optimizer adamw --micro-batch 4 --seq-len 1024"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "flags"), [("nf4", "--no-double-quant --upcast peft"), ("none", "--method lora")]
+)
+def test_a_plain_loop_is_planned_as_one_was_measured(ask: Ask, quantization: str, flags: str) -> None:
+    (measured, *_) = (
+        row["measured_mib"]["peak_allocated_mib"]
+        for row in T4_ROWS
+        if (row["model"], row["attention"], row["quantization"]) == ("HuggingFaceTB/SmolLM2-1.7B", "sdpa", quantization)
+    )
+    request = f"--model smollm2-1.7b --gpu t4 {LIKE_THAT_LOOP} --loss full {flags} --json --stack"
+    loop, ours = (ask(*request.split(), stack).json["estimate"]["gpu"] for stack in ("loop", "ours"))
+    assert loop["allocated_bytes"] / 2**20 == pytest.approx(measured, rel=0.03)
+    assert ours["allocated_bytes"] / 2**20 < 0.97 * measured
+
+
+@pytest.mark.parametrize("estimator", ["formula", "played", "trace"])
+def test_each_estimator_follows_the_loop(ask: Ask, estimator: str) -> None:
+    request = f"--model smollm2-135m --gpu t4 --loss full --seq-len 1024 --json --estimator {estimator} --stack"
+    loop, ours = (ask(*request.split(), stack).json["estimate"]["gpu"] for stack in ("loop", "ours"))
+    logits = 1024 * 49152 * 2  # those that are held, in float16
+    assert loop["allocated_bytes"] - ours["allocated_bytes"] >= logits
+
+
+def test_transformers_trainer_is_unlike_ours_under_autocast_alone(ask: Ask) -> None:
+    request = "--model llama-3.2-1b --gpu l4 --no-gradient-checkpointing --json --stack"
+    for flags, alike in (([], True), (["--autocast"], False)):
+        trainer, ours = (ask(*request.split(), stack, *flags).json["estimate"] for stack in ("trainer", "ours"))
+        assert (trainer == ours) is alike
+
+
+def test_a_loop_that_is_not_ours_is_told(ask: Ask) -> None:
+    chosen = {
+        stack: ask("--model", "7b", "--gpu", "l4", "--stack", stack, "--json").json["choices"] for stack in STACKS
+    }
+    told = {stack: [one["value"] for one in choices if one["field"] == "stack"] for stack, choices in chosen.items()}
+    assert told == {"ours": [], "trainer": ["trainer"], "loop": ["loop"]}
+    assert "a plain loop over transformers and peft" in ask("--model", "7b", "--gpu", "l4", "--stack", "loop").out
+
+
+def test_a_search_is_of_the_same_loop(ask: Ask) -> None:
+    request = "--model 7b --gpu l4 --gpus 1 --loss full --stack loop --seq-len 1024 --json --micro-batch"
+    found = ask(*request.split(), "auto").json
+    same = ask(*request.split(), str(found["strategy"]["micro_batch"])).json
+    assert found["estimate"]["gpu"] == same["estimate"]["gpu"]
+
+
+def test_so_is_the_larger_gpu_that_would_do(ask: Ask) -> None:
+    request = "--model 33b --gpu {} --micro-batch 4 --seq-len 2048 --loss full --autocast --stack loop --json"
+    alternatives = ask(*request.format("rtx-4090").split()).json["alternatives"]
+    (larger,) = (one for one in alternatives if one["title"] == "a larger GPU")
+    there = ask(*request.format(larger["gpu"]).split()).json["estimate"]["gpu"]
+    assert larger["process_bytes"] == there["process_bytes"]
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", ["a100-40gb", "A100 40GB", "a100_40gb", "NVIDIA A100-40GB"])
 def test_a_gpu_s_name_ignores_case_spaces_hyphens_and_underscores(ask: Ask, name: str) -> None:
     assert ask("--model", "7b", "--gpu", name, "--json").json["estimate"]["gpu"]["name"] == "a100-40gb"
@@ -457,6 +521,8 @@ def test_no_warning_without_a_reason(ask: Ask) -> None:
         ("--model 7b --write /tmp", ["--write", "/tmp", "it is a folder", "run.yaml"]),
         ("--model 7b --gpu l4 --upcast peft --write u.yaml", ["--upcast", "peft", "not trained with yet"]),
         ("--model 7b --gpu l4 --block-size 128 --write b.yaml", ["--block-size", "128", "not trained with yet"]),
+        ("--model 7b --gpu l4 --stack loop --write s.yaml", ["--stack", "loop", "qlora-train runs its own loop"]),
+        ("--model 7b --stack other", ["--stack", "other", "trainer"]),
         ("--model 7b --report plan.pdf", ["--report", "plan.pdf", ".html"]),
         ("--model 7b --report /proc/plan.html", ["--report", "cannot be written"]),
     ],

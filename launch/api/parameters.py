@@ -43,6 +43,7 @@ ASKED = (
     "zero_stage",
     "offload",
     "host_ram",
+    "stack",
 )
 """Options that a question may have, in the page's order; none of them reads or writes a file."""
 SHOWN_FIRST = ASKED[: ASKED.index("optimizer")]
