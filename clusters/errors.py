@@ -124,9 +124,12 @@ def request_error(where: str, given: object, rule: str, remedy: str) -> RequestE
 
 
 def not_installed(where: str, given: object, packages: Iterable[str], extra: str = "train") -> RequestError:
-    """The error of a request that needs packages of an extra."""
+    """The error of a request that needs packages of an extra.
+
+    pip is given a checkout, not a name: the project is published to no index.
+    """
     rule = f"it needs packages that are not installed: {', '.join(packages)}"
-    return request_error(where, given, rule, f'Install them: pip install "qlora-orchestrator[{extra}]"')
+    return request_error(where, given, rule, f'Install them, in a checkout: pip install ".[{extra}]"')
 
 
 def first_line(error: BaseException) -> str:

@@ -62,7 +62,7 @@ class OpenHours:
         try:
             self._coming = iter([(0.0, math.inf)]) if text is None else _spans(text, begins)
         except ImportError:
-            remedy = 'pip install "qlora-orchestrator[capacity]"'
+            remedy = 'Install it, in a checkout: pip install ".[capacity]"'
             raise RequestError([Problem("hours", str(text), "opening-hours-py is needed to read it", remedy)]) from None
         self.never_closes = text is None
         self._starts: list[float] = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clusters.errors import Problem, RequestError, request_error
 from clusters.gpu import COMMON, find_gpu
-from orchestrator.devices import NODE_GPUS, any_nodes, is_cpu, pool_target, this_cpu
+from orchestrator.devices import NODE_GPUS, any_nodes, is_cpu, on_stack, pool_target, this_cpu
 from orchestrator.plans import Choice, Target
 
 if TYPE_CHECKING:
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 Options = Mapping[str, Any]
 AUTO = "auto"
+STACK_REASONS = {
+    "trainer": "asked for: the step of transformers' Trainer and TRL, under torch's plain autocast",
+    "loop": "asked for: a plain loop over transformers and peft, which holds its output until the step ends",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,15 @@ class Devices:
 
 
 def place_of(options: Options) -> Devices:
+    """The devices of the command line, where the loop of --stack trains."""
+    found, stack = devices_of(options), options["stack"]
+    if stack == "ours":
+        return found
+    targets = tuple(on_stack(target, stack) for target in found.targets)
+    return replace(found, targets=targets, choices=(*found.choices, Choice("stack", stack, STACK_REASONS[stack])))
+
+
+def devices_of(options: Options) -> Devices:
     """The devices of the command line: a cluster's, those named, this machine's, or the common ones."""
     if options["cluster"] is not None:
         return of_cluster(options)

@@ -100,6 +100,11 @@ OPTIONS = (
         "--quant", type=chosen("nf4", "fp4", "int8", "none"), help="The base's weights.  [default: nf4; none for lora]"
     ),
     click.option("--no-double-quant", is_flag=True, help="Keep the quantization constants in float32."),
+    click.option(
+        "--block-size",
+        type=chosen("64", "128", "256", "512", "1024", "2048", "4096"),
+        help="Weights that share a quantization constant.  [default: 64]",
+    ),
     click.option("--rank", type=click.IntRange(min=1), default=64, show_default=True, help="LoRA rank."),
     click.option(
         "--targets",
@@ -153,6 +158,13 @@ OPTIONS = (
     click.option("--offload", type=chosen("none", "optimizer", "all", AUTO), default="none", show_default=True),
     click.option(
         "--host-ram", type=click.FloatRange(min=0, min_open=True), metavar="GIB", help="A host's memory to fit into."
+    ),
+    click.option(
+        "--stack",
+        type=chosen("ours", "trainer", "loop"),
+        default="ours",
+        show_default=True,
+        help="Whose loop trains: qlora-train's, transformers' Trainer or TRL, a plain one over transformers and peft.",
     ),
     click.option("--estimator", type=chosen("formula", "played", "trace"), default="formula", show_default=True),
     click.option(

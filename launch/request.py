@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from clusters.errors import Problem, RequestError, request_error
+from clusters.errors import Problem, RequestError, not_installed, request_error
 from clusters.gpu import GIB
 from launch.data import Data, measured
 from launch.devices import AUTO, Options, place_of
@@ -54,6 +54,9 @@ OPTION_OF = {
     "paged_optimizer": "optimizer",
 }
 """The options that are not called like the strategy's field."""
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Of these PyTorch reads the first that is set, even to nothing (2.13, c10/cuda/CUDAAllocatorConfig.h, `instance`);
+a comment in c10/core/AllocatorConfig.h has them the other way round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +280,9 @@ def recipe_of(options: Options, world_size: int) -> Recipe:
     if options["no_double_quant"] and not four_bit:
         rule = f"only nf4 and fp4 have constants that could be quantized again, and the base is {quantization}"
         problems.append(Problem("--no-double-quant", "", rule, "Leave --no-double-quant out"))
+    if options["block_size"] is not None and not four_bit:
+        rule = f"only nf4 and fp4 have a constant for each block of weights, and the base is {quantization}"
+        problems.append(Problem("--block-size", options["block_size"], rule, "Leave --block-size out"))
     names = split(targets)
     length = 512 if options["seq_len"] == AUTO else options["seq_len"]
     size = 1 if options["micro_batch"] == AUTO else options["micro_batch"]
@@ -285,6 +291,7 @@ def recipe_of(options: Options, world_size: int) -> Recipe:
             method=method,
             quantization=quantization,
             double_quantization=four_bit and not options["no_double_quant"],
+            block_size=int(options["block_size"] or 64),  # type: ignore[arg-type]  # the option has the field's values
             rank=options["rank"],
             targets="all-linear" if names == ("all-linear",) else names,
             lora_dtype=options["lora_dtype"],
@@ -320,10 +327,10 @@ def flag_problem(mistake: Mistake, made_up: bool) -> Problem:
 
 
 def estimator_named(name: str) -> Estimator:
-    """The estimator of that name; the trace needs what training needs, and minds PYTORCH_ALLOC_CONF as training does.
+    """The estimator of that name; the trace needs what training needs, and minds the environment as training does.
 
     Raises:
-        RequestError: it is not installed.
+        RequestError: it is not installed, or the environment asks its allocator for what is not simulated.
     """
     if name == "formula":
         return formula.estimate
@@ -339,11 +346,21 @@ def estimator_named(name: str) -> Estimator:
 
         from qlora_core.memory import trace  # torch, transformers, peft and bitsandbytes: seconds
     except ImportError as error:
-        rule = f"it runs the real training code, and {error.name or error} is not installed"
-        remedy = "pip install 'qlora-orchestrator[train]', or use --estimator formula"
-        raise request_error("--estimator", "trace", rule, remedy) from error
-    settings = AllocatorSettings.parse(os.environ.get("PYTORCH_ALLOC_CONF", ""))
-    return partial(trace.estimate, settings=settings)
+        raise not_installed("--estimator", "trace", [error.name or str(error)]) from error
+    return partial(trace.estimate, settings=allocator_settings())
+
+
+def allocator_settings() -> AllocatorSettings:
+    """What the environment says to PyTorch's allocator.
+
+    Raises:
+        RequestError: it says what is not simulated.
+    """
+    variable = next((name for name in ALLOCATOR_VARIABLES if name in os.environ), ALLOCATOR_VARIABLES[-1])
+    try:
+        return AllocatorSettings.parse(os.environ.get(variable, ""))
+    except RequestError as error:
+        raise error.at(variable) from None
 
 
 def with_host(target: Target, host_bytes: int) -> Target:

@@ -32,7 +32,7 @@ def write_run(plan: Plan, options: Mapping[str, Any]) -> None:
 
     path = Path(options["write"])
     if problems := list(refused(plan, path)):
-        raise RequestError(problems).named({"recipe.upcast": "--upcast"})
+        raise RequestError(problems).named({"recipe.block_size": "--block-size", "recipe.upcast": "--upcast"})
     text = yaml.safe_dump(run_of(plan, options, path.parent), sort_keys=False, allow_unicode=True)
     try:
         with replace_atomically(path) as temporary:
@@ -45,6 +45,9 @@ def write_run(plan: Plan, options: Mapping[str, Any]) -> None:
 def refused(plan: Plan, path: Path) -> Iterator[Problem]:
     """Why that file is not written."""
     yield from unbuilt(plan.recipe)
+    if plan.target.stack != "ours":
+        rule = "it can be planned, and qlora-train runs its own loop"
+        yield Problem("--stack", plan.target.stack, rule, "Leave it out")
     if plan.group is not None:
         rule = f"a run takes the GPUs of one pool, and this is planned for {plan.group}"
         yield Problem(FLAG, str(path), rule, "Ask for fewer --gpus, or give a description with one of the pools")

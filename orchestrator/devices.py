@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from clusters.cluster import Pool
 from clusters.gpu import Gpu, list_gpus
 from orchestrator.plans import Choice, Target
-from qlora_core.memory.device import Device
+from qlora_core.memory.device import STACKS, Device, Stack
 from qlora_core.recipe import Dtype
 from qlora_core.step_time import NVLINK, PCIE_RING, TYPICAL, Achieved, Range, Rates, achieved_by
 
@@ -81,6 +82,11 @@ def pool_target(pool: Pool, requested_dtype: str, ranks: int = 1) -> Target:
         ranks_per_host=min(ranks, pool.gpus_per_node),
     )
     return Target(pool.name, device, pool.usable_bytes, choice, pool)
+
+
+def on_stack(target: Target, stack: Stack) -> Target:
+    """`target` where that stack's loop trains, and not ours."""
+    return replace(target, stack=stack, device=replace(target.device, **STACKS[stack]))
 
 
 def cpu_target(requested_dtype: str, workers: int, memory_bytes: int, has_bfloat16: bool = False) -> Target:

@@ -160,7 +160,7 @@ def _postgres(url: str, to_write: bool) -> Iterator[Connection]:
         import sqlalchemy
     except ImportError as error:
         raise OSError(
-            'a shared ledger needs packages that are not installed: pip install "qlora-orchestrator[ledger]"'
+            'a shared ledger needs packages that are not installed: in a checkout, pip install ".[ledger]"'
         ) from error
     try:
         parsed = sqlalchemy.make_url(url)

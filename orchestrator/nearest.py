@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 from clusters.gpu import GIB, Gpu, list_gpus
-from orchestrator.devices import any_nodes, pool_target
+from orchestrator.devices import any_nodes, on_stack, pool_target
 from orchestrator.plans import Choice, Target
 from orchestrator.question import Candidate, of_length
 from orchestrator.rules import can_be_divided
@@ -232,7 +232,8 @@ def larger_gpu(asked: Candidate, target: Target, usable: Fits) -> Nearby | None:
 def target_for(gpu: Gpu, target: Target, asked: Candidate) -> Target:
     """Another GPU in the place of `target`."""
     requested = target.dtype_choice.value if target.dtype_choice.reason.startswith("asked") else "auto"
-    return pool_target(any_nodes(gpu, asked.strategy.world_size), requested, asked.strategy.world_size)
+    other = pool_target(any_nodes(gpu, asked.strategy.world_size), requested, asked.strategy.world_size)
+    return on_stack(other, target.stack)
 
 
 def changes(asked: Candidate, other: Candidate, costs: str = "") -> Iterator[Choice]:

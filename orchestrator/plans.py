@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from clusters.cluster import Pool
 from qlora_core.architecture import ModelArchitecture
-from qlora_core.memory.device import Device
+from qlora_core.memory.device import Device, Stack
 from qlora_core.memory.estimate import Components, Estimate
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.step_time import StepTime
@@ -41,6 +41,7 @@ class Target:
         dtype_choice: the compute dtype of `device`, with its reason.
         pool: the nodes it is one of, for its rates, links and price; None where nothing is known of them.
         has_liger: Liger's kernels are known to be installed there.
+        stack: whose loop trains there, which `device` has in its fields.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Target:
     dtype_choice: Choice
     pool: Pool | None = None
     has_liger: bool = False
+    stack: Stack = "ours"
 
     @property
     def device_name(self) -> str:

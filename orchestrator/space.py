@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from orchestrator.devices import pool_target
+from orchestrator.devices import on_stack, pool_target
 from orchestrator.plans import Target
 from orchestrator.question import Candidate, Place, Question, of_length
 from orchestrator.rules import can_be_divided, why_not_liger
@@ -41,17 +41,19 @@ It offloads the optimizer from stage 1 on, but stage 2, where it may be taken, i
 def places(question: Question, devices: Sequence[Target]) -> Iterator[Place]:
     """The groups of GPUs that may be taken: of one pool, and of two unlike ones together; a CPU is one by itself."""
     dtype = question.recipe.compute_dtype
+    stack = devices[0].stack if devices else "ours"  # they are of one question
     pools = [device.pool for device in devices if device.pool is not None]
     for device in devices:
         if device.pool is None:
             yield Place(((device, question.strategy.world_size),))
     for pool in pools:
         for count in counts(question, pool.gpus, pool.gpus_per_node):
-            yield Place(((pool_target(pool, dtype, count), count),))
+            yield Place(((on_stack(pool_target(pool, dtype, count), stack), count),))
     if "world_size" in question.open and question.objective == "fastest":
         for both in itertools.combinations((pool for pool in pools if pool.exists), 2):
             if divides(question, sum(pool.gpus for pool in both)):
-                yield Place(tuple((pool_target(pool, dtype, pool.gpus), pool.gpus) for pool in both))
+                group = ((on_stack(pool_target(pool, dtype, pool.gpus), stack), pool.gpus) for pool in both)
+                yield Place(tuple(group))
 
 
 def counts(question: Question, gpus: int, gpus_per_node: int) -> list[int]:

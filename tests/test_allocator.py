@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clusters.errors import RequestError
+from launch.request import allocator_settings
 from qlora_core.memory.allocator import AllocatorSettings, Block, CachingAllocator, segment_for
 from qlora_core.memory.reserve import Growth, packed, slack
 from qlora_core.memory.tape import Size, sum_of
@@ -141,6 +144,40 @@ def test_settings_are_read_as_pytorch_writes_them(text: str, settings: Allocator
 def test_settings_that_are_not_simulated_are_refused(text: str) -> None:
     with pytest.raises(RequestError, match=text.partition(":")[0]):
         AllocatorSettings.parse(text)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PYTORCH_ALLOC_CONF": "max_split_size_mb:77"},
+        {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:31"},
+        {"PYTORCH_ALLOC_CONF": "max_split_size_mb:77", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:31"},
+        {"PYTORCH_ALLOC_CONF": "max_split_size_mb:77", "PYTORCH_CUDA_ALLOC_CONF": ""},
+        {},
+    ],
+)
+def test_the_environment_is_read_as_pytorch_reads_it(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    asked = "import torch; print(torch._C._accelerator_getAllocatorSettings())"
+    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
+    assert allocator_settings() == AllocatorSettings.parse(told.strip())
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+@pytest.mark.parametrize("option", ["max_split_size_mb:20", "roundup_power2_divisions:4"])
+def test_a_setting_that_is_refused_is_told_of_its_variable(
+    monkeypatch: pytest.MonkeyPatch, variable: str, option: str
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, option)
+    with pytest.raises(RequestError, match=rf"^{variable}: .*max_split_size_mb.*\(got {option}\)"):
+        allocator_settings()
 
 
 SETTINGS = st.builds(

@@ -312,6 +312,7 @@ OPTIONS: dict[str, list[str]] = {
     "--compare": ["t4,h200", "cpu", "rtx-4090, t4"],
     "--method": ["qlora", "lora", "full"],
     "--quant": ["nf4", "fp4", "int8", "none"],
+    "--block-size": ["64", "4096"],
     "--rank": ["1", "64", "1000000"],
     "--targets": ["all-linear", "q_proj", "q_proj,v_proj", "c_proj", r".*_proj", r".*\.(q|v)_proj"],
     "--lora-dtype": ["float32", "bfloat16", "float16"],
@@ -326,6 +327,7 @@ OPTIONS: dict[str, list[str]] = {
     "--zero-stage": ["0", "1", "2", "3"],
     "--offload": ["none", "optimizer", "all"],
     "--host-ram": ["0.001", "512"],
+    "--stack": ["ours", "trainer", "loop"],
 }
 """Right values, each by itself."""
 WRONG_NUMBERS = [

@@ -178,4 +178,13 @@ def test_training_without_its_extra_says_how_to_install_it(planner_only: Path, t
     (tmp_path / "x.yaml").write_text("{name: x, model: base, data: {path: train.jsonl}, output: runs/x}")
     done = run(planner_only / "qlora-train", "x.yaml", folder=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert 'pip install "qlora-orchestrator[train]"' in done.stderr
+    assert 'pip install ".[train]"' in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workers")
+def test_a_trace_without_that_extra_says_so_too(planner_only: Path, tmp_path: Path) -> None:
+    done = run(planner_only / "qlora-plan", "--model", "7b", "--gpu", "t4", "--estimator", "trace", folder=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: --estimator: it needs packages that are not installed: ")
+    assert 'pip install ".[train]"' in done.stderr

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
+import click
 import pytest
 
 from launch import command
 from launch.plan import plan
 from qlora_core import catalogue
+from qlora_core.memory.device import STACKS
+from qlora_core.recipe import Recipe
 
 GIB = 1024**3
 
@@ -216,6 +220,9 @@ def test_the_compute_dtype_follows_the_gpu_and_says_why(ask: Ask, gpu: str, dtyp
         ("--quant fp4", "recipe", "quantization", "fp4"),
         ("--quant int8", "recipe", "quantization", "int8"),
         ("--no-double-quant", "recipe", "double_quantization", False),
+        ("--quant nf4", "recipe", "block_size", 64),
+        ("--block-size 128", "recipe", "block_size", 128),
+        ("--quant fp4 --block-size 4096", "recipe", "block_size", 4096),
         ("--rank 8", "recipe", "rank", 8),
         ("--targets q_proj,v_proj", "recipe", "targets", ["q_proj", "v_proj"]),
         ("--targets q_proj,", "recipe", "targets", ["q_proj"]),
@@ -244,6 +251,85 @@ def test_the_compute_dtype_follows_the_gpu_and_says_why(ask: Ask, gpu: str, dtyp
 def test_each_flag_reaches_the_plan(ask: Ask, arguments: str, section: str, field: str, value: object) -> None:
     answer = ask("--model", "7b", "--gpu", "h200", *arguments.split(), "--json").json
     assert answer[section][field] == value
+
+
+def test_a_block_s_size_is_one_that_a_recipe_may_have() -> None:
+    (option,) = (one for one in plan.params if one.name == "block_size")
+    assert isinstance(option.type, click.Choice)
+    assert [int(value) for value in option.type.choices] == list(get_args(Recipe.__annotations__["block_size"]))
+
+
+def test_larger_blocks_have_fewer_constants(ask: Ask) -> None:
+    request = ("--model", "7b", "--gpu", "l4", "--no-double-quant", "--json")
+    small, large = (
+        ask(*request, "--block-size", size).json["verdicts"][0]["components"]["quantization_constants"]
+        for size in ("64", "128")
+    )
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # Llama 7B's linear layers; a constant has 4 bytes
+    assert small - large == 4 * (weights // 64 - weights // 128)
+
+
+# --- other people's loops ---------------------------------------------------------------------------------------------
+
+T4_ROWS = json.loads((Path(__file__).parent / "data" / "measured" / "t4_single_gpu.json").read_text())["rows"]
+LIKE_THAT_LOOP = "--rank 32 --targets q_proj,k_proj,v_proj,o_proj --optimizer adamw --micro-batch 4 --seq-len 1024"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "flags"), [("nf4", "--no-double-quant --upcast peft"), ("none", "--method lora")]
+)
+def test_a_plain_loop_is_planned_as_one_was_measured(ask: Ask, quantization: str, flags: str) -> None:
+    (measured, *_) = (
+        row["measured_mib"]["peak_allocated_mib"]
+        for row in T4_ROWS
+        if (row["model"], row["attention"], row["quantization"]) == ("HuggingFaceTB/SmolLM2-1.7B", "sdpa", quantization)
+    )
+    request = f"--model smollm2-1.7b --gpu t4 {LIKE_THAT_LOOP} --loss full {flags} --json --stack"
+    loop, ours = (ask(*request.split(), stack).json["estimate"]["gpu"] for stack in ("loop", "ours"))
+    assert loop["allocated_bytes"] / 2**20 == pytest.approx(measured, rel=0.03)
+    assert ours["allocated_bytes"] / 2**20 < 0.97 * measured
+
+
+@pytest.mark.parametrize("estimator", ["formula", "played", "trace"])
+def test_each_estimator_follows_the_loop(ask: Ask, estimator: str) -> None:
+    request = f"--model smollm2-135m --gpu t4 --loss full --seq-len 1024 --json --estimator {estimator} --stack"
+    loop, ours = (ask(*request.split(), stack).json["estimate"]["gpu"] for stack in ("loop", "ours"))
+    logits = 1024 * 49152 * 2  # those that are held, in float16
+    assert loop["allocated_bytes"] - ours["allocated_bytes"] >= logits
+
+
+def test_transformers_trainer_is_unlike_ours_under_autocast_alone(ask: Ask) -> None:
+    request = "--model llama-3.2-1b --gpu l4 --no-gradient-checkpointing --json --stack"
+    for flags, alike in (([], True), (["--autocast"], False)):
+        trainer, ours = (ask(*request.split(), stack, *flags).json["estimate"] for stack in ("trainer", "ours"))
+        assert (trainer == ours) is alike
+
+
+def test_a_loop_that_is_not_ours_is_told(ask: Ask) -> None:
+    chosen = {
+        stack: ask("--model", "7b", "--gpu", "l4", "--stack", stack, "--json").json["choices"] for stack in STACKS
+    }
+    told = {stack: [one["value"] for one in choices if one["field"] == "stack"] for stack, choices in chosen.items()}
+    assert told == {"ours": [], "trainer": ["trainer"], "loop": ["loop"]}
+    assert "a plain loop over transformers and peft" in ask("--model", "7b", "--gpu", "l4", "--stack", "loop").out
+
+
+def test_a_search_is_of_the_same_loop(ask: Ask) -> None:
+    request = "--model 7b --gpu l4 --gpus 1 --loss full --stack loop --seq-len 1024 --json --micro-batch"
+    found = ask(*request.split(), "auto").json
+    same = ask(*request.split(), str(found["strategy"]["micro_batch"])).json
+    assert found["estimate"]["gpu"] == same["estimate"]["gpu"]
+
+
+def test_so_is_the_larger_gpu_that_would_do(ask: Ask) -> None:
+    request = "--model 33b --gpu {} --micro-batch 4 --seq-len 2048 --loss full --autocast --stack loop --json"
+    alternatives = ask(*request.format("rtx-4090").split()).json["alternatives"]
+    (larger,) = (one for one in alternatives if one["title"] == "a larger GPU")
+    there = ask(*request.format(larger["gpu"]).split()).json["estimate"]["gpu"]
+    assert larger["process_bytes"] == there["process_bytes"]
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a100-40gb", "A100 40GB", "a100_40gb", "NVIDIA A100-40GB"])
@@ -383,6 +469,10 @@ def test_no_warning_without_a_reason(ask: Ask) -> None:
         ),
         ("--model 7b --no-double-quant --quant none --method lora", ["--no-double-quant", "none"]),
         ("--model 7b --no-double-quant --quant int8", ["--no-double-quant", "int8"]),
+        ("--model 7b --block-size 128 --method lora", ["--block-size", "got 128", "the base is none"]),
+        ("--model 7b --block-size 64 --quant int8", ["--block-size", "got 64", "the base is int8"]),
+        ("--model 7b --block-size 96", ["--block-size", "96", "64"]),
+        ("--model 7b --gpu t4 --block-size 128 --estimator trace", ["--estimator", "blocks of 64", "formula"]),
         ("--model 7b --method lora --quant nf4", ["--quant", "nf4", "lora"]),
         ("--model 7b --method full --quant int8", ["--quant", "int8", "full"]),
         ("--model 7b --method qlora --quant none", ["--quant", "none", "qlora"]),
@@ -430,6 +520,9 @@ def test_no_warning_without_a_reason(ask: Ask) -> None:
         ("--model 7b --write /proc/run.yaml", ["--write", "/proc/run.yaml", "cannot be written"]),
         ("--model 7b --write /tmp", ["--write", "/tmp", "it is a folder", "run.yaml"]),
         ("--model 7b --gpu l4 --upcast peft --write u.yaml", ["--upcast", "peft", "not trained with yet"]),
+        ("--model 7b --gpu l4 --block-size 128 --write b.yaml", ["--block-size", "128", "not trained with yet"]),
+        ("--model 7b --gpu l4 --stack loop --write s.yaml", ["--stack", "loop", "qlora-train runs its own loop"]),
+        ("--model 7b --stack other", ["--stack", "other", "trainer"]),
         ("--model 7b --report plan.pdf", ["--report", "plan.pdf", ".html"]),
         ("--model 7b --report /proc/plan.html", ["--report", "cannot be written"]),
     ],
@@ -450,6 +543,14 @@ def test_all_mistakes_are_told_together(ask: Ask) -> None:
     assert answer.code == 2
     for flag in ("--model:", "--gpu:", "--quant:", "--no-double-quant:", "--offload:", "--host-ram:"):
         assert answer.err.count(flag) == 1
+
+
+def test_a_trace_names_what_it_lacks(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    answer = ask("--model", "7b", "--gpu", "t4", "--estimator", "trace")
+    assert answer.code == 2
+    missing = "--estimator: it needs packages that are not installed: bitsandbytes (got trace)"
+    assert answer.err == f'error: {missing}. Install them, in a checkout: pip install ".[train]".\n'
 
 
 def test_an_empty_name_is_no_model(ask: Ask) -> None:

@@ -57,7 +57,8 @@ def ask(*arguments: str) -> Any:
 
 @pytest.mark.parametrize("where", ["plan", "ways"])
 def test_an_answer_is_the_command_s(client: TestClient, where: str) -> None:
-    asked = {"model": "33b", "gpu": "rtx-4090", "seq-len": "1024", "rank": "16", "no-double-quant": "true"}
+    asked = {"model": "33b", "gpu": "rtx-4090", "seq-len": "1024", "rank": "16"}
+    asked |= {"no-double-quant": "true", "block-size": "128"}
     found = client.get(f"/api/{where}", params=asked).json()
     command = found["command"].split()
     assert command[0] == "qlora-plan"
@@ -108,6 +109,8 @@ def test_where_each_is_killed_it_is_told_as_a_problem(monkeypatch: pytest.Monkey
         ({"model": "7b", "targets": "(a+)+$"}, 422, [("--targets", "pattern")]),
         ({"model": "7b", "lora-dropout": "nan"}, 422, [("--lora-dropout", "finite")]),
         ({"model": "7b", "method": "full", "quant": "nf4"}, 409, [("--quant", "unquantized")]),
+        ({"model": "7b", "block-size": "96"}, 422, [("--block-size", "'64'")]),
+        ({"model": "7b", "quant": "int8", "block-size": "128"}, 409, [("--block-size", "only nf4 and fp4")]),
     ],
 )
 def test_what_is_wrong_is_told_of_its_parameter(

@@ -26,6 +26,7 @@ ASKED = (
     "optimizer",
     "quant",
     "no_double_quant",
+    "block_size",
     "targets",
     "lora_dtype",
     "lora_dropout",
@@ -42,6 +43,7 @@ ASKED = (
     "zero_stage",
     "offload",
     "host_ram",
+    "stack",
 )
 """Options that a question may have, in the page's order; none of them reads or writes a file."""
 SHOWN_FIRST = ASKED[: ASKED.index("optimizer")]

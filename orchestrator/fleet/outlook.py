@@ -150,7 +150,7 @@ def outlook(
         )
     elif importlib.util.find_spec("ortools") is None:
         remarks.append(
-            'The schedule is by rules alone: OR-tools is not installed (pip install "qlora-orchestrator[capacity]").'
+            'The schedule is by rules alone: OR-tools is not installed (in a checkout: pip install ".[capacity]").'
         )
     else:
         from orchestrator.fleet.solver import by_solver, is_too_large

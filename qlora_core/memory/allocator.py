@@ -33,7 +33,7 @@ ENDLESS = 1 << 60
 
 @dataclass(frozen=True, slots=True)
 class AllocatorSettings:
-    """What PYTORCH_ALLOC_CONF changes.
+    """What PYTORCH_ALLOC_CONF, or PYTORCH_CUDA_ALLOC_CONF, changes.
 
     Attributes:
         expandable_segments: one growing segment per pool instead of one for each request that finds no block.
@@ -58,7 +58,8 @@ class AllocatorSettings:
             elif name == "max_split_size_mb" and value.isdigit() and int(value) * MIB > LARGE_SEGMENT:
                 split = int(value) * MIB
             elif name == "max_split_size_mb":
-                raise request_error(name, value, "it must be a whole number above 20", "Choose 21 or more")
+                rule = "max_split_size_mb must be a whole number above 20"
+                raise request_error("PYTORCH_ALLOC_CONF", option, rule, "Choose 21 or more")
             else:
                 rule = "only expandable_segments:True or False and max_split_size_mb:N are simulated"
                 raise request_error("PYTORCH_ALLOC_CONF", option, rule, "Leave the option out")

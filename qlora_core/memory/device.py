@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from qlora_core.recipe import Dtype
 
 KIB = 1024
 MIB = 1024**2
+Stack = Literal["ours", "trainer", "loop"]
+"""Whose loop trains: ours, that of transformers' Trainer and TRL, or a plain one over transformers and peft."""
+STACKS: dict[Stack, dict[str, Any]] = {
+    "ours": {},
+    "trainer": {"plain_autocast": True},
+    "loop": {"plain_autocast": True, "output_held": True},
+}
+"""In which fields of a Device each is unlike ours."""
 
 
 @dataclass(frozen=True, slots=True)

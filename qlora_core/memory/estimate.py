@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 Phase = Literal["forward", "backward", "optimizer"]
-Estimator = Literal["formula", "played", "trace", "measured"]
+Estimator = Literal["formula", "played", "trace"]
 
 
 class Components(NamedTuple):

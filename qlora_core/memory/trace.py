@@ -131,6 +131,9 @@ def record(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, 
     if recipe.quantization == "int8":
         rule = "bitsandbytes' int8 operators have no meta kernels, so their code cannot run without memory"
         raise request_error("--estimator", "trace", rule, "Use --estimator formula")
+    if recipe.block_size != 64:
+        rule = f"transformers lets bitsandbytes quantize in blocks of 64, and these are of {recipe.block_size}"
+        raise request_error("--estimator", "trace", rule, "Use --estimator formula")
     know_bitsandbytes()
     recorder = Recorder(architecture.vocab_size, device.kind == "cuda")
     kernel = kernel_of(architecture, recipe, strategy, device)

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clusters.errors import first_line, request_error
+from clusters.errors import first_line, not_installed, request_error
 
 
 def require_harness(tasks: Sequence[str]) -> None:
     """Raise a RequestError where tasks are asked for and the harness is not installed."""
     if tasks and importlib.util.find_spec("lm_eval") is None:
-        rule = "it needs a package that is not installed: lm-eval"
-        raise request_error("--tasks", ",".join(tasks), rule, 'Install it: pip install "qlora-orchestrator[tasks]"')
+        raise not_installed("--tasks", ",".join(tasks), ["lm-eval"], extra="tasks")
 
 
 def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None) -> dict[str, dict[str, float]]:

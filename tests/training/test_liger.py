@@ -196,7 +196,7 @@ def test_nor_does_it_pass_over_what_a_model_makes_of_its_logits() -> None:
     assert chunked_cross_entropy(head, hidden, labels, LogitChange(factor=1.0), fused) == 0
 
 
-MISSING = r"not installed: liger-kernel .*pip install \"qlora-orchestrator\[liger\]\""
+MISSING = r"not installed: liger-kernel .*pip install \"\.\[liger\]\""
 
 
 def test_where_it_is_not_installed_a_worker_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
