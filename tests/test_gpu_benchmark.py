@@ -391,6 +391,14 @@ def test_a_run_goes_on_with_the_file_of_the_same_device_and_versions(
     assert [(row["name"], row["status"]) for row in after.rows] == [("defaults-1b", "measured"), ("fp4", "failed")]
 
 
+def test_every_row_that_was_measured_is_known_again_from_its_file(tmp_path: Path) -> None:
+    before = runner.Record(tmp_path / "gpu.json", {"dry": False})
+    for case in MATRIX:
+        before.put({**case.as_json(), "status": "measured"})
+    after = runner.Record(tmp_path / "gpu.json", {"dry": False})
+    assert [case.name for case in MATRIX if not (before.has(case) and after.has(case))] == []
+
+
 def test_a_file_of_another_device_or_other_versions_is_left_as_it_is(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     facts = {"dry": False, "device": {"name": "A100", "driver": "580"}, "versions": {"torch": "2.13.0"}}
