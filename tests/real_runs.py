@@ -21,12 +21,19 @@ import psutil
 import pytest
 import yaml
 
-COMMAND = Path(sys.executable).with_name("qlora-train")
 STEPS = 6
 TIMEOUT = 600
 MARK = "QLORA_TEST_MARK"
 Shown = dict[tuple[str, str, str], float]
 """Ray's gauges by name, run and rank."""
+
+
+def command_of(script: Path) -> list[str]:
+    """What starts `qlora-train`: its script, or its module where pip has put it elsewhere, as with `--target`."""
+    return [str(script)] if script.exists() else [sys.executable, "-c", "from launch.train import main; main()"]
+
+
+COMMAND = command_of(Path(sys.executable).with_name("qlora-train"))
 
 
 @dataclass
@@ -44,7 +51,7 @@ class Run:
         for step, done in self.steps().items():
             self.begun_with.setdefault(step, done)
         return subprocess.Popen(
-            [COMMAND, self.specification, *arguments],
+            [*COMMAND, self.specification, *arguments],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import bitsandbytes as bnb
@@ -19,6 +20,7 @@ import psutil
 import pytest
 import torch
 from click.testing import CliRunner
+from real_runs import command_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -391,6 +393,14 @@ def test_a_run_goes_on_with_the_file_of_the_same_device_and_versions(
     assert [(row["name"], row["status"]) for row in after.rows] == [("defaults-1b", "measured"), ("fp4", "failed")]
 
 
+def test_every_row_that_was_measured_is_known_again_from_its_file(tmp_path: Path) -> None:
+    before = runner.Record(tmp_path / "gpu.json", {"dry": False})
+    for case in MATRIX:
+        before.put({**case.as_json(), "status": "measured"})
+    after = runner.Record(tmp_path / "gpu.json", {"dry": False})
+    assert [case.name for case in MATRIX if not (before.has(case) and after.has(case))] == []
+
+
 def test_a_file_of_another_device_or_other_versions_is_left_as_it_is(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     facts = {"dry": False, "device": {"name": "A100", "driver": "580"}, "versions": {"torch": "2.13.0"}}
@@ -617,6 +627,114 @@ def test_recovery_is_asked_once_and_not_where_some_rows_were_asked_for(
     assert len(calls) == asked
     assert json.loads(out.read_text())["recovery"] == (json.loads(ROW) if asked else None)
     assert ("survived, 0 steps done twice, 72 s." if asked else "not measured: not asked") in printed
+
+
+H200 = {**A100, "name": "NVIDIA H200", "compute_capability": [9, 0], "free_bytes": 139 * GIB}
+T4 = {**A100, "name": "Tesla T4", "compute_capability": [7, 5], "free_bytes": int(14.5 * GIB)}
+ONE_PACKAGE = "a package that nobody has"
+
+
+class Played:
+    """`make gpu` on a machine that is not there: every row takes the seconds that are predicted for it, and no more.
+
+    Attributes:
+        seconds: what all rows so far took.
+        left: seconds when recovery was begun, for each time.
+    """
+
+    def __init__(self, machine: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds, self.left = 0.0, list[float]()
+        self._machine, self._out, self._before = machine, out, 0.0
+        child = runner.Child(subprocess.Popen([sys.executable, "-c", ""]), out)
+        child.process.wait()
+        monkeypatch.delenv(predict.UNSLOTH_PYTHON, raising=False)
+        monkeypatch.setattr(entry, "probe", lambda: {**machine, "driver": "580", "versions": {}})
+        monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=self._now))
+        monkeypatch.setattr(runner, "ask_rates", lambda *_: {"measured": {}})
+        monkeypatch.setattr(runner, "waiting", lambda *_: (child for _ in range(1000)))
+        monkeypatch.setattr(runner, "answer", self._answer)
+        monkeypatch.setattr(recovery, "measure", self._recovery)
+        monkeypatch.setattr(recovery, "PACKAGES", ())
+
+    def start(self, *options: str) -> list[str]:
+        """One start of nine minutes: the names of the rows that have been measured so far."""
+        self._before = self.seconds
+        result = CliRunner().invoke(entry.command, ["--out", str(self._out), *options], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        rows = json.loads(self._out.read_text())["rows"]
+        return [row["name"] for row in rows if row["status"] == "measured"]
+
+    def _now(self) -> float:
+        return time.monotonic() + self.seconds - self._before
+
+    def _answer(self, children: Any, jobs: list[Job], limit: float) -> dict[str, Any]:
+        self.seconds += predict.seconds(jobs[0].case, self._machine)
+        return {"measured": {"phases": {}, "allocated_bytes": GIB, "reserved_bytes": GIB, "process_bytes": GIB}}
+
+    def _recovery(self, clock: runner.Clock) -> dict[str, Any]:
+        self.left.append(clock.left)
+        return dict(json.loads(ROW))
+
+
+@pytest.mark.usefixtures("no_traces")
+@pytest.mark.parametrize("machine", [H200, T4], ids=lambda machine: machine["name"])
+def test_the_rows_leave_recovery_its_two_minutes(
+    machine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = Played(machine, tmp_path / "gpu.json", monkeypatch)
+    assert len(played.start()) > 5
+    [left] = played.left
+    assert left >= 120
+    assert left < 120 + 60  # and no more is kept than it wants, but for what no row fits into
+    played.start()
+    assert len(played.left) == 1  # it has survived, so the next start is the rows' alone
+    assert played.seconds > 2 * 540 - 120 - 60
+
+
+@pytest.mark.usefixtures("no_traces")
+@pytest.mark.parametrize(
+    ("options", "packages"),
+    [(["--minutes", "4"], ()), (["--only", "defaults"], ()), ([], (ONE_PACKAGE,))],
+    ids=["too short", "some rows only", "a package is missing"],
+)
+def test_the_rows_have_all_the_time_where_recovery_is_not_for_this_start(
+    options: list[str], packages: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks: list[float] = []
+    Played(A100, tmp_path / "gpu.json", monkeypatch)
+    monkeypatch.setattr(recovery, "PACKAGES", packages)
+    monkeypatch.setattr(runner, "run", lambda cases, machine, record, clock, tell: clocks.append(clock.minutes))
+    CliRunner().invoke(entry.command, ["--out", str(tmp_path / "gpu.json"), *options], catch_exceptions=False)
+    assert clocks == [4.0 if "--minutes" in options else 9.0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_traces")
+def test_the_page_says_how_long_all_rows_take_and_in_how_many_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for machine in (H200, A100, T4):
+        played = Played(machine, tmp_path / f"{machine['name']}.json", monkeypatch)
+        starts, measured = 1, played.start()
+        while len(now := played.start()) > len(measured):
+            starts, measured = starts + 1, now
+        found.append((round(played.seconds, -2), starts))
+    (h200, a100, t4), words = found, ("none", "one", "two", "three", "four", "five", "six")
+    said = (
+        f"take {h200[0]:,.0f} s on an H200, {a100[0]:,.0f} on an A100 with 80 GB and {t4[0]:,.0f} on a T4: "
+        f"with nine minutes each, {words[h200[1]]} starts, {words[a100[1]]}, and {words[t4[1]]}"
+    )
+    assert said in (ROOT / "docs" / "gpu.md").read_text().replace("\n", " ")
+
+
+def test_a_real_run_is_started_where_pip_has_put_no_script_beside_the_interpreter(tmp_path: Path) -> None:
+    script = tmp_path / "qlora-train"  # of pip --target
+    done = subprocess.run([*command_of(script), "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Carry out the run of a SPECIFICATION" in done.stdout
+    script.touch()
+    assert command_of(script) == [str(script)]
 
 
 @pytest.mark.parametrize(

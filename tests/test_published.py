@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import pytest
 
 from benchmarks.accuracy import document, plots
-from benchmarks.accuracy.explanations import far_rows, inputs_kept
+from benchmarks.accuracy.explanations import explanation_of, far_rows, inputs_kept
 from benchmarks.accuracy.paper import TOLERANCE, PaperNumber, paper_numbers
 from benchmarks.accuracy.published import Tier, fits, listed, request_of, scored
 from benchmarks.accuracy.rows import LATER, PublishedRow, published_rows
@@ -61,8 +62,30 @@ def test_rows_that_were_looked_up_later_are_predicted_as_well() -> None:
     assert not {row.id for row in published_rows()} & later.keys()
 
 
-def test_every_row_beyond_fifteen_per_cent_is_explained() -> None:
+def test_every_row_beyond_fifteen_per_cent_has_a_reason_and_counts_as_explained_where_it_suffices() -> None:
     assert not [far.scored.row.id for far in far_rows() if far.explanation is None]
+    # by hand, GB: predicted, what the reason adds (LitGPT: inputs kept; two moments of 1.24 billion), the figure
+    by_hand = {
+        "litgpt-hub-falcon7b-qlora": (6.11, 0.74, 9.44),
+        "litgpt-hub-gemma7b-qlora": (12.96, 0.88, 17.18),
+        "litgpt-hub-llama32-1b-full": (17.18, -2 * 2 * 1.236, 8.7),
+        "litgpt-hub-stablelm3b-qlora": (3.89, 0.34, 5.24),
+    }
+    left = {far.scored.row.id: far.explanation.left for far in far_rows() if far.explanation and not far.is_explained}
+    assert left == {
+        row: pytest.approx(100 * ((predicted + added) / figure - 1), abs=0.2)
+        for row, (predicted, added, figure) in by_hand.items()
+    }
+    page = document.DOCUMENT.read_text().replace("\n", " ")
+    assert f"{len(far_rows())} beyond; {len(far_rows()) - 4} of these are explained, and 4 only in part" in page
+
+
+@pytest.mark.parametrize("factor", [0.1, 10])
+def test_a_row_that_is_far_off_for_another_reason_is_not_called_explained(factor: float) -> None:
+    made_up = [replace(one, predicted=round(factor * one.predicted)) for one in scored()]
+    assert all(abs(one.error) > 15 for one in made_up)
+    found = {one.row.id: explanation_of(one) for one in made_up}
+    assert not [row for row, why in found.items() if why is not None and why.suffices]
 
 
 def test_every_assumption_names_its_stack_and_is_written_down() -> None:

@@ -266,10 +266,10 @@ stack's default at that version, written down once for each stack [below](#what-
 row.
 
 **Median error {median(sizes):.1f} %**; {within[0]} rows are within 5 %, {within[1]} within 10 %, {within[2]} within
-15 %, {len(scored) - within[2]} beyond, each of which is explained. Figures that do not say what of memory they are
-("uses about", "unclear") leave a choice: without those {len(scored) - len(stated)} rows the median is
-{median(stated):.1f} %, and with axolotl's taken as reserved instead of allocated it is
-{_median_with_axolotl_reserved():.1f} %.
+15 %, {len(scored) - within[2]} beyond; {_how_many_are_explained()}. Figures that do
+not say what of memory they are ("uses about", "unclear") leave a choice: without those
+{len(scored) - len(stated)} rows the median is {median(stated):.1f} %, and with axolotl's taken as reserved instead of
+allocated it is {_median_with_axolotl_reserved():.1f} %.
 
 ![Predicted against published figures](accuracy/published.svg)
 
@@ -313,16 +313,27 @@ def _shown(errors: Sequence[float]) -> list[str]:
     return [f"{median(map(abs, errors)):.1f}", f"{fmean(errors):+z.1f}", f"{max(errors, key=abs):+z.1f}"]
 
 
+def _how_many_are_explained() -> str:
+    explained = [far.is_explained for far in far_rows()]
+    return f"{sum(explained)} of these are explained, and {explained.count(False)} only in part"
+
+
 def _far() -> str:
     rows = []
     for far in far_rows():
-        kind, text = far.explanation or ("not explained", "")
-        rows.append([far.scored.row.id, f"{far.scored.error:+z.1f}", kind, text])
+        kind, text = (far.explanation.kind, far.explanation.text) if far.explanation else ("none", "")
+        rows.append(
+            [far.scored.row.id, f"{far.scored.error:+z.1f}", "yes" if far.is_explained else "in part", kind, text]
+        )
+    in_part = ", ".join(far.scored.row.id for far in far_rows() if not far.is_explained)
     return f"""### Beyond {published.TOLERANCE:.0f} %, and why
+
+A row counts as explained where its reason, counted in bytes, leaves at most {published.TOLERANCE:.0f} %. Of these the
+rest is not explained: {in_part}.
 
 *{OLDER_QUANTIZER}*: {OLDER_QUANTIZER_IS}
 
-{table(["row", "error", "reason", "what happened"], rows, "1")}"""
+{table(["row", "error", "explained", "reason", "what happened"], rows, "1")}"""
 
 
 def _all_rows() -> str:

@@ -50,7 +50,7 @@ GPUS = (
 """The GPU by the first of these names found in the row; else an A100."""
 
 TOLERANCE = 15.0
-"""Per cent; a row beyond it is explained."""
+"""Per cent; of a row beyond it explanations.py says why."""
 
 
 @dataclass(frozen=True, slots=True)

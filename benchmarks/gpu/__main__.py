@@ -52,8 +52,10 @@ def command(minutes: float, dry: bool, only: str, out: Path | None, debug: bool)
     record = runner.Record(out, {"dry": dry, "date": now(), "minutes": minutes, **split(machine)})
     if record.rates is None or "failed" in record.rates:
         record.put_rates(runner.ask_rates(machine, clock))
-    runner.run(cases, machine, record, clock, lambda row: console.print(table.one_line(row), highlight=False))
-    if not dry and not only and "survived" not in (record.recovery or {}):
+    recovers = not dry and not only and "survived" not in (record.recovery or {})
+    for_rows = clock.less(recovery.reserved(clock)) if recovers else clock
+    runner.run(cases, machine, record, for_rows, lambda row: console.print(table.one_line(row), highlight=False))
+    if recovers:
         record.put_recovery(recovery.measure(clock))
     table.show(record.rows, console)
     console.print(table.rates_line(record.rates or {}), highlight=False)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import qlora_core
 from qlora_core.architecture import ModelArchitecture
@@ -65,8 +65,8 @@ class Case:
         return architecture_from_config(self.config_fields(), name=self.model, source=f"the catalogue's {self.model}")
 
     def as_json(self) -> dict[str, Any]:
-        """What the row says about what was asked for."""
-        said = {
+        """What the row says about what was asked for, as its file gives it back."""
+        said: dict[str, Any] = {
             "name": self.name,
             "model": self.model,
             "loop": self.loop,
@@ -75,7 +75,10 @@ class Case:
             "recipe": dataclasses.asdict(self.recipe),
             "strategy": dataclasses.asdict(self.strategy),
         }
-        return {**said, "limited": True} if self.limited else said
+        if self.limited:
+            said["limited"] = True
+        # a tuple, such as the targets', is a list in the file, which no tuple is equal to
+        return cast(dict[str, Any], json.loads(json.dumps(said)))
 
 
 def case(name: str, model: str, **changes: Any) -> Case:

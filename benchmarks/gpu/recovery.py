@@ -20,12 +20,24 @@ PACKAGES = ("pytest", "xdist", "ray", "deepspeed")
 COMMAND = (sys.executable, "-m", "pytest", "-m", "", "-q", "tests/chaos/test_cuda.py")
 SECONDS = 120.0
 """What is left at least where it is begun: a guess, for a start of Ray, an out-of-memory, and a second attempt."""
+RESERVED = SECONDS + 10.0
+"""What the rows leave to it: the last of them may be stopped when their time is up, which takes a moment."""
+
+
+def reserved(clock: Clock) -> float:
+    """Seconds that the rows leave to it; none where it cannot run, or would take more than half of the time."""
+    return 0.0 if missing() or clock.left < 2 * RESERVED else RESERVED
+
+
+def missing() -> list[str]:
+    """The packages that it wants and that are not installed."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def measure(clock: Clock) -> dict[str, Any]:
     """What became of it: its row of docs/reliability.md; else `skipped` or `failed` with the reason."""
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        return {"skipped": f"it wants packages that are not installed: {', '.join(missing)}"}
+    if lacking := missing():
+        return {"skipped": f"it wants packages that are not installed: {', '.join(lacking)}"}
     if (reason := too_late(SECONDS, clock)) is not None:
         return {"skipped": reason}
     limit = clock.left

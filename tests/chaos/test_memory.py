@@ -88,7 +88,7 @@ def test_a_stand_in_for_cuda_out_of_memory_on_one_rank_is_planned_around(
 
     # the next plan of this kind is right at first
     planned = subprocess.run(
-        [COMMAND, run.specification, "--dry-run", "--json", "output=elsewhere"],
+        [*COMMAND, run.specification, "--dry-run", "--json", "output=elsewhere"],
         env=run.environment,
         capture_output=True,
         text=True,
