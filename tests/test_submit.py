@@ -318,6 +318,22 @@ def test_a_pool_is_chosen_by_name_or_by_the_description_that_plans_were_made_wit
         jobs.machine_of("http://there", "desk")
 
 
+def test_network_nvlink_and_memory_are_the_descriptions_and_no_more_memory_than_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = {"GPU": 2.0, "accelerator_type:A100-80G": 1.0, "memory": 24.0 * 2**30, "object_store_memory": 8.0 * 2**30}
+    monkeypatch.setattr(jobs, "list_nodes", lambda address, limit: described(node, node))
+    pool = "{name: p, gpu: a100-80gb, gpus_per_node: 2, nodes: 2, network_gbit_per_s: 10, nvlink: false"
+    for stated, expected in ((", host_ram_gib: 16}", 16), (", host_ram_gib: 64}", 32), ("}", 32)):
+        (tmp_path / "team.yaml").write_text(f"name: team\npools:\n- {pool}{stated}\n")
+        found, _ = jobs.machine_of("http://there", None, load_cluster(tmp_path / "team.yaml"))
+        assert (found.gpus_per_node, found.nvlink, found.network_bytes_per_s) == (2, False, 1_250_000_000)
+        assert found.host_ram_bytes == expected * 2**30
+    found, _ = jobs.machine_of("http://there")
+    assert (found.gpus_per_node, found.nvlink, found.network_bytes_per_s) == (2, True, None)  # by the kind of GPU
+    assert found.host_ram_bytes == 32 * 2**30
+
+
 @pytest.mark.parametrize("options", [("--address", "http://10.0.0.1:8265"), ("--render", "slurm")])
 def test_a_specification_that_names_another_cluster_is_refused(
     tmp_path: Path, tiny_base: Path, conversations: Path, options: tuple[str, ...]
