@@ -32,7 +32,7 @@ class Machine:
         has_liger: liger-kernel is installed there.
         gpus_per_node, host_ram_bytes, network_bytes_per_s, nvlink: as of a `Pool`, where the nodes of one are meant;
             None where nobody said, as of a machine that describes itself.
-        gpu_hour_price: what one of its GPUs costs for an hour, in `currency`; None where nobody said.
+        node_hour_price: what one of these nodes costs for an hour, in `currency`; None where nobody said.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -47,7 +47,7 @@ class Machine:
     host_ram_bytes: int | None = None
     network_bytes_per_s: int | None = None
     nvlink: bool | None = None
-    gpu_hour_price: float | None = None
+    node_hour_price: float | None = None
     currency: str | None = None
 
 
@@ -64,7 +64,7 @@ def machine_of_pool(pool: Pool, accelerator_type: str | None = None, currency: s
         host_ram_bytes=pool.host_ram_bytes,
         network_bytes_per_s=pool.network_bytes_per_s,
         nvlink=pool.nvlink,
-        gpu_hour_price=None if pool.price_per_hour is None else pool.price_per_hour / pool.gpus_per_node,
+        node_hour_price=pool.price_per_hour,
         currency=currency,
     )
 
@@ -129,6 +129,7 @@ def nodes_of(machine: Machine) -> Pool:
         nodes=machine.devices // machine.gpus_per_node,
         host_ram_bytes=machine.host_ram_bytes,
         network_bytes_per_s=machine.network_bytes_per_s,
+        price_per_hour=machine.node_hour_price,
         nvlink=pool.nvlink if machine.nvlink is None else machine.nvlink,
         exists=True,
     )

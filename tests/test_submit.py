@@ -302,9 +302,9 @@ def test_a_pool_is_chosen_by_name_or_by_the_description_that_plans_were_made_wit
     assert machine("big", team) == ("a100-80gb", 16, "A100-80G")  # of the four that were meant two are there
     assert machine(None, team) == ("a100-80gb", 16, "A100-80G")
     priced, _ = jobs.machine_of("http://there", "big", team)
-    assert (priced.gpu_hour_price, priced.currency) == (2.5, "EUR")
+    assert (priced.node_hour_price, priced.currency) == (20, "EUR")
     unpriced, _ = jobs.machine_of("http://there")
-    assert (unpriced.gpu_hour_price, unpriced.currency) == (None, None)
+    assert (unpriced.node_hour_price, unpriced.currency) == (None, None)
     for pool, cluster, message in (
         ("desk", None, "Ray at http://there has no such pool (got desk). Give one of a100-80gb-x8, l40s-x4"),
         ("new", team, "no node of Ray at http://there has 8 h200 (got new)"),
