@@ -137,12 +137,12 @@ def machine_of(address: str, pool: str | None = None, described: Cluster | None 
     if not found.pools:
         raise request_error("--address", address, "; ".join(found.unknown), "Give a cluster whose GPUs are known")
     taken = chosen_pool(found, pool) if described is None else as_described(found, chosen_pool(described, pool))
-    remarks = list(found.remarks)
+    remarks = [*found.remarks, *(f"not planned for: {each}" for each in found.unknown)]
     kind = None
-    if len(found.pools) > 1:
-        if pool is None and described is None:
-            others = " or ".join(each.name for each in found.pools if each is not taken)
-            remarks.append(f"planned for its {taken.gpus} {taken.gpu.name}; --pool {others} takes others")
+    if len(found.pools) > 1 and pool is None and described is None:
+        others = " or ".join(each.name for each in found.pools if each is not taken)
+        remarks.append(f"planned for its {taken.gpus} {taken.gpu.name}; --pool {others} takes others")
+    if len(found.pools) > 1 or found.unknown:
         # of a wide and a narrow name, A100 and A100-80G, the one that leaves no doubt
         kind = max(
             (name for each in resources for name in types_of(each) if taken.gpu in gpus_of(types_of(each))), key=len

@@ -266,6 +266,12 @@ def test_the_plan_is_for_what_the_cluster_says_it_has(monkeypatch: pytest.Monkey
     assert remark == "planned for its 16 a100-80gb; --pool l40s-x4 takes others"
     found, remark = machine(head, a100)
     assert (found.devices, found.accelerator_type, remark) == (8, None, None)  # there are no others to land on
+    mi300x, unnamed = {**memory, "GPU": 8.0, "accelerator_type:MI300X": 1.0}, {**memory, "GPU": 2.0}
+    found, remark = machine(head, l40s, mi300x, unnamed)
+    assert (found.name, found.devices, found.accelerator_type) == ("l40s", 4, "L40S")  # but for that on any of the 14
+    assert remark == (
+        "not planned for: 8 GPUs: Ray calls them MI300X; not planned for: 2 GPUs: Ray does not say what they are"
+    )
     found, remark = machine(head, memory, {**memory, "memory": 2.0**36})
     assert (found.kind, found.devices, found.memory_bytes, remark) == ("cpu", 2, 2**36, None)
     with pytest.raises(RequestError, match="Ray calls them TPU-V9"):
