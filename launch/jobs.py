@@ -137,12 +137,12 @@ def machine_of(address: str, pool: str | None = None, described: Cluster | None 
     if not found.pools:
         raise request_error("--address", address, "; ".join(found.unknown), "Give a cluster whose GPUs are known")
     taken = chosen_pool(found, pool) if described is None else as_described(found, chosen_pool(described, pool))
-    remarks = list(found.remarks)
+    remarks = [*found.remarks, *(f"not planned for: {each}" for each in found.unknown)]
     kind = None
-    if len(found.pools) > 1:
-        if pool is None and described is None:
-            others = " or ".join(each.name for each in found.pools if each is not taken)
-            remarks.append(f"planned for its {taken.gpus} {taken.gpu.name}; --pool {others} takes others")
+    if len(found.pools) > 1 and pool is None and described is None:
+        others = " or ".join(each.name for each in found.pools if each is not taken)
+        remarks.append(f"planned for its {taken.gpus} {taken.gpu.name}; --pool {others} takes others")
+    if len(found.pools) > 1 or found.unknown:
         # of a wide and a narrow name, A100 and A100-80G, the one that leaves no doubt
         kind = max(
             (name for each in resources for name in types_of(each) if taken.gpu in gpus_of(types_of(each))), key=len
@@ -152,14 +152,23 @@ def machine_of(address: str, pool: str | None = None, described: Cluster | None 
 
 
 def as_described(found: Cluster, wanted: Pool) -> Pool:
-    """What a running Ray has of a described pool: its GPUs, on no more nodes than were meant, at its price.
+    """What a running Ray has of a described pool: its GPUs, on no more nodes, with no more memory than were meant.
+
+    Network, NVLink and price, of which Ray says nothing, are those of the description.
 
     Raises:
         RequestError: it has no such nodes.
     """
     for pool in found.pools:
         if (pool.gpu, pool.gpus_per_node) == (wanted.gpu, wanted.gpus_per_node):
-            return replace(pool, nodes=min(pool.nodes, wanted.nodes), price_per_hour=wanted.price_per_hour)
+            return replace(
+                pool,
+                nodes=min(pool.nodes, wanted.nodes),
+                host_ram_bytes=min(filter(None, (pool.host_ram_bytes, wanted.host_ram_bytes)), default=None),
+                network_bytes_per_s=wanted.network_bytes_per_s,
+                nvlink=wanted.nvlink,
+                price_per_hour=wanted.price_per_hour,
+            )
     rule = f"no node of {found.source} has {wanted.gpus_per_node} {wanted.gpu.name}"
     there = ", ".join(f"{pool.nodes} with {pool.gpus_per_node} {pool.gpu.name}" for pool in found.pools)
     raise request_error("--pool", wanted.name, rule, f"Start such nodes, or give another pool: there are {there}")

@@ -11,8 +11,10 @@ from typing import NamedTuple
 from clusters import kuberay, ray_launcher, slurm
 from clusters.cluster import Cluster, Pool, chosen_pool, load_cluster
 from clusters.errors import Problem, RequestError, request_error
+from clusters.gpu import GIB
 from clusters.workload import Volume, Workload, nodes_for
 from launch import jobs
+from launch.report.words import gib
 from launch.travel import JobOrder, fields_of, texts_of
 from orchestrator.machine import Machine, describe, machine_of_pool
 from orchestrator.places import places
@@ -116,14 +118,13 @@ def rendered(asked: Asked, prepared: Prepared, where: Place, *, force: bool) -> 
     """The manifest; with `force` of a run that is carried out even if it cannot fit.
 
     Raises:
-        RequestError: something would have to travel, or the form lacks what it needs.
+        RequestError: something would have to travel, the form lacks what it needs, or no node has what it asks for.
     """
     order = JobOrder(where.machine, prepared.base.architecture.name, force)
     workload = workload_of(asked, prepared.spec, prepared.plan, where, order)
-    if asked.form == "kuberay":
-        return kuberay.render(workload)
-    if asked.form == "slurm":
-        return slurm.render(workload)
+    if asked.form in ("kuberay", "slurm"):
+        check_host_ram(asked, workload, where.pool)
+        return kuberay.render(workload) if asked.form == "kuberay" else slurm.render(workload)
     if where.cluster is None or where.pool is None:
         raise request_error("--render", "ray-cluster", "it needs machines to start", "Add --cluster FILE")
     return ray_launcher.render(workload, where.cluster, where.pool)
@@ -156,6 +157,18 @@ def workload_of(asked: Asked, spec: RunSpec, plan: Plan, where: Place, order: Jo
         priority=asked.priority,
         node_labels=dict(where.pool.node_labels) if where.pool is not None else {},
     )
+
+
+def check_host_ram(asked: Asked, workload: Workload, pool: Pool | None) -> None:
+    """Raise a RequestError for nodes larger than the pool's, which Kubernetes and Slurm would wait for or refuse."""
+    if pool is None or pool.host_ram_bytes is None or workload.node_bytes <= pool.host_ram_bytes:
+        return
+    rule = (
+        f"a node is asked for {gib(workload.node_bytes)} of memory, {gib(workload.host_bytes)} of them for the plan, "
+        f"and host_ram_gib is {pool.host_ram_bytes / GIB:g}"
+    )
+    remedy = "Take nodes with more, offload less, or plan for fewer workers a node"
+    raise request_error("--cluster", f"{asked.cluster}, pool {pool.name}", rule, remedy)
 
 
 def shared_volume(asked: Asked, spec: RunSpec) -> Volume | None:

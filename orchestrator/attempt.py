@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from multiprocessing import connection, get_context, parent_process
@@ -328,11 +328,10 @@ class Queue:
         groups = ray.util.placement_group_table()
         if not any(group["state"] == "PENDING" for name, group in groups.items() if name.endswith(job)):
             return None
-        available = ray.available_resources()
-        free = min(int(available.get(resource(self._order), 0)), total)
-        text = f"{WAITING}{wanted} {resource(self._order)}s at once: {free} of {total} are free"
-        if free >= wanted:
-            text += f", and {int(available.get('CPU', 0))} CPUs, of which each worker takes one"
+        available = free(self._order)
+        text = f"{WAITING}{wanted} {resource(self._order)}s at once: {available} of {total} are free"
+        if available >= wanted:
+            text += f", and {int(ray.available_resources().get('CPU', 0))} CPUs, of which each worker takes one"
         if text == self._told and now - self._at < AGAIN_SECONDS:
             return None
         self._told, self._at = text, now
@@ -356,22 +355,32 @@ def resource(order: Order) -> str:
     return "GPU" if order.device == "cuda" else "CPU"
 
 
-def there(order: Order) -> int:
-    """The devices of all nodes that are not about to be taken away, and have the GPUs that are asked for."""
+def nodes_of(order: Order) -> dict[str, Mapping[str, float]]:
+    """What the nodes have that are not about to be taken away and have the GPUs that are asked for, by their ids."""
     import ray
 
     gone = draining()
-    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone)
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone}
     wanted = f"accelerator_type:{order.accelerator_type}" if order.accelerator_type else resource(order)
-    return sum(int(resources.get(resource(order), 0)) for resources in nodes if wanted in resources)
+    return {node: resources for node, resources in nodes.items() if wanted in resources}
+
+
+def there(order: Order) -> int:
+    """The devices of these nodes."""
+    return sum(int(resources.get(resource(order), 0)) for resources in nodes_of(order).values())
+
+
+def free(order: Order) -> int:
+    """Those of them that nobody has taken."""
+    from ray._private.state import state
+
+    available = state.available_resources_per_node()
+    return sum(int(available.get(node, {}).get(resource(order), 0)) for node in nodes_of(order))
 
 
 def unused(order: Order) -> int:
     """The devices beside the workers' that nobody has taken."""
-    import ray
-
-    free = int(ray.available_resources().get(resource(order), 0))
-    return max(0, min(free, there(order) - order.strategy.world_size))
+    return max(0, min(free(order), there(order) - order.strategy.world_size))
 
 
 def check_resources(order: Order, address: str | None) -> None:

@@ -22,7 +22,7 @@ UNKNOWN_CONTEXT_BYTES = 512 * 1024**2
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What one node offers.
+    """What one node offers, or the nodes of a pool together.
 
     Attributes:
         devices: GPUs, or 1 for the CPU.
@@ -30,7 +30,9 @@ class Machine:
         has_bfloat16: whether the CPU multiplies bfloat16: it has AMX or AVX512-BF16.
         accelerator_type: what Ray calls its GPUs, where workers must not get others.
         has_liger: liger-kernel is installed there.
-        gpu_hour_price: what one of its GPUs costs for an hour, in `currency`; None where nobody said.
+        gpus_per_node, host_ram_bytes, network_bytes_per_s, nvlink: as of a `Pool`, where the nodes of one are meant;
+            None where nobody said, as of a machine that describes itself.
+        node_hour_price: what one of these nodes costs for an hour, in `currency`; None where nobody said.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -41,7 +43,11 @@ class Machine:
     has_bfloat16: bool = False
     accelerator_type: str | None = None
     has_liger: bool = False
-    gpu_hour_price: float | None = None
+    gpus_per_node: int | None = None
+    host_ram_bytes: int | None = None
+    network_bytes_per_s: int | None = None
+    nvlink: bool | None = None
+    node_hour_price: float | None = None
     currency: str | None = None
 
 
@@ -54,7 +60,11 @@ def machine_of_pool(pool: Pool, accelerator_type: str | None = None, currency: s
         memory_bytes=pool.usable_bytes,
         compute_capability=pool.gpu.compute_capability,
         accelerator_type=accelerator_type,
-        gpu_hour_price=None if pool.price_per_hour is None else pool.price_per_hour / pool.gpus_per_node,
+        gpus_per_node=pool.gpus_per_node,
+        host_ram_bytes=pool.host_ram_bytes,
+        network_bytes_per_s=pool.network_bytes_per_s,
+        nvlink=pool.nvlink,
+        node_hour_price=pool.price_per_hour,
         currency=currency,
     )
 
@@ -88,7 +98,7 @@ def target_of(machine: Machine, requested_dtype: str, workers: int) -> Target:
     if machine.kind == "cpu":
         return cpu_target(requested_dtype, workers, machine.memory_bytes, machine.has_bfloat16)
     try:
-        pool = any_nodes(find_gpu(machine.name), machine.devices)
+        pool = nodes_of(machine)
     except RequestError:  # its memory is known all the same, and nothing else of it
         choice = compute_dtype(requested_dtype, "cuda", machine.compute_capability)
         device = Device(
@@ -100,5 +110,26 @@ def target_of(machine: Machine, requested_dtype: str, workers: int) -> Target:
         )
         target = Target(machine.name, device, machine.memory_bytes, choice)
     else:
-        target = pool_target(replace(pool, usable_bytes=machine.memory_bytes), requested_dtype, workers)
+        target = pool_target(pool, requested_dtype, workers)
     return replace(target, has_liger=machine.has_liger)
+
+
+def nodes_of(machine: Machine) -> Pool:
+    """The nodes of a machine's GPUs, called like these: as they were described, else as many as would hold them.
+
+    Raises:
+        RequestError: its GPU is not in the catalogue.
+    """
+    pool = replace(any_nodes(find_gpu(machine.name), machine.devices), usable_bytes=machine.memory_bytes)
+    if machine.gpus_per_node is None:
+        return pool
+    return replace(
+        pool,
+        gpus_per_node=machine.gpus_per_node,
+        nodes=machine.devices // machine.gpus_per_node,
+        host_ram_bytes=machine.host_ram_bytes,
+        network_bytes_per_s=machine.network_bytes_per_s,
+        price_per_hour=machine.node_hour_price,
+        nvlink=pool.nvlink if machine.nvlink is None else machine.nvlink,
+        exists=True,
+    )

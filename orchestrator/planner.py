@@ -269,6 +269,7 @@ def plan_run(
     recipe, request = spec.recipe, spec.strategy_request
     planned, choices = planned_for(recipe, longest)
     world_size = choose_world_size(request, recipe, devices, target, choices)
+    target = shared_by(target, world_size)
     check_attention(architecture, request.attention, "strategy.{}")
     check_packing(architecture, recipe)
     check_quantized(architecture, recipe)
@@ -294,10 +295,18 @@ def plan_run(
     else:
         candidate = Candidate(best.recipe, best.strategy)
         choices += reasons(question, best)
-    answer = plan_request(architecture, *candidate, [target], history=history)
+    answer = plan_request(architecture, *candidate, [target], hosts=hosts_of([target], None), history=history)
     if target.device.kind == "cpu" and request.paged_optimizer is not False:
         choices.append(Choice("paged_optimizer", "false", ON_CPU))
     return replace(answer, recipe=recipe, choices=(*answer.choices, *choices))
+
+
+def shared_by(target: Target, world_size: int) -> Target:
+    """`target` for so many workers, as many of them on a host as a node of its pool has GPUs."""
+    if target.pool is None:
+        return target
+    device = replace(target.device, ranks_per_host=min(world_size, target.pool.gpus_per_node))
+    return replace(target, device=device)
 
 
 def as_measured(question: Question, target: Target, process_bytes: int) -> int:
@@ -321,7 +330,7 @@ def question_of(
         given["paged_optimizer"] = False
         open_fields -= {"paged_optimizer"}
     if request.offload == "auto":
-        open_fields -= {"offload"}  # a run offloads only where it was asked to: the host's memory is not known
+        open_fields -= {"offload"}  # a run offloads only where it was asked to: the host's memory need not be known
     elif request.zero_stage == "auto":
         given["zero_stage"] = stage_for(request.offload)
     return Question(

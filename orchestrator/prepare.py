@@ -20,6 +20,7 @@ from orchestrator.ledger import known_history
 from orchestrator.machine import Machine, describe, target_of
 from orchestrator.planner import divisors, plan_run
 from orchestrator.plans import Plan, Target
+from orchestrator.question import Place
 from orchestrator.record import RunRecord, load_record
 from orchestrator.rules import unbuilt
 from orchestrator.spec import DatasetSpec, RunSpec, StrategySpec
@@ -228,10 +229,13 @@ def replanned(prepared: Prepared, strategy: StrategySpec, at_most: int | None = 
 
 
 def timed(plan: Plan, machine: Machine, layout: Layout, steps: int) -> Plan:
-    """A run's plan, with how long its steps take and what they cost: its rows, of which few are the longest."""
-    gpus, price = plan.strategy.world_size, machine.gpu_hour_price
+    """A run's plan, with how long its steps take and what its nodes cost meanwhile.
+
+    Its tokens are those of its rows, of which few are the longest.
+    """
+    gpus = plan.strategy.world_size
+    hourly = Place(((plan.target, gpus),)).price_per_hour
     tokens = round(fmean(layout.lengths) * plan.recipe.sequences_per_step * steps)
-    hourly = None if price is None else gpus * price
     return replace(plan, duration=duration(plan.verdict.step_time, tokens, gpus, hourly, machine.currency, steps=steps))
 
 

@@ -105,7 +105,8 @@ def test_what_a_run_takes_and_costs_goes_by_the_tokens_that_its_rows_have(
     prepared: Callable[..., Prepared], conversations: Path
 ) -> None:
     before = prepared(world_size=4, zero_stage=2)
-    run = replace(before, machine=replace(FOUR_GPUS, gpu_hour_price=2.5, currency="EUR"))
+    nodes = replace(FOUR_GPUS, gpus_per_node=2, node_hour_price=5.0, currency="EUR")
+    run = replace(before, machine=nodes)
     assert (one := before.plan.duration) is not None
     assert one.price is None
     learned = before.train.lengths
@@ -118,7 +119,11 @@ def test_what_a_run_takes_and_costs_goes_by_the_tokens_that_its_rows_have(
     assert alone is not None
     assert (fewer := alone.plan.duration) is not None
     assert (fewer.tokens, fewer.currency) == (one.tokens, "EUR")
-    assert fewer.price == pytest.approx(2.5 * fewer.seconds / 3600)
+    assert fewer.price == pytest.approx(5.0 * fewer.seconds / 3600)  # whether both of a node's GPUs are taken or not
+    assert (three := resized(run, 3)) is not None
+    assert (more := three.plan.duration) is not None
+    assert more.price == pytest.approx(2 * 5.0 * more.seconds / 3600)
+    assert more.gpu_hours == pytest.approx(3 * more.seconds / 3600)
 
 
 def test_devices_that_come_back_are_no_failure(prepared: Callable[..., Prepared]) -> None:

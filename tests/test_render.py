@@ -28,7 +28,13 @@ from real_runs import Run, make_run
 from clusters.errors import RequestError
 from clusters.kuberay import LONGEST_NAME, resource_name
 from clusters.workload import nodes_for
+from launch.plan import plan
+from launch.render import Asked, place
 from launch.submit import submit
+from launch.travel import read_order
+from orchestrator.machine import target_of
+from orchestrator.prepare import prepare
+from orchestrator.spec import load_spec
 
 RAY_JOB = Path(__file__).parent / "data" / "kuberay" / "rayjobs-v1.schema.json.gz"
 TEAM = """
@@ -221,6 +227,73 @@ def test_options_that_a_form_cannot_take_are_refused_all_at_once(
     found = render(form, *options).exception
     assert isinstance(found, RequestError)
     assert [problem.where for problem in found.problems] == wrong
+
+
+NODES = """
+name: nodes
+pools:
+- {name: small, gpu: a100-80gb, gpus_per_node: 2, nodes: 8, host_ram_gib: 16, network_gbit_per_s: 10, nvlink: false}
+"""
+
+
+def test_a_manifest_is_planned_for_the_nodes_that_are_described(render: Render, tmp_path: Path) -> None:
+    (tmp_path / "nodes.yaml").write_text(NODES)
+    config, _ = documents(render("kuberay", *VOLUME, "--cluster", str(tmp_path / "nodes.yaml"), *workers(4)))
+    (tmp_path / "order.json").write_text(config["data"]["order.json"])
+    target = target_of(read_order(tmp_path).machine, "auto", 4)
+    pool = target.pool
+    assert pool is not None
+    assert (pool.gpus_per_node, pool.nodes, pool.nvlink) == (2, 8, False)
+    assert (pool.host_ram_bytes, pool.network_bytes_per_s) == (16 * 1024**3, 1_250_000_000)
+    assert target.device.ranks_per_host == 2
+
+
+@pytest.mark.parametrize("number", ["4", "auto"])
+@pytest.mark.parametrize(
+    ("stated", "fits"),
+    [("host_ram_gib: 64", True), ("host_ram_gib: 0.0005", False), ("network_gbit_per_s: 0.01", True)],
+)
+def test_a_manifests_plan_says_what_qlora_plan_says_of_the_same_pool(
+    run: Run, tiny_base: Path, tmp_path: Path, stated: str, fits: bool, number: str
+) -> None:
+    cluster = tmp_path / "nodes.yaml"
+    cluster.write_text(f"name: nodes\npools:\n- {{name: p, gpu: a100-80gb, gpus_per_node: 2, nodes: 2, {stated}}}\n")
+    more = ["recipe.tokens_per_step=256", "recipe.autocast=false", f"strategy.world_size={number}"]
+    more += ["strategy.micro_batch=1", "strategy.zero_stage=3", "strategy.offload=none"]
+    spec = load_spec(run.specification, more)
+    asked = Asked("slurm", cluster, *[None] * 7)
+    prepared = prepare(spec, machine=place(asked, spec).machine)
+    mine, strategy = prepared.plan, prepared.plan.strategy
+    options = ["--micro-batch", "1", "--gpus", "4", "--zero-stage", "3", "--rank", "4", "--lora-dropout", "0.05"]
+    options += ["--seq-len", str(prepared.longest), "--attention", strategy.attention, "--loss", strategy.loss]
+    options += [] if strategy.gradient_checkpointing else ["--no-gradient-checkpointing"]
+    options += ["--optimizer", "paged_adamw_8bit" if strategy.paged_optimizer else "adamw_8bit"]
+    asking = ["--model", str(tiny_base), "--cluster", str(cluster), "--json", *options]
+    told = CliRunner().invoke(plan, asking, standalone_mode=False)
+    assert told.return_value == (0 if fits else 1), told.output
+    theirs = json.loads(told.stdout)
+    found = mine.to_json()
+    assert found["estimate"]["host"] == theirs["estimate"]["host"]
+    assert found["verdicts"] == theirs["verdicts"]
+    assert mine.fits is fits
+
+
+@pytest.mark.parametrize("form", ["kuberay", "slurm"])
+def test_a_node_larger_than_the_pools_is_not_asked_for(render: Render, tmp_path: Path, form: str) -> None:
+    (tmp_path / "nodes.yaml").write_text(NODES.replace("host_ram_gib: 16", "host_ram_gib: 4"))
+    options = ("--cluster", str(tmp_path / "nodes.yaml"), *workers(4), *(VOLUME if form == "kuberay" else ()))
+    refused = render(form, *options).exception
+    # beside the plan 2 GiB of /dev/shm and 2 GiB for Ray, as docs/clusters.md has it
+    assert "--cluster: a node is asked for 4." in str(refused)
+    assert "and host_ram_gib is 4" in str(refused)
+
+
+def test_a_plan_whose_host_memory_does_not_suffice_is_not_rendered(render: Render, tmp_path: Path) -> None:
+    (tmp_path / "nodes.yaml").write_text(NODES.replace("host_ram_gib: 16", "host_ram_gib: 0.0005"))
+    refused = render("ray-cluster", "--cluster", str(tmp_path / "nodes.yaml"), *workers(4))
+    assert refused.return_value == 1
+    assert "its host needs" in " ".join(refused.stderr.split())
+    assert not refused.stdout
 
 
 def test_options_of_manifests_are_refused_without_one(run: Run) -> None:

@@ -266,6 +266,12 @@ def test_the_plan_is_for_what_the_cluster_says_it_has(monkeypatch: pytest.Monkey
     assert remark == "planned for its 16 a100-80gb; --pool l40s-x4 takes others"
     found, remark = machine(head, a100)
     assert (found.devices, found.accelerator_type, remark) == (8, None, None)  # there are no others to land on
+    mi300x, unnamed = {**memory, "GPU": 8.0, "accelerator_type:MI300X": 1.0}, {**memory, "GPU": 2.0}
+    found, remark = machine(head, l40s, mi300x, unnamed)
+    assert (found.name, found.devices, found.accelerator_type) == ("l40s", 4, "L40S")  # but for that on any of the 14
+    assert remark == (
+        "not planned for: 8 GPUs: Ray calls them MI300X; not planned for: 2 GPUs: Ray does not say what they are"
+    )
     found, remark = machine(head, memory, {**memory, "memory": 2.0**36})
     assert (found.kind, found.devices, found.memory_bytes, remark) == ("cpu", 2, 2**36, None)
     with pytest.raises(RequestError, match="Ray calls them TPU-V9"):
@@ -302,9 +308,9 @@ def test_a_pool_is_chosen_by_name_or_by_the_description_that_plans_were_made_wit
     assert machine("big", team) == ("a100-80gb", 16, "A100-80G")  # of the four that were meant two are there
     assert machine(None, team) == ("a100-80gb", 16, "A100-80G")
     priced, _ = jobs.machine_of("http://there", "big", team)
-    assert (priced.gpu_hour_price, priced.currency) == (2.5, "EUR")
+    assert (priced.node_hour_price, priced.currency) == (20, "EUR")
     unpriced, _ = jobs.machine_of("http://there")
-    assert (unpriced.gpu_hour_price, unpriced.currency) == (None, None)
+    assert (unpriced.node_hour_price, unpriced.currency) == (None, None)
     for pool, cluster, message in (
         ("desk", None, "Ray at http://there has no such pool (got desk). Give one of a100-80gb-x8, l40s-x4"),
         ("new", team, "no node of Ray at http://there has 8 h200 (got new)"),
@@ -316,6 +322,22 @@ def test_a_pool_is_chosen_by_name_or_by_the_description_that_plans_were_made_wit
     monkeypatch.setattr(jobs, "list_nodes", lambda address, limit: described({"CPU": 8.0}))
     with pytest.raises(RequestError, match="that Ray has no GPU"):
         jobs.machine_of("http://there", "desk")
+
+
+def test_network_nvlink_and_memory_are_the_descriptions_and_no_more_memory_than_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = {"GPU": 2.0, "accelerator_type:A100-80G": 1.0, "memory": 24.0 * 2**30, "object_store_memory": 8.0 * 2**30}
+    monkeypatch.setattr(jobs, "list_nodes", lambda address, limit: described(node, node))
+    pool = "{name: p, gpu: a100-80gb, gpus_per_node: 2, nodes: 2, network_gbit_per_s: 10, nvlink: false"
+    for stated, expected in ((", host_ram_gib: 16}", 16), (", host_ram_gib: 64}", 32), ("}", 32)):
+        (tmp_path / "team.yaml").write_text(f"name: team\npools:\n- {pool}{stated}\n")
+        found, _ = jobs.machine_of("http://there", None, load_cluster(tmp_path / "team.yaml"))
+        assert (found.gpus_per_node, found.nvlink, found.network_bytes_per_s) == (2, False, 1_250_000_000)
+        assert found.host_ram_bytes == expected * 2**30
+    found, _ = jobs.machine_of("http://there")
+    assert (found.gpus_per_node, found.nvlink, found.network_bytes_per_s) == (2, True, None)  # by the kind of GPU
+    assert found.host_ram_bytes == 32 * 2**30
 
 
 @pytest.mark.parametrize("options", [("--address", "http://10.0.0.1:8265"), ("--render", "slurm")])

@@ -14,7 +14,7 @@ from real_runs import Run, make_run
 from clusters.errors import RequestError
 from launch.job import job, shared
 from launch.travel import JobOrder, pack, read_order, travelling
-from orchestrator.machine import Machine
+from orchestrator.machine import Machine, target_of
 from orchestrator.prepare import prepare
 from orchestrator.spec import RunSpec, load_spec
 
@@ -40,6 +40,19 @@ def test_what_travels_is_the_specification_the_machine_and_what_is_local(
     assert there.output == spec.output
     assert there.recipe == spec.recipe
     assert read_order(folder) == ORDER
+
+
+def test_an_order_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "order.json").write_text(
+        '{"machine": {"kind": "cuda", "name": "a100-80gb", "devices": 16, "memory_bytes": 85000000000,'
+        ' "compute_capability": [8, 0], "has_bfloat16": false, "accelerator_type": null, "has_liger": false,'
+        ' "gpu_hour_price": 2.5, "currency": "EUR"}, "model": "demo-base", "force": false}\n'
+    )
+    machine = read_order(tmp_path).machine
+    assert (machine.name, machine.devices, machine.compute_capability) == ("a100-80gb", 16, (8, 0))
+    assert (machine.gpus_per_node, machine.host_ram_bytes, machine.nvlink) == (None, None, None)
+    assert (pool := target_of(machine, "auto", 16).pool) is not None
+    assert (pool.gpus_per_node, pool.nodes) == (8, 2)
 
 
 def test_each_of_several_datasets_travels(tmp_path: Path, tiny_base: Path, conversations: Path) -> None:
