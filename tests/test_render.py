@@ -251,7 +251,7 @@ def test_a_manifest_is_planned_for_the_nodes_that_are_described(render: Render, 
 @pytest.mark.parametrize("number", ["4", "auto"])
 @pytest.mark.parametrize(
     ("stated", "fits"),
-    [("host_ram_gib: 64", True), ("host_ram_gib: 0.0005", False), ("network_gbit_per_s: 0.01", True)],
+    [("host_ram_gib: 64", True), ("host_ram_gib: 0.0001", False), ("network_gbit_per_s: 0.01", True)],
 )
 def test_a_manifests_plan_says_what_qlora_plan_says_of_the_same_pool(
     run: Run, tiny_base: Path, tmp_path: Path, stated: str, fits: bool, number: str
@@ -289,7 +289,7 @@ def test_a_node_larger_than_the_pools_is_not_asked_for(render: Render, tmp_path:
 
 
 def test_a_plan_whose_host_memory_does_not_suffice_is_not_rendered(render: Render, tmp_path: Path) -> None:
-    (tmp_path / "nodes.yaml").write_text(NODES.replace("host_ram_gib: 16", "host_ram_gib: 0.0005"))
+    (tmp_path / "nodes.yaml").write_text(NODES.replace("host_ram_gib: 16", "host_ram_gib: 0.0001"))
     refused = render("ray-cluster", "--cluster", str(tmp_path / "nodes.yaml"), *workers(4))
     assert refused.return_value == 1
     assert "its host needs" in " ".join(refused.stderr.split())

@@ -168,6 +168,8 @@ def base_words(plan: Plan) -> str:
     store = recipe.quantization.upper()
     if recipe.quantization in ("nf4", "fp4") and recipe.double_quantization:
         store += " + double quantization"
+    if recipe.block_size != 64:
+        store += f", a constant for {recipe.block_size} weights"
     return store + (", the rest cast to float32 as peft does" if recipe.upcast == "peft" else "")
 
 
