@@ -131,7 +131,11 @@ def of_cluster(options: Options) -> Devices:
             rule, remedy = "--cluster says which GPUs there are", "Leave one of the two out"
             raise request_error(f"--{other}", options[other], rule, remedy)
     cluster = find_cluster(options["cluster"])
-    return pools_of(cluster, options, count_of(options))
+    found = pools_of(cluster, options, count_of(options))
+    if cluster.prices_as_of is None:
+        return found
+    as_of = Choice("prices", f"{cluster.currency}, as of {cluster.prices_as_of}", f"{cluster.source} says so")
+    return replace(found, choices=(*found.choices, as_of))
 
 
 def this_machine(options: Options) -> Devices | None:

@@ -270,6 +270,13 @@ def test_a_stated_host_memory_limits_what_is_chosen(ask: Ask) -> None:
     assert tight.json["strategy"]["world_size"] == 2
 
 
+def test_of_which_day_prices_are_is_told(ask: Ask) -> None:
+    pools = str(ROOT / "clusters" / "examples" / "two-pools.yaml")
+    told = ask("--model", "7b", "--cluster", pools, "--tokens", "1M", "--json").json["choices"]
+    [prices] = [choice for choice in told if choice["field"] == "prices"]
+    assert prices["value"] == "EUR, as of 2026-11-01"  # as the file says
+
+
 def test_a_pool_that_fits_is_shown_before_one_whose_hosts_are_too_small(ask: Ask, tmp_path: Path) -> None:
     # 8 ranks under ZeRO 3 each load the whole of 70 billion weights, in 4 bits 40 GB and more, through their host
     path = tmp_path / "two.yaml"
