@@ -132,7 +132,7 @@ def of_cluster(options: Options) -> Devices:
             raise request_error(f"--{other}", options[other], rule, remedy)
     cluster = find_cluster(options["cluster"])
     found = pools_of(cluster, options, count_of(options))
-    if cluster.prices_as_of is None:
+    if cluster.prices_as_of is None or all(pool.price_per_hour is None for pool in cluster.pools):
         return found
     as_of = Choice("prices", f"{cluster.currency}, as of {cluster.prices_as_of}", f"{cluster.source} says so")
     return replace(found, choices=(*found.choices, as_of))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from clusters.errors import RunFailed
+from clusters.errors import RequestError, RunFailed
 from launch import command
 from launch.command import require_train_extra
 from launch.train_evaluate import evaluate
@@ -170,13 +171,17 @@ def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None, mode
 
     console, output = Console(), Path(spec.output)
     prepared = prepare(spec, tell=to_stderr, machine=machine, model_name=model_name)
+    earlier = load_record(output)
+    begun = 0 if earlier is None else len(earlier.attempts)
     try:
         with TerminalDisplay(console) as display:
             record, already = execute(prepared, display, force=force)
-    except RunFailed:
-        # what was saved of it says how far it came and why it ended
-        if (failed := load_record(output)) is not None and failed.status == "failed":
-            print_summary(console, failed, output, write_report(failed, output))
+    except (RunFailed, RequestError):
+        # what was saved of it says how far it came and why it ended, if it had begun; storage that fails has failed it
+        with suppress(OSError, RequestError):
+            failed = load_record(output)
+            if failed is not None and failed.status == "failed" and len(failed.attempts) > begun:
+                print_summary(console, failed, output, write_report(failed, output))
         raise
     except Interrupted:
         command.fail("Interrupted before the first step; nothing was lost. The same command starts again.")

@@ -47,9 +47,7 @@ def texts_of(fields: Mapping[str, Any], order: JobOrder) -> dict[str, str]:
 def read_order(folder: Path) -> JobOrder:
     """What was decided for the job whose files came into `folder`."""
     fields = json.loads((folder / ORDER_FILE).read_text(encoding="utf-8"))
-    known = {field.name for field in dataclasses.fields(Machine)}
-    # a manifest that was rendered earlier is applied again after an upgrade
-    machine = {name: value for name, value in fields["machine"].items() if name in known}
+    machine = fields["machine"]
     machine["compute_capability"] = tuple(machine["compute_capability"])
     return JobOrder(**{**fields, "machine": Machine(**machine)})
 

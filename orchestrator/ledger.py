@@ -241,11 +241,12 @@ def held_seconds(attempt: Mapping[str, Any]) -> float:
 
 
 def own_cost(record: Mapping[str, Any]) -> tuple[float, str] | None:
-    """What a run's devices cost until now, and in which currency; None where its plan had no price for them."""
-    planned = record["plan"].get("duration")
-    if not planned or planned.get("price") is None:
+    """What the nodes of a run's attempts have cost, and in which currency; None where no attempt had a price."""
+    priced = [one for one in record["attempts"] if one.get("price_per_hour") is not None and one.get("currency")]
+    currencies = {one["currency"] for one in priced}
+    if len(currencies) != 1:  # euros and dollars are not added up
         return None
-    return planned["price"] / planned["gpu_hours"] * device_seconds(record) / 3600, planned["currency"]
+    return sum(held_seconds(one) * one["price_per_hour"] / 3600 for one in priced), currencies.pop()
 
 
 def known_history(tell: Callable[[str], None]) -> History:

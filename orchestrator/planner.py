@@ -269,7 +269,7 @@ def plan_run(
     recipe, request = spec.recipe, spec.strategy_request
     planned, choices = planned_for(recipe, longest)
     world_size = choose_world_size(request, recipe, devices, target, choices)
-    target = shared_by(target, world_size)
+    target = shared_by(target, world_size, devices)
     check_attention(architecture, request.attention, "strategy.{}")
     check_packing(architecture, recipe)
     check_quantized(architecture, recipe)
@@ -301,12 +301,12 @@ def plan_run(
     return replace(answer, recipe=recipe, choices=(*answer.choices, *choices))
 
 
-def shared_by(target: Target, world_size: int) -> Target:
-    """`target` for so many workers, as many of them on a host as a node of its pool has GPUs."""
-    if target.pool is None:
+def shared_by(target: Target, world_size: int, devices: int) -> Target:
+    """`target` for so many workers, as many of them on a host as a node of its pool, else this machine, has GPUs."""
+    if target.device.kind == "cpu":
         return target
-    device = replace(target.device, ranks_per_host=min(world_size, target.pool.gpus_per_node))
-    return replace(target, device=device)
+    a_node = devices if target.pool is None else target.pool.gpus_per_node
+    return replace(target, device=replace(target.device, ranks_per_host=min(world_size, a_node)))
 
 
 def as_measured(question: Question, target: Target, process_bytes: int) -> int:

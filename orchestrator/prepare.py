@@ -150,6 +150,11 @@ def prepare(
     )
 
 
+def place_of(plan: Plan) -> Place:
+    """The GPUs that a run is planned for."""
+    return Place(((plan.target, plan.strategy.world_size),))
+
+
 def longest_row(layout: Layout, data: DataReport, evaluated: DataReport | None) -> int:
     """Tokens of the longest row of a run. What is held out is evaluated one example a row."""
     return max(layout.longest, data.longest, 0 if evaluated is None else evaluated.longest)
@@ -233,8 +238,7 @@ def timed(plan: Plan, machine: Machine, layout: Layout, steps: int) -> Plan:
 
     Its tokens are those of its rows, of which few are the longest.
     """
-    gpus = plan.strategy.world_size
-    hourly = Place(((plan.target, gpus),)).price_per_hour
+    gpus, hourly = plan.strategy.world_size, place_of(plan).price_per_hour
     tokens = round(fmean(layout.lengths) * plan.recipe.sequences_per_step * steps)
     return replace(plan, duration=duration(plan.verdict.step_time, tokens, gpus, hourly, machine.currency, steps=steps))
 

@@ -37,6 +37,9 @@ class Attempt(BaseModel):
     placed: str | None = None
     """When its workers first told something, and so had their devices; when it ended, where they never did. Records of
     earlier versions do not have it."""
+    price_per_hour: float | None = None
+    """What its nodes cost, in `currency`; None where nobody said."""
+    currency: str | None = None
     ended: str | None = None
     status: Status = "running"
     to_step: int | None = None

@@ -23,7 +23,7 @@ from orchestrator.identity import check_same
 from orchestrator.offsite import Offsite, offsite
 from orchestrator.order import Order
 from orchestrator.outcome import check_result, close, finish, predicted, result_folder
-from orchestrator.prepare import Prepared
+from orchestrator.prepare import Prepared, place_of
 from orchestrator.record import (
     SAMPLES_NAME,
     Attempt,
@@ -246,6 +246,8 @@ def begin_attempt(prepared: Prepared, record: RunRecord, output: Path, display: 
             from_step=start,
             strategy=dataclasses.asdict(plan.strategy),
             process_bytes=plan.estimate.gpu.process_bytes,
+            price_per_hour=place_of(plan).price_per_hour,
+            currency=prepared.machine.currency,
             skipped=told_of,
         )
     )

@@ -246,15 +246,16 @@ def step_time(
         high=sum(slow),
         parts=typical,
         tokens=strategy.sequences_per_step * recipe.seq_len,
-        floor=sum(times(asked, *counts, recipe.seq_len, at_best(rates), FAST, paged_out)),
+        floor=sum(times(asked, *counts, recipe.seq_len, at_best(rates), FAST, round(paged_out * MANAGED[FAST]))),
     )
 
 
 def at_best(rates: Rates) -> Rates:
-    """A GPU of these rates that achieves all of them."""
+    """A GPU of these rates that achieves all of them; what a host's processor could do at best nobody states."""
+    network = None if rates.network_bytes is None else rates.network_bytes / NETWORK[FAST]
     whole, at_once = Range(1.0, 1.0, 1.0), Range(math.inf, math.inf, math.inf)
     achieved = Achieved(whole, whole, whole, whole, whole, whole, starting=at_once)
-    return rates._replace(achieved=achieved, link=whole)
+    return rates._replace(achieved=achieved, link=whole, network_bytes=network)
 
 
 def load(architecture: ModelArchitecture, recipe: Recipe, strategy: Strategy, device: Device) -> Load:

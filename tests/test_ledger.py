@@ -210,11 +210,12 @@ def test_the_table_has_what_was_predicted_measured_and_paid(runs: Path) -> None:
 
 def test_what_was_paid_goes_by_the_prices_that_a_run_was_planned_with(runs: Path, tmp_path: Path) -> None:
     assert "EUR" not in ask()
-    duration = {"seconds": 600.0, "gpu_hours": 0.5, "price": 1.0, "currency": "EUR"}
-    plan = {**ledger.latest(ledger_place(), 1)[0][3]["plan"], "duration": duration}
-    ledger.enter(finished(3, plan=plan), tmp_path, ledger_place())
+    run = finished(3, plan=ledger.latest(ledger_place(), 1)[0][3]["plan"])
+    for attempt in run.attempts:
+        attempt.price_per_hour, attempt.currency = 8.0, "EUR"
+    ledger.enter(run, tmp_path, ledger_place())
     [line] = [line for line in ask().splitlines() if "EUR" in line]
-    assert "4.00 EUR" in line  # 2 GPU-hours at 2.00
+    assert "6.00 EUR" in line  # three quarters of an hour of nodes at 8.00
     assert ask("--cluster", str(runs / "prices.yaml")).count("3.00 EUR") == 3
 
 

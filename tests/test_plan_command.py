@@ -630,7 +630,11 @@ def test_the_screen_is_plain_and_narrow_when_piped(
     assert all(len(line) <= int(columns) and line == line.rstrip() for line in lines)
 
 
-@pytest.mark.parametrize("arguments", ["--model 65b", "--model 65b --explain", "--list-gpus"])
+POOLS = Path(__file__).parents[1] / "clusters" / "examples" / "two-pools.yaml"
+PRICED = f"--model 65b --cluster {POOLS} --tokens 200B --objective cheapest"
+
+
+@pytest.mark.parametrize("arguments", ["--model 65b", "--model 65b --explain", "--list-gpus", PRICED])
 def test_no_figure_is_lost_where_the_terminal_is_narrow(
     ask: Ask, monkeypatch: pytest.MonkeyPatch, arguments: str
 ) -> None:
@@ -639,6 +643,18 @@ def test_no_figure_is_lost_where_the_terminal_is_narrow(
     monkeypatch.setenv("COLUMNS", "80")
     assert narrow == ask(*arguments.split()).out
     assert "…" not in narrow
+    assert arguments == "--list-gpus" or all(len(line) <= 80 for line in narrow.splitlines())
+
+
+def test_a_terminal_with_room_has_each_figure_and_its_bounds_in_one_piece(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    shown = ask(*PRICED.split()).out
+    for one in ask(*PRICED.split(), "--json").json["alternatives"]:
+        run = one["duration"]
+        assert f"{run['price']:,.2f} EUR" in shown
+        assert f"({run['low_price']:,.2f} to {run['high_price']:,.2f})" in shown
 
 
 def test_the_screen_shows_what_the_json_holds(ask: Ask) -> None:

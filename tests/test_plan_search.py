@@ -270,11 +270,16 @@ def test_a_stated_host_memory_limits_what_is_chosen(ask: Ask) -> None:
     assert tight.json["strategy"]["world_size"] == 2
 
 
-def test_of_which_day_prices_are_is_told(ask: Ask) -> None:
+def test_of_which_day_prices_are_is_told(ask: Ask, tmp_path: Path) -> None:
     pools = str(ROOT / "clusters" / "examples" / "two-pools.yaml")
     told = ask("--model", "7b", "--cluster", pools, "--tokens", "1M", "--json").json["choices"]
     [prices] = [choice for choice in told if choice["field"] == "prices"]
     assert prices["value"] == "EUR, as of 2026-11-01"  # as the file says
+    (tmp_path / "free.yaml").write_text(
+        "name: a\nprices_as_of: 2026-01-01\npools:\n- {name: b, gpu: l4, gpus_per_node: 1}\n"
+    )
+    told = ask("--model", "7b", "--cluster", str(tmp_path / "free.yaml"), "--json").json["choices"]
+    assert "prices" not in {choice["field"] for choice in told}, "it has none"
 
 
 def test_a_pool_that_fits_is_shown_before_one_whose_hosts_are_too_small(ask: Ask, tmp_path: Path) -> None:

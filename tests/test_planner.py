@@ -191,6 +191,12 @@ def test_nodes_that_may_be_taken_away_and_a_disk_that_is_too_small_are_warned_of
         assert all(words in one for words, one in zip(said, warned, strict=True))
 
 
+def test_workers_on_gpus_that_nobody_knows_share_their_host_too() -> None:
+    unknown = dataclasses.replace(gpu("a100-80gb"), name="NVIDIA Nobody", pool=None)
+    plan = run(unknown, devices=4)
+    assert plan.target.device.ranks_per_host == plan.strategy.world_size == 4
+
+
 def test_host_memory_decides_where_it_is_stated() -> None:
     strategy = Strategy(zero_stage=2, offload="optimizer")
     free = plan_request(LLAMA, Recipe(), strategy, [gpu()])

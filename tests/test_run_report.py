@@ -71,9 +71,11 @@ def test_each_attempt_has_its_line_and_what_was_passed_over_too() -> None:
     ]
 
 
-def test_what_a_run_cost_is_told_by_the_gpus_of_each_of_its_attempts() -> None:
+def test_what_a_run_cost_is_told_by_the_nodes_of_each_of_its_attempts() -> None:
     began = "2026-11-30T10:00:00+00:00"
     moments: dict[str, Any] = {"started": began, "from_step": 0, "ended": "2026-11-30T10:30:00+00:00"}
+    # a node costs what it costs, whether four or two of its GPUs are taken
+    moments |= {"price_per_hour": 8.0, "currency": "EUR"}
     tried = (Attempt(**moments, strategy={"world_size": size}) for size in (4, 2))
     running = Attempt(started=began, from_step=4, strategy=STRATEGY)
     run = record(*tried, running)
@@ -84,11 +86,24 @@ def test_what_a_run_cost_is_told_by_the_gpus_of_each_of_its_attempts() -> None:
     [section] = time(run)
     assert section.text[-1] == (
         f"Started {began}, ended not yet; its attempts took 60 min. Planned, for its steps alone: 30 min (20 min to "
-        "60 min), 2.50 EUR (1.67 to 5.00). It cost 7.50 EUR."
+        "60 min), 2.50 EUR (1.67 to 5.00). It cost 8.00 EUR."
     )
+    # planned again where nobody said a price: what was paid before stays paid
     run.plan["duration"] = planned._replace(price=None, low_price=None, high_price=None, currency=None)._asdict()
     [section] = time(run)
+    assert section.text[-1].endswith("30 min (20 min to 60 min). It cost 8.00 EUR.")
+    run.attempts[0].currency = "USD"
+    [section] = time(run)
     assert section.text[-1].endswith("took 60 min. Planned, for its steps alone: 30 min (20 min to 60 min).")
+
+
+def test_a_run_that_made_no_step_says_what_it_took_and_cost_too() -> None:
+    moments: dict[str, Any] = {"started": "2026-11-30T10:00:00+00:00", "ended": "2026-11-30T11:00:00+00:00"}
+    run = record(Attempt(**moments, from_step=0, strategy=STRATEGY, price_per_hour=8.0, currency="EUR"))
+    run.plan["verdicts"] = []
+    [section] = time(run)
+    [text] = section.text
+    assert text.endswith("its attempts took 60 min. It cost 8.00 EUR.")
 
 
 def test_a_step_is_held_against_what_was_predicted_and_against_the_roofline() -> None:

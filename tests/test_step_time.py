@@ -123,6 +123,19 @@ def test_two_nodes_over_ten_gigabits_are_slower_than_one_node() -> None:
 # --- to the host, and the optimizer -----------------------------------------------------------------------------------
 
 
+def test_the_roofline_is_what_the_nominal_rates_allow() -> None:
+    computing = timed(micro_batch=8, seq_len=2048)
+    products = 3 * 2 * (PARAMETERS - 2 * 32000 * 4096) * 8 * 2048  # a forward pass, its recomputation, one backward
+    assert 1.0 < computing.floor / (products / 312e12) < 1.6  # the rest is attention, the head, adapters, what is moved
+    assert computing.floor < computing.low
+    # gradients in float32, over a network that is slower than all else: two nodes pass half of them twice
+    network = RATES._replace(network_bytes=1e6)
+    assert timed(world_size=16, rates=network).floor == pytest.approx(2 * 4 * ADAPTERS / 2 / 1e6, rel=0.01)
+    # and what is paged out goes over PCIe twice
+    extra = timed(paged_out=32 * 10**9).floor - timed().floor
+    assert extra == pytest.approx(2.0, rel=0.01)
+
+
 def test_what_is_paged_out_comes_in_and_goes_out_again() -> None:
     more = timed(paged_out=10**9).seconds - timed().seconds
     assert more == pytest.approx(2 * 1e9 / (32e9 * MANAGED.typical))

@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner, Result
 from small_runs import stand_in_checkpoint
 
-from clusters.errors import RequestError, RunFailed
+from clusters.errors import RequestError, RunFailed, request_error
 from launch.train import train
 from orchestrator import prepare, run
 from orchestrator.following import given_up
@@ -59,12 +59,12 @@ def spec(tmp_path: Path) -> RunSpec:
 def start(spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Start the command; the run comes to `record` at once."""
 
-    def started(record: RunRecord, *arguments: str) -> Result:
+    def started(record: RunRecord, *arguments: str, error: Exception | None = None) -> Result:
         def executed(prepared: RunSpec, *_: Any, **__: Any) -> tuple[RunRecord, bool]:
             Path(prepared.output).mkdir(exist_ok=True)
             save_record(record, Path(prepared.output))
             if record.status == "failed":
-                raise RunFailed("The loss is nan.", "Look.")
+                raise error or RunFailed("The loss is nan.", "Look.")
             return record, False
 
         monkeypatch.setattr(prepare, "prepare", lambda spec, **_: spec)
@@ -107,6 +107,29 @@ def test_a_run_that_failed_leaves_a_report_of_how_far_it_came_and_why_it_ended(s
     assert "Status: failed." in report
     assert "| not finite: the loss is nan | stop: the same step would fail again |" in report
     assert (output / "report.html").is_file()
+
+
+def failed_attempts(number: int) -> RunRecord:
+    failure, decision = Failure("user", "no").to_json(), dataclasses.asdict(Decision("stop", "it would fail again"))
+    one = Attempt(started="2026", from_step=0, to_step=0, status="failed", failure=failure, decision=decision)
+    return record(status="failed", attempts=[one] * number, results={})
+
+
+def test_what_a_user_has_to_put_right_leaves_a_report_too(start: Start, spec: RunSpec) -> None:
+    asked = request_error("output", spec.output, "a worker does not see it", "Choose storage that all nodes see")
+    result = start(failed_attempts(1), error=asked)
+    assert result.exception is asked
+    assert "Run tiny: failed" in result.stdout
+    assert (Path(spec.output) / "report.md").is_file()
+
+
+def test_the_failure_of_an_earlier_start_is_not_shown_as_this_one_s(start: Start, spec: RunSpec) -> None:
+    Path(spec.output).mkdir()
+    save_record(failed_attempts(1), Path(spec.output))
+    result = start(failed_attempts(1), error=RunFailed("The plan does not fit, so nothing was started.", "Change it."))
+    assert isinstance(result.exception, RunFailed)
+    assert "failed" not in result.stdout
+    assert not (Path(spec.output) / "report.md").exists()
 
 
 @pytest.mark.parametrize(

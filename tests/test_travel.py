@@ -45,8 +45,8 @@ def test_what_travels_is_the_specification_the_machine_and_what_is_local(
 def test_an_order_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     (tmp_path / "order.json").write_text(
         '{"machine": {"kind": "cuda", "name": "a100-80gb", "devices": 16, "memory_bytes": 85000000000,'
-        ' "compute_capability": [8, 0], "has_bfloat16": false, "accelerator_type": null, "has_liger": false,'
-        ' "gpu_hour_price": 2.5, "currency": "EUR"}, "model": "demo-base", "force": false}\n'
+        ' "compute_capability": [8, 0], "has_bfloat16": false, "accelerator_type": null, "has_liger": false},'
+        ' "model": "demo-base", "force": false}\n'
     )
     machine = read_order(tmp_path).machine
     assert (machine.name, machine.devices, machine.compute_capability) == ("a100-80gb", 16, (8, 0))

@@ -11,7 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.accuracy import grid, paper, published, t4
-from benchmarks.accuracy.explanations import OLDER_QUANTIZER, OLDER_QUANTIZER_IS, far_rows
+from benchmarks.accuracy.explanations import OLDER_QUANTIZER, far_rows, older_quantizer_is
 from benchmarks.accuracy.rows import LATER, UNITS
 from benchmarks.accuracy.stacks import STACKS, stack_of
 from qlora_core.memory import formula, played
@@ -331,7 +331,7 @@ def _far() -> str:
 A row counts as explained where its reason, counted in bytes, leaves at most {published.TOLERANCE:.0f} %. Of these the
 rest is not explained: {in_part}.
 
-*{OLDER_QUANTIZER}*: {OLDER_QUANTIZER_IS}
+*{OLDER_QUANTIZER}*: {older_quantizer_is()}
 
 {table(["row", "error", "explained", "reason", "what happened"], rows, "1")}"""
 

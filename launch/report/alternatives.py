@@ -50,9 +50,6 @@ ORDER: dict[Objective, str] = {
 Cell = Callable[[Alternative], str]
 WHOLE_RUN, PRICE = INTERVALS = "\nwhole run", "\nprice"
 """Columns with a figure and its bounds, which are broken into lines."""
-INTERVAL_WIDTH = 10
-LONGEST_WORD = len("checkpointing")
-"""Of what changes."""
 
 
 def title_of(plan: Plan) -> str:
@@ -65,24 +62,18 @@ def title_of(plan: Plan) -> str:
 def alternatives_table(plan: Plan) -> Table:
     """One line for each: what it is, its memory, speed, time and price."""
     titles, rows = alternative_rows(plan)
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for number, title in enumerate(titles):
-        interval = title in INTERVALS
         table.add_column(
             title,
             justify="left" if number < 2 else "right",
             header_style="dim",
-            no_wrap=number >= 2 and not interval,
-            max_width=INTERVAL_WIDTH if interval else None,
-            min_width=LONGEST_WORD if number == 1 else None,
+            no_wrap=number >= 2 and title not in INTERVALS,
+            overflow="fold",  # which loses no figure where there is no room
         )
     for row in rows:
-        table.add_row(
-            *(
-                cell.replace(" (", "\n(") if title in INTERVALS else cell
-                for title, cell in zip(titles, row, strict=True)
-            )
-        )
+        cells = zip(titles, row, strict=True)
+        table.add_row(*(cell.replace(" (", "\n(") if title in INTERVALS else cell for title, cell in cells))
     return table
 
 

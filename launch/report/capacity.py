@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 from launch.report.document import Document, Section, drawn
-from launch.report.words import gib, sure_words
+from launch.report.words import gib, sure_words, what_bounds_are
 from orchestrator.fleet.jobs import JobForm
 from orchestrator.fleet.options import Option, is_priced, least_of_each_pool
 from orchestrator.fleet.outlook import MOST_NODES, ByMethod, Change, Figures, Outlook
@@ -97,7 +97,7 @@ def where_they_fit(answer: Outlook) -> Section:
     """Each job's ways; where these are too many to be read, its cheapest on each pool."""
     rows: list[tuple[str, ...]] = []
     number = sum(map(len, answer.ways.values()))
-    note = "Hours: as expected, and at the slow end of what is achieved."
+    note = f"Hours: as expected, and the upper bound; bounds are {most_words(answer)}."
     if number > MOST_WAYS:
         note += f" The cheapest on each pool, of {number:,} ways; --json has all."
     for index, job in enumerate(answer.jobs.jobs):
@@ -113,6 +113,12 @@ def where_they_fit(answer: Outlook) -> Section:
         note + left_out(rows),
         draw=drawn("fleet", "ways", answer),
     )
+
+
+def most_words(answer: Outlook) -> str:
+    """What lies between the bounds of ways, by how many runs their GPUs have."""
+    steps = [option.way.step_time for ways in answer.ways.values() for option in ways]
+    return " or ".join(dict.fromkeys(what_bounds_are(step.runs) for step in steps if step is not None))
 
 
 def whose(job: JobForm) -> str:

@@ -208,6 +208,8 @@ def time(record: RunRecord) -> Iterator[Section]:
     verdict: dict[str, Any] = next(iter(record.plan["verdicts"]), {})
     step, seconds = verdict.get("step_time"), (record.measured or {}).get("step_seconds")
     if step is None or not seconds:
+        if record.attempts:
+            yield Section("Time", text=(whole_words(record),))
         return
     rows = [
         (PARTS.get(name, name), f"{spent:.4f}", f"{spent / sum(step['parts'].values()):.0%}")
@@ -225,15 +227,20 @@ def time(record: RunRecord) -> Iterator[Section]:
             f" It trained on {pace:,.0f} tokens a second, where {step['tokens_per_second']:,.0f} were predicted: "
             f"{share:.0%} of what the devices' nominal rates allow (the roofline)."
         )
+    yield Section("Time of a step", ("predicted", " s", " share"), rows, text=(said, whole_words(record)))
+
+
+def whole_words(record: RunRecord) -> str:
+    """When it was, for how long it held its devices, and what that cost, beside what was planned."""
     began, ended = record.attempts[0].started, record.attempts[-1].ended
     whole = f"Started {began}, ended {ended or 'not yet'}; its attempts took {time_words(spent_seconds(record))}."
     if duration := record.plan.get("duration"):
         planned = Duration(**duration)
-        whole += f" Planned, for its steps alone: {time_range(planned)}"
-        if (paid := own_cost(record.model_dump())) is not None:
-            whole += f", {price_range(planned)}. It cost {paid[0]:,.2f} {paid[1]}"
-        whole += "."
-    yield Section("Time of a step", ("predicted", " s", " share"), rows, text=(said, whole))
+        price = "" if planned.price is None else f", {price_range(planned)}"
+        whole += f" Planned, for its steps alone: {time_range(planned)}{price}."
+    if (paid := own_cost(record.model_dump())) is not None:
+        whole += f" It cost {paid[0]:,.2f} {paid[1]}."
+    return whole
 
 
 def spent_seconds(record: RunRecord) -> float:

@@ -12,6 +12,7 @@ from clusters.gpu import GIB, MIB
 from launch.report.components import GROUPS, grouped
 from launch.report.pictures.style import COLORS, INK, MARKERS, Picture, canvas, kind, stacked, styled
 from launch.report.sweep import SweepCells
+from launch.report.words import what_bounds_are
 from orchestrator.plans import SURE, Alternative, Plan, Verdict
 from qlora_core.memory.formula import course, prepared
 
@@ -157,7 +158,8 @@ def ways(plan: Plan) -> Picture | None:
             bounds = ((each.seconds - each.low_seconds) / 3600,), ((each.high_seconds - each.seconds) / 3600,)
             look = {"marker": MARKERS[number % len(MARKERS)], "color": COLORS[number % len(COLORS)], "linestyle": ""}
             axes.errorbar(each.seconds / 3600, cost, xerr=bounds, label=name, elinewidth=0.8, capsize=3, **look)
-        axes.set_xlabel("hours of the whole run, from the fast to the slow end of what is achieved")
+        runs = {one.step_time.runs for one in timed if one.step_time is not None}
+        axes.set_xlabel(f"hours of the whole run, {what_bounds_are(min(runs, default=0))}")
         axes.set_ylabel(f"price, {every[0].currency}" if priced else "GPU hours")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
