@@ -19,7 +19,7 @@ from launch.train_export import export
 from launch.train_score import score
 from launch.train_sweep import sweep
 from orchestrator.record import FILE_NAME as RECORD_NAME
-from orchestrator.record import load_record
+from orchestrator.record import load_record, now
 from orchestrator.spec import RunSpec, load_spec, schema
 
 if TYPE_CHECKING:
@@ -171,8 +171,7 @@ def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None, mode
 
     console, output = Console(), Path(spec.output)
     prepared = prepare(spec, tell=to_stderr, machine=machine, model_name=model_name)
-    earlier = load_record(output)
-    begun = 0 if earlier is None else len(earlier.attempts)
+    begun = now()
     try:
         with TerminalDisplay(console) as display:
             record, already = execute(prepared, display, force=force)
@@ -180,7 +179,11 @@ def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None, mode
         # what was saved of it says how far it came and why it ended, if it had begun; storage that fails has failed it
         with suppress(OSError, RequestError):
             failed = load_record(output)
-            if failed is not None and failed.status == "failed" and len(failed.attempts) > begun:
+            if (
+                failed is not None
+                and failed.status == "failed"
+                and any(one.started >= begun for one in failed.attempts)
+            ):
                 print_summary(console, failed, output, write_report(failed, output))
         raise
     except Interrupted:

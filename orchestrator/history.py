@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,11 +106,7 @@ class History:
     def paces(self) -> tuple[tuple[str, float], ...]:
         """By which factor steps on a device, which is named, took longer than predicted: the median of its runs."""
         devices = dict.fromkeys(run.gpu for run in self.runs if run.time_ratio is not None)
-        if not devices:
-            return ()
-        from statistics import median  # fractions and decimals come with it, and most plans need none
-
-        return tuple((device, median(self.time_ratios(device))) for device in devices)
+        return tuple((device, middle(self.time_ratios(device))) for device in devices)
 
     def time_ratios(self, device: str) -> list[float]:
         """Of the runs on that very device."""
@@ -121,7 +117,7 @@ class History:
         ratios = self.time_ratios(target.device_name)
         if not ratios:
             return step
-        factor = dict(self.paces())[target.device_name]
+        factor = middle(ratios)
         low, high = step.low * factor, step.high * factor
         if len(ratios) >= ENOUGH_RUNS:
             below, above = conformal(ratios)
@@ -134,6 +130,13 @@ class History:
             correction=factor,
             runs=len(ratios),
         )
+
+
+def middle(ratios: Sequence[float]) -> float:
+    """Their median."""
+    from statistics import median  # fractions and decimals come with it, and most plans need none
+
+    return median(ratios)
 
 
 def of_memory(recipe: Mapping[str, Any]) -> dict[str, Any]:

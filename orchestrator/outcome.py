@@ -12,7 +12,7 @@ from typing import Any
 from clusters.errors import RunFailed, request_error
 from orchestrator.plans import Plan
 from orchestrator.prepare import Prepared
-from orchestrator.record import Attempt, RunRecord, Status, now
+from orchestrator.record import Attempt, RunRecord, Status, now, read_events
 from qlora_core.perplexity import perplexity
 from qlora_core.training.card import CardFacts
 from qlora_core.training.export import export_adapter, export_model
@@ -140,9 +140,7 @@ def steps_measured(events: Path, attempts: Sequence[Attempt]) -> dict[str, float
 
     Of all attempts that were run as the last one was, each without its first step, which warms up.
     """
-    steps = {
-        event["step"]: event for event in map(json.loads, events.read_text().splitlines()) if event["event"] == "step"
-    }
+    steps = {event["step"]: event for event in read_events(events) if event["event"] == "step"}
     alike = []
     for number, attempt in enumerate(attempts):
         until = min((later.from_step for later in attempts[number + 1 :]), default=math.inf)

@@ -15,7 +15,7 @@ from orchestrator.durations import duration
 from orchestrator.history import NOTHING_MEASURED, History
 from orchestrator.needs import Estimator, needs
 from orchestrator.plans import Alternative, Choice, Plan, Target
-from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, of_length
+from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, of_length, place_of
 from orchestrator.rules import (
     check_attention,
     check_even,
@@ -109,7 +109,7 @@ def plan_question(
         hosts=hosts_of(targets, host_usable_bytes),
         **common,
     )
-    place = Place(((answer.target, answer.strategy.world_size),))
+    place = place_of(answer)
     answer = replace(
         answer,
         duration=duration(answer.verdict.step_time, tokens, place.gpus, place.price_per_hour, currency),

@@ -20,7 +20,7 @@ from orchestrator.ledger import known_history
 from orchestrator.machine import Machine, describe, target_of
 from orchestrator.planner import divisors, plan_run
 from orchestrator.plans import Plan, Target
-from orchestrator.question import Place
+from orchestrator.question import place_of
 from orchestrator.record import RunRecord, load_record
 from orchestrator.rules import unbuilt
 from orchestrator.spec import DatasetSpec, RunSpec, StrategySpec
@@ -148,11 +148,6 @@ def prepare(
             evaluated=evaluated,
         ),
     )
-
-
-def place_of(plan: Plan) -> Place:
-    """The GPUs that a run is planned for."""
-    return Place(((plan.target, plan.strategy.world_size),))
 
 
 def longest_row(layout: Layout, data: DataReport, evaluated: DataReport | None) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from orchestrator.confidence import Comparable, Spread, Spreads
 from orchestrator.history import History
-from orchestrator.plans import Objective, Target
+from orchestrator.plans import Objective, Plan, Target
 from qlora_core.architecture import ModelArchitecture
 from qlora_core.recipe import Recipe
 from qlora_core.strategy import Strategy
@@ -95,6 +95,11 @@ class Place:
     def name(self) -> str:
         """In words: "8 x a100-80gb + 4 x l40s"."""
         return " + ".join(f"{count} x {target.name}" for target, count in self.parts)
+
+
+def place_of(plan: Plan) -> Place:
+    """The GPUs of a plan for one kind."""
+    return Place(((plan.target, plan.strategy.world_size),))
 
 
 def nodes_for(target: Target, count: int) -> int:

@@ -143,3 +143,16 @@ def save_specification(fields: Mapping[str, Any], folder: Path) -> None:
 def save_record(record: RunRecord, folder: Path) -> None:
     """Write the record, whole or not at all."""
     write_json(folder / FILE_NAME, record.model_dump(mode="json"))
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a run, oldest first; lines that are none are passed over."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
+    return events

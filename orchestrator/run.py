@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +23,8 @@ from orchestrator.identity import check_same
 from orchestrator.offsite import Offsite, offsite
 from orchestrator.order import Order
 from orchestrator.outcome import check_result, close, finish, predicted, result_folder
-from orchestrator.prepare import Prepared, place_of
+from orchestrator.prepare import Prepared
+from orchestrator.question import place_of
 from orchestrator.record import (
     SAMPLES_NAME,
     Attempt,
@@ -31,6 +32,7 @@ from orchestrator.record import (
     load_record,
     new_id,
     now,
+    read_events,
     save_record,
     save_specification,
     versions,
@@ -271,15 +273,9 @@ def close_abandoned(attempt: Attempt, step: int, events: Path) -> None:
 
 def told_at(events: Path) -> list[str]:
     """When the workers of the last attempt told something, UTC, ISO 8601; a phase is the first that they tell."""
-    found: list[str] = []
-    for line in events.read_text(encoding="utf-8").splitlines() if events.exists() else []:
-        try:
-            event = json.loads(line)
-            if found or event["event"] == "phase":
-                found.append(datetime.fromtimestamp(event["time"], UTC).isoformat(timespec="seconds"))
-        except (ValueError, TypeError, KeyError):
-            continue  # a line that a killed worker left half-written
-    return found
+    told = itertools.dropwhile(lambda event: event["event"] != "phase", read_events(events))
+    moments = (datetime.fromtimestamp(event["time"], UTC) for event in told if "time" in event)
+    return [moment.isoformat(timespec="seconds") for moment in moments]
 
 
 def attempted(

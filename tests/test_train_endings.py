@@ -19,7 +19,7 @@ from launch.train import train
 from orchestrator import prepare, run
 from orchestrator.following import given_up
 from orchestrator.prepare import Prepared
-from orchestrator.record import Attempt, RunRecord, Status, save_record
+from orchestrator.record import Attempt, RunRecord, Status, now, save_record
 from orchestrator.recovery import Decision, Failure
 from orchestrator.spec import RunSpec, load_spec
 from qlora_core.training.manifest import BEST
@@ -90,7 +90,7 @@ def test_a_run_that_failed_leaves_a_report_of_how_far_it_came_and_why_it_ended(s
     step = {"event": "step", "step": 1, "loss": float("nan"), "learning_rate": 1e-3, "tokens": 9, "seconds": 1.0}
     (output / "events.jsonl").write_text(json.dumps(step) + "\n")
     attempt = Attempt(
-        started="2026",
+        started=now(),
         from_step=0,
         to_step=0,
         status="failed",
@@ -109,15 +109,15 @@ def test_a_run_that_failed_leaves_a_report_of_how_far_it_came_and_why_it_ended(s
     assert (output / "report.html").is_file()
 
 
-def failed_attempts(number: int) -> RunRecord:
+def failed_at(started: str) -> RunRecord:
     failure, decision = Failure("user", "no").to_json(), dataclasses.asdict(Decision("stop", "it would fail again"))
-    one = Attempt(started="2026", from_step=0, to_step=0, status="failed", failure=failure, decision=decision)
-    return record(status="failed", attempts=[one] * number, results={})
+    one = Attempt(started=started, from_step=0, to_step=0, status="failed", failure=failure, decision=decision)
+    return record(status="failed", attempts=[one], results={})
 
 
 def test_what_a_user_has_to_put_right_leaves_a_report_too(start: Start, spec: RunSpec) -> None:
     asked = request_error("output", spec.output, "a worker does not see it", "Choose storage that all nodes see")
-    result = start(failed_attempts(1), error=asked)
+    result = start(failed_at(now()), error=asked)
     assert result.exception is asked
     assert "Run tiny: failed" in result.stdout
     assert (Path(spec.output) / "report.md").is_file()
@@ -125,8 +125,8 @@ def test_what_a_user_has_to_put_right_leaves_a_report_too(start: Start, spec: Ru
 
 def test_the_failure_of_an_earlier_start_is_not_shown_as_this_one_s(start: Start, spec: RunSpec) -> None:
     Path(spec.output).mkdir()
-    save_record(failed_attempts(1), Path(spec.output))
-    result = start(failed_attempts(1), error=RunFailed("The plan does not fit, so nothing was started.", "Change it."))
+    save_record(failed_at("2026"), Path(spec.output))
+    result = start(failed_at("2026"), error=RunFailed("The plan does not fit, so nothing was started.", "Change it."))
     assert isinstance(result.exception, RunFailed)
     assert "failed" not in result.stdout
     assert not (Path(spec.output) / "report.md").exists()

@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 from launch.report.document import Document, Section, drawn
-from launch.report.words import gib, sure_words, what_bounds_are
+from launch.report.words import gib, money, money_range, sure_words, what_bounds_are
 from orchestrator.fleet.jobs import JobForm
 from orchestrator.fleet.options import Option, is_priced, least_of_each_pool
 from orchestrator.fleet.outlook import MOST_NODES, ByMethod, Change, Figures, Outlook
@@ -90,7 +90,7 @@ def cost_words(figures: Figures, answer: Outlook) -> str:
         return found
     if answer.fleet.prices_as_of is not None:
         found += f", prices as of {answer.fleet.prices_as_of}"
-    return f"{found}; no schedule costs less than {money(answer.schedule.least_price, answer)}"
+    return f"{found}; no schedule costs less than {money(answer.schedule.least_price, answer.fleet.currency)}"
 
 
 def where_they_fit(answer: Outlook) -> Section:
@@ -194,7 +194,7 @@ def pools(answer: Outlook) -> Section:
             pool.name + (" (spot)" if pool.spot else ""),
             str(pool.gpus),
             f"{used[pool.name]:.0%}",
-            "-" if pool.price_per_hour is None else money(pool.price_per_hour * pool.nodes, answer),
+            "-" if pool.price_per_hour is None else money(pool.price_per_hour * pool.nodes, answer.fleet.currency),
             pool.hours or "always",
         )
         for pool in answer.fleet.pools
@@ -220,7 +220,7 @@ def purchases(answer: Outlook) -> Section:
     if answer.purchases is None:
         return Section(title, text=("More nodes would change nothing.", *left))
     rows = [
-        (one.pool, str(one.nodes), "-" if one.per_week is None else money(one.per_week, answer))
+        (one.pool, str(one.nodes), "-" if one.per_week is None else money(one.per_week, answer.fleet.currency))
         for one in answer.purchases
     ]
     does = {one.pool for one in answer.purchases}
@@ -266,14 +266,7 @@ def hours(value: float) -> str:
 
 def interval(costing: Option | Figures | ByMethod, answer: Outlook) -> str:
     """What something costs, and between which it lies; a dash where a pool has no price."""
-    if costing.cost is None or costing.low_cost is None or costing.high_cost is None:
-        return "-"
-    return f"{money(costing.cost, answer)} ({costing.low_cost:,.2f} to {costing.high_cost:,.2f})"
-
-
-def money(value: float, answer: Outlook) -> str:
-    """A price."""
-    return f"{value:,.2f} {answer.fleet.currency or ''}".rstrip()
+    return money_range(costing.cost, costing.low_cost, costing.high_cost, answer.fleet.currency)
 
 
 def as_json(answer: Outlook) -> str:

@@ -30,7 +30,7 @@ from launch.report.words import (
 )
 from orchestrator.ledger import held_seconds, own_cost
 from orchestrator.plans import Duration
-from orchestrator.record import SAMPLES_NAME, SPECIFICATION_NAME, RunRecord
+from orchestrator.record import SAMPLES_NAME, SPECIFICATION_NAME, RunRecord, read_events
 from qlora_core.data import in_an_epoch, left_out
 from qlora_core.perplexity import perplexity
 
@@ -72,19 +72,6 @@ def write_report(record: RunRecord, folder: Path) -> Path | None:
         warn("\n".join(str(replace(problem, where="output", remedy=remedy)) for problem in error.problems))
         return None
     return folder / FILE_NAME
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; lines that are none are passed over."""
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            events.append(event)
-    return events
 
 
 def read_samples(path: Path) -> list[Shown]:

@@ -82,7 +82,19 @@ def time_range(run: Duration) -> str:
 
 def price_range(run: Duration) -> str:
     """A run's price in its currency, and between which it lies."""
-    return f"{run.price:,.2f} {run.currency} ({run.low_price:,.2f} to {run.high_price:,.2f})"
+    return money_range(run.price, run.low_price, run.high_price, run.currency)
+
+
+def money_range(amount: float | None, low: float | None, high: float | None, currency: str | None) -> str:
+    """An amount of money, and between which it lies; a dash where it is not known."""
+    if amount is None or low is None or high is None:
+        return "-"
+    return f"{money(amount, currency)} ({low:,.2f} to {high:,.2f})"
+
+
+def money(amount: float, currency: str | None) -> str:
+    """An amount of money."""
+    return f"{amount:,.2f} {currency or ''}".rstrip()
 
 
 def sure_words(chance: float) -> str:

@@ -12,8 +12,8 @@ from clusters.gpu import GIB, MIB
 from launch.report.components import GROUPS, grouped
 from launch.report.pictures.style import COLORS, INK, MARKERS, Picture, canvas, kind, stacked, styled
 from launch.report.sweep import SweepCells
-from launch.report.words import what_bounds_are
-from orchestrator.plans import SURE, Alternative, Plan, Verdict
+from launch.report.words import sure_words, what_bounds_are
+from orchestrator.plans import Alternative, Plan, Verdict
 from qlora_core.memory.formula import course, prepared
 
 LENGTHS = tuple(2**power for power in range(8, 18))
@@ -169,7 +169,7 @@ def ways(plan: Plan) -> Picture | None:
 
 def named(one: Alternative) -> str:
     """An alternative in few words."""
-    sure = "" if one.confidence.chance >= SURE else f" ({one.confidence.chance:.0%} sure)"
+    sure = sure_words(one.confidence.chance)
     return (f"{one.title}, {one.place}" if one.title else one.place) + sure
 
 
