@@ -10,7 +10,15 @@ from statistics import median
 import pytest
 
 from benchmarks.accuracy import document, plots
-from benchmarks.accuracy.explanations import explanation_of, far_rows, inputs_kept
+from benchmarks.accuracy.explanations import (
+    at_the_head,
+    explanation_of,
+    far_rows,
+    follows_another,
+    head_at_work,
+    inputs_kept,
+    keeps_inputs,
+)
 from benchmarks.accuracy.paper import TOLERANCE, PaperNumber, paper_numbers
 from benchmarks.accuracy.published import Tier, fits, listed, request_of, scored
 from benchmarks.accuracy.rows import LATER, PublishedRow, published_rows
@@ -62,22 +70,11 @@ def test_rows_that_were_looked_up_later_are_predicted_as_well() -> None:
     assert not {row.id for row in published_rows()} & later.keys()
 
 
-def test_every_row_beyond_fifteen_per_cent_has_a_reason_and_counts_as_explained_where_it_suffices() -> None:
-    assert not [far.scored.row.id for far in far_rows() if far.explanation is None]
-    # by hand, GB: predicted, what the reason adds (LitGPT: inputs kept; two moments of 1.24 billion), the figure
-    by_hand = {
-        "litgpt-hub-falcon7b-qlora": (6.11, 0.74, 9.44),
-        "litgpt-hub-gemma7b-qlora": (12.96, 0.88, 17.18),
-        "litgpt-hub-llama32-1b-full": (17.18, -2 * 2 * 1.236, 8.7),
-        "litgpt-hub-stablelm3b-qlora": (3.89, 0.34, 5.24),
-    }
-    left = {far.scored.row.id: far.explanation.left for far in far_rows() if far.explanation and not far.is_explained}
-    assert left == {
-        row: pytest.approx(100 * ((predicted + added) / figure - 1), abs=0.2)
-        for row, (predicted, added, figure) in by_hand.items()
-    }
+def test_every_row_beyond_fifteen_per_cent_has_a_reason_that_suffices_or_a_figure_that_cannot_be() -> None:
+    assert [far.scored.row.id for far in far_rows() if not far.is_explained] == ["litgpt-hub-llama32-1b-full"]
     page = document.DOCUMENT.read_text().replace("\n", " ")
-    assert f"{len(far_rows())} beyond; {len(far_rows()) - 4} of these are explained, and 4 only in part" in page
+    explained = f"{len(far_rows()) - 1} of these are explained, 1 is contradicted by its own recipe, and 0"
+    assert f"{len(far_rows())} beyond; {explained} are explained only in part" in page
 
 
 @pytest.mark.parametrize("factor", [0.1, 10])
@@ -86,6 +83,24 @@ def test_a_row_that_is_far_off_for_another_reason_is_not_called_explained(factor
     assert all(abs(one.error) > 15 for one in made_up)
     found = {one.row.id: explanation_of(one) for one in made_up}
     assert not [row for row, why in found.items() if why is not None and why.suffices]
+
+
+def test_one_figure_is_below_what_its_own_recipe_allocates_for_certain() -> None:
+    # Llama 3.2 1B with an output head of its own: 1.236 + 128256 * 2048 / 1e9 billion, of 8 bytes each: 12.0 GB
+    [far] = [far for far in far_rows() if far.explanation is not None and far.explanation.impossible]
+    assert far.scored.row.id == "litgpt-hub-llama32-1b-full"
+    assert far.scored.row.measured_bytes == 8.7e9
+    certain = 8 * (1.236 + 0.2627)
+    assert far.explanation is not None
+    assert f"{certain:.1f} GB in bfloat16, {100 * (certain / 8.7 - 1):+.1f} %" in far.explanation.text
+
+
+def test_litgpt_has_an_output_head_of_its_own_where_transformers_ties_it() -> None:
+    # Falcon 7B: 65024 * 4544 weights more than transformers' 6.92 billion
+    stack = stack_of("litgpt-hub-falcon7b-lora-1")
+    assert stack is not None
+    asked = request_of(row_named("litgpt-hub-falcon7b-lora-1"), stack)
+    assert asked.architecture.parameters == 6_921_720_704 + 65024 * 4544
 
 
 def test_every_assumption_names_its_stack_and_is_written_down() -> None:
@@ -142,11 +157,58 @@ def test_shapes_that_were_not_seen_have_the_stated_number_of_parameters() -> Non
 
 
 def test_what_old_bitsandbytes_kept_is_counted_by_hand() -> None:
-    # Llama 2 7B, 1304 tokens: of each of 32 layers two inputs of 4096 and one of 11008, in bfloat16
+    # Llama 2 7B, 1304 tokens: of each of 32 layers three inputs of 4096 and one of 11008, in bfloat16
     row_id = "litgpt-rt-llama2-7b-nf4-dq-b1"
     stack = stack_of(row_id)
     assert stack is not None
-    assert inputs_kept(request_of(row_named(row_id), stack)) == 2 * 1304 * 32 * (4096 + 4096 + 11008)
+    asked = request_of(row_named(row_id), stack)
+    assert inputs_kept(asked) == 2 * 1304 * 32 * (3 * 4096 + 11008)
+    # the head: half a byte a weight, a byte for 64, 4 for 64 * 256; and two copies of 2 bytes
+    assert head_at_work(asked) == pytest.approx(32000 * 4096 * (0.5 + 1 / 64 + 4 / 64 / 256 + 4), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("row_id", "parts"),
+    # GB: 4-bit weights, their constants, embedding, adapters and gradients, small state and buffers, activations; twice
+    # the inputs kept; the head; logits of 6 bytes
+    [
+        (
+            "litgpt-hub-falcon7b-qlora",
+            (3.313, 0.414, 0.591, 0.038, 0.036, 1.264, 2 * 0.893, 65024 * 4544 * 4.5625e-9, 6e-9 * 512 * 65024),
+        ),
+        (
+            "litgpt-hub-stablelm3b-qlora",
+            (1.611, 0.201, 0.416, 0.034, 0.029, 0.830, 2 * 0.470, 50688 * 4096 * 4.5625e-9, 6e-9 * 512 * 50688),
+        ),
+    ],
+)
+def test_what_is_there_while_the_head_works_is_counted_by_hand(row_id: str, parts: tuple[float, ...]) -> None:
+    [one] = [one for one in scored() if one.row.id == row_id]
+    assert at_the_head(one, follows=True) / 1e9 == pytest.approx(sum(parts), abs=0.01)
+
+
+RECORDED = {
+    "litgpt-hub-falcon7b-qlora": 9.38,
+    "litgpt-hub-gemma7b-qlora": 17.34,
+    "litgpt-hub-phi2-qlora": 14.27,
+    "litgpt-hub-stablelm3b-qlora": 5.22,
+    "litgpt-rt-phi15-nf4-dq-b1": 3.73,
+    "litgpt-rt-stablelm3b-nf4-b1": 6.37,
+    "litgpt-rt-llama2-7b-nf4-dq-b1": 13.14,
+    "raschka-qlora-fp4-r8-qv": 13.45,
+    "raschka-qlora-nf4-r8-all": 15.90,
+}
+"""GB at the peak of LitGPT's own models and loop (lora.py at 5895df10 and 8641822) on meta tensors, as the `Recorder`
+follows them, with MatMul4Bit of bitsandbytes 0.42.0, Lightning's float16 copies and its cast of the output to float32:
+of two micro-batches of the row's length for litgpt-hub's rows, of one for the others."""
+
+
+@pytest.mark.parametrize(("row_id", "recorded"), RECORDED.items())
+def test_what_is_there_while_the_head_works_is_what_litgpts_own_code_allocates(row_id: str, recorded: float) -> None:
+    [one] = [one for one in scored() if one.row.id == row_id]
+    assert keeps_inputs(one)
+    assert at_the_head(one, follows_another(one)) / 1e9 == pytest.approx(recorded, rel=0.08)
+    assert recorded == pytest.approx(one.row.measured_bytes / 1e9, rel=0.06)
 
 
 def test_most_runs_that_fit_or_do_not_are_told_so() -> None:

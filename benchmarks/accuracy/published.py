@@ -158,6 +158,8 @@ def request_of(row: PublishedRow, stack: Stack) -> Request:
     quantized = quantization != "none"
     if stack.own_models:
         architecture = replace(architecture, activation=architecture.activation.partition("_")[0])
+    if not stack.ties:
+        architecture = replace(architecture, tied_embeddings=False)
     if quantized:
         architecture = _quantized_as(architecture, stack, targets)
     length = int(row.seq_len) if row.seq_len.isdigit() else 512

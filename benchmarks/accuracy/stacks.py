@@ -31,6 +31,7 @@ class Stack:
         quantizes: which linear layers are quantized: those that bitsandbytes replaces in transformers' models, all of
             them, or those that have an adapter.
         own_models: its models are code of its own, in which GELU is one kernel, and not transformers'.
+        ties: the output head is the token embedding where the model's config says so.
         divides_while_loading: under ZeRO-3 no rank ever holds the whole model.
         assumptions: the above in words, each with its source.
     """
@@ -48,6 +49,7 @@ class Stack:
     accumulation: int
     quantizes: Literal["replaced", "all", "adapted"]
     own_models: bool
+    ties: bool
     divides_while_loading: bool
     assumptions: tuple[str, ...]
 
@@ -67,6 +69,7 @@ STACKS = (
         accumulation=1,
         quantizes="replaced",
         own_models=False,
+        ties=True,
         divides_while_loading=False,
         assumptions=(
             "the model's output is a local variable of the loop, so it lives through the step; no autocast; "
@@ -89,17 +92,19 @@ STACKS = (
         accumulation=2,
         quantizes="all",
         own_models=True,
+        ties=False,
         divides_while_loading=False,
         assumptions=(
             "bf16-true: adapters, gradients and torch's AdamW state in bfloat16; bitsandbytes' PagedAdamW where the "
             "base is quantized (finetune/lora.py at 8641822, litgpt/finetune/lora.py at 5895df10)",
             "several micro-batches a step (batch_size 128; global_batch_size 6 to 8 in config_hub), no checkpointing "
             "on one GPU",
-            "the logits, made 128 tokens at a time, all stay until the backward pass is done: the full loss is the "
-            "nearer one, though LitGPT's has no float32 copies (chunked_cross_entropy)",
+            "the logits, made 128 tokens at a time (chunked_cross_entropy) and cast to float32 by Lightning (its "
+            "precision plugins' convert_output), all stay until the backward pass is done: the full loss is nearer",
+            "output head and token embedding are two weights in all models (model.py; tie_embeddings is refused)",
             "every sample counts as long as the row's longest",
             "all linear layers are plain nn.Linear, and quantized, Falcon's too; that Lightning's plugin quantizes "
-            "the output head as well is left out: a Recipe cannot say so",
+            "the output head as well is left out: a Recipe cannot say so (counted above, an older quantizer)",
         ),
     ),
     Stack(
@@ -116,6 +121,7 @@ STACKS = (
         accumulation=1,
         quantizes="adapted",
         own_models=True,
+        ties=True,
         divides_while_loading=False,
         assumptions=(
             "adapters in the model's bfloat16, dropout 0, no gradient accumulation (stated), cross-entropy by chunks "
@@ -142,6 +148,7 @@ STACKS = (
         accumulation=4,
         quantizes="replaced",
         own_models=False,
+        ties=True,
         divides_while_loading=False,
         assumptions=(
             "double quantization by default, layer norms not upcast, adapters cast to float32 unless pure_bf16, "
@@ -163,6 +170,7 @@ STACKS = (
         accumulation=4,
         quantizes="replaced",
         own_models=False,
+        ties=True,
         divides_while_loading=False,
         assumptions=(
             "what prepare_model_for_kbit_training casts to float32 is cast back to bfloat16 (loaders/model.py, "
@@ -187,6 +195,7 @@ STACKS = (
         accumulation=1,
         quantizes="replaced",
         own_models=False,
+        ties=True,
         divides_while_loading=False,
         assumptions=(
             "no autocast (use_amp false), adapters in float32, no checkpointing (use_gc false), batch of 4, the "
@@ -211,6 +220,7 @@ STACKS = (
         accumulation=4,
         quantizes="replaced",
         own_models=False,
+        ties=True,
         divides_while_loading=True,
         assumptions=(
             "TRL's SFTTrainer with bf16, gradient_accumulation_steps 4, zero3_init_flag true: no rank loads the "
@@ -232,6 +242,7 @@ STACKS = (
         accumulation=8,
         quantizes="replaced",
         own_models=False,
+        ties=True,
         divides_while_loading=False,
         assumptions=(
             "rank 8 on q, k, v and o, no dropout, 8 micro-batches a step, transformers' Trainer with bf16 "
@@ -253,6 +264,7 @@ STACKS = (
         accumulation=4,
         quantizes="replaced",
         own_models=False,
+        ties=True,
         divides_while_loading=False,
         assumptions=(
             "TRL of May 2023 prepares the model with peft, which casts what is not quantized to float32 "
@@ -274,6 +286,7 @@ STACKS = (
         accumulation=1,
         quantizes="replaced",
         own_models=False,
+        ties=True,
         divides_while_loading=False,
         assumptions=(
             "everything in bfloat16, without autocast (precision bf16); dropout 0.1 of the adapters; transformers' "
@@ -295,6 +308,7 @@ STACKS = (
         accumulation=8,
         quantizes="replaced",
         own_models=False,
+        ties=True,
         divides_while_loading=True,
         assumptions=(
             "transformers' Trainer with bf16 and gradient checkpointing, dropout 0.05 of the adapters (finetune.py and "
@@ -320,6 +334,7 @@ STACKS = (
         accumulation=1,
         quantizes="replaced",
         own_models=False,
+        ties=True,
         divides_while_loading=False,
         assumptions=(
             "weights, gradients and torch's AdamW in bfloat16, gradients not clipped (training/performance/benchmarks/"
