@@ -157,8 +157,8 @@ def test_a_plan_as_json_loads_neither_torch_nor_ray_nor_rich() -> None:
     assert not modules_after(RUN.format(more=["--json"])) & (HEAVY | HUB | {"pydantic", "rich", "psutil"})
 
 
-def test_a_plan_on_the_terminal_loads_neither_torch_nor_ray() -> None:
-    assert not modules_after(RUN.format(more=["--explain"])) & (HEAVY | HUB | {"pydantic", "psutil"})
+def test_a_plan_on_the_terminal_loads_neither_torch_nor_ray_nor_what_asks_the_hub() -> None:
+    assert not modules_after(RUN.format(more=["--explain"])) & (HEAVY | HUB | {"pydantic", "psutil", "logging"})
 
 
 def test_a_plan_corrected_by_a_ledger_loads_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

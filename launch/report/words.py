@@ -11,7 +11,6 @@ import click
 from clusters.gpu import GIB, MIB
 from orchestrator.confidence import ENOUGH_RUNS
 from orchestrator.plans import SURE, Duration
-from qlora_core.data import in_an_epoch
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -128,6 +127,8 @@ def mixture(datasets: Mapping[str, Mapping[str, Any]]) -> list[str]:
     Args:
         datasets: by name, `qlora_core.training.dataset.DataReport` as a run's record has it.
     """
+    from qlora_core.data import in_an_epoch  # late: it brings the Hub, which a plan seldom needs
+
     learned = {name: one["learned"] * one["times"] for name, one in datasets.items()}
     return [
         f"{name}: {one['examples']} examples in format {one['format']}{in_an_epoch(one['times'])}; "
