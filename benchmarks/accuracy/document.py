@@ -315,10 +315,12 @@ def _shown(errors: Sequence[float]) -> list[str]:
 
 def _how_many_are_explained() -> str:
     answers = [_is_explained(far) for far in far_rows()]
-    return (
-        f"{answers.count('yes')} of these are explained, {answers.count('contradicted')} is contradicted by its own "
-        f"recipe, and {answers.count('in part')} are explained only in part"
-    )
+    said = {
+        "yes": "of these are explained",
+        "contradicted": "contradicted by its own recipe",
+        "in part": "only in part",
+    }
+    return ", ".join(f"{answers.count(answer)} {words}" for answer, words in said.items() if answer in answers)
 
 
 def _is_explained(far: Far) -> str:
