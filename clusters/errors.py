@@ -31,7 +31,9 @@ class Problem:
 
     def __str__(self) -> str:
         got = f" (got {self.given})" if self.given else ""
-        return f"{self.where}: {self.rule}{got}. {self.remedy}{'' if self.remedy.endswith('?') else '.'}"
+        return without_logins(
+            f"{self.where}: {self.rule}{got}. {self.remedy}{'' if self.remedy.endswith('?') else '.'}"
+        )
 
 
 class RequestError(Exception):
@@ -147,8 +149,13 @@ def without_secrets(text: str) -> str:
     for name, value in os.environ.items():
         if SECRET.search(name.upper()) and len(value) >= 6:
             text = text.replace(value, "***")
-    text = re.sub(r"//[^/@\s]+@", "//***@", text)
-    return re.sub(r"""(://[^\s?"']+\?)[^\s"']+""", r"\1***", text)  # signed addresses have it in their query
+    # signed addresses have it in their query
+    return re.sub(r"""(://[^\s?"']+\?)[^\s"']+""", r"\1***", without_logins(text))
+
+
+def without_logins(text: str) -> str:
+    """`text` without users and passwords in URLs."""
+    return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
 def _lines(error: BaseException) -> list[str]:

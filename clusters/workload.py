@@ -9,7 +9,11 @@ SHARED_MEMORY_BYTES = 2 * 1024**3
 """Of a node: Ray's object store, which is empty in a training run, and what NCCL keeps in /dev/shm."""
 OBJECT_STORE_BYTES = 512 * 1024**2
 RAY_BYTES = 2 * 1024**3
-"""Of a node: Ray's own processes and what the libraries of a worker take beside the plan."""
+"""Of a node: Ray's own processes, its agents and the workers that it keeps idle."""
+WORKER_BYTES = 1024**3
+"""Of a worker beside the plan: Python and the libraries. Without a GPU half of it was measured, ZeRO 2 included."""
+CUDA_WORKER_BYTES = 3 * 1024**3
+"""The same with a GPU, for what CUDA's libraries and its context take of the host; that was not measured."""
 HEAD_BYTES = 8 * 1024**3
 """Of the head, where the run is driven and planned anew; no worker is there."""
 HEAD_CPUS = 2
@@ -68,7 +72,8 @@ class Workload:
     @property
     def node_bytes(self) -> int:
         """Main memory to ask for on a node of workers."""
-        return self.host_bytes + SHARED_MEMORY_BYTES + RAY_BYTES
+        of_worker = CUDA_WORKER_BYTES if self.gpus else WORKER_BYTES
+        return self.host_bytes + SHARED_MEMORY_BYTES + RAY_BYTES + of_worker * self.workers_per_node
 
     @property
     def node_cpus(self) -> int:

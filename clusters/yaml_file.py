@@ -22,7 +22,7 @@ def _plain_name(value: str) -> str:
     """A validator: `value` could be part of a path and of a label."""
     if not NAME.fullmatch(value):
         raise ValueError(
-            "it may hold letters, digits, dots, hyphens and underscores, and starts with a letter or digit"
+            "it may hold letters, digits, dots, hyphens and underscores, at most 100, and starts with a letter or digit"
         )
     return value
 

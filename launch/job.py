@@ -37,6 +37,7 @@ def job(folder: Path, debug: bool) -> int:
     command.require_train_extra("a job's Python, the `python` on PATH of the head's node,")
     from launch.train import carry_out
     from launch.travel import SPECIFICATION, read_order
+    from orchestrator.order import RAY_SESSION
     from orchestrator.spec import ClusterSpec, load_spec
 
     spec = load_spec((folder / SPECIFICATION).resolve())
@@ -49,6 +50,8 @@ def job(folder: Path, debug: bool) -> int:
     spec = spec.model_copy(update=changes)
     # Ray may fetch the folder that travelled anew while the run goes on; a process whose folder is gone starts no other
     Path(spec.output).mkdir(parents=True, exist_ok=True)
+    if session := next((part for part in folder.resolve().parts if part.startswith("session_")), None):
+        os.environ[RAY_SESSION] = session  # Ray has what travels in the folder of its session
     os.chdir(spec.output)
     return carry_out(spec, force=order.force, machine=order.machine, model_name=order.model)
 

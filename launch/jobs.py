@@ -103,6 +103,8 @@ def token_rule() -> str:
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
     if not os.environ.get("RAY_AUTH_TOKEN") and not file.is_file():
         return f"it wants a token, and there is no file {file}"
+    if not os.environ.get("RAY_AUTH_TOKEN") and not file.stat().st_size:
+        return f"it wants a token, and the file {file} is empty"
     return "it refuses the token"
 
 
@@ -132,11 +134,12 @@ def machine_of(address: str, pool: str | None = None, described: Cluster | None 
         hosts = [each for each in resources if each.get("CPU")] or resources
         least = min(int(each.get("memory", 0)) for each in hosts)
         # a process a node, unless the specification says otherwise
-        return Machine(kind="cpu", name=f"CPUs of {len(hosts)} nodes", devices=len(hosts), memory_bytes=least), None
+        name = f"CPUs of {len(hosts)} node{'s' * (len(hosts) > 1)}"
+        return Machine(kind="cpu", name=name, devices=len(hosts), memory_bytes=least), None
     found = cluster_of([{"Alive": True, "Resources": each} for each in resources], address)
     if not found.pools:
         raise request_error("--address", address, "; ".join(found.unknown), "Give a cluster whose GPUs are known")
-    taken = chosen_pool(found, pool) if described is None else as_described(found, chosen_pool(described, pool))
+    taken = chosen_pool(found, pool) if described is None else as_described(found, described, pool)
     remarks = [*found.remarks, *(f"not planned for: {each}" for each in found.unknown)]
     kind = None
     if len(found.pools) > 1 and pool is None and described is None:
@@ -151,14 +154,17 @@ def machine_of(address: str, pool: str | None = None, described: Cluster | None 
     return machine_of_pool(taken, kind, currency), "; ".join(remarks) or None
 
 
-def as_described(found: Cluster, wanted: Pool) -> Pool:
+def as_described(found: Cluster, described: Cluster, name: str | None) -> Pool:
     """What a running Ray has of a described pool: its GPUs, on no more nodes, with no more memory than were meant.
+
+    Without a name it is the one with the most of them.
 
     Network, NVLink and price, of which Ray says nothing, are those of the description.
 
     Raises:
         RequestError: it has no such nodes.
     """
+    wanted = chosen_pool(described, name)
     for pool in found.pools:
         if (pool.gpu, pool.gpus_per_node) == (wanted.gpu, wanted.gpus_per_node):
             return replace(
@@ -169,9 +175,10 @@ def as_described(found: Cluster, wanted: Pool) -> Pool:
                 nvlink=wanted.nvlink,
                 price_per_hour=wanted.price_per_hour,
             )
-    rule = f"no node of {found.source} has {wanted.gpus_per_node} {wanted.gpu.name}"
+    where, given = ("--pool", name) if name is not None else ("--cluster", described.source)
+    rule = f"no node of {found.source} has {wanted.gpus_per_node} {wanted.gpu.name}, as its pool {wanted.name} has"
     there = ", ".join(f"{pool.nodes} with {pool.gpus_per_node} {pool.gpu.name}" for pool in found.pools)
-    raise request_error("--pool", wanted.name, rule, f"Start such nodes, or give another pool: there are {there}")
+    raise request_error(where, given, rule, f"Start such nodes, or give another pool by --pool: there are {there}")
 
 
 # --- submitting -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A run as a manifest: for KubeRay, Slurm or Ray's cluster launcher; nothing is contacted."""
+"""A run as a manifest: for KubeRay, Slurm or Ray's cluster launcher; no cluster is contacted."""
 
 from __future__ import annotations
 

@@ -329,7 +329,7 @@ class Queue:
         if not any(group["state"] == "PENDING" for name, group in groups.items() if name.endswith(job)):
             return None
         available = free(self._order)
-        text = f"{WAITING}{wanted} {resource(self._order)}s at once: {available} of {total} are free"
+        text = f"{WAITING}{wanted} {resource(self._order)}{'s at once' * (wanted > 1)}: {available} of {total} are free"
         if available >= wanted:
             text += f", and {int(ray.available_resources().get('CPU', 0))} CPUs, of which each worker takes one"
         if text == self._told and now - self._at < AGAIN_SECONDS:

@@ -31,9 +31,9 @@ GPU_MEMORY = re.compile(
 HOST_MEMORY = re.compile(r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc|not enough memory: you tried")
 PEER = re.compile(
     r"[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|Socket [Tt]imeout|Timed out waiting"
-    r"|\b([Gg]loo|(ProcessGroup)?NCCL|TCPStore)\b"
+    r"|\b([Gg]loo|(ProcessGroup)?NCCL|TCPStore)\b(?! built in)"
 )
-"""How a worker notices that another is gone."""
+"""How a worker notices that another is gone; a torch without NCCL says so each time."""
 NOT_OF_STORAGE = frozenset({None, errno.EISDIR, errno.ENOTDIR})
 """OSErrors of a wrong path, or by which a library says that a file is not what it wants: the same would fail again. A
 file that is not there may come back: a share that is away is an empty folder."""
@@ -148,7 +148,7 @@ def lost(error: Any, rank: int) -> Failure:
 
 def told_by(error: BaseException) -> Failure | None:
     """What the workers said of a failure of their group, or what became of them; None where it is another error."""
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayActorError, RayError
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2.api.exceptions import PreemptionError
 
@@ -159,14 +159,17 @@ def told_by(error: BaseException) -> Failure | None:
     if isinstance(error, RayActorError):
         return Failure("node lost", "Ray Train's controller is gone")
     if isinstance(error, ControllerError):
+        inner = root(error.controller_failure)
         # of no public module of Ray's
-        if type(error.controller_failure).__name__ == "WorkerGroupStartupTimeoutError":
+        if type(inner).__name__ == "WorkerGroupStartupTimeoutError":
             return Failure(
                 "no room",
                 "The devices that the run waited for were not free in time.",
                 remedy="Start it again when they are, or raise recovery.wait_minutes.",
             )
-        return Failure("node lost", f"the workers could not be placed: {error.controller_failure}".splitlines()[0])
+        if isinstance(inner, RayError) or type(inner).__module__.startswith("ray."):
+            return Failure("node lost", f"the workers could not be placed: {last_line(inner)}")
+        return failure_of(inner)  # they were, and then one could not join the others
     if not isinstance(error, WorkerGroupError) or not error.worker_failures:
         return None
     said: dict[int, Failure] = {}

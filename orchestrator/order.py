@@ -10,6 +10,8 @@ from typing import Any, Literal
 from qlora_core.recipe import Dtype, Recipe
 from qlora_core.strategy import Strategy
 
+RAY_SESSION = "QLORA_RAY_SESSION"
+"""A variable of a job's environment: the session of the Ray that started it, whose end is the job's too."""
 WAITING = "waiting for "
 """What is said while others use the devices begins so."""
 

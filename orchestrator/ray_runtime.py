@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,7 +20,8 @@ from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Ray's stub of its extension leaves it out
 
-from clusters.errors import RayNotStarted, RequestError, first_line, request_error
+from clusters.errors import RayNotStarted, RequestError, RunFailed, first_line, request_error
+from orchestrator.order import RAY_SESSION
 
 OBJECT_STORE_BYTES = 100 * 1024**2
 """A run moves no data through Ray's object store; its default is a third of the host's memory."""
@@ -55,6 +57,7 @@ def ray_session(address: str | None, workers: int) -> Iterator[bool]:
 
     Raises:
         RequestError: no Ray answers at `address`, or it refuses the token.
+        RunFailed: this process is a job of another Ray than answers there now.
     """
     if ray.is_initialized():
         yield False
@@ -95,9 +98,15 @@ def connect(address: str, options: dict[str, Any]) -> None:
     check_reachable(address)
     check_token(address)
     try:
-        ray.init(address=address, **options)
+        joined = ray.init(address=address, **options)
     except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
         raise no_ray(address, error) from None
+    mine, there = os.environ.get(RAY_SESSION), Path(joined.address_info["session_dir"]).name
+    if mine not in (None, there):  # its jobs are others: nobody could see this one there, nor stop it
+        ray.shutdown()
+        raise RunFailed(
+            f"The Ray that started this job is gone, and another answers at {address}.", "Submit the run again."
+        )
 
 
 def check_reachable(address: str) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
+from ray_heads import ray_head
 
 from clusters.errors import RequestError
+from orchestrator.order import RAY_SESSION
 from orchestrator.ray_runtime import ray_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workers")]
@@ -57,3 +60,29 @@ def test_it_listens_on_loopback_wants_a_token_and_leaves_nothing() -> None:
 def test_an_address_where_no_ray_runs_is_a_wrong_request() -> None:
     with pytest.raises(RequestError, match=r"cluster\.address: no Ray could be joined there.*refused"):
         ray_session("127.0.0.1:1", 1).__enter__()
+
+
+JOB = """
+    import sys
+    from clusters.errors import RunFailed
+    from orchestrator.ray_runtime import ray_session
+    import ray
+    try:
+        with ray_session(sys.argv[1], 1):
+            print("joined", ray.get_runtime_context().get_job_id())
+    except RunFailed as error:
+        print(error, ray.is_initialized())
+"""
+
+
+def test_a_job_does_not_join_the_ray_that_took_the_place_of_its_own() -> None:
+    code = textwrap.dedent(JOB)
+    with ray_head("--num-cpus=1") as (address, users):
+        for session, said in (
+            ({RAY_SESSION: "session_of_another"}, f"another answers at {address}. Submit the run again. False"),
+            ({}, "joined"),
+        ):
+            environment = {**os.environ, **users, **session}
+            command = [sys.executable, "-c", code, address]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            assert said in done.stdout

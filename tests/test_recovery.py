@@ -155,6 +155,28 @@ def test_what_workers_said_comes_out_of_ray_s_errors() -> None:
     assert told_by(ValueError("of ours")) is None
 
 
+def test_a_worker_that_cannot_join_the_others_is_told_apart_from_one_without_a_place() -> None:
+    from ray.exceptions import RayTaskError
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
+    # as Ray gives it where torch is a build for CPUs: the traceback of the worker comes first, and in colours
+    cause = RuntimeError("Distributed package doesn't have NCCL built in")
+    header = "\x1b[36mray::execute._setup_torch_process_group()\x1b[39m (pid=17557, ip=127.0.0.2)\n  File ..."
+    raised = RayTaskError("execute", f"{header}\nRuntimeError: {cause}", cause)
+    for error in (raised, raised.as_instanceof_cause()):
+        said = told_by(ControllerError(error))
+        assert said is not None
+        assert (said.kind, said.message) == ("error", f"RuntimeError: {cause}"), "not retried: it would fail again"
+    away = told_by(ControllerError(WorkerGroupStartupFailedError("a node died\nwhile its worker began")))
+    assert away is not None
+    assert (away.kind, away.message) == ("node lost", "the workers could not be placed: while its worker began")
+    peer = RuntimeError("[TCPStore] Connection reset by peer")
+    broken = told_by(ControllerError(RayTaskError("execute", str(peer), peer)))
+    assert broken is not None
+    assert broken.kind == "worker lost"
+
+
 def test_a_failure_carries_its_traceback_and_its_remedy_but_no_traceback_into_the_record() -> None:
     try:
         raise RunFailed("The disk is broken.", "Replace it.")
@@ -190,6 +212,12 @@ def test_values_of_variables_that_hold_secrets_are_not_told(name: str, monkeypat
         "AccountKey=hunter22 is refused at https://host/x?sig=abc&X-Amz-Signature=dead in /home/me/runs"
     )
     assert told == "*** is refused at https://host/x?*** in /home/me/runs"
+
+
+def test_a_password_in_an_address_is_in_no_message() -> None:
+    wrong = request_error("--address", "http://me:hunter22@host:8265", "nothing at http://me:hunter22@host", "Start it")
+    assert str(wrong) == "--address: nothing at http://***@host (got http://***@host:8265). Start it."
+    assert str(request_error("model", "hub://org/name@main", "r", "m")).endswith("(got hub://org/name@main). m.")
 
 
 def test_ray_s_memory_monitor_and_lost_nodes_are_told_apart() -> None:

@@ -26,8 +26,9 @@ from ray.autoscaler._private.util import fillout_defaults
 from real_runs import Run, make_run
 
 from clusters.errors import RequestError
+from clusters.gpu import GIB
 from clusters.kuberay import LONGEST_NAME, resource_name
-from clusters.workload import nodes_for
+from clusters.workload import Workload, nodes_for
 from launch.plan import plan
 from launch.render import Asked, place
 from launch.submit import submit
@@ -283,9 +284,18 @@ def test_a_node_larger_than_the_pools_is_not_asked_for(render: Render, tmp_path:
     (tmp_path / "nodes.yaml").write_text(NODES.replace("host_ram_gib: 16", "host_ram_gib: 4"))
     options = ("--cluster", str(tmp_path / "nodes.yaml"), *workers(4), *(VOLUME if form == "kuberay" else ()))
     refused = render(form, *options).exception
-    # beside the plan 2 GiB of /dev/shm and 2 GiB for Ray, as docs/clusters.md has it
-    assert "--cluster: a node is asked for 4." in str(refused)
+    # beside the plan 2 GiB of /dev/shm, 2 GiB for Ray and 3 GiB for each of 2 workers, as docs/clusters.md has it
+    assert "--cluster: a node is asked for 10." in str(refused)
     assert "and host_ram_gib is 4" in str(refused)
+
+
+@pytest.mark.parametrize(
+    ("workers_per_node", "gpus", "gib"), [(1, False, 6), (8, False, 13), (1, True, 8), (8, True, 29)]
+)
+def test_a_node_is_asked_for_memory_for_each_of_its_workers(workers_per_node: int, gpus: bool, gib: int) -> None:
+    # 1 GiB of the plan; eight workers of a CPU were measured to take 3.2 to 4 GiB before any data
+    asked = Workload("n", {}, "/runs/n", {}, 1, workers_per_node, gpus, GIB, "2.56")
+    assert asked.node_bytes == gib * GIB
 
 
 def test_a_plan_whose_host_memory_does_not_suffice_is_not_rendered(render: Render, tmp_path: Path) -> None:
@@ -319,7 +329,7 @@ def test_what_a_ray_job_says_is_carried_out_by_a_ray_that_was_started_as_it_says
     render: Render, run: Run, tmp_path: Path
 ) -> None:
     """The operator's part, pods, volumes and the image, is done by hand here: there is no Kubernetes."""
-    config, job = documents(render("kuberay", *VOLUME, "--image", "this machine"))
+    config, job = documents(render("kuberay", *VOLUME, "--image", "this-machine"))
     mounted = tmp_path / "mounted"
     mounted.mkdir()
     for name, text in config["data"].items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.progress import became
 from launch.report.document import Document, markdown
-from launch.report.run_report import attempts, data, held, learned_from, time
+from launch.report.run_report import again, attempts, data, held, learned_from, time
 from launch.report.terminal import memory_rows
 from orchestrator.plans import Duration
 from orchestrator.record import Attempt, RunRecord
@@ -104,6 +104,18 @@ def test_a_run_that_made_no_step_says_what_it_took_and_cost_too() -> None:
     [section] = time(run)
     [text] = section.text
     assert text.endswith("its attempts took 60 min. It cost 8.00 EUR.")
+
+
+def test_a_run_whose_data_travelled_with_its_job_is_not_run_again_from_ray_s_temporary_files() -> None:
+    job, here = record(), record()
+    cluster = {"cluster": {"address": "10.0.0.1:6379"}, "output": "/shared/tiny"}
+    session = "/tmp/ray/session_2026/runtime_resources/working_dir_files/_ray_pkg_1"
+    job.specification = {**cluster, "data": {"path": f"{session}/data.path/train.jsonl"}}
+    here.specification = {**cluster, "data": {"path": "/shared/train.jsonl"}}
+    [away], [kept] = again(job).text, again(here).text
+    assert "qlora-train /shared" not in away
+    assert "where it was submitted: qlora-submit, with the same file and --fresh" in away
+    assert "qlora-train /shared/tiny/specification.yaml --fresh, on a machine of that cluster" in kept
 
 
 def test_a_step_is_held_against_what_was_predicted_and_against_the_roofline() -> None:

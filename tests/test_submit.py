@@ -118,9 +118,13 @@ def test_a_cluster_that_does_not_answer_is_told_in_a_line(
 ) -> None:
     run = run_of(tmp_path, tiny_base, conversations, steps=2)
     (tmp_path / "wrong").write_text("not the token")
-    wrong = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}
+    (tmp_path / "none").write_text("")
+    wrong, none = ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / name)} for name in ("wrong", "none"))
+    password = cluster.address.replace("://", "://someone:hunter22@")
     for users, address, message in (
         ({**cluster.users, **wrong}, cluster.address, "it refuses the token"),
+        ({**cluster.users, **wrong}, password, "it refuses the token (got http://***@127.0.0.1:"),
+        ({**cluster.users, **none}, cluster.address, f"the file {tmp_path}/none is empty"),
         ({"HOME": str(tmp_path)}, cluster.address, "it wants a token, and none is set"),
         (cluster.users, "http://127.0.0.1:9", "no Jobs API of a Ray answers there"),
         (cluster.users, cluster.address.removeprefix("http://"), "it does not begin with http:// or https://"),
@@ -130,6 +134,7 @@ def test_a_cluster_that_does_not_answer_is_told_in_a_line(
         code, output = JobCluster(address, users).ask(run, "list")
         assert code == 2
         assert message in output
+        assert "hunter22" not in output
         assert len(output.splitlines()) == 1
     code, output = cluster.ask(run, "status", "nothing")
     assert (code, "knows no such job" in output) == (2, True)
@@ -311,9 +316,16 @@ def test_a_pool_is_chosen_by_name_or_by_the_description_that_plans_were_made_wit
     assert (priced.node_hour_price, priced.currency) == (20, "EUR")
     unpriced, _ = jobs.machine_of("http://there")
     assert (unpriced.node_hour_price, unpriced.currency) == (None, None)
+    (tmp_path / "largest.yaml").write_text("name: l\npools:\n- {name: most, gpu: h200, gpus_per_node: 16, nodes: 9}\n")
+    largest = load_cluster(tmp_path / "largest.yaml")
     for pool, cluster, message in (
         ("desk", None, "Ray at http://there has no such pool (got desk). Give one of a100-80gb-x8, l40s-x4"),
-        ("new", team, "no node of Ray at http://there has 8 h200 (got new)"),
+        ("new", team, "no node of Ray at http://there has 8 h200, as its pool new has (got new)"),
+        (
+            None,
+            largest,
+            f"--cluster: no node of Ray at http://there has 16 h200, as its pool most has (got {largest.source})",
+        ),
         ("old", team, "team.yaml has no such pool (got old). Give one of big, desk, new"),
     ):
         with pytest.raises(RequestError) as error:

@@ -40,6 +40,8 @@ if TYPE_CHECKING:  # it imports transformers
 FILE_NAME = "report.md"
 PAGE_NAME = "report.html"
 LOSS_ROWS = 20
+TRAVELLED = "/runtime_resources/"
+"""In the paths of what travelled with a job, which Ray keeps only as long as its session."""
 SHOWN_PARTS = 6
 SHOWN_CHARACTERS = 400
 """Of one part of a sample."""
@@ -348,11 +350,16 @@ def again(record: RunRecord) -> Section:
     identity = {name: value for name, value in record.identity.items() if value is not None}
     rows = [(name, str(value)) for name, value in [*identity.items(), *record.versions.items()]]
     asked = record.specification
-    said = "The same specification with these gives the same run"
-    if asked:
+    said, submitted = (
+        "The same specification with these gives the same run",
+        "qlora-submit, with the same file and --fresh",
+    )
+    if TRAVELLED in json.dumps(asked):
+        said += f", where it was submitted: {submitted}"
+    elif asked:
         path = Path(asked["output"]) / SPECIFICATION_NAME
         said += f": {shlex.join(['qlora-train', str(path), '--fresh'])}"
-    if "cluster" in asked:  # what a job was given may have travelled with it alone
-        said += ", on a machine of that cluster; where it was submitted: qlora-submit, with the same file and --fresh"
+        if "cluster" in asked:
+            said += f", on a machine of that cluster; where it was submitted: {submitted}"
     said += ". Without --fresh qlora-train resumes it where its folder is kept; with it a run starts anew beside it."
     return Section("To run it again", ("", ""), rows, text=(said,))
