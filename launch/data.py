@@ -26,16 +26,19 @@ class Data:
     Attributes:
         tokens: that it trains on, padding counted.
         longest: of the longest example; None where that is not known.
+        filled: which share of a row's positions those tokens are, where they are of rows.
     """
 
     tokens: int | None = None
     longest: int | None = None
+    filled: float | None = None
 
 
 def measured(path: Path, model: Path, recipe: Recipe, choices: list[Choice]) -> Data:
     """The tokens that a run over the file trains on, padding counted, and its longest example.
 
-    They are counted by the tokenizer of `model`, if that is a folder with one.
+    A run holds the default share of its examples out. Tokens are counted by the tokenizer of `model`, if that is a
+    folder with one.
 
     Raises:
         RequestError: it cannot be read as training data.
@@ -52,12 +55,22 @@ def measured(path: Path, model: Path, recipe: Recipe, choices: list[Choice]) -> 
         instead = f"exactly from a run's specification: {error.problems[0].rule}"
     examples, longest = lines_of(path)
     length = min(-(-longest // BYTES_PER_TOKEN), recipe.seq_len)
+    examples -= held_out(examples)
     reason = (
-        f"all padded to the longest of {examples:,} examples, at about {BYTES_PER_TOKEN} bytes of text a token; "
-        f"{instead}"
+        f"all padded to the longest of {examples:,} examples to learn from, at about {BYTES_PER_TOKEN} bytes of text a "
+        f"token; {instead}"
     )
     choices.append(Choice("tokens", f"{examples * length:,}", reason))
-    return Data(examples * length)
+    # memory is planned for the length asked for, since this one is a guess
+    return Data(examples * length, filled=1.0 if recipe.packing else length / recipe.seq_len)
+
+
+def held_out(records: int) -> int:
+    """How many of so many records a run evaluates instead, unless it is told otherwise (`sampling.split_eval`)."""
+    from orchestrator.spec import DataSpec  # pydantic; no other plan needs it
+
+    fraction: float = DataSpec.model_fields["eval_fraction"].default
+    return max(1, round(records * fraction)) if records > 1 else 0
 
 
 def by_tokenizer(path: Path, folder: Path, recipe: Recipe) -> Data | None:
@@ -66,14 +79,19 @@ def by_tokenizer(path: Path, folder: Path, recipe: Recipe) -> Data | None:
         from qlora_core.quiet import quiet_libraries
 
         quiet_libraries()
+        from orchestrator.spec import DataSpec, RunSpec
         from qlora_core.training.dataset import encode_file
+        from qlora_core.training.dataset.mixing import divide
         from qlora_core.training.layout import lay_out
         from qlora_core.training.tokenizer import load_tokenizer
     except ImportError:
         return None
-    examples, _ = encode_file(path, "auto", load_tokenizer(str(folder)), recipe.seq_len)
+    data = encode_file(path, "auto", load_tokenizer(str(folder)), recipe.seq_len)
+    fraction, seed = DataSpec.model_fields["eval_fraction"].default, RunSpec.model_fields["seed"].default
+    examples, _ = divide([data], fraction, seed)
     layout = lay_out(examples.lengths, recipe)
-    return Data(len(layout.rows) * layout.longest, layout.longest)
+    longest = max(layout.longest, data[1].longest)  # one that is held out may be it
+    return Data(len(layout.rows) * longest, longest, 1.0)
 
 
 def lines_of(path: Path) -> tuple[int, int]:

@@ -17,8 +17,8 @@ from launch.devices import AUTO, Options, place_of
 from orchestrator.history import History
 from orchestrator.needs import Estimator
 from orchestrator.planner import fitting_defaults, plan_question, planned_for
-from orchestrator.plans import Choice, Plan, Target
-from orchestrator.question import STRATEGY_FIELDS, Question
+from orchestrator.plans import Alternative, Choice, Plan, Target
+from orchestrator.question import STRATEGY_FIELDS, Question, of_length
 from orchestrator.rules import (
     check_attention,
     check_even,
@@ -108,13 +108,43 @@ def plan_of(
         host_usable_bytes=asked.host_bytes,
         estimator=estimator_named(options["estimator"]),
         tokens=asked.data.tokens,
+        filled=asked.data.filled,
         currency=asked.currency,
         history=history,
         searched=asked.searched,
         alternatives=alternatives,
     )
-    recipe = plan.recipe if asked.question.open else asked.recipe
-    return replace(plan, recipe=recipe, warnings=(*asked.warnings, *plan.warnings))
+    return as_asked(replace(plan, warnings=(*asked.warnings, *plan.warnings)), asked)
+
+
+def as_asked(plan: Plan, asked: Asked) -> Plan:
+    """`plan` and its alternatives, which are made for the length of the longest row, at the length asked for."""
+    planned, wanted = asked.question.recipe, asked.recipe
+
+    def at_length(recipe: Recipe) -> Recipe:
+        if recipe.seq_len != planned.seq_len:  # another one was looked for
+            return recipe
+        return of_length(recipe, wanted.seq_len, wanted.seq_len * recipe.sequences_per_step)
+
+    def told(change: Choice, way: Alternative) -> Choice:
+        if change.field != "tokens_per_step":
+            return change
+        value, before = (at_length(each).tokens_per_step for each in (way.recipe, plan.recipe))
+        reason = f"instead of {before}" if change.reason.startswith("instead of") else change.reason
+        return Choice(change.field, str(value), reason)
+
+    def other(way: Alternative) -> Alternative:
+        changes = tuple(told(change, way) for change in way.changes)
+        return replace(way, recipe=at_length(way.recipe), changes=changes)
+
+    if planned == wanted:
+        return plan
+    return replace(
+        plan,
+        recipe=at_length(plan.recipe),
+        longest=asked.data.longest,
+        alternatives=tuple(map(other, plan.alternatives)),
+    )
 
 
 def asked_by(options: Options, given: Collection[str]) -> Asked:
@@ -157,6 +187,8 @@ def asked_by(options: Options, given: Collection[str]) -> Asked:
         data = attempt(lambda: data_of(options, recipe, choices))
     if problems or architecture is None or place is None or recipe is None or data is None:
         raise RequestError(problems)
+    if options["objective"] == "longest":  # of a length that is looked for, data of another say nothing
+        data = Data(options["tokens"])
     planned, shortened = planned_for(recipe, data.longest)
     choices += shortened
     searched = (frozenset(STRATEGY_FIELDS) - fixed_by(given)) | open_fields
@@ -216,6 +248,9 @@ def check_length(options: Options, given: Collection[str]) -> None:
         raise request_error(
             "--seq-len", options["seq_len"], "--objective longest looks for it", "Leave one of them out"
         )
+    if options["tokens_per_step"] and longest:
+        rule = "--objective longest looks for the length, and a step has as many sequences of any"
+        raise request_error("--tokens-per-step", options["tokens_per_step"], rule, "Leave one of them out")
 
 
 def fixed_by(given: Collection[str]) -> frozenset[str]:

@@ -31,12 +31,14 @@ class Alternatives:
         tokens: of the whole run, where they are known.
         currency: of prices.
         history: measured runs.
+        filled: the share of a row's positions that those tokens are, where they are of data.
     """
 
     architecture: ModelArchitecture
     tokens: int | None
     currency: str | None
     history: History
+    filled: float | None = None
 
     def beside(
         self, question: Question, found: Sequence[Found], than: Candidate, seconds_per_token: float | None
@@ -102,7 +104,7 @@ class Alternatives:
             process_bytes=needed.gpu.process_bytes,
             confidence=confidence(needed, target.device.context_bytes, target.usable_bytes, ratios),
             step_time=step,
-            duration=duration(step, self.tokens, place.gpus, price, self.currency),
+            duration=duration(step, self.tokens, place.gpus, price, self.currency, filled=self.filled),
             price_per_hour=price,
             currency=None if price is None else self.currency,
             changes=differences,

@@ -65,6 +65,7 @@ def plan_question(
     host_usable_bytes: int | None = None,
     estimator: Estimator = estimate,
     tokens: int | None = None,
+    filled: float | None = None,
     currency: str | None = None,
     history: History = NOTHING_MEASURED,
     searched: frozenset[str] = frozenset(),
@@ -74,7 +75,8 @@ def plan_question(
 
     `targets` are ordered by memory, at least one. Alternatives to what was asked for come from a search that may change
     the fields `searched`; "nearest": only where nothing fits. `compared` are names of targets of which the best way is
-    told even where another's is better in everything. See `plan_request` for the rest.
+    told even where another's is better in everything. `tokens` are those of the whole run, and where they are of
+    data, `filled` is the share of a row's positions that they are. See `plan_request` for the rest.
     """
     question = question.informed(history)
     if all(target.device.kind == "cpu" for target in targets):
@@ -84,7 +86,7 @@ def plan_question(
     if question.whole_step:
         check_even(question.recipe, question.strategy, question.open, "tokens_per_step")
     common: dict[str, Any] = {"estimator": estimator, "history": history}
-    run: dict[str, Any] = {"tokens": tokens, "currency": currency}
+    run: dict[str, Any] = {"tokens": tokens, "filled": filled, "currency": currency}
     asked_for, decided = Candidate(question.recipe, question.strategy), list(choices)
     if question.open:
         from orchestrator.reasons import hopeless  # the search's rooms take a while to import
@@ -112,7 +114,7 @@ def plan_question(
     place = place_of(answer)
     answer = replace(
         answer,
-        duration=duration(answer.verdict.step_time, tokens, place.gpus, place.price_per_hour, currency),
+        duration=duration(answer.verdict.step_time, tokens, place.gpus, place.price_per_hour, currency, filled=filled),
     )
     if alternatives == "none" or (alternatives == "nearest" and answer.fits):
         return answer
@@ -298,7 +300,7 @@ def plan_run(
     answer = plan_request(architecture, *candidate, [target], hosts=hosts_of([target], None), history=history)
     if target.device.kind == "cpu" and request.paged_optimizer is not False:
         choices.append(Choice("paged_optimizer", "false", ON_CPU))
-    return replace(answer, recipe=recipe, choices=(*answer.choices, *choices))
+    return replace(answer, recipe=recipe, longest=longest, choices=(*answer.choices, *choices))
 
 
 def shared_by(target: Target, world_size: int, devices: int) -> Target:

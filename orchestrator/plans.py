@@ -223,6 +223,7 @@ class Plan:
         duration: of the whole run; None where nobody said how many tokens it has.
         objective: what was looked for, where something was; None where the request is answered as it was made.
         alternatives: other ways to run, the best first; where nothing fits, the nearest that would.
+        longest: tokens of the data's longest row, where they are known: memory and time are those of rows so long.
     """
 
     architecture: ModelArchitecture
@@ -238,6 +239,15 @@ class Plan:
     duration: Duration | None = None
     objective: Objective | None = None
     alternatives: tuple[Alternative, ...] = ()
+    longest: int | None = None
+
+    @property
+    def planned(self) -> Recipe:
+        """The recipe as its memory and time are estimated: at the length of the longest row, where that is shorter."""
+        if self.longest is None or self.longest >= self.recipe.seq_len:
+            return self.recipe
+        tokens = self.longest * self.recipe.sequences_per_step
+        return dataclasses.replace(self.recipe, seq_len=self.longest, tokens_per_step=tokens)
 
     @property
     def fits(self) -> bool:

@@ -186,7 +186,12 @@ def test_the_data_s_text_is_counted_where_there_is_no_tokenizer_and_that_is_said
     data = tmp_path / "train.jsonl"
     data.write_text('{"prompt": "abc", "completion": "defg"}\n' * 1000)
     answer = ask("--model", "7b", "--gpu", "l4", "--data", str(data), "--json").json
-    assert answer["duration"]["tokens"] == 10_000  # 40 bytes a line, 4 a token
+    # 20 of 1000 are held out; 40 bytes a line, 4 a token; an example is a sequence, however short
+    assert answer["duration"]["tokens"] == 9_800
+    assert answer["duration"]["steps"] == 980
+    by_sixteen = ask("--model", "7b", "--gpu", "l4", "--data", str(data), "--tokens-per-step", "8192", "--json").json
+    assert by_sixteen["duration"]["steps"] == 61  # 980 of 16 sequences of 512, the last 4 dropped
+    assert by_sixteen["duration"]["seconds"] < answer["duration"]["seconds"] * 1.01
     assert any(choice["field"] == "tokens" and "about" in choice["reason"] for choice in answer["choices"])
 
 
@@ -494,7 +499,7 @@ def test_data_that_wants_a_specification_is_told_from_its_size(ask: Ask, tmp_pat
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     answer = ask("--model", str(tiny_base), "--gpu", "l4", "--data", str(tmp_path / "data.jsonl"), "--json").json
     [choice] = [choice for choice in answer["choices"] if choice["field"] == "tokens"]
-    assert choice["value"] == f"{5 * -(-len(rows[0]) // 4):,}"  # four bytes a token
+    assert choice["value"] == f"{4 * -(-len(rows[0]) // 4):,}"  # four bytes a token, and one of five is held out
     assert choice["reason"].endswith("exactly from a run's specification: no known format has them")
 
 
@@ -550,6 +555,55 @@ def test_a_written_run_is_planned_by_a_dry_run_as_it_was_written(
     assert planned["recipe"] == answer["recipe"]
     assert planned["estimate"]["gpu"]["allocated_bytes"] == answer["estimate"]["gpu"]["allocated_bytes"]
     assert planned["digest"] == answer["digest"]
+    assert planned["duration"]["steps"] == answer["duration"]["steps"]
+
+
+@pytest.fixture
+def shorter(tmp_path: Path, tiny_base: Path) -> tuple[str, ...]:
+    """A request whose data's longest example is far shorter than the length that is asked for."""
+    rows = [json.dumps({"text": "the cat sat on the mat"})] * 50
+    (tmp_path / "short.jsonl").write_text("\n".join(rows))
+    data = str(tmp_path / "short.jsonl")
+    return "--model", str(tiny_base), "--gpu", "l4", "--data", data, "--seq-len", "64", "--tokens-per-step", "1024"
+
+
+@pytest.mark.parametrize("more", [(), ("--micro-batch", "auto"), ("--objective", "fastest")])
+def test_data_that_is_shorter_changes_neither_the_length_nor_the_step_that_were_asked_for(
+    ask: Ask, tmp_path: Path, shorter: tuple[str, ...], more: tuple[str, ...]
+) -> None:
+    path = tmp_path / "run.yaml"
+    answer = ask(*shorter, *more, "--write", str(path), "--json").json
+    [planned] = [int(each["value"]) for each in answer["choices"] if each["field"] == "planned length"]
+    assert planned < 64
+    assert (answer["recipe"]["seq_len"], answer["recipe"]["tokens_per_step"]) == (64, 1024)
+    written = yaml.safe_load(path.read_text())["recipe"]
+    assert (written["seq_len"], written["tokens_per_step"]) == (64, 1024)
+    assert {way["recipe"]["seq_len"] for way in answer["alternatives"]} <= {64}
+    assert answer["duration"]["steps"] == 3  # 49 examples, 16 sequences a step
+
+
+def test_what_is_explained_of_shorter_data_is_what_is_planned_of_it(ask: Ask, shorter: tuple[str, ...]) -> None:
+    answer = ask(*shorter, "--explain", "--json").json
+    [planned] = [int(each["value"]) for each in answer["choices"] if each["field"] == "planned length"]
+    step = ("--seq-len", str(planned), "--tokens-per-step", str(16 * planned))
+    same = ask(*shorter[:4], *step, "--explain", "--json").json
+    text, expected = ([line for part in each["explanation"] for line in part["lines"]] for each in (answer, same))
+    assert answer["estimate"]["gpu"]["process_bytes"] == same["estimate"]["gpu"]["process_bytes"]
+    assert [line for line in text if "GiB" in line or "MiB" in line] == [
+        line for line in expected if "GiB" in line or "MiB" in line
+    ]
+
+
+def test_the_longest_context_is_looked_for_whatever_the_data_and_without_a_fixed_step(
+    ask: Ask, shorter: tuple[str, ...]
+) -> None:
+    at = shorter.index("--seq-len")
+    refused = ask(*shorter[:at], *shorter[at + 2 :], "--objective", "longest")
+    assert refused.code == 2
+    assert "--tokens-per-step: --objective longest looks for the length" in refused.err
+    answer = ask(*shorter[:at], "--objective", "longest", "--json").json
+    assert not [each for each in answer["choices"] if each["field"] == "planned length"]
+    assert answer["duration"] is None
 
 
 # --- completion -------------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ def lines_of(rows: Iterable[Row]) -> list[str]:
 
 def trainable(plan: Plan) -> tuple[int, str]:
     """How many weights are trained, and their dtype."""
-    numel = sum(size * count for size, count in exact.trainable_tensors(plan.architecture, plan.recipe))
-    return numel, exact.trainable_dtype(plan.recipe, plan.target.compute_dtype)
+    numel = sum(size * count for size, count in exact.trainable_tensors(plan.architecture, plan.planned))
+    return numel, exact.trainable_dtype(plan.planned, plan.target.compute_dtype)
 
 
 def gradient_lines(plan: Plan) -> list[str]:
@@ -95,7 +95,7 @@ def optimizer_lines(plan: Plan) -> list[str]:
     lines.append(
         f"AdamW keeps two moments for each trained weight{of_part}: {number(numel)} x 2 x {moment_bytes(plan)} bytes."
     )
-    if plan.recipe.optimizer == "adamw_8bit":
+    if plan.planned.optimizer == "adamw_8bit":
         lines.append(f"Each block of {exact.STATE_BLOCK} of a moment shares one float32 constant.")
     if paged:
         lines.append(f"{size_text(paged)} of that is paged: managed memory, which torch's counters leave out.")
@@ -108,7 +108,7 @@ def optimizer_lines(plan: Plan) -> list[str]:
 
 def moment_bytes(plan: Plan) -> int:
     """Bytes of one moment of a weight: torch's AdamW keeps it in the weight's dtype, which in ZeRO is float32."""
-    if plan.recipe.optimizer == "adamw_8bit":
+    if plan.planned.optimizer == "adamw_8bit":
         return 1
     wide = plan.strategy.zero_stage or (plan.strategy.paged_optimizer and plan.target.device.kind == "cuda")
     return 4 if wide else _shard(plan).itemsize
@@ -178,7 +178,7 @@ def offloads(plan: Plan) -> bool:
 
 def _offloaded(plan: Plan, component: str) -> int:
     """Bytes of a rank's part of a component of the weights that are in the host's memory."""
-    weights = exact.weights(plan.architecture, plan.recipe, plan.target.compute_dtype)
+    weights = exact.weights(plan.architecture, plan.planned, plan.target.compute_dtype)
     sizes = {"base_weights": weights.base, "unquantized_weights": weights.unquantized}.get(component, ())
     if plan.strategy.offload != "all":
         return 0
@@ -190,14 +190,14 @@ def _divides(plan: Plan) -> str:
 
 
 def _shard(plan: Plan) -> Shard:
-    return shard_of(plan.architecture, plan.recipe, plan.strategy, plan.target.device)
+    return shard_of(plan.architecture, plan.planned, plan.strategy, plan.target.device)
 
 
 def _stays(plan: Plan) -> Residents:
-    return residents(plan.architecture, plan.recipe, plan.strategy, plan.target.device)
+    return residents(plan.architecture, plan.planned, plan.strategy, plan.target.device)
 
 
 def _state(plan: Plan) -> exact.OptimizerState:
     """The state of a rank's part, as ZeRO keeps it."""
     paged = plan.strategy.paged_optimizer and plan.target.device.kind == "cuda"
-    return exact.optimizer_state([(_shard(plan).part_numel, 1)], plan.recipe, 4, paged)
+    return exact.optimizer_state([(_shard(plan).part_numel, 1)], plan.planned, 4, paged)

@@ -71,7 +71,7 @@ def component_texts(plan: Plan) -> dict[str, list[str]]:
 
 def base_lines(plan: Plan) -> list[str]:
     """The linear layers' weights."""
-    architecture, recipe = plan.architecture, plan.recipe
+    architecture, recipe = plan.architecture, plan.planned
     shapes = Counter[tuple[int, int]]()
     for linear in architecture.linears:
         shapes[linear.out_features, linear.in_features] += linear.count
@@ -107,7 +107,7 @@ def repeats(architecture: ModelArchitecture) -> str:
 def base_linears(plan: Plan) -> list[tuple[Linear, int]]:
     """Linear layers that are the base, and how many: if it is quantized, those that bitsandbytes replaces."""
     every = plan.architecture.all_linears()
-    return [(one, count) for one, count in every if one.quantized or plan.recipe.quantization == "none"]
+    return [(one, count) for one, count in every if one.quantized or plan.planned.quantization == "none"]
 
 
 def linear_weights(linears: Iterable[tuple[Linear, int]]) -> int:
@@ -117,7 +117,7 @@ def linear_weights(linears: Iterable[tuple[Linear, int]]) -> int:
 
 def constant_lines(plan: Plan) -> list[str]:
     """Constants of the quantized blocks."""
-    recipe = plan.recipe
+    recipe = plan.planned
     if recipe.quantization == "none":
         return []
     if recipe.quantization == "int8" and base_linears(plan):
@@ -143,14 +143,14 @@ def constant_lines(plan: Plan) -> list[str]:
 
 def unquantized_lines(plan: Plan) -> list[str]:
     """Embeddings, head, what bitsandbytes leaves as it is, norms."""
-    dtype = exact.stored_dtype(plan.recipe, plan.target.compute_dtype)
-    why = " (peft's upcast casts them to it)" if plan.recipe.upcast == "peft" else ""
+    dtype = exact.stored_dtype(plan.planned, plan.target.compute_dtype)
+    why = " (peft's upcast casts them to it)" if plan.planned.upcast == "peft" else ""
     return [f"Each takes the {DTYPE_BYTES[dtype]} bytes of {dtype}{why}.", *lines_of(unquantized_rows(plan))]
 
 
 def unquantized_rows(plan: Plan) -> list[Row]:
     """The bytes of all weights that are not the base, whole, by what they are."""
-    architecture, recipe = plan.architecture, plan.recipe
+    architecture, recipe = plan.architecture, plan.planned
     item = DTYPE_BYTES[exact.stored_dtype(recipe, plan.target.compute_dtype)]
     left = [(one, count) for one, count in architecture.all_linears() if (one, count) not in base_linears(plan)]
     names = ", ".join(dict.fromkeys(linear.name for linear, _ in left))
@@ -177,13 +177,13 @@ def unquantized_rows(plan: Plan) -> list[Row]:
 def adapter_lines(plan: Plan) -> list[str]:
     """LoRA's two matrices."""
     numel, dtype = trainable(plan)
-    if plan.recipe.method == "full":
+    if plan.planned.method == "full":
         return [f"No adapters: all {number(numel)} weights are trained, in {dtype}."]
-    rank = plan.recipe.rank
+    rank = plan.planned.rank
     edges = sum(
         (linear.in_features + linear.out_features) * linear.count
         for linear in plan.architecture.linears
-        if exact.is_target(linear, plan.recipe)
+        if exact.is_target(linear, plan.planned)
     )
     in_linears = plan.architecture.periods * rank * edges
     lines = [
@@ -203,14 +203,14 @@ def adapter_lines(plan: Plan) -> list[str]:
 def activation_lines(plan: Plan) -> list[str]:
     """What the forward pass leaves for the backward pass."""
     architecture, strategy = plan.architecture, plan.strategy
-    tokens = strategy.micro_batch * plan.recipe.seq_len
-    item = DTYPE_BYTES[exact.stored_dtype(plan.recipe, plan.target.compute_dtype)]
+    tokens = strategy.micro_batch * plan.planned.seq_len
+    item = DTYPE_BYTES[exact.stored_dtype(plan.planned, plan.target.compute_dtype)]
     one = tokens * architecture.hidden_size * item
     if not strategy.gradient_checkpointing:
         return ["Without gradient checkpointing every layer keeps all that its backward pass will read."]
     return [
         "Gradient checkpointing keeps each layer's input until its backward pass is done:",
-        f"  {strategy.micro_batch} x {plan.recipe.seq_len} tokens x {architecture.hidden_size} x {item} bytes"
+        f"  {strategy.micro_batch} x {plan.planned.seq_len} tokens x {architecture.hidden_size} x {item} bytes"
         f" = {size_text(one)}, for {architecture.num_layers} layers {size_text(one * architecture.num_layers)}.",
         "One layer at a time is computed again; what its backward pass reads lives",
         "that long.",
@@ -219,7 +219,7 @@ def activation_lines(plan: Plan) -> list[str]:
 
 def loss_lines(plan: Plan) -> list[str]:
     """Logits."""
-    vocab, tokens = plan.architecture.vocab_size, plan.strategy.micro_batch * plan.recipe.seq_len
+    vocab, tokens = plan.architecture.vocab_size, plan.strategy.micro_batch * plan.planned.seq_len
     if plan.strategy.loss == "full":
         held = f"all {tokens} tokens at once"
     elif tokens <= LOSS_CHUNK_TOKENS:
@@ -240,7 +240,7 @@ def loss_lines(plan: Plan) -> list[str]:
 
 def workspace_lines(plan: Plan) -> list[str]:
     """Dequantized weights."""
-    quantized = [one for one in plan.architecture.linears if exact.is_quantized(one, plan.recipe)]
+    quantized = [one for one in plan.architecture.linears if exact.is_quantized(one, plan.planned)]
     if not quantized:
         return []
     linear = max(quantized, key=lambda one: one.weight_numel)
@@ -336,11 +336,11 @@ def host_lines(plan: Plan) -> Iterator[str]:
 
 def saving_lines(plan: Plan) -> Iterator[str]:
     """What the process would need with one choice made differently."""
-    now = estimate(plan.architecture, plan.recipe, plan.strategy, plan.target.device).gpu.process_bytes
+    now = estimate(plan.architecture, plan.planned, plan.strategy, plan.target.device).gpu.process_bytes
     for title, recipe, strategy in other_choices(plan):
         other = estimate(
             plan.architecture,
-            dataclasses.replace(plan.recipe, **recipe),
+            dataclasses.replace(plan.planned, **recipe),
             dataclasses.replace(plan.strategy, **strategy),
             plan.target.device,
         ).gpu.process_bytes
@@ -352,7 +352,7 @@ def saving_lines(plan: Plan) -> Iterator[str]:
 
 def other_choices(plan: Plan) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
     """The plan's memory-saving choices undone one by one: a title, and what changes in recipe and strategy."""
-    recipe, strategy = plan.recipe, plan.strategy
+    recipe, strategy = plan.planned, plan.strategy
     if recipe.quantization != "none":
         yield "an unquantized base (--method lora)", {"method": "lora", "quantization": "none"}, {}
     if recipe.quantization in ("nf4", "fp4") and recipe.double_quantization:

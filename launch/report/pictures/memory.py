@@ -69,7 +69,7 @@ def label(verdict: Verdict) -> str:
 
 def over_a_step(plan: Plan) -> Picture:
     """Allocated memory in the course of a step, by component."""
-    moments = course(plan.architecture, plan.recipe, plan.strategy, plan.target.device)
+    moments = course(plan.architecture, plan.planned, plan.strategy, plan.target.device)
     rows = [grouped(components) for _, _, components in moments]
     totals = [sum(row) for row in rows]
     unit, name = unit_of(max(totals))
@@ -112,8 +112,8 @@ def part_words(part: str, phase: str | None) -> str:
 def what_fits(plan: Plan) -> Picture:
     """The process's memory over sequence length and micro-batch, all else as planned, with what fits."""
     target = plan.target
-    sizes = prepared(plan.architecture, plan.recipe, plan.strategy, target.device)
-    lengths = sorted({*LENGTHS, plan.recipe.seq_len})
+    sizes = prepared(plan.architecture, plan.planned, plan.strategy, target.device)
+    lengths = sorted({*LENGTHS, plan.planned.seq_len})
     batches = sorted({*MICRO_BATCHES, plan.strategy.micro_batch})
     context = target.device.context_bytes
     # what is predicted, as earlier runs have corrected it
@@ -126,7 +126,7 @@ def what_fits(plan: Plan) -> Picture:
         share = [[size / target.usable_bytes for size in row] for row in table]
         words = [[f"{'x ' * (size > target.usable_bytes)}{size / unit:,.1f}" for size in row] for row in table]
         shaded(axes, share, words)
-        asked = lengths.index(plan.recipe.seq_len), batches.index(plan.strategy.micro_batch)
+        asked = lengths.index(plan.planned.seq_len), batches.index(plan.strategy.micro_batch)
         corner = (asked[0] - 0.5, asked[1] - 0.5)
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#d55e00", linewidth=2, clip_on=False))
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
