@@ -32,7 +32,7 @@ class MeasuredRun(NamedTuple):
         method: of its recipe.
         sharded: whether DeepSpeed divided anything.
         memory_ratio: measured over predicted reserved bytes (on a CPU, of tensors); None where it was not measured.
-        time_ratio: measured over predicted seconds of a token, before any correction; None where it was not.
+        time_ratio: measured over predicted seconds of a token or of padding, before any correction; None without one.
     """
 
     device: str

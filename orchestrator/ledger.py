@@ -211,7 +211,7 @@ def enter(record: RunRecord, folder: Path, place: Path | str | None = None) -> N
 
 
 def tokens_per_second(record: Mapping[str, Any]) -> float | None:
-    """Over all devices, of a step in the middle; None where it was not measured."""
+    """Over all devices, without padding, of a step in the middle; None where it was not measured."""
     measured = record["measured"] or {}
     if measured.get("tokens_per_second"):
         return float(measured["tokens_per_second"])
@@ -328,10 +328,13 @@ def measured_run(record: dict[str, Any]) -> MeasuredRun:
 
 
 def time_ratio(predicted: Mapping[str, Any], measured: Mapping[str, Any]) -> float | None:
-    """Of a token's time, since a step's rows may be shorter than those planned for; of a step's in older records."""
-    name = "tokens_per_second"
-    by_tokens = ratio(predicted.get(name), measured.get(name))
-    return by_tokens or ratio(measured.get("step_seconds"), predicted.get("step_seconds"))
+    """Of a position's time, since a step's rows may be shorter than those planned for.
+
+    Padding takes as long as tokens do, and a plan knows of none. Of a token's time, or a step's, in older records.
+    """
+    pace = measured.get("positions_per_second") or measured.get("tokens_per_second")
+    by_positions = ratio(predicted.get("tokens_per_second"), pace)
+    return by_positions or ratio(measured.get("step_seconds"), predicted.get("step_seconds"))
 
 
 def ratio(measured: float | None, predicted: float | None) -> float | None:

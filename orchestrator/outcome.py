@@ -136,7 +136,7 @@ def card_facts(record: RunRecord, prepared: Prepared, steps: int) -> CardFacts:
 
 
 def steps_measured(events: Path, attempts: Sequence[Attempt]) -> dict[str, float | None]:
-    """The median time of a step, and tokens a second; None where no step says so.
+    """The median time of a step, and tokens a second, without padding and with it (positions); None where none says so.
 
     Of all attempts that were run as the last one was, each without its first step, which warms up.
     """
@@ -147,9 +147,11 @@ def steps_measured(events: Path, attempts: Sequence[Attempt]) -> dict[str, float
         own = [step for step in sorted(steps) if attempt.from_step < step <= until]
         if attempt.strategy == attempts[-1].strategy:
             alike += [steps[step] for step in own[1:]]
+    told = [event for event in alike if "positions" in event]  # events of earlier versions do not tell them
     return {
         "step_seconds": median(event["seconds"] for event in alike) if alike else None,
         "tokens_per_second": median(event["tokens"] / event["seconds"] for event in alike) if alike else None,
+        "positions_per_second": median(event["positions"] / event["seconds"] for event in told) if told else None,
     }
 
 

@@ -112,13 +112,22 @@ def test_a_step_s_time_is_that_of_the_attempts_which_ran_as_the_last_one_did(tmp
     events += [{"event": "step", "step": at + 1, "seconds": took, "tokens": 60} for at, took in enumerate(seconds)]
     path = tmp_path / "events.jsonl"
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
-    assert steps_measured(path, attempts) == {"step_seconds": 1.5, "tokens_per_second": 45.0}  # of 1, 1, 2 and 3
-    assert steps_measured(path, attempts[:2]) == {"step_seconds": 7.0, "tokens_per_second": pytest.approx(60 / 7)}
+    untold = {"positions_per_second": None}  # by an earlier version
+    of_all = {"step_seconds": 1.5, "tokens_per_second": 45.0}  # of 1, 1, 2 and 3
+    assert steps_measured(path, attempts) == {**of_all, **untold}
+    of_four = {"step_seconds": 7.0, "tokens_per_second": pytest.approx(60 / 7)}
+    assert steps_measured(path, attempts[:2]) == {**of_four, **untold}
+    for event in events[7:]:  # steps 7 to 9, of a run that was resumed by this version; 7 warms up
+        event["positions"] = 90
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert steps_measured(path, attempts) == {**of_all, "positions_per_second": 37.5}  # of 45 and 30
     assert steps_measured(path, [Attempt(started="", from_step=8)])["step_seconds"] is None
 
 
-def test_later_plans_go_by_a_token_s_time_since_rows_may_be_shorter_than_planned() -> None:
+def test_later_plans_go_by_a_position_s_time_since_rows_may_be_shorter_than_planned_and_padded() -> None:
     predicted, measured = {"step_seconds": 2.0, "tokens_per_second": 500.0}, {"step_seconds": 1.0}
     assert time_ratio(predicted, measured) == 0.5  # an earlier version's record
-    assert time_ratio(predicted, {**measured, "tokens_per_second": 400.0}) == 1.25
+    measured["tokens_per_second"] = 400.0
+    assert time_ratio(predicted, measured) == 1.25  # an earlier version's, which does not tell of padding
+    assert time_ratio(predicted, {**measured, "positions_per_second": 800.0}) == 0.625
     assert time_ratio(predicted, {}) is None

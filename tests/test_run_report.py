@@ -122,10 +122,19 @@ def test_a_step_is_held_against_what_was_predicted_and_against_the_roofline() ->
     run = record(Attempt(started="2026-11-30T10:00:00+00:00", from_step=0, strategy=STRATEGY))
     step = {"seconds": 2.0, "low_seconds": 1.0, "high_seconds": 4.0, "floor_seconds": 0.5, "tokens": 6400}
     run.plan["verdicts"] = [{"step_time": {**step, "tokens_per_second": 3200.0, "parts": {"products": 2.0}}}]
-    run.measured = {"step_seconds": 1.25, "tokens_per_second": 2560.0}  # of a step of 3,200 tokens: half are padding
+    # of a step of 3,200 positions, shorter than planned; three in four of them are tokens, the others padding
+    run.measured = {"step_seconds": 1.25, "tokens_per_second": 1920.0, "positions_per_second": 2560.0}
     [section] = time(run)
     assert "1.000 to 4.000 from the fast to the slow end of what is achieved" in section.text[0]
-    assert "trained on 2,560 tokens a second, where 3,200 were predicted: 20% of what" in section.text[0]
+    said = "It went through 2,560 tokens a second, padding included, where 3,200 were predicted: 20% of what"
+    assert said in section.text[0]
+    assert section.text[0].endswith("(the roofline). Without the padding it trained on 1,920 a second.")
+    # without padding, and as a record of an earlier version, which does not tell it
+    for measured in ({"tokens_per_second": 2560.0, "positions_per_second": 2560.0}, {"tokens_per_second": 2560.0}):
+        run.measured = {"step_seconds": 1.25, **measured}
+        [section] = time(run)
+        assert "trained on 2,560 tokens a second, where 3,200 were predicted: 20% of what" in section.text[0]
+        assert "padding" not in section.text[0]
     run.plan["verdicts"][0]["step_time"]["runs"] = 19
     [section] = time(run)
     assert "1.000 to 4.000 nine times of ten" in section.text[0]

@@ -195,7 +195,8 @@ def held(sizes: Mapping[str, int], measured: Mapping[str, Any], *, divided: bool
 def time(record: RunRecord) -> Iterator[Section]:
     """A step's predicted time by its parts, beside the measured one."""
     verdict: dict[str, Any] = next(iter(record.plan["verdicts"]), {})
-    step, seconds = verdict.get("step_time"), (record.measured or {}).get("step_seconds")
+    measured = record.measured or {}
+    step, seconds = verdict.get("step_time"), measured.get("step_seconds")
     if step is None or not seconds:
         if record.attempts:
             yield Section("Time", text=(whole_words(record),))
@@ -210,12 +211,22 @@ def time(record: RunRecord) -> Iterator[Section]:
         f"A step took {seconds:.3f} s (the median); {step['seconds']:.3f} s were predicted, {bounds}, "
         f"for one of {step['tokens']:,} tokens."
     )
-    if (pace := (record.measured or {}).get("tokens_per_second")) and step.get("floor_seconds"):
+    tokens = measured.get("tokens_per_second")
+    if (pace := measured.get("positions_per_second") or tokens) and step.get("floor_seconds"):
+        # a plan's rows are full, and padding takes as long as tokens do
         share = pace * step["floor_seconds"] / step["tokens"]
+        padded = pace > tokens
+        done = (
+            f"went through {pace:,.0f} tokens a second, padding included"
+            if padded
+            else f"trained on {pace:,.0f} tokens a second"
+        )
         said += (
-            f" It trained on {pace:,.0f} tokens a second, where {step['tokens_per_second']:,.0f} were predicted: "
+            f" It {done}, where {step['tokens_per_second']:,.0f} were predicted: "
             f"{share:.0%} of what the devices' nominal rates allow (the roofline)."
         )
+        if padded:
+            said += f" Without the padding it trained on {tokens:,.0f} a second."
     yield Section("Time of a step", ("predicted", " s", " share"), rows, text=(said, whole_words(record)))
 
 

@@ -110,6 +110,11 @@ class Rows:
             key=size,
         )
 
+    def positions(self, rows: Sequence[int], micro_batch: int) -> int:
+        """Of a step with these rows, over all ranks: their tokens, and the padding that `batch` adds to them."""
+        batches = micro_batches(rows, self.lengths, rank=0, world_size=1, micro_batch=micro_batch)
+        return sum(self.lengths[batch[0]] * len(batch) for batch in batches)
+
     def batch(self, rows: Sequence[int], pad_token: int, device: torch.device) -> Batch:
         """The rows of a micro-batch as [B, S] tensors, padded on the right to its longest.
 

@@ -107,6 +107,7 @@ class Step(NamedTuple):
         norm: of its gradient, before clipping.
         stop: the run is to end here.
         tokens: in all its rows.
+        positions: in all its micro-batches: `tokens` and the padding beside them.
         losses: of this rank's micro-batches: their rows, and the summed loss, float64, shape [].
     """
 
@@ -114,6 +115,7 @@ class Step(NamedTuple):
     norm: float
     stop: bool
     tokens: int
+    positions: int
     losses: list[tuple[list[int], torch.Tensor]]
 
 
@@ -164,7 +166,7 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
                 rehearse(run, observer)
             started = time.perf_counter()
             rate = scheduler.get_last_lr()[0]
-            loss, norm, stop, tokens, losses = one_step(run, step, observer)
+            loss, norm, stop, tokens, positions, losses = one_step(run, step, observer)
             scheduler.step()
             step += 1
             observer.event(
@@ -175,6 +177,7 @@ def train(run: TrainingRun, observer: Observer, resume_from: Path | None) -> Out
                 learning_rate=rate,
                 grad_norm=norm,
                 tokens=tokens,
+                positions=positions,
                 seconds=time.perf_counter() - started,
                 peaks=run.meter.peaks()._asdict(),
                 reserved=run.meter.reserved(),
@@ -292,7 +295,8 @@ def one_step(run: TrainingRun, step: int, observer: Observer) -> Step:
     if dist.is_initialized():
         dist.all_reduce(summed)
     loss_sum, stopped = summed.tolist()
-    return Step(loss_sum / learned, norm, stopped > 0, sum(data.lengths[row] for row in rows), losses)
+    tokens, positions = sum(data.lengths[row] for row in rows), data.positions(rows, run.strategy.micro_batch)
+    return Step(loss_sum / learned, norm, stopped > 0, tokens, positions, losses)
 
 
 def culprits(run: TrainingRun, losses: list[tuple[list[int], torch.Tensor]]) -> str:

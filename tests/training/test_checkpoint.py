@@ -141,6 +141,23 @@ def grad_scaler(init_scale: float) -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=init_scale, backoff_factor=2.0**-48, growth_interval=2)
 
 
+def test_a_step_tells_its_tokens_and_its_positions_which_padding_is_among(
+    tmp_path: Path, tiny_base: Path, data: Path
+) -> None:
+    path = tmp_path / "train.safetensors"
+    save_examples([Encoded([10] * length, [True] * length) for length in (7, 2, 9, 5)], path)
+    run = learning(build(tiny_base, data, tmp_path / "run", recipe_of()), path)
+    watcher = Watcher()
+    train(dataclasses.replace(run, total_steps=2), watcher, None)
+    # 9 tokens beside 7, and 5 beside 2
+    told = [(event["tokens"], event["positions"]) for event in watcher.events if event["event"] == "step"]
+    assert told == [(23, 28)] * 2
+    for rank in (0, 1):  # each of two has one of the micro-batches
+        strategy = dataclasses.replace(run.strategy, world_size=2, gradient_accumulation=1)
+        step = loop.one_step(dataclasses.replace(run, strategy=strategy, rank=rank), 0, watcher)
+        assert (len(step.losses), step.tokens, step.positions) == (1, 23, 28)
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
 def test_in_float16_a_gradient_that_overflows_changes_nothing_and_the_scale_goes_on_with_the_run(
     tmp_path: Path, tiny_base: Path, data: Path

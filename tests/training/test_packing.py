@@ -23,6 +23,7 @@ from qlora_core.training.examples import Examples, Rows
 from qlora_core.training.layout import lay_out, pack
 from qlora_core.training.loss import SummedLoss
 from qlora_core.training.model import model_class
+from qlora_core.training.sampling import micro_batches
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -207,6 +208,29 @@ def test_at_most_three_per_cent_of_packed_rows_is_padding() -> None:
     packed = lay_out(lengths, Recipe(seq_len=2048, tokens_per_step=2048, packing=True))
     assert one_each.waste > 0.7
     assert packed.waste < 0.03
+
+
+@pytest.mark.parametrize(
+    ("packing", "lengths", "tokens", "positions"),
+    [
+        (False, [7, 2, 9, 5], 23, 28),  # 9 beside 7, 5 beside 2
+        (False, [6, 6, 6, 6], 24, 24),
+        (True, [20, 12] * 4, 128, 128),  # four full rows
+    ],
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_s_positions_are_the_tokens_and_the_padding_of_all_its_micro_batches(
+    tmp_path: Path, packing: bool, lengths: list[int], tokens: int, positions: int, world_size: int
+) -> None:
+    rows = Rows(written(tmp_path, lengths), recipe(packing), seed=0)
+    step = rows.order.step(0)
+    assert sum(rows.lengths[row] for row in step) == tokens
+    assert rows.positions(step, micro_batch=2) == positions
+    computed = 0
+    for rank in range(world_size):
+        for batch in micro_batches(step, rows.lengths, rank=rank, world_size=world_size, micro_batch=2):
+            computed += rows.batch(batch, 0, CPU)["input_ids_BS"].numel()
+    assert computed == positions
 
 
 def test_the_largest_micro_batch_of_a_run_is_found_among_those_it_will_see(tmp_path: Path) -> None:
