@@ -30,10 +30,8 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        got = f" (got {self.given})" if self.given else ""
-        return without_logins(
-            f"{self.where}: {self.rule}{got}. {self.remedy}{'' if self.remedy.endswith('?') else '.'}"
-        )
+        told = without_logins(f"{self.rule} (got {self.given})" if self.given else self.rule)
+        return f"{self.where}: {told}. {self.remedy}{'' if self.remedy.endswith('?') else '.'}"
 
 
 class RequestError(Exception):
@@ -154,8 +152,8 @@ def without_secrets(text: str) -> str:
 
 
 def without_logins(text: str) -> str:
-    """`text` without users and passwords in URLs."""
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
+    """`text` without users and passwords in URLs; what is to be written there, USER, is nobody's."""
+    return re.sub(r"//(?!USER@)[^/@\s]+@", "//***@", text)
 
 
 def _lines(error: BaseException) -> list[str]:
