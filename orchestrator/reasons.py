@@ -78,7 +78,8 @@ def reason(question: Question, judge: Judge, chosen: Candidate, field: str, foun
     slower = judge.seconds(best, judge.paged_out(best)) / own - 1
     name = NAMES[field][value_of(best, field)]
     if slower < 0.02:
-        return f"{name} would be no faster" if field != "paged_optimizer" else "survives spikes of memory, at no cost"
+        paged = field == "paged_optimizer" and chosen.strategy.paged_optimizer
+        return "survives spikes of memory, at no cost" if paged else f"{name} would be no faster"
     return f"{name} would take {slower:.0%} longer"
 
 

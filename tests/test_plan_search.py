@@ -77,6 +77,15 @@ def test_under_an_objective_what_was_passed_stays_and_the_rest_is_chosen_with_re
     assert answer["recipe"]["rank"] == 64
 
 
+@pytest.mark.parametrize(
+    ("gpus", "value", "reason"),
+    [("1", "true", "survives spikes of memory, at no cost"), ("4", "false", "paged state would be no faster")],
+)
+def test_the_reason_for_paging_is_that_of_what_was_chosen(ask: Ask, gpus: str, value: str, reason: str) -> None:
+    answer = ask("--model", "llama-3.1-8b", "--gpu", "h200", "--gpus", gpus, "--objective", "fastest", "--json").json
+    assert {"field": "paged_optimizer", "value": value, "reason": reason} in answer["choices"]
+
+
 def test_auto_opens_one_field(ask: Ask) -> None:
     answer = ask("--model", "7b", "--gpu", "rtx-4090", "--micro-batch", "auto", "--json").json
     assert answer["strategy"]["micro_batch"] > 1
