@@ -619,6 +619,23 @@ jobs:
     assert any("rank" in where for where in told)
 
 
+def test_a_job_trains_for_its_tokens_and_for_no_steps_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "jobs.yaml").write_text(
+        """
+jobs:
+- {name: a, model: 7b, tokens: 5M, recipe: {steps: 10}}
+- {name: b, model: 7b, tokens: 5M, recipe: {steps: 20, rank: 0}}
+- {name: c, model: 7b, tokens: 5M, recipe: {steps: null}}
+"""
+    )
+    with pytest.raises(RequestError) as error:
+        load_jobs(tmp_path / "jobs.yaml")
+    of_a, of_rank, of_b = map(str, error.value.problems)
+    assert of_a == "job a.recipe.steps: the job's tokens say how long it trains (got 10). Leave it out."
+    assert of_rank.startswith("job b.recipe.rank: ")
+    assert of_b == of_a.replace("job a", "job b").replace("10", "20")
+
+
 JOB = "\n- {name: a, model: 7b, tokens: 1M}"
 
 

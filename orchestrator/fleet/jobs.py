@@ -7,7 +7,7 @@ from datetime import datetime, time
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from clusters.cluster_file import Day
 from clusters.errors import Problem, RequestError
@@ -15,7 +15,7 @@ from clusters.hours import ANY_MONDAY
 from clusters.mistakes import mistakes, mistakes_of_each
 from clusters.yaml_file import PlainName, read_yaml
 from qlora_core.catalogue import find_model
-from qlora_core.recipe import Recipe
+from qlora_core.recipe import Mistake, Recipe, RecipeError
 from qlora_core.tokens import parse_tokens
 
 WHERE = "job list"
@@ -34,6 +34,14 @@ def _tokens(value: object) -> object:
     return parse_tokens(value) if isinstance(value, str) else value
 
 
+def _of_tokens(recipe: Recipe) -> Recipe:
+    """A validator: the recipe of a job, which trains for its tokens and not for so many steps."""
+    if recipe.steps is not None:
+        rule, remedy = "the job's tokens say how long it trains", "Leave it out"
+        raise RecipeError((Mistake(("steps",), recipe.steps, rule, remedy),))
+    return recipe
+
+
 Hours = Annotated[float, Field(ge=0, le=100_000, strict=True)]
 
 
@@ -50,8 +58,8 @@ class JobForm(_Section):
     """A name of the catalogue, a folder with config.json, or a Hub id."""
     tokens: Annotated[int, Field(ge=1, le=10**18), BeforeValidator(_tokens)]
     """Tokens that one run trains on, all epochs together: 12500000, 12.5M, 3B."""
-    recipe: Recipe = Recipe()
-    """As in a run specification."""
+    recipe: Annotated[Recipe, AfterValidator(_of_tokens)] = Recipe()
+    """As in a run specification, but without `steps`."""
     per_week: Annotated[float, Field(gt=0, le=100_000, strict=True)] | None = None
     """Runs a week, evenly over it; left out, one run."""
     start_hours: Hours = 0.0
