@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,11 +18,26 @@ from orchestrator.history import ledger_place
 from orchestrator.ledger import device_seconds, faults, latest, own_cost, tokens_per_second
 from qlora_core.files import replace_atomically
 
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.table import Table
+
 HOUR = 3600.0
 SHOWN, ALL = 50, 2**31
 """Runs, where nobody says how many: on a screen, and in a file."""
 PIPED_WIDTH = 220
 """Columns where there is no terminal: nothing is cut off."""
+WIDEST = 10_000
+"""Columns, in which any table has room."""
+WORDS = 5
+"""Columns of words; those after them have figures."""
+GROUPS = (
+    ("name", "model", "device"),
+    ("started", "status"),
+    ("predicted", "measured", "tokens/s"),
+    ("faults", "hours", "cost"),
+)
+"""What stands below each other where the terminal is narrow: names first, then the figures."""
 
 Row = dict[str, Any]
 
@@ -185,36 +201,60 @@ def write_rows_json(rows: Sequence[Row], path: Path) -> None:
 # --- the terminal -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """A table with a run on each line, or where there is no room for it the one that has several lines for each."""
+
+    wide: Table
+    narrow: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        whole = console.measure(self.wide, options=options.update_width(WIDEST)).maximum
+        yield self.wide if whole <= options.max_width else self.narrow
+
+
 def show(rows: Sequence[Row]) -> None:
-    """A table, a run on each line."""
+    """A table of the runs."""
     if not rows:
         click.echo("No run of that kind is in the ledger.")
         return
     from rich.table import Table
 
-    table = Table(box=None)
-    columns = ("name", "started", "status", "model", "device", "predicted", "measured", "tokens/s", "faults", "hours")
     has_cost = any(row["cost"] is not None for row in rows)
-    for name in (*columns, *(["cost"] if has_cost else [])):
-        table.add_column(name, no_wrap=True, justify="left" if name in columns[:5] else "right")
-    for row in rows:
-        kind = "reserved" if row["measured_reserved_bytes"] else "allocated"
-        cells = [
-            row["name"],
-            (row["started"] or "").replace("T", " ")[:16],
-            row["status"],
-            Path(row["model"]).name if Path(row["model"]).is_absolute() else row["model"],
-            f"{row['workers']} x {row['device']}",
-            in_gib(row[f"predicted_{kind}_bytes"]),
-            in_gib(row[f"measured_{kind}_bytes"]),
-            "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
-            str(row["faults"]),
-            f"{row['device_seconds'] / HOUR:.2f}",
-        ]
-        if has_cost:
-            cells.append("" if row["cost"] is None else f"{row['cost']:,.2f} {row['currency']}")
-        table.add_row(*cells)
-    echo(table, piped_width=PIPED_WIDTH)
+    texts = [cells(row, has_cost) for row in rows]
+    wide = Table(box=None)
+    for number, title in enumerate(texts[0]):
+        wide.add_column(title, no_wrap=True, justify="left" if number < WORDS else "right")
+    narrow = Table(box=None, padding=(0, 2, 1, 0), pad_edge=False, show_header=False)
+    groups = [[title for title in group if title in texts[0]] for group in GROUPS]
+    for number in range(len(groups)):
+        # names alone may be broken: a figure in two pieces is read as two
+        narrow.add_column(no_wrap=number > 0, overflow="fold", justify="left" if number < 2 else "right")
+    narrow.add_row(*map("\n".join, groups), style="bold")  # a row: heads of unlike heights stand at their bottom
+    for text in texts:
+        wide.add_row(*text.values())
+        narrow.add_row(*("\n".join(text[title] for title in group) for group in groups))
+    echo(Fitting(wide, narrow), piped_width=PIPED_WIDTH)
+
+
+def cells(row: Row, has_cost: bool) -> dict[str, str]:
+    """A run's texts by the titles of their columns."""
+    kind = "reserved" if row["measured_reserved_bytes"] else "allocated"
+    found = {
+        "name": row["name"],
+        "started": (row["started"] or "").replace("T", " ")[:16],
+        "status": row["status"],
+        "model": Path(row["model"]).name if Path(row["model"]).is_absolute() else row["model"],
+        "device": f"{row['workers']} x {row['device']}",
+        "predicted": in_gib(row[f"predicted_{kind}_bytes"]),
+        "measured": in_gib(row[f"measured_{kind}_bytes"]),
+        "tokens/s": "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
+        "faults": str(row["faults"]),
+        "hours": f"{row['device_seconds'] / HOUR:.2f}",
+    }
+    if has_cost:
+        found["cost"] = "" if row["cost"] is None else f"{row['cost']:,.2f} {row['currency']}"
+    return found
 
 
 def in_gib(size: int | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -206,6 +207,29 @@ def test_the_table_has_what_was_predicted_measured_and_paid(runs: Path) -> None:
     assert "4,096" in measured  # 8,192 tokens in two seconds
     assert "3.00 EUR" in measured  # 2 GPU-hours at 1.50, the cheaper pool's
     assert "2.00" in measured
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "130"])
+def test_a_narrow_terminal_has_all_figures_with_their_units_and_a_wide_one_a_line_for_each_run(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    model = "an-organization-of-some-length/a-model-of-some-length"
+    plan = ledger.latest(ledger_place(), 1)[0][3]["plan"]
+    plan = {**plan, "model": {**plan["model"], "name": model}}
+    sizes = {"allocated_bytes": 2**30, "reserved_bytes": 123 * 2**30, "step_seconds": 0.01}
+    ledger.enter(finished(3, plan=plan, measured=sizes, predicted=sizes), runs, ledger_place())
+    piped = ask("--cluster", str(runs / "prices.yaml"))
+    assert len(piped.splitlines()) == 4, "a header and three runs"
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
+    monkeypatch.setenv("COLUMNS", columns)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", ask("--cluster", str(runs / "prices.yaml")))
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= max(80, int(columns))
+    # 8,192 tokens in 10 ms; 2 GPU-hours at 1.50, the cheaper pool
+    for figure, times in (("123.00 GiB", 2), ("819,200", 1), ("2.00", 3), ("3.00 EUR", 3), ("2026-11-27 10:00", 3)):
+        assert shown.count(figure) == piped.count(figure) == times, figure
+    monkeypatch.setenv("COLUMNS", "200")
+    assert ask("--cluster", str(runs / "prices.yaml")).count("\n") == 4
 
 
 def test_what_was_paid_goes_by_the_prices_that_a_run_was_planned_with(runs: Path, tmp_path: Path) -> None:
