@@ -17,6 +17,7 @@ from clusters.errors import Problem, RequestError
 from clusters.mistakes import mistakes, shown
 from clusters.yaml_file import PlainName, parse_yaml, read_yaml
 from orchestrator.places import absolute, refuse_credentials, resolve
+from qlora_core.catalogue import refuse_file
 from qlora_core.data import CHAT_TEMPLATE, FormatName, Learn, is_address
 from qlora_core.huggingface.adapter_config import continued, read_config
 from qlora_core.recipe import Count, Recipe
@@ -274,7 +275,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> RunSpec:
     fields = read_yaml(path, "run specification", START)
     problems = apply_overrides(fields, overrides) + take_adapter(fields, path.parent)
     problems += take_template(fields, path.parent) + one_or_several(fields) + evaluated_twice(fields)
-    problems += refuse_credentials(fields) + mistakes(RunSpec, fields)
+    problems += model_file(fields, path.parent) + refuse_credentials(fields) + mistakes(RunSpec, fields)
     if problems:
         raise RequestError(problems)
     resolve(fields, path.parent)
@@ -349,6 +350,18 @@ def take_template(fields: dict[str, Any], folder: Path) -> list[Problem]:
         data["chat_template"] = None  # told here, and not again as what is no template
         rule = f"the chat template cannot be read: {error.strerror if isinstance(error, OSError) else 'it is no text'}"
         return [Problem("data.chat_template", str(path), rule, "Give a Jinja file, or the template itself")]
+    return []
+
+
+def model_file(fields: dict[str, Any], folder: Path) -> list[Problem]:
+    """What is wrong with a specification whose model is a file."""
+    given = fields.get("model")
+    if not isinstance(given, str) or "\0" in given:
+        return []  # told with the other fields' mistakes
+    try:
+        refuse_file(given, absolute(folder, given), "model")
+    except RequestError as error:
+        return list(error.problems)
     return []
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from clusters.errors import request_error
 from orchestrator.base import check_weights
 from orchestrator.record import FILE_NAME, RunRecord, load_record
-from qlora_core.catalogue import hub_id
+from qlora_core.catalogue import hub_id, refuse_file
 from qlora_core.huggingface.hub import HubId, fetch_model, find_on_hub
 from qlora_core.recipe import Recipe
 from qlora_core.training.adapters import TrainedAdapter, read_adapter
@@ -95,6 +95,7 @@ def base_of(trained: Trained, given: str | None, tell: Callable[[str], None]) ->
             raise request_error("base", folder, "the folder holds no config.json", INSTEAD)
         check_weights(folder)
         return folder, None
+    refuse_file(named, str(folder), "base")
     hub = None if not named or folder.is_absolute() else hub_id(named)
     if hub is None:
         rule = "the base model is not there" if named else "the adapter does not name its base model"

@@ -79,13 +79,14 @@ def find_model(name_or_dir: str) -> ModelArchitecture:
     Upper case, spaces, hyphens and underscores in a name of the catalogue are ignored. Only the last asks the network.
 
     Raises:
-        RequestError: none is there, the Hub does not give it, or its config cannot be modelled.
+        RequestError: none is there, it is a file, the Hub does not give it, or its config cannot be modelled.
     """
     entry = _by_name().get(plain(name_or_dir))
     if entry is not None:
         return entry.architecture()
     if _is_folder(name_or_dir):
         return architecture_from_folder(os.path.realpath(name_or_dir))  # called as a run calls it
+    refuse_file(name_or_dir, name_or_dir, "--model")
     hub = hub_id(name_or_dir)
     if hub is not None:
         from qlora_core.huggingface.hub import find_on_hub  # no other plan needs it
@@ -93,6 +94,18 @@ def find_model(name_or_dir: str) -> ModelArchitecture:
         instead = f"Give a folder with its config.json, or a name of the catalogue; {_HOW_TO_LIST} names"
         return find_on_hub(hub, "--model", near_on_hub(hub.repo) + instead).architecture()
     raise _unknown(name_or_dir)
+
+
+def refuse_file(given: str, path: str, where: str) -> None:
+    """Raise a RequestError where `given` is no name of the catalogue and a file lies at its `path`.
+
+    Its name may be written like a Hub id, which the Hub would be asked about.
+
+    Args:
+        where: the flag or field that names it.
+    """
+    if os.path.isfile(path) and plain(given.partition("@")[0]) not in _by_name():
+        raise request_error(where, given, "it is a file", f"Give its folder, {os.path.dirname(given) or '.'}")
 
 
 def list_models() -> tuple[ListedModel, ...]:

@@ -226,6 +226,37 @@ def test_what_is_not_found_is_one_helpful_error(given: str, says: str) -> None:
     assert says in str(caught.value).replace(" (got Qwen/Qwen3-8C)", "")
 
 
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ("mine/config.json", "mine"),
+        ("./mine/model.gguf", "./mine"),
+        ("config.json", "."),
+        ("some/org/model.bin", "some/org"),
+    ],
+)
+def test_a_file_is_told_as_one_and_its_folder_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, folder: str
+) -> None:
+    """`mine/config.json` could be the Hub id of the model config.json of mine."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / given).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / given).write_text("{}")
+    for name in (given, str(tmp_path / given)):
+        with pytest.raises(RequestError, match="--model: it is a file") as caught:
+            find_model(name)
+        own = folder if name == given else str(Path(name).parent)
+        assert str(caught.value) == f"--model: it is a file (got {name}). Give its folder, {own}."
+
+
+def test_a_file_called_as_a_model_of_the_catalogue_hides_it_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "7b").write_text("a log")
+    assert find_model("7b").name == "llama-7b"
+
+
 @given(st.text(max_size=40))
 def test_any_name_is_a_model_or_a_request_error(given: str) -> None:
     with suppress(RequestError):

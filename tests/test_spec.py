@@ -230,6 +230,25 @@ def test_a_model_that_is_no_folder_stays_a_name_unless_it_is_written_like_a_path
     assert load(MINIMAL, "model=./base").model == str(tmp_path / "base")
 
 
+@pytest.mark.parametrize(("given", "folder"), [("base/config.json", "base"), ("config.json", ".")])
+def test_a_model_that_is_a_file_beside_the_specification_is_told_among_the_others(
+    load: Load, tmp_path: Path, given: str, folder: str
+) -> None:
+    (tmp_path / given).parent.mkdir(exist_ok=True)
+    (tmp_path / given).write_text("{}")
+    with pytest.raises(RequestError) as caught:
+        load(MINIMAL, f"model={given}", "recipe.rank=0")
+    of_model, of_rank = map(str, caught.value.problems)
+    assert of_model == f"model: it is a file (got {given}). Give its folder, {folder}."
+    assert of_rank.startswith("recipe.rank: ")
+
+
+def test_a_file_beside_the_specification_hides_no_model_of_the_catalogue(load: Load, tmp_path: Path) -> None:
+    for name in ("7b", "llama-3.1-8b@main"):
+        (tmp_path / name).write_text("a log")
+        assert load(MINIMAL, f"model={name}").model == name
+
+
 def test_absolute_paths_and_the_home_folder_are_kept(load: Load) -> None:
     spec = load(MINIMAL, "data.path=/data/train.jsonl", "output=~/runs/demo")
     assert spec.data.path == "/data/train.jsonl"

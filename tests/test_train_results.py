@@ -109,6 +109,7 @@ def test_a_merge_that_cannot_be_is_refused_and_writes_nothing(adapters: Path, tm
     (other / "model.safetensors").rename(other / "pytorch_model.bin")
     assert "pickles are not read" in merge("--base", other)
     assert "the base model is not there" in merge("--base", tmp_path / "nowhere")
+    assert "base: it is a file" in merge("--base", other / "config.json")
     assert "without its run's held-out examples" in merge("--check")
     for size in ("much", "-5GB", "0"):
         assert "it is no size of a file" in merge("--max-shard-size", size)
