@@ -81,8 +81,10 @@ def ledger(
         click.echo(f"{len(found)} runs written to {export}.")
     elif as_json:
         click.echo(json.dumps(found, indent=2))
-    else:
+    elif found:
         show(found)
+    else:
+        click.echo(why_none(filtered=model is not None or device is not None))
     return 0
 
 
@@ -201,6 +203,14 @@ def write_rows_json(rows: Sequence[Row], path: Path) -> None:
 # --- the terminal -----------------------------------------------------------------------------------------------------
 
 
+def why_none(filtered: bool) -> str:
+    """What is said where there is no run to show; `filtered`: only some were asked for."""
+    place = ledger_place()
+    if isinstance(place, Path) and not place.exists():
+        return f"There is no ledger at {place} yet."
+    return f"No run {'of that kind ' if filtered else ''}is in the ledger."
+
+
 @dataclass(frozen=True, slots=True)
 class Fitting:
     """A table with a run on each line, or where there is no room for it the one that has several lines for each."""
@@ -214,10 +224,7 @@ class Fitting:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """A table of the runs."""
-    if not rows:
-        click.echo("No run of that kind is in the ledger.")
-        return
+    """A table of the runs, of which there is one at least."""
     from rich.table import Table
 
     has_cost = any(row["cost"] is not None for row in rows)

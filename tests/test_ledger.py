@@ -279,6 +279,20 @@ def test_what_cannot_be_is_told(runs: Path) -> None:
     assert "No run of that kind" in ask("--model", "another")
 
 
+def test_where_nothing_is_shown_it_is_told_why(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = tmp_path / "nowhere" / "x"
+    monkeypatch.setenv("QLORA_LEDGER", str(nowhere))
+    for arguments in ((), ("--device", "t4")):
+        assert ask(*arguments) == f"There is no ledger at {nowhere} yet.\n"
+    assert ask("--json") == "[]\n"
+    monkeypatch.setenv("QLORA_LEDGER", str(place))
+    ledger.enter(record(), tmp_path, ledger_place())
+    assert ask("--device", "t4") == "No run of that kind is in the ledger.\n"
+    with ledger.open_ledger(place) as connection:
+        connection.execute("DELETE FROM runs")
+    assert ask() == "No run is in the ledger.\n"
+
+
 def test_a_model_that_is_a_folder_is_found_by_the_name_that_the_table_shows(place: Place) -> None:
     plan = record().plan
     for number, name in enumerate(("/shared/models/demo-base", "/shared/models/demo_base", "llama-2-7b")):
