@@ -117,6 +117,7 @@ def perplexities(context: Mapping[str, Any]) -> dict[str, float]:
 
 def card_facts(record: RunRecord, prepared: Prepared, steps: int) -> CardFacts:
     """What the result's card tells of its run; the result is what was learned in `steps`."""
+    step = prepared.plan.verdict.step_time
     return CardFacts(
         name=record.name,
         base=prepared.base.name,
@@ -128,7 +129,8 @@ def card_facts(record: RunRecord, prepared: Prepared, steps: int) -> CardFacts:
         chat_template=prepared.spec.data.chat_template,
         datasets=record.data["datasets"] or {Path(prepared.spec.data.learned[""].path).name: record.data},
         strategy=record.plan["strategy"],
-        predicted=record.predicted,
+        # of a step's time what was shown: the record's is without what earlier runs have corrected
+        predicted={**record.predicted, "step_seconds": None if step is None else step.seconds},
         measured=record.measured,
         results=record.results,
         versions=record.versions,

@@ -27,6 +27,7 @@ from orchestrator.prepare import Prepared
 from orchestrator.question import place_of
 from orchestrator.record import (
     SAMPLES_NAME,
+    SPECIFICATION_NAME,
     Attempt,
     RunRecord,
     load_record,
@@ -51,6 +52,9 @@ from qlora_core.files import write_json
 from qlora_core.training.dataset.tokens import save_examples
 from qlora_core.training.layout import histogram
 from qlora_core.training.manifest import BEST, folder_name, is_best, load_facts, newest_valid, put_aside
+
+REPORTS = ("report.md", "report.html", "metrics.jsonl")
+"""What a run writes of itself beside its record."""
 
 
 class Display(Protocol):
@@ -92,6 +96,8 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
     resume, _ = newest_valid(output / "checkpoints")
     if resume is not None:
         check_same(load_facts(resume)["identity"], prepared.identity, resume)
+    elif record is None:
+        check_free(prepared, output)
     if prepared.spec.cluster != "auto":
         from orchestrator.ray_runtime import check_reachable  # here: it loads Ray
 
@@ -104,6 +110,17 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
         if storage is not None and record.status == "complete":
             storage.keep(result_folder(prepared, output))
     return record, False
+
+
+def check_free(prepared: Prepared, output: Path) -> None:
+    """Raise a RequestError where a run would replace files in its output folder that are no run's."""
+    if output.resolve() == prepared.base.folder.resolve():
+        remedy = "Choose another folder: a run's files would be among the model's"
+        raise request_error("output", output, "it is the folder of the model", remedy)
+    written = (result_folder(prepared, output).name, SPECIFICATION_NAME, SAMPLES_NAME, *REPORTS)
+    if there := [name for name in written if (output / name).exists()]:
+        rule = f"no run is recorded there, and a run would replace {', '.join(there)}"
+        raise request_error("output", output, rule, "Choose another folder, or move them away")
 
 
 def finished(prepared: Prepared, record: RunRecord) -> RunRecord | None:

@@ -206,6 +206,11 @@ def interrupts(stop_file: Path) -> Iterator[threading.Event]:
 
     def handle(signum: int, frame: object) -> None:
         if asked.is_set():
+            # a progress line hides the cursor, and nobody else shows it again
+            cursor = "\x1b[?25h\n" if os.isatty(2) else ""
+            told = f"{cursor}Ended at once: the same command goes on from the last checkpoint, if there is one.\n"
+            with suppress(OSError):
+                os.write(2, told.encode())
             # Ray's processes die with this one: the kernel kills them when their parent ends (PR_SET_PDEATHSIG).
             os._exit(128 + signum)
         asked.set()

@@ -426,9 +426,30 @@ def test_nor_does_a_second_interrupt(new_run: Callable[[str], Run]) -> None:
     process.send_signal(signal.SIGINT)
     time.sleep(0.01)  # two signals that arrive together are one
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=TIMEOUT)
+    output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 128 + signal.SIGINT
+    assert "Ended at once: the same command goes on from the last checkpoint" in output
     assert_nothing_is_half(run)
+
+
+@pytest.mark.parametrize("name", ["adapter/mine.txt", "specification.yaml", "data/samples.json"])
+def test_files_of_no_run_are_not_replaced(new_run: Callable[[str], Run], name: str) -> None:
+    run = new_run("others")
+    mine = run.folder / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("mine")
+    code, output = run.finish()
+    assert code == 2
+    assert f"output: no run is recorded there, and a run would replace {name.removesuffix('/mine.txt')}" in output
+    assert mine.read_text() == "mine"
+    assert not (run.folder / "run.json").exists()
+
+
+def test_a_run_is_not_put_into_the_folder_of_its_model(new_run: Callable[[str], Run], tiny_base: Path) -> None:
+    before = sorted(path.name for path in tiny_base.iterdir())
+    code, output = new_run("inside").finish(f"output={tiny_base}")
+    assert (code, "output: it is the folder of the model" in output) == (2, True)
+    assert sorted(path.name for path in tiny_base.iterdir()) == before
 
 
 def test_the_metrics_of_the_node_carry_the_figures_of_the_run(killed: Killed) -> None:

@@ -86,7 +86,9 @@ class CardFacts:
 
 def card(facts: CardFacts) -> str:
     """The whole card, with the front matter that the Hub reads."""
-    recipe = facts.recipe
+    recipe, settings = facts.recipe, facts.recipe.to_json()
+    if recipe.steps is not None:
+        del settings["epochs"]  # which then say nothing
     relation = "finetune" if recipe.method == "full" else "adapter"
     front = ModelCardData(
         base_model=facts.base if facts.commit else None,
@@ -99,7 +101,7 @@ def card(facts: CardFacts) -> str:
         summary(facts),
         evaluation(facts.results),
         data(facts),
-        "## Recipe\n\n" + table({**recipe.to_json(), "compute_dtype": facts.compute_dtype, "steps": facts.steps}),
+        "## Recipe\n\n" + table({**settings, "compute_dtype": facts.compute_dtype, "steps": facts.steps}),
         "## Plan\n\n" + table(facts.strategy),
         measurements(facts.predicted, facts.measured),
         "## Loading\n\n" + loading(facts),

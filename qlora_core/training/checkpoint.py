@@ -310,7 +310,8 @@ def storage_failed(path: Path, error: Exception) -> StorageFailed:
     """The error of a checkpoint that could not be written."""
     return StorageFailed(
         f"The checkpoint {path} could not be written: {reason_of(error)}.",
-        "Free space or make the folder writable, then start the same run again: it resumes from the last checkpoint.",
+        "Free space or make the folder writable, then start the same run again: it goes on from the last checkpoint, "
+        "or from the start where none was written.",
         errno_of(error),
     )
 

@@ -121,7 +121,7 @@ def encode_source(
     )
     if not examples:
         rule = f"no example has a token to learn within {seq_len} tokens: {', '.join(report.left_out())}"
-        remedy = "Raise recipe.seq_len" if unlearnable else "Check the data"
+        remedy = "Raise recipe.seq_len (of evaluate: --seq-len)" if unlearnable else "Check the data"
         raise request_error("data.path", source.shown, rule, remedy)
     return examples, report
 
