@@ -53,6 +53,8 @@ from qlora_core.training.dataset.tokens import save_examples
 from qlora_core.training.layout import histogram
 from qlora_core.training.manifest import BEST, folder_name, is_best, load_facts, newest_valid, put_aside
 
+LOCK = ".lock"
+"""Held by who carries out a run; the file stays."""
 REPORTS = ("report.md", "report.html", "metrics.jsonl")
 """What a run writes of itself beside its record."""
 
@@ -96,7 +98,7 @@ def execute(prepared: Prepared, display: Display, *, force: bool = False) -> tup
     resume, _ = newest_valid(output / "checkpoints")
     if resume is not None:
         check_same(load_facts(resume)["identity"], prepared.identity, resume)
-    elif record is None:
+    elif record is None and not (output / LOCK).exists():  # which a run leaves that ended before it was recorded
         check_free(prepared, output)
     if prepared.spec.cluster != "auto":
         from orchestrator.ray_runtime import check_reachable  # here: it loads Ray
@@ -155,7 +157,7 @@ def only_writer(output: Path) -> Iterator[None]:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output / ".lock")
+        lock = FileLock(output / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
         raise request_error(

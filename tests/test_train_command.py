@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from click.testing import CliRunner
+from filelock import FileLock
 from ray_heads import ray_head
 from real_runs import STEPS, TIMEOUT, Run, Shown, make_run
 from safetensors.numpy import load_file, save_file
@@ -443,6 +444,15 @@ def test_files_of_no_run_are_not_replaced(new_run: Callable[[str], Run], name: s
     assert f"output: no run is recorded there, and a run would replace {name.removesuffix('/mine.txt')}" in output
     assert mine.read_text() == "mine"
     assert not (run.folder / "run.json").exists()
+
+
+def test_what_a_run_has_left_that_ended_before_it_was_recorded_is_its_own(new_run: Callable[[str], Run]) -> None:
+    run = new_run("unrecorded")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "specification.yaml").write_text("name: tiny")
+    FileLock(run.folder / ".lock").acquire().lock.release()
+    code, output = run.finish("recipe.steps=1")
+    assert code == 0, output
 
 
 def test_a_run_is_not_put_into_the_folder_of_its_model(new_run: Callable[[str], Run], tiny_base: Path) -> None:
