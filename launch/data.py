@@ -43,6 +43,9 @@ def measured(path: Path, model: Path, recipe: Recipe, choices: list[Choice]) -> 
     Raises:
         RequestError: it cannot be read as training data.
     """
+    from orchestrator.spec import DataSpec  # pydantic; no other plan needs it
+    from qlora_core.training.sampling import held_out_of
+
     has_tokenizer = any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     instead = "exactly from a model's folder with the train extra"
     try:
@@ -55,7 +58,7 @@ def measured(path: Path, model: Path, recipe: Recipe, choices: list[Choice]) -> 
         instead = f"exactly from a run's specification: {error.problems[0].rule}"
     examples, longest = lines_of(path)
     length = min(-(-longest // BYTES_PER_TOKEN), recipe.seq_len)
-    examples -= held_out(examples)
+    examples -= held_out_of(examples, DataSpec.model_fields["eval_fraction"].default)
     reason = (
         f"all padded to the longest of {examples:,} examples to learn from, at about {BYTES_PER_TOKEN} bytes of text a "
         f"token; {instead}"
@@ -63,14 +66,6 @@ def measured(path: Path, model: Path, recipe: Recipe, choices: list[Choice]) -> 
     choices.append(Choice("tokens", f"{examples * length:,}", reason))
     # memory is planned for the length asked for, since this one is a guess
     return Data(examples * length, filled=1.0 if recipe.packing else length / recipe.seq_len)
-
-
-def held_out(records: int) -> int:
-    """How many of so many records a run evaluates instead, unless it is told otherwise (`sampling.split_eval`)."""
-    from orchestrator.spec import DataSpec  # pydantic; no other plan needs it
-
-    fraction: float = DataSpec.model_fields["eval_fraction"].default
-    return max(1, round(records * fraction)) if records > 1 else 0
 
 
 def by_tokenizer(path: Path, folder: Path, recipe: Recipe) -> Data | None:

@@ -101,10 +101,11 @@ def token_rule() -> str:
     if os.environ.get("RAY_AUTH_MODE") != "token":
         return "it wants a token, and none is set"
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    if not os.environ.get("RAY_AUTH_TOKEN") and not file.is_file():
-        return f"it wants a token, and there is no file {file}"
-    if not os.environ.get("RAY_AUTH_TOKEN") and not file.stat().st_size:
-        return f"it wants a token, and the file {file} is empty"
+    if not os.environ.get("RAY_AUTH_TOKEN"):
+        if not file.is_file():
+            return f"it wants a token, and there is no file {file}"
+        if not file.stat().st_size:
+            return f"it wants a token, and the file {file} is empty"
     return "it refuses the token"
 
 

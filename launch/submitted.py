@@ -146,12 +146,14 @@ def list_jobs(address: str, debug: bool) -> int:
 def result(job: str, to: Path | None, address: str, debug: bool) -> int:
     """Where the adapter and the report of a job are, or a copy of them."""
     from launch import jobs
-    from launch.report.run_report import FILE_NAME, PAGE_NAME
+    from orchestrator.record import REPORT_NAME, REPORT_PAGE_NAME
 
     found = jobs.details(client_of(address), job)
     output = Path((found.metadata or {}).get("output", ""))
     kept = [
-        output / name for name in ("adapter", "model", FILE_NAME, PAGE_NAME, "run.json") if (output / name).exists()
+        output / name
+        for name in ("adapter", "model", REPORT_NAME, REPORT_PAGE_NAME, "run.json")
+        if (output / name).exists()
     ]
     if found.status in jobs.UNDER_WAY:
         raise RunFailed(f"{job} has not ended: {standing(found)}.", f"qlora-submit wait {job}")

@@ -19,7 +19,7 @@ from launch.train_export import export
 from launch.train_score import score
 from launch.train_sweep import sweep
 from orchestrator.record import FILE_NAME as RECORD_NAME
-from orchestrator.record import load_record, now
+from orchestrator.record import REPORT_NAME, load_record, now
 from orchestrator.spec import RunSpec, load_spec, schema
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None, mode
         from rich.console import Console
 
         from launch.progress import TerminalDisplay, print_summary
-        from launch.report.run_report import FILE_NAME, write_report
+        from launch.report.run_report import write_report
         from orchestrator.prepare import prepare
         from orchestrator.run import execute
         from orchestrator.supervisor import Interrupted
@@ -192,8 +192,8 @@ def prepare_and_run(spec: RunSpec, *, force: bool, machine: Machine | None, mode
     if already:
         text = f"The run in {output} is complete already; nothing was done. --fresh starts anew beside it."
         console.print(text, markup=False)
-    report: Path | None = output / FILE_NAME
-    if not (already and (output / FILE_NAME).is_file()):
+    report: Path | None = output / REPORT_NAME
+    if not (already and (output / REPORT_NAME).is_file()):
         report = write_report(record, output)
     print_summary(console, record, output, report)
     if record.status == "interrupted":

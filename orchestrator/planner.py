@@ -14,8 +14,8 @@ from orchestrator.devices import pool_target
 from orchestrator.durations import duration
 from orchestrator.history import NOTHING_MEASURED, History
 from orchestrator.needs import Estimator, needs
-from orchestrator.plans import Alternative, Choice, Plan, Target
-from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, of_length, place_of
+from orchestrator.plans import Alternative, Choice, Plan, Target, at_longest
+from orchestrator.question import STRATEGY_FIELDS, Candidate, Place, Question, place_of
 from orchestrator.rules import (
     check_attention,
     check_even,
@@ -346,12 +346,12 @@ def question_of(
 
 
 def planned_for(recipe: Recipe, longest: int | None) -> tuple[Recipe, list[Choice]]:
-    """`recipe` at the length of the longest row of data, where that is known and shorter; as many in a step."""
-    if longest is None or longest >= recipe.seq_len:
+    """`recipe` as it is planned for data (`plans.at_longest`), and that choice where there is one."""
+    planned = at_longest(recipe, longest)
+    if planned is recipe:
         return recipe, []
     kind = "packed row" if recipe.packing else "example"
     reason = f"the longest {kind} has {longest} of {recipe.seq_len} tokens"
-    planned = of_length(recipe, longest, longest * recipe.sequences_per_step)
     return planned, [Choice("planned length", str(longest), reason)]
 
 

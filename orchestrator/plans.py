@@ -208,6 +208,13 @@ class Alternative:
         }
 
 
+def at_longest(recipe: Recipe, longest: int | None) -> Recipe:
+    """`recipe` at the length of the longest row of data, where that is known and shorter; as many in a step."""
+    if longest is None or longest >= recipe.seq_len:
+        return recipe
+    return dataclasses.replace(recipe, seq_len=longest, tokens_per_step=longest * recipe.sequences_per_step)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What `qlora-plan` answers and `qlora-train` runs.
@@ -244,10 +251,7 @@ class Plan:
     @property
     def planned(self) -> Recipe:
         """The recipe as its memory and time are estimated: at the length of the longest row, where that is shorter."""
-        if self.longest is None or self.longest >= self.recipe.seq_len:
-            return self.recipe
-        tokens = self.longest * self.recipe.sequences_per_step
-        return dataclasses.replace(self.recipe, seq_len=self.longest, tokens_per_step=tokens)
+        return at_longest(self.recipe, self.longest)
 
     @property
     def fits(self) -> bool:

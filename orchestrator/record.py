@@ -21,6 +21,7 @@ SAMPLES_NAME = "data/samples.json"
 """Of a run's folder: a few of its examples as text. Not in the record, which others may read in a ledger."""
 FILE_NAME = "run.json"
 SPECIFICATION_NAME = "specification.yaml"
+REPORT_NAME, REPORT_PAGE_NAME = "report.md", "report.html"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray", "qlora-orchestrator")
 Status = Literal["running", "complete", "interrupted", "failed"]
 

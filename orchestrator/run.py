@@ -26,6 +26,8 @@ from orchestrator.outcome import check_result, close, finish, predicted, result_
 from orchestrator.prepare import Prepared
 from orchestrator.question import place_of
 from orchestrator.record import (
+    REPORT_NAME,
+    REPORT_PAGE_NAME,
     SAMPLES_NAME,
     SPECIFICATION_NAME,
     Attempt,
@@ -47,6 +49,7 @@ from orchestrator.supervisor import (
     keep_events_until,
     run_attempt,
 )
+from orchestrator.trackers import FILE_NAME as METRICS_NAME
 from orchestrator.tracking import tracked
 from qlora_core.files import write_json
 from qlora_core.training.dataset.tokens import save_examples
@@ -55,8 +58,6 @@ from qlora_core.training.manifest import BEST, folder_name, is_best, load_facts,
 
 LOCK = ".lock"
 """Held by who carries out a run; the file stays."""
-REPORTS = ("report.md", "report.html", "metrics.jsonl")
-"""What a run writes of itself beside its record."""
 
 
 class Display(Protocol):
@@ -119,7 +120,8 @@ def check_free(prepared: Prepared, output: Path) -> None:
     if output.resolve() == prepared.base.folder.resolve():
         remedy = "Choose another folder: a run's files would be among the model's"
         raise request_error("output", output, "it is the folder of the model", remedy)
-    written = (result_folder(prepared, output).name, SPECIFICATION_NAME, SAMPLES_NAME, *REPORTS)
+    result = result_folder(prepared, output).name
+    written = (result, SPECIFICATION_NAME, SAMPLES_NAME, REPORT_NAME, REPORT_PAGE_NAME, METRICS_NAME)
     if there := [name for name in written if (output / name).exists()]:
         rule = f"no run is recorded there, and a run would replace {', '.join(there)}"
         raise request_error("output", output, rule, "Choose another folder, or move them away")

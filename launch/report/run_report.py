@@ -30,15 +30,13 @@ from launch.report.words import (
 )
 from orchestrator.ledger import held_seconds, own_cost
 from orchestrator.plans import Duration
-from orchestrator.record import SAMPLES_NAME, SPECIFICATION_NAME, RunRecord, read_events
+from orchestrator.record import REPORT_NAME, REPORT_PAGE_NAME, SAMPLES_NAME, SPECIFICATION_NAME, RunRecord, read_events
 from qlora_core.data import in_an_epoch, left_out
 from qlora_core.perplexity import perplexity
 
 if TYPE_CHECKING:  # it imports transformers
     from qlora_core.training.shown import Shown
 
-FILE_NAME = "report.md"
-PAGE_NAME = "report.html"
 LOSS_ROWS = 20
 TRAVELLED = "/runtime_resources/"
 """In the paths of what travelled with a job, which Ray keeps only as long as its session."""
@@ -67,13 +65,13 @@ def write_report(record: RunRecord, folder: Path) -> Path | None:
     document = run_report(record, read_events(folder / "events.jsonl"), read_samples(folder / SAMPLES_NAME))
     try:
         if all(importlib.util.find_spec(name) is not None for name in DRAWS):
-            write(document, folder / PAGE_NAME)
-        write(document, folder / FILE_NAME)  # the last, so that where it lies nothing is to be written again
+            write(document, folder / REPORT_PAGE_NAME)
+        write(document, folder / REPORT_NAME)  # the last, so that where it lies nothing is to be written again
     except RequestError as error:
         remedy = "Put that right, and the same command writes the report"
         warn("\n".join(str(replace(problem, where="output", remedy=remedy)) for problem in error.problems))
         return None
-    return folder / FILE_NAME
+    return folder / REPORT_NAME
 
 
 def read_samples(path: Path) -> list[Shown]:

@@ -59,12 +59,15 @@ def split_eval(records: Sequence[int], fraction: float, seed: int) -> tuple[list
         fraction: of the records that are held out.
     """
     order = list(dict.fromkeys(records))
-    if fraction == 0 or len(order) < 2:
-        return list(range(len(records))), []
     random.Random(f"split/{seed}").shuffle(order)
-    held_out = set(order[: min(len(order) - 1, max(1, round(len(order) * fraction)))])
+    held_out = set(order[: held_out_of(len(order), fraction)])
     indexes = range(len(records))
     return [at for at in indexes if records[at] not in held_out], [at for at in indexes if records[at] in held_out]
+
+
+def held_out_of(records: int, fraction: float) -> int:
+    """How many of so many records are held out: none, or at least one, and never all."""
+    return min(records - 1, max(1, round(records * fraction))) if fraction and records > 1 else 0
 
 
 def repeated(indexes: Sequence[int], times: float, seed: str) -> list[int]:
